@@ -1,0 +1,157 @@
+"""From Python: `train` a recipe, make a `plan`, or `fit` a model of one's own with the same layers, proofs and loop."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from gptoughts.config import Recipe, Resolved, from_values, load
+from gptoughts.facts import UNKNOWN, ModelFacts
+from gptoughts.machine import Machine, World, probe, read, world_from_environment
+from gptoughts.plan import Plan, facts_for, resolve
+from gptoughts.plugins import Extensions, extensions
+from gptoughts.profile import pick
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from gptoughts.fitting import Fitted
+    from gptoughts.run import Outcome
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Everything that is decided before torch is needed."""
+
+    resolved: Resolved
+    machine: Machine
+    world: World
+    extensions: Extensions
+    plan: Plan
+    probe_seconds: float | None = None
+
+
+def default_recipe(machine: Machine) -> str:
+    """What is trained when nobody says what: quickstart on a CPU, gpt-1b on a GPU."""
+    return "gpt-1b" if machine.gpus else "quickstart"
+
+
+def decide(
+    recipe: str | Mapping[str, Any] | Recipe | None,
+    profile: str = "auto",
+    fields: Mapping[str, Any] | None = None,
+    layers: Mapping[str, Any] | None = None,
+    plugins: Sequence[str] = (),
+    machine: str | Machine | None = None,
+    world: World | None = None,
+) -> Setting:
+    """Recipe, machine and profile met: the plan. Raises ConfigError or PlanError; loads no torch by itself.
+
+    `fields` are dotted keys of the recipe, `layers` slots and their options as on the command line, `machine` a machine file.
+    """
+    began = time.perf_counter()
+    here = read(machine) if isinstance(machine, str) else machine or probe()
+    seconds = None if machine is not None else time.perf_counter() - began
+    world = world or world_from_environment(os.environ)
+    known = extensions(plugins)
+    resolved = _recipe(default_recipe(here) if recipe is None else recipe, fields)
+    chosen = pick(profile, here)
+    facts = facts_for(resolved.recipe)
+    # Torch reads its variables once: where it is loaded, only what is in effect counts (a machine file is only planned for).
+    fixed = dict(os.environ) if "torch" in sys.modules and machine is None else None
+    plan = resolve(chosen, here, facts, resolved.recipe, world, known.catalog, layers, fixed)
+    return Setting(resolved, here, world, known, plan, seconds)
+
+
+def _recipe(recipe: str | Mapping[str, Any] | Recipe, fields: Mapping[str, Any] | None) -> Resolved:
+    if isinstance(recipe, str):
+        return load(recipe, {key: str(value) for key, value in (fields or {}).items()})
+    values = recipe.model_dump() if isinstance(recipe, Recipe) else dict(recipe)
+    return from_values({**values, **(fields or {})}, "the call")
+
+
+def plan(
+    recipe: str | Mapping[str, Any] | Recipe | None = None,
+    profile: str = "auto",
+    *,
+    fields: Mapping[str, Any] | None = None,
+    layers: Mapping[str, Any] | None = None,
+    machine: str | Machine | None = None,
+    plugins: Sequence[str] = (),
+) -> Plan:
+    """The plan that `train` would follow. `print(plan(...).table())` shows it."""
+    return decide(recipe, profile, fields, layers, plugins, machine).plan
+
+
+def train(
+    recipe: str | Mapping[str, Any] | Recipe | None = None,
+    profile: str = "auto",
+    *,
+    fields: Mapping[str, Any] | None = None,
+    layers: Mapping[str, Any] | None = None,
+    run: str | None = None,
+    run_dir: str | None = None,
+    resume: str = "auto",
+    strict: bool = False,
+    plugins: Sequence[str] = (),
+) -> Outcome:
+    """Train a recipe in this process and return what came of it. The same as `gptoughts train`."""
+    setting = decide(recipe, profile, fields, layers, plugins)
+    return train_setting(setting, run, run_dir, resume, strict)
+
+
+def train_setting(setting: Setting, run: str | None, run_dir: str | None, resume: str, strict: bool) -> Outcome:
+    """Run what was decided."""
+    from gptoughts.run import Order, execute
+    from gptoughts.track.folder import run_folder
+
+    name = run or f"{setting.resolved.recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    order = Order(
+        setting.resolved,
+        setting.plan,
+        setting.machine,
+        setting.world,
+        setting.extensions,
+        run_folder(name, run_dir),
+        resume,
+        strict,
+    )
+    return execute(order)
+
+
+def fit(
+    model: nn.Module,
+    objective: Any,
+    batches: Iterable[Mapping[str, Any]],
+    profile: str = "auto",
+    *,
+    steps: int,
+    optim: Mapping[str, Any] | None = None,
+    layers: Mapping[str, Any] | None = None,
+    facts: ModelFacts = UNKNOWN,
+    run_dir: str | None = None,
+    seed: int = 1337,
+    strict: bool = False,
+) -> Fitted:
+    """Train a model of your own in place.
+
+    objective  a function (model, batch) -> loss summed over the batch's rows, or an object as in gptoughts.objectives.Objective
+    batches    each a dict of tensors or arrays with the rows of one update first; ended ones are started again
+    steps      updates; optim: keys of the recipe's [optim] table, such as {"learning_rate": 1e-3}
+    run_dir    if given, plan.json, evidence.json, metrics.jsonl and a checkpoint are written there
+
+    Layers that need a known family are passed over, with the reason in the plan. Raises ConfigError, PlanError, LayerError, RunError.
+    """
+    from gptoughts.fitting import fit_model
+
+    values = {"name": "fit", "seed": seed, "train": {"steps": steps}, "optim": {"warmup_steps": 0, **(optim or {})}}
+    resolved = from_values(values, "the call")
+    here, world = probe(), world_from_environment(os.environ)
+    known = extensions()
+    fixed = dict(os.environ)  # there is a model, so torch is loaded
+    made = resolve(pick(profile, here), here, facts, resolved.recipe, world, known.catalog, layers, fixed)
+    return fit_model(model, objective, batches, resolved, made, here, world, known.catalog, run_dir, strict)

@@ -1,0 +1,192 @@
+"""What happens between steps: log, evaluate, sample, save. Only callbacks that touch weights wait for the device."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptoughts.checkpoint import Snapshot, Writer
+from gptoughts.engine import Engine
+from gptoughts.errors import RunError
+from gptoughts.evals.perplexity import mean_loss
+from gptoughts.track.console import Console, count, duration, share
+from gptoughts.track.jsonl import Jsonl
+from gptoughts.trainer import Progress, StepStats
+
+Mfu = Callable[[float], float | None]
+
+
+def every(period: int, step: int, last: bool) -> bool:
+    """Due each `period` steps, and at the last; a period of 0 leaves the last alone."""
+    return last or (period > 0 and step % period == 0)
+
+
+@dataclass
+class _Pending:
+    """Values of a logged step on their way to the host."""
+
+    values: Tensor
+    arrived: Any
+    progress: Progress
+    rate: float
+    tokens: int
+    seconds: float
+    waited: float
+
+
+@dataclass
+class Log:
+    """Rows of loss, rate and speed. Values are read one logged step later than they were made, so nobody waits for the device."""
+
+    period: int
+    sinks: list[Jsonl]
+    console: Console
+    mfu: Mfu
+    total_steps: int | None
+    remaining: Callable[[Progress], float | None]
+    _pending: deque[_Pending] = field(default_factory=deque)
+    _before: tuple[Progress, float] | None = None
+
+    def start(self, progress: Progress, engine: Engine) -> None:
+        """Speed is measured from here."""
+        self._before = (progress, engine.counters.data_wait_seconds)
+
+    def due(self, step: int, last: bool) -> bool:
+        """Each `period` steps, at the first and at the last."""
+        return step == 1 or every(self.period, step, last)
+
+    def run(self, engine: Engine, progress: Progress, stats: StepStats, last: bool) -> None:
+        """Queue this step's values; write those that have arrived."""
+        before, waited = self._before or (Progress(), 0.0)
+        loss_sum = engine.ranks.sum(stats.loss_sum)
+        values = torch.stack([loss_sum, stats.weight, stats.grad_norm.float()])
+        host = values.to("cpu", non_blocking=True)
+        arrived = None
+        if values.is_cuda:
+            arrived = torch.cuda.Event()
+            arrived.record()
+        wait = engine.counters.data_wait_seconds
+        seconds = progress.seconds - before.seconds
+        self._pending.append(
+            _Pending(host, arrived, progress, stats.rate, progress.tokens - before.tokens, seconds, wait - waited)
+        )
+        self._before = (progress, wait)
+        while self._pending and (last or self._ready(self._pending[0])):
+            self._write(self._pending.popleft())
+
+    def _ready(self, pending: _Pending) -> bool:
+        return pending.arrived is None or pending.arrived.query()
+
+    def _write(self, pending: _Pending) -> None:
+        if pending.arrived is not None:
+            pending.arrived.synchronize()
+        loss_sum, weight, grad_norm = pending.values.tolist()
+        progress = pending.progress
+        if weight == 0:
+            raise RunError(f"step {progress.step}: none of its labels counts, up to data cursor {progress.cursor}")
+        loss = loss_sum / weight
+        if not math.isfinite(loss) or not math.isfinite(grad_norm):
+            raise RunError(
+                f"loss {loss} and gradient norm {grad_norm} at step {progress.step}, up to data cursor {progress.cursor}\n"
+                "  try: a lower --optim.learning-rate, or --layer.precision fp32; checkpoints from before are whole"
+            )
+        speed = pending.tokens / pending.seconds if pending.seconds > 0 else 0.0
+        mfu = self.mfu(speed)
+        row = {
+            "train/loss": loss,
+            "train/grad_norm": grad_norm,
+            "train/learning_rate": pending.rate,
+            "train/tokens": progress.tokens,
+            "train/seconds": progress.seconds,
+            "perf/tokens_per_second": speed,
+            "perf/mfu": mfu,
+            "perf/data_wait": pending.waited / pending.seconds if pending.seconds > 0 else 0.0,
+        }
+        for sink in self.sinks:
+            sink.log(progress.step, row)
+        of = f"/{self.total_steps}" if self.total_steps else ""
+        left = self.remaining(progress)
+        self.console.row(
+            f"step {progress.step}{of}  loss {loss:.4f}  {count(speed)} tok/s  MFU {share(mfu)}  data wait {share(row['perf/data_wait'])}"
+            + (f"  ETA {duration(left)}" if left is not None else "")
+        )
+
+
+@dataclass
+class Evaluate:
+    """Validation loss, on the weights of this step, in the precision that training evaluates in."""
+
+    period: int
+    batches: Callable[[], Iterable[Mapping[str, Any]]]
+    sinks: list[Jsonl]
+    console: Console
+    result: tuple[int, float] | None = None
+    """Step and loss of the newest validation."""
+
+    def due(self, step: int, last: bool) -> bool:
+        """Each `period` steps and at the last."""
+        return every(self.period, step, last)
+
+    def run(self, engine: Engine, progress: Progress, stats: StepStats, last: bool) -> None:
+        """Validate and write a row."""
+        loss, labels = mean_loss(engine, self.batches())  # type: ignore[arg-type]
+        self.result = (progress.step, loss)
+        for sink in self.sinks:
+            sink.log(progress.step, {"eval/val_loss": loss, "eval/labels": labels, "train/tokens": progress.tokens})
+        self.console.say(f"step {progress.step}  validation loss {loss:.4f} over {count(labels)} tokens")
+
+
+@dataclass
+class Sample:
+    """A short text by the model as it is now."""
+
+    period: int
+    write: Callable[[Engine], str]
+    console: Console
+    text: str = ""
+
+    def due(self, step: int, last: bool) -> bool:
+        """Each `period` steps and at the last."""
+        return every(self.period, step, last)
+
+    def run(self, engine: Engine, progress: Progress, stats: StepStats, last: bool) -> None:
+        """Write the text to the console."""
+        self.text = self.write(engine)
+        if self.text:
+            self.console.say(f"step {progress.step}  sample:\n{self.text}\n")
+
+
+@dataclass
+class Save:
+    """A checkpoint, written while training goes on; the last one is waited for."""
+
+    period: int
+    writer: Writer | None
+    """None on ranks that do not write."""
+    take: Callable[[Engine, Progress], Snapshot]
+    evaluated: Callable[[], tuple[int, float] | None]
+    saved: Path | None = None
+
+    def due(self, step: int, last: bool) -> bool:
+        """Each `period` steps and at the last."""
+        return every(self.period, step, last)
+
+    def run(self, engine: Engine, progress: Progress, stats: StepStats, last: bool) -> None:
+        """Copy the state, hand it to the writer. Refuses weights after a loss or gradient that is not finite."""
+        finite = bool(torch.isfinite(stats.grad_norm).item()) and bool(torch.isfinite(stats.loss_sum).item())
+        if not finite:
+            raise RunError(f"step {progress.step}: the gradient is not finite; no checkpoint is written, those from before are whole")
+        if self.writer is None:
+            return
+        newest = self.evaluated()
+        val_loss = newest[1] if newest is not None and newest[0] == progress.step else None
+        self.writer.save(self.take(engine, progress), val_loss)
+        if last:
+            self.writer.wait()

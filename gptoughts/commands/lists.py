@@ -1,0 +1,82 @@
+"""`gptoughts recipes`, `profiles` and `layers`: what there is, and one of them in full."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+from gptoughts import config, profile
+from gptoughts.errors import ConfigError, nearest
+from gptoughts.layer import SLOTS, Case, Kind, Layer
+from gptoughts.layers import CATALOG
+from gptoughts.machine import World, probe
+from gptoughts.plan import facts_for
+
+
+def recipes(name: str | None) -> int:
+    """Names and notes, or one recipe's file."""
+    if name is not None:
+        config.load(name)
+        path = Path(name) if name.endswith(".toml") else config.PACKAGED_RECIPES / f"{name}.toml"
+        print(path.read_text(encoding="utf-8"), end="")
+        return 0
+    rows = []
+    for known in config.recipe_names():
+        text = (config.PACKAGED_RECIPES / f"{known}.toml").read_text(encoding="utf-8")
+        rows.append((known, tomllib.loads(text).get("note", "")))
+    _print(rows)
+    return 0
+
+
+def profiles(name: str | None) -> int:
+    """Names and notes with the one that auto takes marked, or one profile's file."""
+    if name is not None:
+        profile.read(name)
+        path = Path(name) if name.endswith(".toml") else profile.folder() / f"{name}.toml"
+        print(path.read_text(encoding="utf-8"), end="")
+        return 0
+    taken = profile.pick("auto", probe()).name
+    known = [profile.read(one) for one in profile.names()]
+    _print([(f"{'*' if one.name == taken else ' '} {one.name}", one.note + ("" if one.auto else " [by name only]")) for one in known])
+    print("* is what --profile auto takes on this machine")
+    return 0
+
+
+def layers(name: str | None, markdown: bool) -> int:
+    """One line per layer with its state here, one card, or the whole page."""
+    if markdown:
+        from gptoughts.report.cards import layers_page
+
+        print(layers_page(CATALOG), end="")
+        return 0
+    if name is not None:
+        if name not in CATALOG:
+            raise ConfigError(f"no layer {name!r}{nearest(name, CATALOG)}; layers: {', '.join(CATALOG)}")
+        from gptoughts.report.cards import card
+
+        print(card(CATALOG[name]))
+        return 0
+    machine = probe()
+    recipe = config.load("gpt-1b" if machine.gpus else "quickstart").recipe
+    case = Case(machine, facts_for(recipe), recipe, World())
+    for slot in SLOTS:
+        for layer in (layer for layer in CATALOG.values() if layer.slot == slot):
+            print(f"{slot:<18}{layer.name:<18}{_state(layer, case)}")
+    print(f"for {recipe.name} on {machine.label()}; gptoughts layers NAME prints a card")
+    return 0
+
+
+def _state(layer: Layer, case: Case) -> str:
+    if layer.baseline:
+        return "baseline"
+    reasons = layer.unmet(case, layer.read_options({}, layer.name))
+    if not reasons:
+        return "fits"
+    worst = next((reason for reason in reasons if reason.kind is Kind.CANNOT), reasons[0])
+    return f"{worst.kind}: {worst}"
+
+
+def _print(rows: list[tuple[str, str]]) -> None:
+    width = max(len(row[0]) for row in rows)
+    for first, second in rows:
+        print(f"{first:<{width}}  {second}")

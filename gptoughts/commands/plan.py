@@ -1,0 +1,32 @@
+"""`gptoughts plan`: which layers a recipe would get, and why. Loads no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+
+from gptoughts.api import decide
+from gptoughts.machine import World
+
+
+def plan(
+    recipe: str | None,
+    profile: str,
+    fields: Mapping[str, str],
+    layers: Mapping[str, str],
+    plugin: Sequence[str],
+    machine: str | None,
+    ranks: int | None,
+    as_json: bool,
+) -> int:
+    """Print the plan as a table or as JSON."""
+    world = World(0, 0, ranks, ranks, "torchrun") if ranks else None
+    setting = decide(recipe, profile, fields, layers, plugin, machine, world)
+    if as_json:
+        print(json.dumps({"recipe": setting.resolved.recipe.name, **setting.plan.to_json()}, indent=1))
+        return 0
+    print(f"recipe {setting.resolved.recipe.name}")
+    print(setting.plan.table())
+    if setting.probe_seconds is not None:
+        print(f"probed this machine in {setting.probe_seconds:.2f} s")
+    return 0

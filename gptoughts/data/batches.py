@@ -1,0 +1,178 @@
+"""Batches in an order that depends on seed, epoch and position alone, with a cursor that resumes them anywhere at once.
+
+Sample i of sequence length T covers tokens [i*T, i*T + T]; its labels are the T tokens after its first. So every token but
+the stream's first is a label exactly once an epoch. Arrays are unshifted, as in Hugging Face: the objective owns the shift.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gptoughts.data.order import permuted
+from gptoughts.data.shards import Stream
+from gptoughts.errors import DataError
+
+IGNORED = -100
+ORDER_CHUNK = 8192  # Samples whose order is computed at once.
+
+Batch = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """Where reading goes on: `samples` consumed by all ranks since the start, and the shards they came from."""
+
+    samples: int = 0
+    fingerprint: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """The cursor as plain values."""
+        return {"samples": self.samples, "fingerprint": self.fingerprint}
+
+    @staticmethod
+    def from_json(values: Mapping[str, Any]) -> Cursor:
+        """The cursor that `to_json` wrote. Raises DataError where it is none."""
+        samples, fingerprint = values.get("samples"), values.get("fingerprint")
+        if not isinstance(samples, int) or isinstance(samples, bool) or samples < 0 or not isinstance(fingerprint, str):
+            raise DataError(f"not a data cursor: {dict(values)!r}; it needs samples (a count) and fingerprint (a text)")
+        return Cursor(samples, fingerprint)
+
+
+def samples_in(tokens: int, sequence_length: int) -> int:
+    """Samples an epoch: windows of `sequence_length` labels, the last one padded."""
+    return max(0, -(-(tokens - 1) // sequence_length))
+
+
+def rank_rows(global_batch: int, rank: int, world_size: int) -> tuple[int, int]:
+    """The rows of a global batch that belong to `rank`. Raises DataError where the ranks cannot share it evenly."""
+    if not 0 <= rank < world_size:
+        raise DataError(f"rank {rank} of {world_size}: ranks count from 0 to world_size - 1")
+    if global_batch < 1 or global_batch % world_size:
+        below, above = global_batch // world_size * world_size, (global_batch // world_size + 1) * world_size
+        nearest = f"{below} or {above}" if below else f"{above}"
+        raise DataError(f"train.global_batch {global_batch} cannot be shared by {world_size} ranks; nearest that can: {nearest}")
+    share = global_batch // world_size
+    return rank * share, (rank + 1) * share
+
+
+class Batches:
+    """Endless `(batch, cursor)` pairs: this rank's rows of each global batch, and the cursor to resume from after it.
+
+    A batch holds `input_ids` (rows, sequence_length + 1) in the shards' dtype and, only where something is padded, `labels`
+    (int64, same shape, -100 where ignored). A global batch may lie across two epochs. `vocab_size` is the model's.
+
+    Raises DataError for a batch that ranks cannot share, fewer tokens than one global batch, an id outside the vocabulary, and a
+    cursor of other shards.
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        sequence_length: int,
+        global_batch: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        cursor: Cursor | None = None,
+        eot_id: int | None = None,
+        vocab_size: int | None = None,
+    ) -> None:
+        check_stream(stream, sequence_length, vocab_size)
+        self.first_row, self.end_row = rank_rows(global_batch, rank, world_size)
+        needed = global_batch * sequence_length + 1
+        if len(stream) < needed:
+            raise DataError(
+                f"split {stream.name!r} of {stream.folder} has {len(stream):,} tokens, shorter than one batch: {global_batch} x "
+                f"{sequence_length} + 1 = {needed:,}; give more text, or a smaller train.global_batch or data.sequence_length"
+            )
+        cursor = cursor or Cursor(0, stream.fingerprint)
+        if cursor.fingerprint not in ("", stream.fingerprint):
+            raise DataError(
+                f"{stream.folder}: shards changed since the checkpoint (fingerprint {stream.fingerprint[:12]}, checkpoint "
+                f"{cursor.fingerprint[:12]}); give the data it was trained on, or start a new run"
+            )
+        self.stream, self.sequence_length, self.global_batch, self.seed = stream, sequence_length, global_batch, seed
+        self.eot_id = stream.eot_id if eot_id is None else eot_id
+        self.cursor = Cursor(cursor.samples, stream.fingerprint)
+        self.samples_per_epoch = samples_in(len(stream), sequence_length)
+
+    def __iter__(self) -> Iterator[tuple[Batch, Cursor]]:
+        """Walks on from the cursor that was given; each call starts there again."""
+        consumed, rows = self.cursor.samples, self.end_row - self.first_row
+        ahead = max(1, ORDER_CHUNK // rows)
+        while True:
+            self.stream.check_sizes()
+            samples = self.order(consumed, ahead)
+            for batch_samples in samples:
+                consumed += self.global_batch
+                yield read_batch(self.stream, batch_samples, self.sequence_length, self.eot_id), Cursor(consumed, self.cursor.fingerprint)
+
+    def order(self, consumed: int, batches: int) -> np.ndarray:
+        """This rank's samples of the next `batches` global batches after `consumed` samples: int64 (batches, rows)."""
+        starts = consumed + np.arange(batches, dtype=np.int64)[:, None] * self.global_batch
+        positions = starts + np.arange(self.first_row, self.end_row, dtype=np.int64)
+        epochs, inside = np.divmod(positions, self.samples_per_epoch)
+        out = np.empty_like(positions)
+        for epoch in np.unique(epochs).tolist():
+            here = epochs == epoch
+            out[here] = permuted(inside[here], self.samples_per_epoch, self.seed, epoch)
+        return out
+
+
+def read_batch(stream: Stream, samples: np.ndarray, sequence_length: int, eot_id: int) -> Batch:
+    """The windows of `samples` as a batch; samples at or beyond the end of the split are rows of padding."""
+    width = sequence_length + 1
+    starts = samples * sequence_length
+    # A start on the last token has no label: such a row holds nothing.
+    lengths = np.where(starts < len(stream) - 1, np.minimum(len(stream) - starts, width), 0)
+    if lengths.min() == width:
+        return {"input_ids": stream.gather(starts, width)}
+    input_ids = np.full((len(samples), width), eot_id, dtype=stream.dtype)
+    for row, start, length in zip(input_ids, starts.tolist(), lengths.tolist(), strict=True):
+        row[:length] = stream.window(start, length) if length else []
+    labels = input_ids.astype(np.int64)
+    labels[np.arange(width) >= lengths[:, None]] = IGNORED
+    return {"input_ids": input_ids, "labels": labels}
+
+
+def eval_batches(
+    stream: Stream,
+    sequence_length: int,
+    global_batch: int,
+    rank: int = 0,
+    world_size: int = 1,
+    limit: int | None = None,
+    eot_id: int | None = None,
+    vocab_size: int | None = None,
+) -> Iterator[Batch]:
+    """This rank's rows of the whole split in order, each sample once; shapes stay constant, rows that fill up are ignored.
+
+    `limit` stops after that many global batches. Every rank gets the same number of batches. Raises DataError as `Batches` does,
+    but takes a split shorter than one batch.
+    """
+    check_stream(stream, sequence_length, vocab_size)
+    first, end = rank_rows(global_batch, rank, world_size)
+    batches = -(-samples_in(len(stream), sequence_length) // global_batch)
+    if not batches:
+        raise DataError(f"split {stream.name!r} of {stream.folder} has {len(stream)} tokens; at least 2 are needed to predict one")
+    padding = stream.eot_id if eot_id is None else eot_id
+    rows = np.arange(first, end, dtype=np.int64)
+    return (
+        read_batch(stream, number * global_batch + rows, sequence_length, padding)
+        for number in range(batches if limit is None else min(limit, batches))
+    )
+
+
+def check_stream(stream: Stream, sequence_length: int, vocab_size: int | None) -> None:
+    """Raises DataError for a length below 1, or a token id that a model of `vocab_size` has no row for."""
+    if sequence_length < 1:
+        raise DataError(f"data.sequence_length {sequence_length}: give at least 1")
+    if vocab_size is not None and stream.max_id >= vocab_size:
+        raise DataError(
+            f"split {stream.name!r} of {stream.folder} holds token id {stream.max_id}, outside the model's vocabulary of {vocab_size}; "
+            f"set model.vocab_size to at least {stream.vocab_size}, or leave it unset"
+        )

@@ -1,0 +1,329 @@
+"""The contract of an optimisation layer: what it needs, what it changes, how it is undone, how it proves itself.
+
+A layer is one file under `gptoughts/layers/` that ends in `LAYER = Layer(...)`. Nothing here imports torch, so a plan for any machine
+can be made and tested on any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from enum import StrEnum
+from types import MappingProxyType
+from typing import Any
+
+from gptoughts.config import Recipe
+from gptoughts.errors import ConfigError, nearest
+from gptoughts.facts import ModelFacts
+from gptoughts.machine import Machine, World
+
+SLOTS = (
+    "host",
+    "allocator",
+    "matmul",
+    "attention",
+    "kernels",
+    "precision",
+    "loss",
+    "recompute",
+    "offload",
+    "compile",
+    "parallel",
+    "optimizer",
+    "optimizer_offload",
+    "update",
+    "loader",
+    "microbatch",
+)
+"""One layer each. The order is that of application within a moment, of the command line and of every table."""
+
+WRAPPED_VERBS = ("forward_context", "eval_context", "grad_sync")
+REPLACED_VERBS = ("backward", "clip", "step", "materialise")
+
+
+class Moment(StrEnum):
+    """When `apply` runs during `build`."""
+
+    PROCESS = "process"
+    """Before the model exists: threads, allocator, global switches of torch."""
+    SHAPE = "shape"
+    """The model stands on meta: modules are swapped or wrapped, no tensor has a value."""
+    REAL = "real"
+    """Parameters have values: data parallelism, optimiser, loader."""
+
+
+_PROCESS_SLOTS = ("host", "allocator", "matmul")
+_SHAPE_SLOTS = ("attention", "kernels", "precision", "loss", "recompute", "offload", "compile")
+
+
+class Status(StrEnum):
+    """What a watched step showed of a layer."""
+
+    ACTIVE = "active"
+    INACTIVE = "inactive"
+    UNPROVEN = "unproven"
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the watched step showed of one layer, in words and in figures."""
+
+    status: Status
+    text: str
+    figures: Mapping[str, float] = field(default_factory=dict)
+
+
+def active(text: str, **figures: float) -> Evidence:
+    """The layer was seen at work."""
+    return Evidence(Status.ACTIVE, text, figures)
+
+
+def inactive(text: str, **figures: float) -> Evidence:
+    """The layer was asked for and the step ran without it; the run stops."""
+    return Evidence(Status.INACTIVE, text, figures)
+
+
+def unproven(text: str, **figures: float) -> Evidence:
+    """Nothing on this machine can tell; printed and recorded."""
+    return Evidence(Status.UNPROVEN, text, figures)
+
+
+class Kind(StrEnum):
+    """Why a layer is passed over."""
+
+    CANNOT = "cannot"
+    WOULD_NOT_PAY = "would not pay"
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why a layer does not fit. `source` says who measured it, `remedy` what to type."""
+
+    kind: Kind
+    text: str
+    source: str = ""
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        tail = f" [{self.source}]" if self.source else ""
+        return f"{self.text}{tail}{f' ({self.remedy})' if self.remedy else ''}"
+
+
+def cannot(text: str, remedy: str = "") -> Reason:
+    """The layer cannot run here, whoever asks for it."""
+    return Reason(Kind.CANNOT, text, remedy=remedy)
+
+
+def would_not_pay(text: str, source: str) -> Reason:
+    """The layer would run and cost more than it gives; only a demand by name takes it."""
+    return Reason(Kind.WOULD_NOT_PAY, text, source=source)
+
+
+@dataclass(frozen=True)
+class Operator:
+    """An operator of the watched step: how often it ran and which dtypes went in, one tuple per distinct signature."""
+
+    name: str
+    calls: int
+    input_dtypes: tuple[tuple[str, ...], ...] = ()
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What the profiler and the engine's counters saw of one real training step."""
+
+    operators: Mapping[str, Operator]
+    kernels: Mapping[str, int]
+    """CUDA kernels by name, with their launches; empty on a CPU."""
+    regions: int
+    """Calls of compiled regions."""
+    micro_batches: int
+    blocks: int
+    updated: bool
+    weights_moved: bool
+    step_seconds: float
+    data_wait_seconds: float
+    memcpy_streams: int = 0
+    """CUDA streams that copied from host to device."""
+
+    def calls(self, *fragments: str) -> int:
+        """Calls of all operators whose name contains one of the fragments."""
+        return sum(op.calls for op in self.operators.values() if any(part in op.name for part in fragments))
+
+    def launches(self, *fragments: str) -> int:
+        """Launches of all kernels whose name contains one of the fragments, in lower case."""
+        return sum(count for name, count in self.kernels.items() if any(part in name.lower() for part in fragments))
+
+
+@dataclass(frozen=True)
+class Option:
+    """A value that a layer takes, with its default. `kind` is the Python type that text is read as."""
+
+    default: Any
+    help: str
+    kind: type = str
+    choices: tuple[str, ...] = ()
+
+    def read(self, value: Any, where: str) -> Any:
+        """`value` as this option's type. Raises ConfigError naming `where` for a value that is not."""
+        if value is None or (isinstance(value, str) and value.lower() == "none" and self.default is None):
+            return None
+        if self.choices and value not in self.choices:
+            raise ConfigError(f"{where}: {value!r} is not one of {', '.join(self.choices)}")
+        if self.kind is bool:
+            return _read_bool(value, where)
+        if isinstance(value, bool) or not isinstance(value, str | self.kind | int):
+            raise ConfigError(f"{where}: needs {self.kind.__name__}, here {value!r}")
+        try:
+            read = self.kind(value)
+        except ValueError:
+            raise ConfigError(f"{where}: needs {self.kind.__name__}, here {value!r}") from None
+        if self.kind is int and read < 1:
+            raise ConfigError(f"{where}: needs a whole number above 0, here {value!r}")
+        return read
+
+
+def _read_bool(value: Any, where: str) -> bool:
+    words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    if isinstance(value, bool):
+        return value
+    if str(value).lower() not in words:
+        raise ConfigError(f"{where}: needs true or false, here {value!r}")
+    return words[str(value).lower()]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The layer that a slot got, and the others with the reasons why not."""
+
+    slot: str
+    layer: str
+    options: Mapping[str, Any]
+    origin: str
+    passed_over: tuple[tuple[str, tuple[Reason, ...]], ...] = ()
+    expected_loss: tuple[Reason, ...] = ()
+    """Reasons why it would not pay, when it was demanded all the same."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """Everything a layer may look at to say whether it fits."""
+
+    machine: Machine
+    facts: ModelFacts
+    recipe: Recipe
+    world: World
+    chosen: Mapping[str, Choice] = field(default_factory=dict)
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the run takes place on a GPU."""
+        return bool(self.machine.gpus)
+
+    @property
+    def rank_sequences(self) -> int:
+        """Sequences of one update that this rank computes."""
+        return self.recipe.train.global_batch // self.world.world_size
+
+    def takes(self, slot: str, layer: str) -> bool:
+        """Whether an earlier slot has chosen `layer`."""
+        return slot in self.chosen and self.chosen[slot].layer == layer
+
+
+Options = Mapping[str, Any]
+Engine = Any  # gptoughts.engine.Engine: floor 1, so floor 0 cannot name it
+
+
+def _fits_everywhere(case: Case, options: Options) -> Iterator[Reason]:
+    yield from ()
+
+
+def _no_environment(case: Case, options: Options) -> Mapping[str, str]:
+    return {}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One optimisation. `docs/write-a-layer.md` walks through every field."""
+
+    name: str
+    slot: str
+    card: str
+    """The file's docstring: the effect first, then when it hurts."""
+    apply: Callable[[Engine, Options], AbstractContextManager[None]]
+    verify: Callable[[Engine, Sight, Options], Evidence]
+    fits: Callable[[Case, Options], Iterable[Reason]] = _fits_everywhere
+    environment: Callable[[Case, Options], Mapping[str, str]] = _no_environment
+    moment: Moment | None = None
+    baseline: bool = False
+    packages: tuple[tuple[str, str], ...] = ()
+    """Distributions that must be installed, each with the extra that brings it."""
+    needs_gpu: bool = False
+    least_capability: tuple[int, int] | None = None
+    options: Mapping[str, Option] = field(default_factory=dict)
+    wraps: tuple[str, ...] = ()
+    replaces: tuple[str, ...] = ()
+    clashes: Mapping[str, str] = field(default_factory=dict)
+    """Names of other layers, each with the reason why both cannot be."""
+    needs_slots: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """For a slot, the layers of which one must be chosen there."""
+    changes_numerics: bool = False
+    repeatable: bool = True
+    warm_steps: int = 0
+    """Updates before the layer does its real work, so that the watched step comes after them."""
+    permanent: str = ""
+    """Why it cannot be undone; empty where it can."""
+    measured: str = "not measured"
+    """Where its gain was measured: a file under docs/measurements/."""
+
+    def __post_init__(self) -> None:
+        if self.slot not in SLOTS:
+            raise ConfigError(f"layer {self.name}: no slot {self.slot!r}{nearest(self.slot, SLOTS)}; slots: {', '.join(SLOTS)}")
+        for verb in (*self.wraps, *self.replaces):
+            known = WRAPPED_VERBS + REPLACED_VERBS if verb in self.wraps else REPLACED_VERBS
+            if verb not in known:
+                raise ConfigError(f"layer {self.name}: {verb!r} is not a verb of the engine; known: {', '.join(known)}")
+        object.__setattr__(self, "options", MappingProxyType(dict(self.options)))
+
+    @property
+    def summary(self) -> str:
+        """First sentence of the card."""
+        return self.card.strip().split("\n\n")[0].split("\n")[0].strip()
+
+    @property
+    def when(self) -> Moment:
+        """The moment of `build` at which `apply` runs."""
+        if self.moment is not None:
+            return self.moment
+        if self.slot in _PROCESS_SLOTS:
+            return Moment.PROCESS
+        return Moment.SHAPE if self.slot in _SHAPE_SLOTS else Moment.REAL
+
+    def read_options(self, given: Options, where: str) -> dict[str, Any]:
+        """Defaults overlaid with `given`. Raises ConfigError for a name or value that the layer does not take."""
+        for name in given:
+            if name not in self.options:
+                known = ", ".join(self.options) or "none"
+                raise ConfigError(f"{where}: layer {self.name} has no option {name!r}{nearest(name, self.options)}; its options: {known}")
+        read = {name: option.default for name, option in self.options.items()}
+        return read | {name: self.options[name].read(value, f"{where}.{name}") for name, value in given.items()}
+
+    def unmet(self, case: Case, options: Options) -> list[Reason]:
+        """Every reason against this layer in this case: the declared needs first, then `fits`."""
+        reasons = list(self._declared(case))
+        if not any(reason.kind is Kind.CANNOT for reason in reasons):
+            reasons += list(self.fits(case, options))
+        return reasons
+
+    def _declared(self, case: Case) -> Iterator[Reason]:
+        if (self.needs_gpu or self.least_capability) and not case.on_gpu:
+            yield cannot("needs an NVIDIA GPU, found none")
+            return
+        least = case.machine.least_capability()
+        if self.least_capability and (least is None or least < self.least_capability):
+            found = f"{least[0]}.{least[1]}" if least else "unknown"
+            yield cannot(f"needs compute capability {self.least_capability[0]}.{self.least_capability[1]}, found {found}")
+        for package, extra in self.packages:
+            if package not in case.machine.packages:
+                yield cannot(f"needs the package {package}, not installed", remedy=f"pip install 'gptoughts[{extra}]'")

@@ -1,0 +1,56 @@
+"""Memory segments that grow in place, so that batches of changing size leave no unusable gaps.
+
+It buys room on a nearly full GPU and costs nothing measurable otherwise. It hurts where CUDA memory is shared between processes
+(IPC), which expandable segments support only on recent drivers.
+Source: torch's notes on CUDA memory management, `PYTORCH_ALLOC_CONF=expandable_segments:True`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from gptoughts.layer import Case, Engine, Evidence, Layer, Options, Reason, Sight, active, cannot, inactive
+
+SETTING = "expandable_segments:True"
+
+
+def fits(case: Case, options: Options) -> Iterator[Reason]:
+    """Only Linux maps device memory this way."""
+    if case.machine.system != "linux":
+        yield cannot(f"needs Linux, found {case.machine.system}")
+
+
+def environment(case: Case, options: Options) -> Mapping[str, str]:
+    """The allocator reads its settings once, before the first tensor."""
+    return {"PYTORCH_ALLOC_CONF": SETTING}
+
+
+@contextmanager
+def apply(engine: Engine, options: Options) -> Iterator[None]:
+    """Nothing is left to do in the process: the environment did it."""
+    yield
+
+
+def verify(engine: Engine, sight: Sight, options: Options) -> Evidence:
+    """The allocator's own snapshot says which segments can grow."""
+    import torch
+
+    segments = torch.cuda.memory.memory_snapshot()
+    grown = sum(1 for segment in segments if segment.get("is_expandable"))
+    if grown:
+        return active(f"{grown} of {len(segments)} segments can grow", segments=len(segments), expandable=grown)
+    return inactive(f"none of {len(segments)} segments can grow; PYTORCH_ALLOC_CONF={os.environ.get('PYTORCH_ALLOC_CONF', '')}")
+
+
+LAYER = Layer(
+    name="expandable",
+    slot="allocator",
+    card=__doc__ or "",
+    apply=apply,
+    verify=verify,
+    fits=fits,
+    environment=environment,
+    needs_gpu=True,
+)

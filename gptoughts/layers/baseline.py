@@ -1,0 +1,82 @@
+"""What every slot does when no optimisation is chosen: plain PyTorch, one layer per slot. The ablation and the proofs compare with these."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+from gptoughts.layer import Case, Engine, Evidence, Layer, Moment, Options, Reason, Sight, active, cannot, inactive
+
+
+@contextmanager
+def _nothing(engine: Engine, options: Options) -> Iterator[None]:
+    yield
+
+
+def _is_baseline(engine: Engine, sight: Sight, options: Options) -> Evidence:
+    return active("baseline")
+
+
+def _baseline(
+    slot: str,
+    name: str,
+    card: str,
+    apply: Callable[[Any, Options], AbstractContextManager[None]] = _nothing,
+    verify: Callable[[Any, Sight, Options], Evidence] = _is_baseline,
+    **more: Any,
+) -> Layer:
+    return Layer(name=name, slot=slot, card=card, apply=apply, verify=verify, baseline=True, measured="the yardstick", **more)
+
+
+def _one_process(case: Case, options: Options) -> Iterator[Reason]:
+    if case.world.world_size > 1:
+        yield cannot(f"{case.world.world_size} ranks were started and would train {case.world.world_size} separate models", "--layer.parallel ddp")
+
+
+@contextmanager
+def _plain_optimizer(engine: Engine, options: Options) -> Iterator[None]:
+    from gptoughts.optim import adamw
+
+    before, engine.optimizer = engine.optimizer, adamw(engine.bare, engine.recipe.optim, foreach=False, fused=False)
+    yield
+    engine.optimizer = before
+
+
+def _moved(engine: Engine, sight: Sight, options: Options) -> Evidence:
+    return active("weights moved") if sight.weights_moved else inactive("no weight moved in the watched step")
+
+
+@contextmanager
+def _direct(engine: Engine, options: Options) -> Iterator[None]:
+    from gptoughts.data.device import to_device
+
+    before = engine.batches
+    engine.batches = ((to_device(batch, engine.device), cursor) for batch, cursor in before)
+    yield
+    engine.batches = before
+
+
+@contextmanager
+def _whole(engine: Engine, options: Options) -> Iterator[None]:
+    before, engine.micro_batch = engine.micro_batch, None
+    yield
+    engine.micro_batch = before
+
+
+SYSTEM = _baseline("host", "system", "Leaves threads and affinity as the operating system and torch set them.")
+NATIVE = _baseline("allocator", "native", "Torch's caching allocator with fixed segments.")
+IEEE = _baseline("matmul", "ieee", "Float32 matmuls in full float32.")
+MATH = _baseline("attention", "math", "Attention written out: scores, softmax in float32, weighted sum; memory grows with T squared.")
+TORCH_KERNELS = _baseline("kernels", "torch-kernels", "Norm, rotary and activation as torch operators.")
+FP32 = _baseline("precision", "fp32", "Weights, activations and gradients in float32.")
+FULL_CE = _baseline("loss", "full-ce", "Cross-entropy over all logits at once, in float32.")
+KEEP = _baseline("recompute", "keep", "Keeps every activation for the backward.")
+RESIDENT = _baseline("offload", "resident", "Activations stay on the device.")
+EAGER = _baseline("compile", "eager", "Operators run one by one as Python reaches them.")
+SINGLE = _baseline("parallel", "single", "One process.", fits=_one_process)
+PLAIN = _baseline("optimizer", "plain", "AdamW, one parameter and one operator at a time.", _plain_optimizer, _moved)
+WITH_WEIGHTS = _baseline("optimizer_offload", "with-weights", "Optimiser state lies beside the weights.")
+AFTER_CLIP = _baseline("update", "after-clip", "All gradients, then clipping, then one update.")
+DIRECT = _baseline("loader", "direct", "Reads and copies a batch when the step asks for it.", _direct, moment=Moment.REAL)
+WHOLE = _baseline("microbatch", "whole", "The rank's share of the global batch in one forward.", _whole)

@@ -1,0 +1,124 @@
+"""One compute thread per usable core and rank, on the cores and memory of the rank's NUMA node.
+
+Several ranks on one box otherwise start as many threads each as the box has cores, and fight. It hurts on a box shared with other
+jobs: with more threads than free cores a step can take several times as long; lower `threads` there.
+Bound memory is allocated on the node of the cores first (Linux `set_mempolicy`, preferred, never strict).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from gptoughts.layer import Case, Engine, Evidence, Layer, Option, Options, Reason, Sight, active, cannot, inactive
+
+_SET_MEMPOLICY, _GET_MEMPOLICY = {"x86_64": (238, 239), "aarch64": (237, 236)}.get(os.uname().machine, (None, None))
+_DEFAULT, _PREFERRED = 0, 1
+MOST_BESIDE_A_GPU = 8
+
+
+def threads_per_rank(case: Case, options: Options) -> int:
+    """The asked number, or an even share of the usable cores; beside a GPU, which does the work, no more than 8."""
+    share = max(1, case.machine.cpu.usable_cores // case.world.local_world_size)
+    return options["threads"] or (min(share, MOST_BESIDE_A_GPU) if case.on_gpu else share)
+
+
+def fits(case: Case, options: Options) -> Iterator[Reason]:
+    """More threads than cores cannot help."""
+    cores = case.machine.cpu.usable_cores
+    if options["threads"] and options["threads"] > cores:
+        yield cannot(f"{options['threads']} threads asked for on {cores} usable cores")
+
+
+def environment(case: Case, options: Options) -> Mapping[str, str]:
+    """OpenMP reads its number of threads once, when torch is loaded."""
+    variables = {"OMP_NUM_THREADS": str(threads_per_rank(case, options))}
+    node = _node(case)
+    return variables | ({"GPTOUGHTS_NUMA_NODE": str(node)} if node is not None else {})
+
+
+def _node(case: Case) -> int | None:
+    """NUMA node of this rank's GPU, or an even spread of ranks over nodes; None on a box with one node."""
+    nodes = case.machine.cpu.numa_nodes
+    if nodes < 2:
+        return None
+    if case.machine.gpus:
+        gpu = case.machine.gpus[case.world.local_rank % len(case.machine.gpus)]
+        return gpu.numa_node
+    return case.world.local_rank * nodes // case.world.local_world_size
+
+
+@contextmanager
+def apply(engine: Engine, options: Options) -> Iterator[None]:
+    """Set torch's threads to what the environment says, and bind to the NUMA node that it names."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(_asked())
+    undo = _bind(os.environ.get("GPTOUGHTS_NUMA_NODE"))
+    yield
+    undo()
+    torch.set_num_threads(before)
+
+
+def _asked() -> int:
+    return int(os.environ.get("OMP_NUM_THREADS", "1"))
+
+
+def _bind(node: str | None) -> Any:
+    if node is None or not hasattr(os, "sched_setaffinity"):
+        return lambda: None
+    before = os.sched_getaffinity(0)
+    cores = before & _cores_of(int(node))
+    if cores:
+        os.sched_setaffinity(0, cores)
+    _memory_policy(_PREFERRED, 1 << int(node))
+
+    def undo() -> None:
+        os.sched_setaffinity(0, before)
+        _memory_policy(_DEFAULT, 0)
+
+    return undo
+
+
+def _cores_of(node: int) -> set[int]:
+    with open(f"/sys/devices/system/node/node{node}/cpulist", encoding="ascii") as file:
+        parts = [part.split("-") for part in file.read().strip().split(",") if part]
+    return {core for part in parts for core in range(int(part[0]), int(part[-1]) + 1)}
+
+
+def _memory_policy(mode: int, nodes: int) -> None:
+    if _SET_MEMPOLICY is None:
+        return
+    mask = ctypes.c_ulong(nodes)
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.syscall(_SET_MEMPOLICY, mode, ctypes.byref(mask) if nodes else None, 64 if nodes else 0) != 0:
+        raise OSError(ctypes.get_errno(), "set_mempolicy")
+
+
+def verify(engine: Engine, sight: Sight, options: Options) -> Evidence:
+    """Torch computes with the asked number of threads, on cores of the asked node."""
+    import torch
+
+    threads = torch.get_num_threads()
+    if threads != _asked():
+        return inactive(f"{threads} threads, asked for {_asked()}", threads=threads)
+    node = os.environ.get("GPTOUGHTS_NUMA_NODE")
+    if node is not None and hasattr(os, "sched_getaffinity") and not os.sched_getaffinity(0) <= _cores_of(int(node)):
+        return inactive(f"runs on cores outside NUMA node {node}", threads=threads)
+    return active(f"{threads} threads" + (f" on NUMA node {node}" if node else ""), threads=threads)
+
+
+LAYER = Layer(
+    name="threads",
+    slot="host",
+    card=__doc__ or "",
+    apply=apply,
+    verify=verify,
+    fits=fits,
+    environment=environment,
+    options={"threads": Option(None, "threads per rank; an even share of the usable cores if not set", int)},
+)

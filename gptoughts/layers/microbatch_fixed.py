@@ -1,0 +1,53 @@
+"""A fixed number of sequences per forward; the rest of the global batch is accumulated, so memory falls and the training stays.
+
+Too small a micro-batch leaves the GPU idle between small kernels. It is the largest divisor of the rank's share that is not above
+`sequences` or, where that is not given, not above `tokens` divided by the sequence length: every forward has the same shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from gptoughts.layer import Engine, Evidence, Layer, Option, Options, Sight, active, inactive
+
+
+def size(options: Options, share: int, sequence_length: int) -> int:
+    """Sequences per forward for a rank's share of the global batch."""
+    most = options["sequences"] or max(1, options["tokens"] // sequence_length)
+    return next(count for count in range(min(most, share), 0, -1) if share % count == 0)
+
+
+def _share(engine: Engine) -> int:
+    return engine.recipe.train.global_batch // engine.ranks.size
+
+
+@contextmanager
+def apply(engine: Engine, options: Options) -> Iterator[None]:
+    """Tell the engine how to slice."""
+    before = engine.micro_batch
+    engine.micro_batch = size(options, _share(engine), engine.recipe.data.sequence_length)
+    yield
+    engine.micro_batch = before
+
+
+def verify(engine: Engine, sight: Sight, options: Options) -> Evidence:
+    """The step had as many forwards as the share has slices."""
+    per_forward = size(options, _share(engine), engine.recipe.data.sequence_length)
+    wanted = _share(engine) // per_forward
+    if sight.micro_batches != wanted:
+        return inactive(f"{sight.micro_batches} forwards in the step, {wanted} planned", forwards=sight.micro_batches, expected=wanted)
+    return active(f"{wanted} forwards of {per_forward} sequences", forwards=wanted, sequences=per_forward)
+
+
+LAYER = Layer(
+    name="fixed",
+    slot="microbatch",
+    card=__doc__ or "",
+    apply=apply,
+    verify=verify,
+    options={
+        "sequences": Option(None, "sequences per forward", int),
+        "tokens": Option(16384, "tokens per forward, where sequences is not given", int),
+    },
+)

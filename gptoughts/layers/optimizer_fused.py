@@ -1,0 +1,45 @@
+"""The whole AdamW update of a parameter group in one kernel instead of a dozen per parameter.
+
+It reads and writes each weight and moment once. It hurts nowhere that was measured; results differ from the plain loop in the last bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from gptoughts.layer import Engine, Evidence, Layer, Options, Sight, active, inactive
+
+FUSED = "aten::_fused_adamw_"
+UNFUSED = ("aten::addcdiv_", "aten::_foreach_addcdiv_")
+
+
+@contextmanager
+def apply(engine: Engine, options: Options) -> Iterator[None]:
+    """Build AdamW with torch's fused implementation over the recipe's groups."""
+    from gptoughts.optim import adamw
+
+    before, engine.optimizer = engine.optimizer, adamw(engine.bare, engine.recipe.optim, fused=True)
+    yield
+    engine.optimizer = before
+
+
+def verify(engine: Engine, sight: Sight, options: Options) -> Evidence:
+    """One fused call per parameter group, no unfused update, and weights that moved."""
+    groups = len(engine.optimizer.param_groups) if engine.optimizer else 0
+    fused, unfused = sight.calls(FUSED), sum(sight.operators[name].calls for name in UNFUSED if name in sight.operators)
+    if fused < max(1, groups) or unfused:
+        return inactive(f"{fused} fused updates for {groups} parameter groups, {unfused} unfused", fused=fused, groups=groups)
+    if not sight.weights_moved:
+        return inactive(f"{fused} fused updates ran and no weight moved", fused=fused, groups=groups)
+    return active(f"{fused} fused updates for {groups} parameter groups", fused=fused, groups=groups)
+
+
+LAYER = Layer(
+    name="fused",
+    slot="optimizer",
+    card=__doc__ or "",
+    apply=apply,
+    verify=verify,
+    changes_numerics=True,
+)

@@ -1,0 +1,72 @@
+"""Matmuls and attention in bfloat16, weights and optimiser state in float32: half the memory traffic, twice the rate or more.
+
+Softmax, norms and the loss stay in float32 (torch's autocast rules). It hurts on processors without bf16 units, where it is emulated,
+and on small models, where the casts cost more than the matmuls save.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from gptoughts.layer import Case, Engine, Evidence, Layer, Options, Reason, Sight, active, cannot, inactive, would_not_pay
+
+BF16_CPU = ("avx512_bf16", "amx_bf16", "bf16")
+MATMULS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
+SMALLEST_CPU_WIDTH = 256
+
+
+def fits(case: Case, options: Options) -> Iterator[Reason]:
+    """Units that multiply bf16, and on a CPU a model wide enough to fill them."""
+    least = case.machine.least_capability()
+    if case.on_gpu and (least is None or least < (8, 0)):
+        yield cannot(f"needs compute capability 8.0, found {f'{least[0]}.{least[1]}' if least else 'unknown'}")
+    if case.on_gpu:
+        return
+    if not set(BF16_CPU) & set(case.machine.cpu.instruction_sets):
+        yield would_not_pay("this CPU has no bf16 unit and would emulate it", "torch's documentation of CPU autocast")
+    elif case.facts.width is not None and case.facts.width < SMALLEST_CPU_WIDTH:
+        yield would_not_pay(
+            f"width {case.facts.width} is below {SMALLEST_CPU_WIDTH}, where casts cost what matmuls save on a CPU",
+            "docs/measurements/cpu/step.json",
+        )
+
+
+@contextmanager
+def apply(engine: Engine, options: Options) -> Iterator[None]:
+    """Autocast around training and evaluation forwards. Factories, so that every step enters a fresh context."""
+    import torch
+
+    def autocast() -> torch.autocast:
+        return torch.autocast(engine.device.type, dtype=torch.bfloat16)
+
+    undo = [engine.wrap_context(verb, autocast) for verb in ("forward_context", "eval_context")]
+    yield
+    for back in undo:
+        back()
+
+
+def verify(engine: Engine, sight: Sight, options: Options) -> Evidence:
+    """The dtypes that went into every matmul of the watched step."""
+    low = full = 0
+    for name in MATMULS:
+        operator = sight.operators.get(name)
+        for dtypes in operator.input_dtypes if operator else ():
+            floating = [dtype for dtype in dtypes if dtype in ("c10::BFloat16", "float", "c10::Half")]
+            low += all(dtype == "c10::BFloat16" for dtype in floating)
+            full += any(dtype == "float" for dtype in floating)
+    if full or not low:
+        return inactive(f"{full} of {low + full} kinds of matmul took float32", bf16=low, fp32=full)
+    return active(f"all {low} kinds of matmul took bf16", bf16=low, fp32=full)
+
+
+LAYER = Layer(
+    name="bf16",
+    slot="precision",
+    card=__doc__ or "",
+    apply=apply,
+    verify=verify,
+    fits=fits,
+    wraps=("forward_context", "eval_context"),
+    changes_numerics=True,
+)

@@ -1,0 +1,90 @@
+"""Keeps one activation per block and computes the rest again in the backward: memory falls with depth, a third more compute.
+
+It buys a larger micro-batch or a longer context on a full GPU, and hurts wherever the activations would have fitted.
+Source: Chen et al. 2016, Training Deep Nets with Sublinear Memory Cost; `torch.utils.checkpoint`, non-reentrant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from gptoughts.layer import Case, Engine, Evidence, Layer, Options, Reason, Sight, active, cannot, inactive, would_not_pay
+
+ATTENTION = ("_scaled_dot_product_",)
+ACTIVATION_BYTES_PER_UNIT = 34  # per token, width and block with 16-bit activations: Korthikanti et al. 2022, section 4
+MEMORY_SHARE = 0.6
+
+
+def fits(case: Case, options: Options) -> Iterator[Reason]:
+    """Pays only where the activations of a micro-batch would not fit."""
+    facts = case.facts
+    if facts.family is None:
+        yield cannot("needs a model of a known family, whose blocks are known before it is built")
+        return
+    sizes = [gpu.memory_bytes for gpu in case.machine.gpus] if case.on_gpu else [case.machine.memory_bytes]
+    known = [size for size in sizes if size]
+    if facts.sequence_length is None or facts.width is None or facts.depth is None or not known:
+        return
+    # The micro-batch is chosen in a later slot, so one sequence is the least that must fit.
+    need = facts.sequence_length * facts.width * facts.depth * ACTIVATION_BYTES_PER_UNIT
+    if need < MEMORY_SHARE * min(known):
+        yield would_not_pay(
+            f"activations of one sequence take about {need / 2**30:.1f} GiB of {min(known) / 2**30:.0f} GiB", "Korthikanti et al. 2022"
+        )
+
+
+@contextmanager
+def apply(engine: Engine, options: Options) -> Iterator[None]:
+    """Run each block's forward under a checkpoint while gradients are recorded."""
+    import torch
+    from torch.utils.checkpoint import checkpoint
+
+    def checkpointed(forward):  # type: ignore[no-untyped-def]
+        def run(*arguments, **keywords):  # type: ignore[no-untyped-def]
+            if not torch.is_grad_enabled():
+                return forward(*arguments, **keywords)
+            return checkpoint(forward, *arguments, use_reentrant=False, **keywords)
+
+        return run
+
+    for block in engine.blocks.values():
+        block.forward = checkpointed(block.forward)  # on the instance: the class and the parameter names stay
+    yield
+    for block in engine.blocks.values():
+        del block.forward
+
+
+def verify(engine: Engine, sight: Sight, options: Options) -> Evidence:
+    """Attention ran forward twice per block and micro-batch. Hooks cannot tell under compile, operators can."""
+    once = sight.blocks * sight.micro_batches
+    ran = sum(op.calls for name, op in sight.operators.items() if _forward_attention(name))
+    if ran == 0:  # attention written out: the softmax over scores stands for it
+        ran = sum(op.calls for name, op in sight.operators.items() if name == "aten::_softmax")
+    if ran == 0:
+        return unproven_without_attention(sight)
+    if ran < 2 * once:
+        return inactive(f"attention ran forward {ran} times, recomputation makes it {2 * once}", ran=ran, expected=2 * once)
+    return active(f"attention ran forward {ran} times in {once} block forwards", ran=ran, expected=2 * once)
+
+
+def unproven_without_attention(sight: Sight) -> Evidence:
+    """Compiled attention that is written out leaves no operator to count."""
+    from gptoughts.layer import unproven
+
+    return unproven("no attention operator to count: written-out attention was compiled away")
+
+
+def _forward_attention(name: str) -> bool:
+    # The dispatcher's outer operator calls the backend's, which begins with an underscore: count the inner one only.
+    return name.startswith("aten::_scaled_dot_product_") and "backward" not in name
+
+
+LAYER = Layer(
+    name="recompute-blocks",
+    slot="recompute",
+    card=__doc__ or "",
+    apply=apply,
+    verify=verify,
+    fits=fits,
+)

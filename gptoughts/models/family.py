@@ -1,0 +1,222 @@
+"""The port that every architecture offers: how it is built, where its parts are, and how its weights begin.
+
+Whoever speeds a model up or fills it asks here and never looks into a model by name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn as nn
+
+from gptoughts.config import ModelConfig
+from gptoughts.errors import ConfigError, nearest
+from gptoughts.models.fusion import Site, gpt_sites
+from gptoughts.models.gpt import GPT, Attention, AttentionFunction
+
+Undo = Callable[[], None]
+
+GPT2_STD = 0.02
+
+
+@dataclass(frozen=True)
+class Initial:
+    """How one parameter begins: normal with mean 0 and `std`, all ones, or all zeros."""
+
+    kind: Literal["normal", "ones", "zeros"]
+    std: float = 0.0
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture, as the rest of the house sees it. A port that is None is not offered.
+
+    build            (config, embedding rows, sequence length) -> model; call it under torch.device("meta")
+    blocks           model -> {name: repeated block}, in order; empty where none were found
+    tied             model -> [(alias, owner)], by the recipe and so also where allocation untied them
+    retie            makes each alias the owner's Parameter again
+    buffers          (model, device) -> writes the buffers that no checkpoint holds
+    attentions       model -> {name: attention module}
+    set_attention    (model, function) -> undo; function(query, key, value, causal) as `gpt.math_attention`
+    head             model -> the module called as head(hidden, labels) -> loss sum, with a replaceable `loss`
+    initial          (name, full shape, config) -> how that parameter begins
+    sites            model -> places that a fused norm-and-projection module can take over
+    """
+
+    name: str
+    build: Callable[[ModelConfig, int, int], nn.Module]
+    blocks: Callable[[nn.Module], dict[str, nn.Module]]
+    tied: Callable[[nn.Module], list[tuple[str, str]]]
+    retie: Callable[[nn.Module], None]
+    buffers: Callable[[nn.Module, torch.device], None]
+    attentions: Callable[[nn.Module], dict[str, nn.Module]] | None = None
+    set_attention: Callable[[nn.Module, AttentionFunction], Undo] | None = None
+    head: Callable[[nn.Module], nn.Module] | None = None
+    initial: Callable[[str, Sequence[int], ModelConfig], Initial] | None = None
+    sites: Callable[[nn.Module], list[Site]] | None = None
+
+
+# --- how weights begin
+
+
+def draw(seed: int, name: str, shape: Sequence[int], initial: Initial) -> torch.Tensor:
+    """The first value of parameter `name`, fp32 on the CPU: a pure function of (seed, name, full shape, initial).
+
+    Every rank draws the whole tensor and keeps its slice, so one rank, DDP and FSDP start from the same bits. Drawn in
+    fp64 and rounded, because torch's fp32 normals differ in the last bits between instruction sets (AVX2 and none);
+    about 30 ns an element.
+    """
+    if initial.kind == "ones":
+        return torch.ones(tuple(shape), device="cpu")
+    if initial.kind == "zeros":
+        return torch.zeros(tuple(shape), device="cpu")
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    normal = torch.randn(tuple(shape), generator=generator, dtype=torch.float64, device="cpu")
+    return normal.mul_(initial.std).float()
+
+
+def initialise(model: nn.Module, family: Family, config: ModelConfig, seed: int) -> None:
+    """Fill a whole, real model in place with `draw`, and make its ties and buffers good. Not for sharded models."""
+    if family.initial is None:
+        raise ConfigError(f"the {family.name} family has no initial weights; pass a model that is initialised")
+    family.retie(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(draw(seed, name, parameter.shape, family.initial(name, parameter.shape, config)))
+    family.buffers(model, next(model.parameters()).device)
+
+
+# --- the native GPT
+
+
+def gpt_initial(name: str, shape: Sequence[int], config: ModelConfig) -> Initial:
+    """As GPT-2 (Radford et al. 2019): normal 0.02, less by 1/sqrt(2 depth) where a branch joins the residual stream.
+
+    The modern form keeps it (OLMo 2 and nanoGPT do). Norms begin at one, biases at zero.
+    """
+    *_, module, kind = name.split(".")
+    if kind == "bias":
+        return Initial("zeros")
+    if module in ("norm", "norm1", "norm2", "query_norm", "key_norm"):
+        return Initial("ones")
+    if module in ("out", "down"):
+        return Initial("normal", GPT2_STD / math.sqrt(2 * config.depth))
+    if module in ("embed", "positions", "head", "qkv", "up", "gate_up"):
+        return Initial("normal", GPT2_STD)
+    raise ConfigError(f"the gpt family has no parameter {name!r} and cannot say how it begins")
+
+
+def _gpt(model: nn.Module) -> GPT:
+    if not isinstance(model, GPT):
+        raise TypeError(f"the gpt family was given a {type(model).__name__}")
+    return model
+
+
+def _gpt_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    return {f"blocks.{index}": block for index, block in enumerate(_gpt(model).blocks)}
+
+
+def _gpt_tied(model: nn.Module) -> list[tuple[str, str]]:
+    return [("head.weight", "embed.weight")] if _gpt(model).config.tied else []
+
+
+def _gpt_attentions(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, Attention)}
+
+
+def _gpt_set_attention(model: nn.Module, function: AttentionFunction) -> Undo:
+    before = [(module, module.attend) for module in model.modules() if isinstance(module, Attention)]
+    for module, _ in before:
+        module.attend = function
+
+    def undo() -> None:
+        for module, old in before:
+            module.attend = old
+
+    return undo
+
+
+FAMILIES: dict[str, Family] = {
+    "gpt": Family(
+        name="gpt",
+        build=GPT,
+        blocks=_gpt_blocks,
+        tied=_gpt_tied,
+        retie=lambda model: _gpt(model).tie(),
+        buffers=lambda model, device: _gpt(model).build_buffers(device),
+        attentions=_gpt_attentions,
+        set_attention=_gpt_set_attention,
+        head=lambda model: _gpt(model).head,
+        initial=gpt_initial,
+        sites=gpt_sites,
+    ),
+}
+
+
+def family_of(name: str) -> Family:
+    """The family that a recipe names; ConfigError with the nearest name where there is none."""
+    if name not in FAMILIES:
+        raise ConfigError(f"model.family = {name!r} is unknown; known: {', '.join(FAMILIES)}{nearest(name, FAMILIES)}")
+    return FAMILIES[name]
+
+
+# --- a model of the user's own
+
+
+def custom_family(model: nn.Module) -> Family:
+    """What can be told of a user's own module: its ties and repeated blocks. No attention, head or initial port.
+
+    Blocks are the longest nn.ModuleList or nn.Sequential of at least two children of one class.
+    """
+    blocks = repeated_blocks(model)
+    ties = shared_parameters(model)
+    return Family(
+        name="custom",
+        build=lambda config, vocab_size, sequence_length: model,
+        blocks=lambda _: dict(blocks),
+        tied=lambda _: list(ties),
+        retie=lambda given: _retie(given, ties),
+        buffers=_refuse_meta_buffers,
+    )
+
+
+def repeated_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """Name -> child of the longest list of same-class children in `model`, the outermost of equally long ones."""
+    longest: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList | nn.Sequential):
+            continue
+        children = {f"{name}.{key}" if name else key: child for key, child in module.named_children()}
+        same_class = len({type(child) for child in children.values()}) == 1
+        if same_class and len(children) > max(1, len(longest)):
+            longest = children
+    return longest
+
+
+def shared_parameters(model: nn.Module) -> list[tuple[str, str]]:
+    """(alias, owner) of every Parameter that has more than one name; the owner is the name met first."""
+    owners: dict[int, str] = {}
+    aliases = []
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owner = owners.setdefault(id(parameter), name)
+        if owner != name:
+            aliases.append((name, owner))
+    return aliases
+
+
+def _retie(model: nn.Module, ties: list[tuple[str, str]]) -> None:
+    for alias, owner in ties:
+        module, _, attribute = alias.rpartition(".")
+        setattr(model.get_submodule(module), attribute, model.get_parameter(owner))
+
+
+def _refuse_meta_buffers(model: nn.Module, device: torch.device) -> None:
+    empty = [name for name, buffer in model.named_buffers() if buffer.is_meta]
+    if empty:
+        raise ConfigError(f"buffers of your own model have no values: {', '.join(empty)}; build it on a real device")

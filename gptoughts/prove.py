@@ -1,0 +1,136 @@
+"""Watches one real training step and asks every layer what it saw of itself. What was planned and is not active stops the run."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from gptoughts.engine import Engine
+from gptoughts.errors import LayerError
+from gptoughts.layer import Evidence, Layer, Operator, Sight, Status
+from gptoughts.plan import Plan
+
+COMPILED_REGION = "Torch-Compiled Region"
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One line of the evidence: what was asked for and what the watched step showed."""
+
+    slot: str
+    layer: str
+    evidence: Evidence
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "slot": self.slot,
+            "layer": self.layer,
+            "status": str(self.evidence.status),
+            "proof": self.evidence.text,
+            "figures": dict(self.evidence.figures),
+        }
+
+
+@dataclass
+class _Trace:
+    calls: Counter[str] = field(default_factory=Counter)
+    dtypes: dict[str, set[tuple[str, ...]]] = field(default_factory=lambda: defaultdict(set))
+    kernels: Counter[str] = field(default_factory=Counter)
+    regions: int = 0
+    copy_streams: set[int] = field(default_factory=set)
+
+
+def warm_steps(plan: Plan, catalog: Mapping[str, Layer]) -> int:
+    """Updates to let pass before the watched one: the most that any planned layer asks for."""
+    return max(catalog[choice.layer].warm_steps for choice in plan.choices)
+
+
+def watch(engine: Engine, one_step: Callable[[], None]) -> Sight:
+    """Run one real training step under the profiler. Returns what was seen; whether it made an update stands in it."""
+    sums, counted, began = checksums(engine), vars(engine.counters).copy(), perf_counter()
+    with _profiled(engine) as trace:
+        one_step()
+        if engine.device.type == "cuda":
+            torch.cuda.synchronize(engine.device)
+    seconds = perf_counter() - began
+    counters = engine.counters
+    moved = any(before != after for before, after in zip(sums, checksums(engine), strict=True))
+    return Sight(
+        operators={name: Operator(name, calls, tuple(sorted(trace.dtypes[name]))) for name, calls in trace.calls.items()},
+        kernels=dict(trace.kernels),
+        regions=trace.regions,
+        micro_batches=counters.micro_batches - counted["micro_batches"],
+        blocks=len(engine.blocks),
+        updated=counters.updates > counted["updates"],
+        weights_moved=moved,
+        step_seconds=seconds,
+        data_wait_seconds=counters.data_wait_seconds - counted["data_wait_seconds"],
+        memcpy_streams=len(trace.copy_streams),
+    )
+
+
+def checksums(engine: Engine) -> list[float]:
+    """One float64 sum per parameter: enough to tell whether a step moved it."""
+    sums = [parameter.detach().double().sum() for parameter in engine.parameters()]
+    return torch.stack(sums).tolist() if sums else []
+
+
+@contextmanager
+def _profiled(engine: Engine) -> Iterator[_Trace]:
+    """Fill a trace from torch's profiler. Its raw events are read because only they carry the dtypes of inputs."""
+    from torch.profiler import ProfilerActivity, profile
+
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if engine.device.type == "cuda" else [])
+    trace = _Trace()
+    with profile(activities=activities, record_shapes=True, acc_events=True) as profiler:
+        yield trace
+    assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
+    _read(profiler.profiler.kineto_results.events(), trace)
+
+
+def _read(events: Iterable[Any], trace: _Trace) -> None:
+    for event in events:
+        name = event.name()
+        if event.device_type() == torch.autograd.DeviceType.CPU:
+            trace.calls[name] += 1
+            trace.regions += name.startswith(COMPILED_REGION)
+            if name.startswith("aten::"):
+                trace.dtypes[name].add(tuple(event.dtypes()))
+        elif name.startswith("Memcpy HtoD"):
+            trace.copy_streams.add(event.device_resource_id())
+        else:
+            trace.kernels[name] += 1
+
+
+def evidence(engine: Engine, plan: Plan, catalog: Mapping[str, Layer], sight: Sight) -> list[Seen]:
+    """Every layer's own verdict on the watched step, in the order of slots."""
+    return [
+        Seen(choice.slot, choice.layer, catalog[choice.layer].verify(engine, sight, choice.options)) for choice in plan.choices
+    ]
+
+
+def demand(seen: list[Seen], strict: bool = False) -> None:
+    """Raise LayerError for every layer that was planned and not active; `strict` stops on unproven ones too."""
+    failing = [Status.INACTIVE, Status.UNPROVEN] if strict else [Status.INACTIVE]
+    lines = [f"  {line.slot}={line.layer}: {line.evidence.text}" for line in seen if line.evidence.status in failing]
+    if lines:
+        raise LayerError(
+            "planned and not active in the watched step\n" + "\n".join(lines) + "\n  try: --layer.SLOT with another layer; gptoughts layers"
+        )
+
+
+def table(seen: list[Seen]) -> str:
+    """asked | got | proof, without the baselines, which have nothing to prove."""
+    rows = [(f"{line.slot}={line.layer}", str(line.evidence.status), line.evidence.text) for line in seen if line.evidence.text != "baseline"]
+    rows = [("asked", "got", "proof"), *rows]
+    first, second = max(len(row[0]) for row in rows), max(len(row[1]) for row in rows)
+    return "\n".join(f"{row[0]:<{first}}  {row[1]:<{second}}  {row[2]}" for row in rows)

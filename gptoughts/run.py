@@ -1,0 +1,367 @@
+"""A whole run: data, engine, watched step, training, checkpoints, evidence. What `train` does, from the command line and from Python."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gptoughts import checkpoint, prove, resume
+from gptoughts.build import Initialisation, built, meta_model
+from gptoughts.callbacks import Evaluate, Log, Mfu, Sample, Save
+from gptoughts.config import Recipe, Resolved
+from gptoughts.data.batches import Batches, eval_batches, samples_in
+from gptoughts.data.shards import Shards
+from gptoughts.data.tokenize import prepare
+from gptoughts.distributed import Ranks, started
+from gptoughts.engine import Engine
+from gptoughts.errors import ConfigError, nearest
+from gptoughts.facts import ModelFacts, embedding_rows, flops_per_token
+from gptoughts.facts import of as facts_of
+from gptoughts.generate.autoregressive import generate
+from gptoughts.gpus import peaks
+from gptoughts.layer import Sight
+from gptoughts.machine import Machine, World
+from gptoughts.models.family import family_of
+from gptoughts.objectives import OBJECTIVES, Objective
+from gptoughts.optim import learning_rate
+from gptoughts.plan import Plan
+from gptoughts.plugins import Extensions
+from gptoughts.track.console import Console, Silent, count
+from gptoughts.track.folder import RunFolder
+from gptoughts.track.jsonl import Jsonl, attempts
+from gptoughts.track.picture import draw_losses
+from gptoughts.trainer import Progress, advance, call_back, train
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is to be run, all decided: recipe, plan, and where to write."""
+
+    resolved: Resolved
+    plan: Plan
+    machine: Machine
+    world: World
+    extensions: Extensions
+    folder: RunFolder
+    resume: str = "auto"
+    strict: bool = False
+    console: Console = field(default_factory=Console)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a run."""
+
+    progress: Progress
+    val_loss: float | None
+    unigram_entropy: float | None
+    """Entropy of the validation tokens' own distribution in nats: what a model without context could reach at best."""
+    sample: str
+    checkpoint: Path | None
+    out: Path
+    evidence: tuple[prove.Seen, ...]
+    stopped_by: int | None = None
+    """The signal that ended it early."""
+
+
+def device_of(machine: Machine, world: World) -> torch.device:
+    """This rank's GPU, or the CPU where the plan was made for one. Raises RuntimeError through torch where CUDA is broken."""
+    if not machine.gpus:
+        return torch.device("cpu")
+    device = torch.device("cuda", world.local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def execute(order: Order) -> Outcome:
+    """Run to the end, to a signal or to an error. Everything that was reached is on disk afterwards."""
+    recipe = order.resolved.recipe
+    with started(order.world, device_of(order.machine, order.world)) as ranks:
+        console = order.console if ranks.first else Silent()
+        ranks.same("the plan", order.plan.digest())
+        if ranks.first:
+            order.folder.lock()
+        try:
+            shards = _open_data(recipe, ranks)
+            return _Run(order, ranks, shards, console).execute()
+        finally:
+            order.folder.release()
+
+
+def _open_data(recipe: Recipe, ranks: Ranks) -> Shards:
+    """The first rank tokenises; the others wait and then find the result."""
+    if ranks.first:
+        prepare(recipe.data)
+    ranks.barrier()
+    return Shards.open(prepare(recipe.data))
+
+
+class _Run:
+    """The parts of one run that its steps share."""
+
+    def __init__(self, order: Order, ranks: Ranks, shards: Shards, console: Console) -> None:
+        self.order, self.ranks, self.shards, self.console = order, ranks, shards, console
+        self.recipe, self.out = order.resolved.recipe, order.folder.out
+        self.tokenizer = shards.tokenizer()
+        rows = embedding_rows(self.recipe.model, self.tokenizer.vocab_size)
+        assert rows is not None
+        self.rows = rows
+        self.facts = facts_of(self.recipe.model, self.recipe.data.sequence_length, self.tokenizer.vocab_size)
+        self.family = order.extensions.families.get(self.recipe.model.family) or family_of(self.recipe.model.family)
+        self.total_steps = self._total_steps()
+        self.signal: int | None = None
+        self.seen: tuple[prove.Seen, ...] = ()
+
+    def execute(self) -> Outcome:
+        now = resume.circumstances(self.order.resolved, self.order.plan, self.rows)
+        origin, skipped = resume.find(self.order.folder, self.order.resume)
+        if origin is not None:
+            resume.check_shape(origin, now)
+        progress = origin.progress if origin else Progress()
+        batches = self._batches(progress)
+        self._record_start(origin, skipped, now)
+        model = meta_model(self.recipe, self.family, self.rows)
+        source = checkpoint.Weights(origin.folder) if origin else Initialisation(self.family, self.recipe.model, self.recipe.seed)
+        objective = self._objective()
+        order = self.order
+        with built(model, self.family, objective, self.recipe, order.plan, order.extensions.catalog, self.ranks, iter(batches), source) as engine:
+            if origin is not None:
+                checkpoint.restore(engine, origin.folder)
+                if self._finished(progress):
+                    self.console.say(f"run {order.folder.name} is complete at step {progress.step}; for more: --train.steps N")
+                    return self._outcome(progress, None, origin.folder)
+            with self._signals():
+                return self._train(engine, progress, now)
+
+    # Before the first step.
+
+    def _objective(self) -> Objective:
+        known = {**OBJECTIVES, **self.order.extensions.objectives}
+        name = self.recipe.objective
+        if name not in known:
+            raise ConfigError(f"objective = {name!r} is unknown{nearest(name, known)}; known: {', '.join(known)}")
+        return known[name]()
+
+    def _total_steps(self) -> int | None:
+        """Length in updates; None where the recipe counts hours."""
+        length, per_step = self.recipe.train, self.recipe.train.global_batch
+        if length.steps is not None:
+            return length.steps
+        if length.tokens is not None:
+            return math.ceil(length.tokens / (per_step * self.recipe.data.sequence_length))
+        if length.epochs is not None:
+            samples = samples_in(len(self.shards.split("train")), self.recipe.data.sequence_length)
+            return max(1, math.ceil(length.epochs * samples / per_step))
+        return None
+
+    def _batches(self, progress: Progress) -> Batches:
+        world = self.order.world
+        return Batches(
+            self.shards.split("train"),
+            self.recipe.data.sequence_length,
+            self.recipe.train.global_batch,
+            self.recipe.seed,
+            world.rank,
+            world.world_size,
+            progress.cursor,
+            vocab_size=self.rows,
+        )
+
+    def _record_start(self, origin: resume.Origin | None, skipped: list[str], now: Mapping[str, Any]) -> None:
+        metrics = self.out / "metrics.jsonl"
+        self.attempt = attempts(metrics) + 1 if self.ranks.first else 1
+        if not self.ranks.first:
+            return
+        checkpoint.clean(self.order.folder.checkpoints)
+        (self.out / "plan.json").write_text(json.dumps(self.order.plan.to_json(), indent=1) + "\n", encoding="utf-8")
+        (self.out / "recipe.toml").write_text(self.order.resolved.to_toml(), encoding="utf-8")
+        say = self.console.say
+        parameters = f"{count(self.facts.parameters)} parameters" if self.facts.parameters else "parameters n/a"
+        say(f"model {self.facts.family}, {parameters}; data {self.shards.folder}: {count(len(self.shards.split('train')))} tokens")
+        for line in skipped:
+            say(f"note: {line}")
+        if origin is not None:
+            differing = resume.changes(origin, now)
+            exact = not differing and not self.order.plan.not_repeatable
+            say(f"resumes from {origin.folder}" + (", bit for bit" if exact else "; no longer bit for bit (old | new):" if differing else ""))
+            for line in differing:
+                say(f"  {line}")
+
+    # Training.
+
+    def _train(self, engine: Engine, progress: Progress, now: Mapping[str, Any]) -> Outcome:
+        sinks = [Jsonl(self.out / "metrics.jsonl", self.attempt)] if self.ranks.first else []
+        evaluate = Evaluate(self.recipe.eval.every, self._eval_batches, sinks, self.console) if "val" in self.shards.index.splits else None
+        sample = Sample(self.recipe.sample.every, self._write_sample, self.console)
+        writer = checkpoint.Writer(self.order.folder.checkpoints, self.recipe.save.keep, self.recipe.save.keep_best) if self.ranks.first else None
+        evaluated = (lambda: evaluate.result) if evaluate else (lambda: None)
+        take = self._take(now, evaluated)
+        save = Save(self.recipe.save.every, writer, take, evaluated)
+        log = Log(self.recipe.log.every, sinks, self.console, self._mfu(), self.total_steps, self._remaining)
+        log.start(progress, engine)
+        callbacks = [log, *([evaluate] if evaluate else []), save, sample]
+        try:
+            progress = self._watched(engine, progress, callbacks)
+            if self.signal is None:
+                progress = train(engine, progress, self._finished, self._rate, callbacks, self._stop)
+        finally:
+            if writer is not None:
+                writer.wait()
+            for sink in sinks:
+                sink.close()
+        if self.ranks.first:
+            draw_losses(self.out / "metrics.jsonl", self.out / "loss.png", self.order.folder.name)
+        newest = checkpoint.newest(self.order.folder.checkpoints)[0]
+        return self._outcome(progress, evaluate.result if evaluate else None, newest, sample.text)
+
+    def _watched(self, engine: Engine, progress: Progress, callbacks: list[Any]) -> Progress:
+        """Warm up, watch one real step, and stop the run where a planned layer was not seen."""
+        warm = progress.step + prove.warm_steps(self.order.plan, self.order.extensions.catalog)
+        progress = train(engine, progress, self._finished, self._rate, callbacks, self._stop, pause=lambda now: now.step >= warm)
+        if self._finished(progress) or self.signal is not None:
+            return progress
+
+        while True:
+            held: list[Any] = []
+            sight = prove.watch(engine, lambda: held.extend(advance(engine, progress, self._rate)))  # noqa: B023
+            progress, stats = held
+            stopped = self._stop(progress)
+            if sight.updated:
+                self._judge(engine, progress, sight)
+            call_back(engine, progress, stats, callbacks, last=stopped or self._finished(progress))
+            if sight.updated or stopped:
+                return progress
+
+    def _judge(self, engine: Engine, progress: Progress, sight: Sight) -> None:
+        """Record what the watched step showed; stop where a planned layer was not seen."""
+        seen = prove.evidence(engine, self.order.plan, self.order.extensions.catalog, sight)
+        if self.ranks.first:
+            record = {"step": progress.step, "attempt": self.attempt, "layers": [line.to_json() for line in seen]}
+            (self.out / "evidence.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        self.console.say(f"watched step {progress.step}\n{prove.table(seen)}")
+        prove.demand(seen, self.order.strict)
+        self.seen = tuple(seen)
+
+    def _finished(self, progress: Progress) -> bool:
+        if self.total_steps is not None:
+            return progress.step >= self.total_steps
+        assert self.recipe.train.hours is not None
+        return self.ranks.any(progress.seconds >= self.recipe.train.hours * 3600)
+
+    def _rate(self, progress: Progress) -> float:
+        optim = self.recipe.optim
+        if self.total_steps is not None:
+            # The last update has done = 1, so that the schedule ends where the recipe says.
+            last = max(1, self.total_steps - 1)
+            return learning_rate(optim, progress.step, progress.step / last, min(1.0, optim.warmup_steps / last))
+        assert self.recipe.train.hours is not None
+        # Clocks differ between ranks and rates must not.
+        seconds = float(self.ranks.sum(progress.seconds)) / self.ranks.size
+        return learning_rate(optim, progress.step, seconds / (self.recipe.train.hours * 3600))
+
+    def _remaining(self, progress: Progress) -> float | None:
+        """Seconds of steps left, at the run's own mean speed."""
+        if self.total_steps is None:
+            return max(0.0, (self.recipe.train.hours or 0.0) * 3600 - progress.seconds)
+        return progress.seconds / progress.step * (self.total_steps - progress.step) if progress.step else None
+
+    def _stop(self, progress: Progress) -> bool:
+        if self.ranks.size == 1:
+            return self.signal is not None
+        return progress.step % 10 == 0 and self.ranks.any(self.signal is not None)
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """The first SIGINT or SIGTERM ends the run after the step, with a checkpoint; the second interrupts at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def note(number: int, frame: Any) -> None:
+            if self.signal is not None:
+                raise KeyboardInterrupt
+            self.signal = number
+
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    # What callbacks need.
+
+    def _eval_batches(self) -> Iterator[Any]:
+        world, recipe = self.order.world, self.recipe
+        return eval_batches(
+            self.shards.split("val"),
+            recipe.data.sequence_length,
+            recipe.train.global_batch,
+            world.rank,
+            world.world_size,
+            recipe.eval.batches,
+            vocab_size=self.rows,
+        )
+
+    def _write_sample(self, engine: Engine) -> str:
+        if not self.ranks.first:
+            return ""
+        ask = self.recipe.sample
+        # Every length of text would be another graph, so compiled blocks run as they were written.
+        with engine.eval_context(), torch.compiler.set_stance("force_eager"):
+            written = generate(
+                engine.bare,  # type: ignore[arg-type]
+                self.tokenizer,
+                [ask.prompt],
+                ask.tokens,
+                ask.temperature,
+                ask.top_k,
+                seed=self.recipe.seed,
+            )
+        return ask.prompt + written[0]
+
+    def _take(self, now: Mapping[str, Any], evaluated: Callable[[], tuple[int, float] | None]) -> Callable[..., checkpoint.Snapshot]:
+        documents = {"plan.json": json.dumps(self.order.plan.to_json(), indent=1), "recipe.toml": self.order.resolved.to_toml()}
+
+        def take(engine: Engine, progress: Progress) -> checkpoint.Snapshot:
+            newest = evaluated()
+            val_loss = newest[1] if newest and newest[0] == progress.step else None
+            state = resume.state_of(progress, now, self.order.plan, self.attempt, val_loss)
+            folders = {"tokenizer": self.shards.folder / "tokenizer"}
+            return checkpoint.snapshot(engine, progress.step, state, documents, folders)
+
+        return take
+
+    def _mfu(self) -> Mfu:
+        return mfu_of(self.facts, self.order.machine, self.ranks.size, self.console)
+
+    def _outcome(
+        self, progress: Progress, evaluated: tuple[int, float] | None, saved: Path | None, sample: str = ""
+    ) -> Outcome:
+        splits = self.shards.index.splits
+        entropy = splits["val"].unigram_entropy if "val" in splits else None
+        return Outcome(progress, evaluated[1] if evaluated else None, entropy, sample, saved, self.out, self.seen, self.signal)
+
+
+def mfu_of(facts: ModelFacts, machine: Machine, ranks: int, console: Console) -> Mfu:
+    """Tokens per second (all ranks) -> model FLOPs utilisation, or None where model or peak is not known. Says its formula once."""
+    flops = flops_per_token(facts)
+    gpu = machine.gpus[0] if machine.gpus else None
+    peak = peaks(gpu.name, gpu.memory_bytes) if gpu else None
+    if flops is None or peak is None or peak.bf16_tflops is None:
+        console.say("MFU n/a: " + ("the peak of a CPU is not known" if gpu is None else f"no peak is known for {gpu.name}"))
+        return lambda speed: None
+    tflops = peak.bf16_tflops
+    console.say(f"MFU = (6N + 12LCT) x tok/s / {tflops} TFLOP/s, dense bf16 ({peak.source})")
+    return lambda speed: flops * speed / (tflops * 1e12 * ranks)
+
+

@@ -1,0 +1,68 @@
+"""What a run says while it trains: a live line on a terminal, plain lines in a log."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, TextIO
+
+
+class Console:
+    """Prints rows as they come. On a terminal the newest row stays at the bottom, elsewhere each is a line of its own."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stdout
+        self._live = self._stream.isatty()
+        self._open = False
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        self._clear()
+        print(text, file=self._stream, flush=True)
+
+    def row(self, text: str) -> None:
+        """The state of the run: replaced by the next row on a terminal, kept in a log."""
+        if self._live:
+            self._clear()
+            print(text, end="", file=self._stream, flush=True)
+            self._open = True
+        else:
+            print(text, file=self._stream, flush=True)
+
+    def _clear(self) -> None:
+        if self._open:
+            print("\r\x1b[2K", end="", file=self._stream)
+            self._open = False
+
+
+class Silent(Console):
+    """Says nothing: for ranks that do not write."""
+
+    def say(self, text: str) -> None:
+        """Nothing."""
+
+    def row(self, text: str) -> None:
+        """Nothing."""
+
+
+def duration(seconds: float) -> str:
+    """`7 s`, `3 min 20 s`, `2 h 05 min`."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 100:
+        return f"{minutes} min {rest:02d} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min"
+
+
+def count(value: float) -> str:
+    """`950`, `12.3 k`, `4.56 M`, `1.2 B`."""
+    for limit, word in ((1e9, " B"), (1e6, " M"), (1e4, " k")):
+        if value >= limit:
+            return f"{value / (1e3 if word == ' k' else limit):.3g}{word}"
+    return f"{value:.0f}"
+
+
+def share(value: Any) -> str:
+    """A share in per cent, or n/a where it is not known."""
+    return "n/a" if value is None else f"{100 * value:.1f} %"

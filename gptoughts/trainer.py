@@ -1,0 +1,125 @@
+"""The loop. It pulls a batch, calls the engine's verbs, and lets callbacks look; it knows no optimisation by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from time import perf_counter
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from gptoughts.engine import Engine
+from gptoughts.optim import set_rate
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is. Everything that the loop needs to go on, and nothing else."""
+
+    step: int = 0
+    """Updates of the weights."""
+    tokens: int = 0
+    """Tokens consumed, over all ranks."""
+    seconds: float = 0.0
+    """Time spent in steps; callbacks are not counted."""
+    cursor: Any = None
+    """What the batches resume from."""
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """What one step gave. Tensors stay on the device: nobody waits for them here."""
+
+    loss_sum: Tensor
+    """Summed loss of this rank."""
+    weight: Tensor
+    """Weight of the loss, over all ranks."""
+    grad_norm: Tensor
+    updated: bool
+    tokens: int
+    cursor: Any
+    rate: float
+
+
+class Callback(Protocol):
+    """What happens between steps: log, evaluate, sample, save."""
+
+    def due(self, step: int, last: bool) -> bool:
+        """Whether to run after update `step`."""
+
+    def run(self, engine: Engine, progress: Progress, stats: StepStats, last: bool) -> None:
+        """Look at, or save, what the run has reached."""
+
+
+def train_step(engine: Engine, rate: float) -> StepStats:
+    """One update from one global batch: forward and backward per micro-batch, clip, step.
+
+    The loss is the sum over all micro-batches and ranks divided by the sum of their weights. Ranks average gradients, hence the
+    factor of their number.
+    """
+    batch, cursor = engine.next_batch()
+    weight = engine.ranks.sum(engine.objective.weight(batch))
+    scale = engine.ranks.size / weight.clamp(min=1.0)
+    micro_batches = engine.micro_batches(batch)
+    loss_sum = torch.zeros((), device=engine.device)
+    for index, micro_batch in enumerate(micro_batches):
+        with engine.grad_sync(index == len(micro_batches) - 1):
+            with engine.forward_context():
+                loss = engine.objective(engine.model, micro_batch)
+            engine.backward(loss * scale)
+        loss_sum += loss.detach()
+    grad_norm = engine.clip()
+    if engine.optimizer is not None:
+        set_rate(engine.optimizer, rate)
+    updated = engine.step()
+    engine.counters.micro_batches += len(micro_batches)
+    engine.counters.updates += updated
+    tokens = engine.objective.tokens(batch) * engine.ranks.size
+    return StepStats(loss_sum, weight, grad_norm, updated, tokens, cursor, rate)
+
+
+def advance(engine: Engine, progress: Progress, schedule: Callable[[Progress], float]) -> tuple[Progress, StepStats]:
+    """One step from `progress`. Returns where the run stands then."""
+    began = perf_counter()
+    stats = train_step(engine, schedule(progress))
+    reached = replace(
+        progress,
+        step=progress.step + stats.updated,
+        tokens=progress.tokens + stats.tokens,
+        seconds=progress.seconds + perf_counter() - began,
+        cursor=stats.cursor,
+    )
+    return reached, stats
+
+
+def call_back(engine: Engine, progress: Progress, stats: StepStats, callbacks: Sequence[Callback], last: bool) -> None:
+    """Run the callbacks that are due after this step; the model is in training mode afterwards."""
+    for callback in callbacks:
+        if callback.due(progress.step, last):
+            callback.run(engine, progress, stats, last)
+            engine.model.train()
+
+
+def train(
+    engine: Engine,
+    progress: Progress,
+    finished: Callable[[Progress], bool],
+    schedule: Callable[[Progress], float],
+    callbacks: Sequence[Callback] = (),
+    stop: Callable[[Progress], bool] = lambda progress: False,
+    pause: Callable[[Progress], bool] = lambda progress: False,
+) -> Progress:
+    """Run from `progress` until `finished`, `stop` or `pause` says so. Returns the progress reached.
+
+    The first two end the run: callbacks are told that the step was the last. A pause is for whoever wants to look in between.
+    """
+    engine.model.train()
+    while not (finished(progress) or pause(progress)):
+        progress, stats = advance(engine, progress, schedule)
+        stopped = stop(progress)
+        call_back(engine, progress, stats, callbacks, last=stopped or finished(progress))
+        if stopped:
+            break
+    return progress

@@ -1,0 +1,34 @@
+"""Small models that every test here may build."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from gptoughts.config import ModelConfig
+from gptoughts.models.family import family_of, initialise
+from gptoughts.models.gpt import GPT
+
+GPT2 = {"norm": "layernorm", "positions": "learned", "mlp": "gelu", "qk_norm": False, "bias": True}
+MODERN = {"kv_heads": 2}
+
+MakeModel = Callable[..., GPT]
+
+
+@pytest.fixture
+def make_model() -> MakeModel:
+    """make_model(rows=96, sequence_length=16, seed=0, **config) -> an initialised GPT, in evaluation mode."""
+
+    def make(rows: int = 96, sequence_length: int = 16, seed: int = 0, **words: Any) -> GPT:
+        config = ModelConfig(**{"depth": 2, "width": 32, "heads": 4, **words})
+        model = GPT(config, rows, sequence_length)
+        initialise(model, family_of("gpt"), config, seed)
+        return model.eval()
+
+    return make
+
+
+@pytest.fixture(params=[GPT2, MODERN], ids=["gpt2", "modern"])
+def form(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """The words of each of the two forms."""
+    return dict(request.param)
