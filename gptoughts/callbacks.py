@@ -182,7 +182,9 @@ class Save:
         """Copy the state, hand it to the writer. Refuses weights after a loss or gradient that is not finite."""
         finite = bool(torch.isfinite(stats.grad_norm).item()) and bool(torch.isfinite(stats.loss_sum).item())
         if not finite:
-            raise RunError(f"step {progress.step}: the gradient is not finite; no checkpoint is written, those from before are whole")
+            raise RunError(
+                f"step {progress.step}: the gradient is not finite; no checkpoint is written, those from before are whole"
+            )
         if self.writer is None:
             return
         newest = self.evaluated()

@@ -43,7 +43,9 @@ class Snapshot:
     """Name in the checkpoint -> folder to copy, such as the tokenizer's."""
 
 
-def snapshot(engine: Engine, step: int, state: Mapping[str, Any], documents: Mapping[str, str], folders: Mapping[str, Path]) -> Snapshot:
+def snapshot(
+    engine: Engine, step: int, state: Mapping[str, Any], documents: Mapping[str, str], folders: Mapping[str, Path]
+) -> Snapshot:
     """Copy weights, optimiser, generators and layers' memory. `state` is the caller's own JSON, kept under `run`."""
     weights = {name: _host(parameter) for name, parameter in engine.bare.named_parameters()}
     weights |= {name: _host(buffer) for name, buffer in _persistent_buffers(engine)}
@@ -86,7 +88,8 @@ def _optimizer_state(engine: Engine) -> tuple[dict[str, Tensor], dict[str, Any]]
             else:
                 numbers[place] = value
     groups = [
-        {key: value for key, value in group.items() if key not in ("params", "lr")} | {"params": [names[id(p)] for p in group["params"]]}
+        {key: value for key, value in group.items() if key not in ("params", "lr")}
+        | {"params": [names[id(p)] for p in group["params"]]}
         for group in engine.optimizer.param_groups
     ]
     return tensors, {"values": numbers, "groups": groups}
@@ -151,7 +154,11 @@ def _restore_optimizer(engine: Engine, tensors: Mapping[str, Tensor], numbers: M
     for group in engine.optimizer.param_groups:
         for parameter in group["params"]:
             name = here[id(parameter)]
-            values = {place.rpartition("/")[2]: value for place, value in numbers["values"].items() if place.rpartition("/")[0] == name}
+            values = {
+                place.rpartition("/")[2]: value
+                for place, value in numbers["values"].items()
+                if place.rpartition("/")[0] == name
+            }
             for place, tensor in tensors.items():
                 if place.rpartition("/")[0] == name:
                     # Fused AdamW keeps its step counter on the device, the plain loop on the host.
@@ -337,7 +344,9 @@ class Writer:
             self._thread = None
         if self._error is not None:
             error, self._error = self._error, None
-            raise CheckpointError(f"a checkpoint could not be written to {self.folder}: {error}\n  the one before is whole") from error
+            raise CheckpointError(
+                f"a checkpoint could not be written to {self.folder}: {error}\n  the one before is whole"
+            ) from error
 
     def _write(self, snapshot: Snapshot, val_loss: float | None) -> None:
         try:

@@ -88,7 +88,9 @@ def _layer_flags() -> list[click.Option]:
         for name, (layer, option) in options.items():
             metavar = "|".join(option.choices) or option.kind.__name__
             spelled = f"--layer.{slot}.{name}".replace("_", "-")
-            flags.append(click.Option([spelled, _inner("layer", f"{slot}.{name}")], metavar=metavar, help=f"{layer.name}: {option.help}"))
+            flags.append(
+                click.Option([spelled, _inner("layer", f"{slot}.{name}")], metavar=metavar, help=f"{layer.name}: {option.help}")
+            )
     return flags
 
 
@@ -157,7 +159,11 @@ def verbs() -> Verbs:
         context_settings=CONTEXT,
         epilog="Start with: gptoughts plan, then gptoughts train quickstart",
     )
-    group.params.append(click.Option(["--version"], is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Print the version."))
+    group.params.append(
+        click.Option(
+            ["--version"], is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Print the version."
+        )
+    )
     for command in (_train(), _plan(), *_lists(), _tokenize(), _generate(), _eval(), _bench(), _doctor()):
         group.add_command(command)
     return group
@@ -197,8 +203,20 @@ def _plan() -> click.Command:
 def _lists() -> list[click.Command]:
     name = [_argument("name", required=False)]
     return [
-        click.Command("recipes", params=name, callback=call("lists", "recipes"), help="List recipes, or print one.", context_settings=CONTEXT),
-        click.Command("profiles", params=list(name), callback=call("lists", "profiles"), help="List profiles, or print one.", context_settings=CONTEXT),
+        click.Command(
+            "recipes",
+            params=name,
+            callback=call("lists", "recipes"),
+            help="List recipes, or print one.",
+            context_settings=CONTEXT,
+        ),
+        click.Command(
+            "profiles",
+            params=list(name),
+            callback=call("lists", "profiles"),
+            help="List profiles, or print one.",
+            context_settings=CONTEXT,
+        ),
         click.Command(
             "layers",
             params=[*name, _option("--markdown", is_flag=True, help="print docs/layers.md")],
@@ -251,7 +269,11 @@ def _eval() -> click.Command:
     ]
     group.add_command(
         click.Command(
-            "perplexity", params=params, callback=call("evaluate", "perplexity"), help="Loss and perplexity over a whole split.", context_settings=CONTEXT
+            "perplexity",
+            params=params,
+            callback=call("evaluate", "perplexity"),
+            help="Loss and perplexity over a whole split.",
+            context_settings=CONTEXT,
         )
     )
     return group
@@ -266,10 +288,14 @@ def _bench() -> click.Command:
         _option("--to", "out", metavar="FILE", help="write JSON to FILE"),
     ]
     text = "Our loop, a bare PyTorch loop with the same settings, and float32 eager, taking turns."
-    group.add_command(RecipeCommand("step", params=own, callback=call_with_recipe("bench", "step"), help=text, context_settings=CONTEXT))
+    group.add_command(
+        RecipeCommand("step", params=own, callback=call_with_recipe("bench", "step"), help=text, context_settings=CONTEXT)
+    )
     data = [_option("--to", "out", metavar="FILE", help="write JSON to FILE")]
     group.add_command(
-        click.Command("data", params=data, callback=call("bench", "data"), help="Tokenising and batches.", context_settings=CONTEXT)
+        click.Command(
+            "data", params=data, callback=call("bench", "data"), help="Tokenising and batches.", context_settings=CONTEXT
+        )
     )
     return group
 

@@ -73,7 +73,6 @@ FOREIGN_WORDS = {
 """Other tools' words and ours for the same thing."""
 
 
-
 def _integral(value: Any) -> Any:
     """1e9 is a whole number to everyone but a type checker."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
@@ -86,7 +85,7 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 class Section(BaseModel):
     """A frozen table of a recipe; a key that it does not know is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, defer_build=True)
 
 
 class ModelConfig(Section):
@@ -133,7 +132,9 @@ class ModelConfig(Section):
     def heads_divide_width(self) -> ModelConfig:
         """Heads must share the width evenly, key-value heads the heads."""
         if self.width % self.heads:
-            raise ValueError(f"width {self.width} cannot be shared by {self.heads} heads; take a width divisible by {self.heads}")
+            raise ValueError(
+                f"width {self.width} cannot be shared by {self.heads} heads; take a width divisible by {self.heads}"
+            )
         if self.heads % self.key_value_heads:
             raise ValueError(f"{self.heads} heads cannot be grouped over {self.key_value_heads} kv_heads")
         if self.positions == "rope" and self.head_dim % 2:

@@ -72,7 +72,11 @@ def started(world: World, device: torch.device) -> Iterator[Ranks]:
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(
-        backend, rank=world.rank, world_size=world.world_size, timeout=timedelta(minutes=10), device_id=device if backend == "nccl" else None
+        backend,
+        rank=world.rank,
+        world_size=world.world_size,
+        timeout=timedelta(minutes=10),
+        device_id=device if backend == "nccl" else None,
     )
     try:
         yield Ranks(world, device)

@@ -196,7 +196,9 @@ def allocate(model: nn.Module, device: torch.device) -> None:
                 continue
             if id(parameter) not in made:
                 value = torch.empty_like(parameter, device=device) if parameter.is_meta else parameter.detach().to(device)
-                made[id(parameter)] = parameter if _in_place(parameter, device) else nn.Parameter(value, parameter.requires_grad)
+                made[id(parameter)] = (
+                    parameter if _in_place(parameter, device) else nn.Parameter(value, parameter.requires_grad)
+                )
             module._parameters[name] = made[id(parameter)]
         for name, buffer in list(module._buffers.items()):
             if buffer is not None and not buffer.is_meta:

@@ -116,13 +116,17 @@ def _again(batches: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Mapping[str, 
             raise DataError(f"batches ended after {number}; give a list or a dataset that can be read again, not a generator")
 
 
-def _fit(engine: Engine, resolved: Resolved, plan: Plan, catalog: Mapping[str, Layer], fitted: Fitted, log: Log, strict: bool) -> None:
+def _fit(
+    engine: Engine, resolved: Resolved, plan: Plan, catalog: Mapping[str, Layer], fitted: Fitted, log: Log, strict: bool
+) -> None:
     steps = resolved.recipe.train.steps
     assert steps is not None
     warmup = resolved.recipe.optim.warmup_steps
 
     def rate(progress: Progress) -> float:
-        return learning_rate(resolved.recipe.optim, progress.step, progress.step / max(1, steps - 1), warmup / max(1, steps - 1))
+        return learning_rate(
+            resolved.recipe.optim, progress.step, progress.step / max(1, steps - 1), warmup / max(1, steps - 1)
+        )
 
     def finished(progress: Progress) -> bool:
         return progress.step >= steps

@@ -305,7 +305,9 @@ class Layer:
         for name in given:
             if name not in self.options:
                 known = ", ".join(self.options) or "none"
-                raise ConfigError(f"{where}: layer {self.name} has no option {name!r}{nearest(name, self.options)}; its options: {known}")
+                raise ConfigError(
+                    f"{where}: layer {self.name} has no option {name!r}{nearest(name, self.options)}; its options: {known}"
+                )
         read = {name: option.default for name, option in self.options.items()}
         return read | {name: self.options[name].read(value, f"{where}.{name}") for name, value in given.items()}
 

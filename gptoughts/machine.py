@@ -155,9 +155,7 @@ def installed_packages() -> tuple[dict[str, str], list[str]]:
             notes.append(f"package {name}: its metadata names no version")
             continue
         found[name] = (
-            _torch_version(Path(str(distribution.locate_file("torch/version.py")))) or version
-            if name == "torch"
-            else version
+            _torch_version(Path(str(distribution.locate_file("torch/version.py")))) or version if name == "torch" else version
         )
     return found, notes
 
@@ -185,8 +183,7 @@ def world_from_environment(environment: Mapping[str, str]) -> World:
     missing = [name for name in RANK_VARIABLES if name not in present]
     if missing:
         raise ConfigError(
-            f"environment: {told} without {', '.join(missing)};"
-            f" start the ranks with torchrun, or unset {', '.join(present)}"
+            f"environment: {told} without {', '.join(missing)}; start the ranks with torchrun, or unset {', '.join(present)}"
         )
     odd = [name for name, value in present.items() if not value.strip().isdecimal()]
     if odd:

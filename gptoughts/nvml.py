@@ -167,9 +167,7 @@ def _order_notes(chosen: list[Device], environment: Mapping[str, str]) -> list[s
     boards = {(device.parent or device).name for device in chosen}
     if len(boards) < 2 or environment.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID":
         return []
-    return [
-        "the GPUs differ and CUDA_DEVICE_ORDER is not PCI_BUS_ID: CUDA may number them in another order, fastest first"
-    ]
+    return ["the GPUs differ and CUDA_DEVICE_ORDER is not PCI_BUS_ID: CUDA may number them in another order, fastest first"]
 
 
 def _why_none(error: Exception) -> str:
@@ -215,9 +213,7 @@ class _Reader:
 
     def _device(self, what: str, handle: Any) -> Device:
         name = self.ask(f"{what} name", self.nvml.nvmlDeviceGetName, handle)
-        return Device(
-            self.ask(f"{what} UUID", self.nvml.nvmlDeviceGetUUID, handle) or "", name or "unknown GPU", handle
-        )
+        return Device(self.ask(f"{what} UUID", self.nvml.nvmlDeviceGetUUID, handle) or "", name or "unknown GPU", handle)
 
     def _bus_id(self, what: str, handle: Any) -> str:
         info = self.ask(f"{what} PCI address", self.nvml.nvmlDeviceGetPciInfo, handle)
@@ -262,9 +258,7 @@ class _Reader:
                     device.peer_links[_plain_bus_id(remote.busId)] += 1
             except nvml.NVMLError as error:
                 device.links_known = False
-                self.notes.append(
-                    f"{device.name} ({device.bus_id}) NVLink {link}: its other end was not read ({error})"
-                )
+                self.notes.append(f"{device.name} ({device.bus_id}) NVLink {link}: its other end was not read ({error})")
                 return
 
     def gpu(self, index: int, device: Device, visible: list[Device]) -> Gpu:

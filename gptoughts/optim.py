@@ -54,7 +54,9 @@ def learning_rate(config: OptimConfig, step: int, done: float, warm: float = 0.0
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / (config.warmup_steps + 1)
     share = min(max((done - warm) / max(1e-12, 1.0 - warm), 0.0), 1.0)
-    return config.min_learning_rate + (config.learning_rate - config.min_learning_rate) * _SHAPES[config.schedule](share, config)
+    return config.min_learning_rate + (config.learning_rate - config.min_learning_rate) * _SHAPES[config.schedule](
+        share, config
+    )
 
 
 _SHAPES: Mapping[str, Callable[[float, OptimConfig], float]] = {

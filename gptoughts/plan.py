@@ -198,7 +198,9 @@ def _wanted(
         for want in rows:
             if want.layer not in catalog or catalog[want.layer].slot != slot:
                 fitting = [layer.name for layer in catalog.values() if layer.slot == slot]
-                raise ConfigError(f"{want.origin}: slots.{slot}: no layer {want.layer!r}{nearest(want.layer, fitting)}; layers: {', '.join(fitting)}")
+                raise ConfigError(
+                    f"{want.origin}: slots.{slot}: no layer {want.layer!r}{nearest(want.layer, fitting)}; layers: {', '.join(fitting)}"
+                )
             layer = catalog[want.layer]
             typed = layer.read_options({**_same_layer_options(listed, want), **want.options}, f"{want.origin}: {want.layer}")
             for name, value in options.get(slot, {}).items():
@@ -220,7 +222,9 @@ def _options_are_taken(slot: str, given: Mapping[str, Any], wants: list[Want], c
         if not any(name in catalog[want.layer].options for want in wants):
             layers = ", ".join(want.layer for want in wants)
             known = sorted({option for want in wants for option in catalog[want.layer].options})
-            raise ConfigError(f"--layer.{slot}.{name}: {layers} takes no such option{nearest(name, known)}; options: {', '.join(known) or 'none'}")
+            raise ConfigError(
+                f"--layer.{slot}.{name}: {layers} takes no such option{nearest(name, known)}; options: {', '.join(known) or 'none'}"
+            )
 
 
 def _choose(
@@ -258,7 +262,9 @@ def _too_late(needed: Mapping[str, str], there: Mapping[str, str]) -> Iterator[R
     """Variables that only count before torch is loaded, where it is loaded already."""
     for name, value in needed.items():
         if there.get(name) != value:
-            yield cannot(f"needs {name}={value} before torch is imported", remedy=f"export {name}={value} and start Python again")
+            yield cannot(
+                f"needs {name}={value} before torch is imported", remedy=f"export {name}={value} and start Python again"
+            )
 
 
 def _first_violation(
@@ -289,7 +295,11 @@ def _violations(choices: Mapping[str, Choice], catalog: Catalog) -> Iterator[tup
     for layer in picked:
         for slot, allowed in layer.needs_slots.items():
             if choices[slot].layer not in allowed:
-                yield layer.slot, layer.slot, f"{layer.name} needs {slot} = {' or '.join(allowed)}, chosen was {choices[slot].layer}"
+                yield (
+                    layer.slot,
+                    layer.slot,
+                    f"{layer.name} needs {slot} = {' or '.join(allowed)}, chosen was {choices[slot].layer}",
+                )
 
 
 def _plan_error(

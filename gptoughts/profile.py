@@ -107,7 +107,9 @@ def read(name: str) -> Profile:
     raw = _parse(path)
     base = _parse(_find(raw.extends, path)) if raw.extends else None
     if base is not None and base.extends:
-        raise ConfigError(f"{shown(path)}: extends {raw.extends!r}, which itself extends {base.extends!r}; one level is allowed")
+        raise ConfigError(
+            f"{shown(path)}: extends {raw.extends!r}, which itself extends {base.extends!r}; one level is allowed"
+        )
     inherited = _wants(base, _find(raw.extends, path)) if base is not None and raw.extends else {}
     match = raw.match or (base.match if base else {})
     return Profile(raw.name, raw.note, raw.auto, _match(match, path), {**inherited, **_wants(raw, path)}, shown(path))

@@ -124,13 +124,19 @@ def demand(seen: list[Seen], strict: bool = False) -> None:
     lines = [f"  {line.slot}={line.layer}: {line.evidence.text}" for line in seen if line.evidence.status in failing]
     if lines:
         raise LayerError(
-            "planned and not active in the watched step\n" + "\n".join(lines) + "\n  try: --layer.SLOT with another layer; gptoughts layers"
+            "planned and not active in the watched step\n"
+            + "\n".join(lines)
+            + "\n  try: --layer.SLOT with another layer; gptoughts layers"
         )
 
 
 def table(seen: list[Seen]) -> str:
     """asked | got | proof, without the baselines, which have nothing to prove."""
-    rows = [(f"{line.slot}={line.layer}", str(line.evidence.status), line.evidence.text) for line in seen if line.evidence.text != "baseline"]
+    rows = [
+        (f"{line.slot}={line.layer}", str(line.evidence.status), line.evidence.text)
+        for line in seen
+        if line.evidence.text != "baseline"
+    ]
     rows = [("asked", "got", "proof"), *rows]
     first, second = max(len(row[0]) for row in rows), max(len(row[1]) for row in rows)
     return "\n".join(f"{row[0]:<{first}}  {row[1]:<{second}}  {row[2]}" for row in rows)

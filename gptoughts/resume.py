@@ -20,7 +20,18 @@ from gptoughts.plan import Plan
 from gptoughts.track.folder import RunFolder
 from gptoughts.trainer import Progress
 
-HARMLESS = ("note", "name", "log.every", "eval.every", "eval.batches", "save.every", "save.keep", "save.keep_best", "data.path", "data.cache")
+HARMLESS = (
+    "note",
+    "name",
+    "log.every",
+    "eval.every",
+    "eval.batches",
+    "save.every",
+    "save.keep",
+    "save.keep_best",
+    "data.path",
+    "data.cache",
+)
 """Keys that may change without changing what the next steps compute. Another corpus is told by its fingerprint."""
 
 
@@ -49,12 +60,16 @@ def find(folder: RunFolder, resume: str) -> tuple[Origin | None, list[str]]:
     there = checkpoint.all_steps(folder.checkpoints)
     if resume == "never":
         if there:
-            raise RunError(f"{folder.checkpoints} holds {len(there)} checkpoints and --resume never would overwrite them\n  try: --run NAME")
+            raise RunError(
+                f"{folder.checkpoints} holds {len(there)} checkpoints and --resume never would overwrite them\n  try: --run NAME"
+            )
         return None, []
     path, skipped = checkpoint.newest(folder.checkpoints)
     if path is None:
         if there:
-            raise CheckpointError("no whole checkpoint to resume from\n  " + "\n  ".join(skipped) + "\n  try: --run NAME to start over")
+            raise CheckpointError(
+                "no whole checkpoint to resume from\n  " + "\n  ".join(skipped) + "\n  try: --run NAME to start over"
+            )
         return None, []
     return Origin(path, checkpoint.read_state(path)["run"]), skipped
 
@@ -80,7 +95,9 @@ def check_shape(origin: Origin, now: Mapping[str, Any]) -> None:
     differing = [f"  {key}: {old.get(key)} | {now['recipe'][key]}" for key in shape if old.get(key) != now["recipe"][key]]
     if differing:
         raise CheckpointError(
-            f"{origin.folder} holds another model (checkpoint | now)\n" + "\n".join(differing) + "\n  try: --run NAME to start a new run"
+            f"{origin.folder} holds another model (checkpoint | now)\n"
+            + "\n".join(differing)
+            + "\n  try: --run NAME to start a new run"
         )
 
 

@@ -130,10 +130,14 @@ class _Run:
         batches = self._batches(progress)
         self._record_start(origin, skipped, now)
         model = meta_model(self.recipe, self.family, self.rows)
-        source = checkpoint.Weights(origin.folder) if origin else Initialisation(self.family, self.recipe.model, self.recipe.seed)
+        source = (
+            checkpoint.Weights(origin.folder) if origin else Initialisation(self.family, self.recipe.model, self.recipe.seed)
+        )
         objective = self._objective()
         order = self.order
-        with built(model, self.family, objective, self.recipe, order.plan, order.extensions.catalog, self.ranks, iter(batches), source) as engine:
+        with built(
+            model, self.family, objective, self.recipe, order.plan, order.extensions.catalog, self.ranks, iter(batches), source
+        ) as engine:
             if origin is not None:
                 checkpoint.restore(engine, origin.folder)
                 if self._finished(progress):
@@ -186,13 +190,18 @@ class _Run:
         (self.out / "recipe.toml").write_text(self.order.resolved.to_toml(), encoding="utf-8")
         say = self.console.say
         parameters = f"{count(self.facts.parameters)} parameters" if self.facts.parameters else "parameters n/a"
-        say(f"model {self.facts.family}, {parameters}; data {self.shards.folder}: {count(len(self.shards.split('train')))} tokens")
+        say(
+            f"model {self.facts.family}, {parameters}; data {self.shards.folder}: {count(len(self.shards.split('train')))} tokens"
+        )
         for line in skipped:
             say(f"note: {line}")
         if origin is not None:
             differing = resume.changes(origin, now)
             exact = not differing and not self.order.plan.not_repeatable
-            say(f"resumes from {origin.folder}" + (", bit for bit" if exact else "; no longer bit for bit (old | new):" if differing else ""))
+            say(
+                f"resumes from {origin.folder}"
+                + (", bit for bit" if exact else "; no longer bit for bit (old | new):" if differing else "")
+            )
             for line in differing:
                 say(f"  {line}")
 
@@ -200,9 +209,17 @@ class _Run:
 
     def _train(self, engine: Engine, progress: Progress, now: Mapping[str, Any]) -> Outcome:
         sinks = [Jsonl(self.out / "metrics.jsonl", self.attempt)] if self.ranks.first else []
-        evaluate = Evaluate(self.recipe.eval.every, self._eval_batches, sinks, self.console) if "val" in self.shards.index.splits else None
+        evaluate = (
+            Evaluate(self.recipe.eval.every, self._eval_batches, sinks, self.console)
+            if "val" in self.shards.index.splits
+            else None
+        )
         sample = Sample(self.recipe.sample.every, self._write_sample, self.console)
-        writer = checkpoint.Writer(self.order.folder.checkpoints, self.recipe.save.keep, self.recipe.save.keep_best) if self.ranks.first else None
+        writer = (
+            checkpoint.Writer(self.order.folder.checkpoints, self.recipe.save.keep, self.recipe.save.keep_best)
+            if self.ranks.first
+            else None
+        )
         evaluated = (lambda: evaluate.result) if evaluate else (lambda: None)
         take = self._take(now, evaluated)
         save = Save(self.recipe.save.every, writer, take, evaluated)
@@ -226,7 +243,9 @@ class _Run:
     def _watched(self, engine: Engine, progress: Progress, callbacks: list[Any]) -> Progress:
         """Warm up, watch one real step, and stop the run where a planned layer was not seen."""
         warm = progress.step + prove.warm_steps(self.order.plan, self.order.extensions.catalog)
-        progress = train(engine, progress, self._finished, self._rate, callbacks, self._stop, pause=lambda now: now.step >= warm)
+        progress = train(
+            engine, progress, self._finished, self._rate, callbacks, self._stop, pause=lambda now: now.step >= warm
+        )
         if self._finished(progress) or self.signal is not None:
             return progress
 
@@ -329,7 +348,9 @@ class _Run:
             )
         return ask.prompt + written[0]
 
-    def _take(self, now: Mapping[str, Any], evaluated: Callable[[], tuple[int, float] | None]) -> Callable[..., checkpoint.Snapshot]:
+    def _take(
+        self, now: Mapping[str, Any], evaluated: Callable[[], tuple[int, float] | None]
+    ) -> Callable[..., checkpoint.Snapshot]:
         documents = {"plan.json": json.dumps(self.order.plan.to_json(), indent=1), "recipe.toml": self.order.resolved.to_toml()}
 
         def take(engine: Engine, progress: Progress) -> checkpoint.Snapshot:
@@ -363,5 +384,3 @@ def mfu_of(facts: ModelFacts, machine: Machine, ranks: int, console: Console) ->
     tflops = peak.bf16_tflops
     console.say(f"MFU = (6N + 12LCT) x tok/s / {tflops} TFLOP/s, dense bf16 ({peak.source})")
     return lambda speed: flops * speed / (tflops * 1e12 * ranks)
-
-

@@ -173,22 +173,16 @@ def _torch_findings(machine: Machine) -> Iterator[Finding]:
     mend = "pip install --force-reinstall 'torch>=2.10,<2.14' --index-url https://download.pytorch.org/whl/"
     build, least = _cuda_of_build(version), machine.least_capability()
     if "+cpu" in version:
-        yield Finding(
-            f"torch {version} is a CPU build: training would not use the GPU", mend + _wheels(machine), "costs"
-        )
+        yield Finding(f"torch {version} is a CPU build: training would not use the GPU", mend + _wheels(machine), "costs")
     elif build is None:
         return
     elif machine.cuda and build[0] > int(machine.cuda.split(".")[0]):
-        what = (
-            f"torch {version} needs a driver for CUDA {build[0]}; driver {machine.driver} carries CUDA {machine.cuda}"
-        )
+        what = f"torch {version} needs a driver for CUDA {build[0]}; driver {machine.driver} carries CUDA {machine.cuda}"
         yield Finding(what, mend + _wheels(machine), "costs")
     elif least is not None and least >= (10, 0) and build < (12, 8):
         yield Finding(f"torch {version} has no kernels for Blackwell, which needs CUDA 12.8", mend + "cu130", "costs")
     elif least is not None and least < (7, 5) and build >= (13, 0):
-        yield Finding(
-            f"torch {version} has no kernels for GPUs before Turing, CUDA 13 left them", mend + "cu126", "costs"
-        )
+        yield Finding(f"torch {version} has no kernels for GPUs before Turing, CUDA 13 left them", mend + "cu126", "costs")
 
 
 def _cuda_of_build(version: str) -> tuple[int, int] | None:

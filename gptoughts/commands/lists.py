@@ -37,7 +37,12 @@ def profiles(name: str | None) -> int:
         return 0
     taken = profile.pick("auto", probe()).name
     known = [profile.read(one) for one in profile.names()]
-    _print([(f"{'*' if one.name == taken else ' '} {one.name}", one.note + ("" if one.auto else " [by name only]")) for one in known])
+    _print(
+        [
+            (f"{'*' if one.name == taken else ' '} {one.name}", one.note + ("" if one.auto else " [by name only]"))
+            for one in known
+        ]
+    )
     print("* is what --profile auto takes on this machine")
     return 0
 

@@ -220,7 +220,19 @@ class JsonTokenizer(Tokenizer):
             # With no special token allowed and none forbidden, tiktoken reads them all as plain text.
             return [self.encoding.encode_to_numpy(text, disallowed_special=()).astype(self.dtype) for text in texts]
         encoded = self.library.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(one.ids, dtype=np.uint32).astype(self.dtype) for one in encoded]
+        batch = [np.array(one.ids, dtype=np.uint32).astype(self.dtype) for one in encoded]
+        # A Unigram or WordLevel model can find the end-of-text token in the text by itself, as an ordinary piece.
+        return [self._without_eot(text) if (ids == self.eot_id).any() else ids for text, ids in zip(texts, batch, strict=True)]
+
+    def _without_eot(self, text: str) -> np.ndarray:
+        """The ids of a text that spells the end-of-text token, which is cut after its first character wherever it stands."""
+        name = next(name for name, index in self.library.get_vocab().items() if index == self.eot_id)
+        parts = text.replace(name, name[0] + "\0" + name[1:]).split("\0") if "\0" not in text else [text]
+        encoded = self.library.encode_batch_fast(parts, add_special_tokens=False)
+        ids = np.array([index for one in encoded for index in one.ids], dtype=np.uint32).astype(self.dtype)
+        if (ids == self.eot_id).any():
+            raise DataError(f"the text spells the end-of-text token {name!r}, and {self.origin} cannot encode that as text; remove it")
+        return ids
 
     def accelerate(self, sample: Sequence[str]) -> None:
         encoding = bpe.tiktoken_encoding(self.spec, self.eot_id)

@@ -22,9 +22,7 @@ def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
         raise ConfigError(f"top_p = {top_p} must be more than 0 and at most 1 (every token)")
 
 
-def candidates(
-    logits: Tensor, temperature: float, top_k: int, top_p: float, limit: int | None = None
-) -> tuple[Tensor, Tensor]:
+def candidates(logits: Tensor, temperature: float, top_k: int, top_p: float, limit: int | None = None) -> tuple[Tensor, Tensor]:
     """(ids, probabilities) that may be drawn from one row of logits (V), likeliest first, equal ones by ascending id.
 
     Ids from `limit` on (rows that pad the vocabulary) do not take part. Top-k keeps the k likeliest, then top-p the

@@ -50,12 +50,18 @@ def attend(query, key, value, causal: bool):  # type: ignore[no-untyped-def]  # 
 
 def verify(engine: Engine, sight: Sight, options: Options) -> Evidence:
     """One fused forward per block and micro-batch (two where activations are recomputed), and none written out."""
-    forward = sum(op.calls for name, op in sight.operators.items() if name.startswith(tuple(f"aten::{n}" for n in FUSED)) and "backward" not in name)
+    forward = sum(
+        op.calls
+        for name, op in sight.operators.items()
+        if name.startswith(tuple(f"aten::{n}" for n in FUSED)) and "backward" not in name
+    )
     written_out = sight.calls(FALLBACK)
     wanted = sight.blocks * sight.micro_batches
     names = sorted({n for n in FUSED for name in sight.operators if name.startswith(f"aten::{n}")})
     if written_out or forward < wanted:
-        return inactive(f"{forward} fused attentions in {wanted} block forwards, {written_out} written out", fused=forward, expected=wanted)
+        return inactive(
+            f"{forward} fused attentions in {wanted} block forwards, {written_out} written out", fused=forward, expected=wanted
+        )
     kind = ", ".join(name.removeprefix("_scaled_dot_product_") for name in names)
     return active(f"{forward} {kind} in {wanted} block forwards", fused=forward, expected=wanted)
 

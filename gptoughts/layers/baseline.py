@@ -31,7 +31,10 @@ def _baseline(
 
 def _one_process(case: Case, options: Options) -> Iterator[Reason]:
     if case.world.world_size > 1:
-        yield cannot(f"{case.world.world_size} ranks were started and would train {case.world.world_size} separate models", "--layer.parallel ddp")
+        yield cannot(
+            f"{case.world.world_size} ranks were started and would train {case.world.world_size} separate models",
+            "--layer.parallel ddp",
+        )
 
 
 @contextmanager
@@ -67,7 +70,9 @@ def _whole(engine: Engine, options: Options) -> Iterator[None]:
 SYSTEM = _baseline("host", "system", "Leaves threads and affinity as the operating system and torch set them.")
 NATIVE = _baseline("allocator", "native", "Torch's caching allocator with fixed segments.")
 IEEE = _baseline("matmul", "ieee", "Float32 matmuls in full float32.")
-MATH = _baseline("attention", "math", "Attention written out: scores, softmax in float32, weighted sum; memory grows with T squared.")
+MATH = _baseline(
+    "attention", "math", "Attention written out: scores, softmax in float32, weighted sum; memory grows with T squared."
+)
 TORCH_KERNELS = _baseline("kernels", "torch-kernels", "Norm, rotary and activation as torch operators.")
 FP32 = _baseline("precision", "fp32", "Weights, activations and gradients in float32.")
 FULL_CE = _baseline("loss", "full-ce", "Cross-entropy over all logits at once, in float32.")

@@ -28,12 +28,16 @@ def fits(case: Case, options: Options) -> Iterator[Reason]:
             yield cannot("needs the package triton, not installed", remedy="pip install triton")
         return
     if facts.width is not None and facts.width < SMALLEST_CPU_WIDTH:
-        yield would_not_pay(f"width {facts.width} is below {SMALLEST_CPU_WIDTH}: Python is not what limits it", "docs/measurements/cpu/step.json")
+        yield would_not_pay(
+            f"width {facts.width} is below {SMALLEST_CPU_WIDTH}: Python is not what limits it",
+            "docs/measurements/cpu/step.json",
+        )
         return
     seconds = _run_seconds(case)
     if seconds is not None and seconds * CPU_GAIN < CPU_COMPILE_SECONDS:
         yield would_not_pay(
-            f"the run takes about {seconds:.0f} s here and compilation about {CPU_COMPILE_SECONDS} s", "docs/measurements/cpu/step.json"
+            f"the run takes about {seconds:.0f} s here and compilation about {CPU_COMPILE_SECONDS} s",
+            "docs/measurements/cpu/step.json",
         )
 
 

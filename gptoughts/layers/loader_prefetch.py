@@ -17,7 +17,9 @@ from gptoughts.layer import Case, Engine, Evidence, Layer, Option, Options, Reas
 def fits(case: Case, options: Options) -> Iterator[Reason]:
     """Needs a device to copy to before it can gain anything."""
     if not case.on_gpu:
-        yield would_not_pay("no copy to a device to hide; reading a batch takes microseconds", "docs/measurements/cpu/data.json")
+        yield would_not_pay(
+            "no copy to a device to hide; reading a batch takes microseconds", "docs/measurements/cpu/data.json"
+        )
 
 
 @contextmanager
@@ -43,7 +45,9 @@ def verify(engine: Engine, sight: Sight, options: Options) -> Evidence:
         return inactive("the watched batch was not read ahead")
     if engine.device.type == "cuda" and sight.memcpy_streams < 1:
         return inactive("no copy from host to device on a side stream in the watched step", wait=share)
-    return active(f"{served} batches read ahead, {100 * share:.1f} % of the watched step spent waiting", served=served, wait=share)
+    return active(
+        f"{served} batches read ahead, {100 * share:.1f} % of the watched step spent waiting", served=served, wait=share
+    )
 
 
 LAYER = Layer(

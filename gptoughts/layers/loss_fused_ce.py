@@ -10,7 +10,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from gptoughts.layer import Case, Engine, Evidence, Layer, Option, Options, Reason, Sight, active, cannot, inactive, would_not_pay
+from gptoughts.layer import (
+    Case,
+    Engine,
+    Evidence,
+    Layer,
+    Option,
+    Options,
+    Reason,
+    Sight,
+    active,
+    cannot,
+    inactive,
+    would_not_pay,
+)
 
 LOGITS_SHARE = 0.10
 BYTES_PER_LOGIT = 8  # float32 logits and their gradient
@@ -31,7 +44,10 @@ def fits(case: Case, options: Options) -> Iterator[Reason]:
     tokens = min(case.rank_sequences * facts.sequence_length, MOST_TOKENS_PER_FORWARD)
     logits = tokens * facts.vocab_size * BYTES_PER_LOGIT
     if known and logits < LOGITS_SHARE * min(known):
-        yield would_not_pay(f"logits take {logits / 2**30:.1f} GiB of {min(known) / 2**30:.0f} GiB at most", "Liger-Kernel: time +13 % at 128 k words")
+        yield would_not_pay(
+            f"logits take {logits / 2**30:.1f} GiB of {min(known) / 2**30:.0f} GiB at most",
+            "Liger-Kernel: time +13 % at 128 k words",
+        )
 
 
 @contextmanager
@@ -61,14 +77,18 @@ class SlicedCrossEntropy:
         rows, wanted = hidden.flatten(0, -2), labels.long().flatten()
         if hidden.is_cuda and hasattr(torch.nn, "LinearCrossEntropyOptions"):
             options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=self.tokens)
-            return functional.linear_cross_entropy(rows, weight.to(rows.dtype), wanted, reduction="sum", ignore_index=-100, options=options)
+            return functional.linear_cross_entropy(
+                rows, weight.to(rows.dtype), wanted, reduction="sum", ignore_index=-100, options=options
+            )
 
         def of_slice(part, aim):  # type: ignore[no-untyped-def]
             return functional.cross_entropy(functional.linear(part, weight).float(), aim, ignore_index=-100, reduction="sum")
 
         total = torch.zeros((), device=hidden.device)
         for part, aim in zip(rows.split(self.tokens), wanted.split(self.tokens), strict=True):
-            total = total + (checkpoint(of_slice, part, aim, use_reentrant=False) if torch.is_grad_enabled() else of_slice(part, aim))
+            total = total + (
+                checkpoint(of_slice, part, aim, use_reentrant=False) if torch.is_grad_enabled() else of_slice(part, aim)
+            )
         return total
 
 

@@ -18,7 +18,9 @@ def fits(case: Case, options: Options) -> Iterator[Reason]:
     if case.on_gpu and (least is None or least < (8, 0)):
         yield cannot(f"needs compute capability 8.0, found {f'{least[0]}.{least[1]}' if least else 'unknown'}")
     if not case.on_gpu and "amx_tf32" not in case.machine.cpu.instruction_sets:
-        yield cannot("needs a GPU of compute capability 8.0 or a CPU with AMX-TF32; torch takes the switch here and computes in float32")
+        yield cannot(
+            "needs a GPU of compute capability 8.0 or a CPU with AMX-TF32; torch takes the switch here and computes in float32"
+        )
 
 
 @contextmanager

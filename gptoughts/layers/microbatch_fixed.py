@@ -36,7 +36,9 @@ def verify(engine: Engine, sight: Sight, options: Options) -> Evidence:
     per_forward = size(options, _share(engine), engine.recipe.data.sequence_length)
     wanted = _share(engine) // per_forward
     if sight.micro_batches != wanted:
-        return inactive(f"{sight.micro_batches} forwards in the step, {wanted} planned", forwards=sight.micro_batches, expected=wanted)
+        return inactive(
+            f"{sight.micro_batches} forwards in the step, {wanted} planned", forwards=sight.micro_batches, expected=wanted
+        )
     return active(f"{wanted} forwards of {per_forward} sequences", forwards=wanted, sequences=per_forward)
 
 

@@ -21,7 +21,10 @@ def fits(case: Case, options: Options) -> Iterator[Reason]:
     elif case.recipe.train.global_batch % ranks:
         below = case.recipe.train.global_batch // ranks * ranks
         near = f"{below} or {below + ranks}" if below else f"{ranks}"
-        yield cannot(f"train.global_batch = {case.recipe.train.global_batch} cannot be shared by {ranks} ranks", remedy=f"--train.global-batch {near}")
+        yield cannot(
+            f"train.global_batch = {case.recipe.train.global_batch} cannot be shared by {ranks} ranks",
+            remedy=f"--train.global-batch {near}",
+        )
 
 
 @contextmanager
@@ -31,7 +34,9 @@ def apply(engine: Engine, options: Options) -> Iterator[None]:
 
     before = engine.model
     on_gpu = engine.device.type == "cuda"
-    wrapped = DistributedDataParallel(before, device_ids=[engine.device.index] if on_gpu else None, gradient_as_bucket_view=True)
+    wrapped = DistributedDataParallel(
+        before, device_ids=[engine.device.index] if on_gpu else None, gradient_as_bucket_view=True
+    )
     engine.model = wrapped
 
     def only_in_last(last: bool) -> AbstractContextManager[Any]:

@@ -12,14 +12,32 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
-from gptoughts.layer import Case, Engine, Evidence, Layer, Option, Options, Reason, Sight, active, cannot, inactive, would_not_pay
+from gptoughts.layer import (
+    Case,
+    Engine,
+    Evidence,
+    Layer,
+    Option,
+    Options,
+    Reason,
+    Sight,
+    active,
+    cannot,
+    inactive,
+    would_not_pay,
+)
 
 MULTIPLE = 16
 PAYING_WIDTH = 2048
 PAYING_TOKENS = 4096
 # Names of cuBLASLt's FP8 kernels on Hopper and later; re-checked by tests/device.
 KERNELS = ("e4m3", "e5m2", "nvjet_qq", "qgmma", "f8f8")
-SCALINGS = {"delayed": "DelayedScaling", "current": "Float8CurrentScaling", "blockwise": "Float8BlockScaling", "mxfp8": "MXFP8BlockScaling"}
+SCALINGS = {
+    "delayed": "DelayedScaling",
+    "current": "Float8CurrentScaling",
+    "blockwise": "Float8BlockScaling",
+    "mxfp8": "MXFP8BlockScaling",
+}
 
 
 def fits(case: Case, options: Options) -> Iterator[Reason]:
@@ -31,7 +49,10 @@ def fits(case: Case, options: Options) -> Iterator[Reason]:
     if facts.projections not in (None, "linear"):
         yield cannot(f"needs nn.Linear projections, {facts.family} uses {facts.projections}")
     if options["scaling"] == "mxfp8" and least is not None and least < (10, 0):
-        yield cannot(f"scaling mxfp8 needs compute capability 10.0, found {least[0]}.{least[1]}", remedy="--layer.precision.scaling current")
+        yield cannot(
+            f"scaling mxfp8 needs compute capability 10.0, found {least[0]}.{least[1]}",
+            remedy="--layer.precision.scaling current",
+        )
     if facts.width is not None and facts.width % MULTIPLE:
         yield cannot(f"needs widths divisible by {MULTIPLE}, the model has {facts.width}")
     tokens = case.rank_sequences * (facts.sequence_length or 0)
@@ -39,10 +60,13 @@ def fits(case: Case, options: Options) -> Iterator[Reason]:
         yield cannot(f"needs a number of tokens per forward divisible by {MULTIPLE}, here {tokens}")
     if facts.width is not None and facts.width < PAYING_WIDTH:
         yield would_not_pay(
-            f"width {facts.width} is below {PAYING_WIDTH}, where FP8 lost against compiled bf16", "nanochat dev/LOG.md: depth 12 slower on H100"
+            f"width {facts.width} is below {PAYING_WIDTH}, where FP8 lost against compiled bf16",
+            "nanochat dev/LOG.md: depth 12 slower on H100",
         )
     elif tokens and tokens < PAYING_TOKENS:
-        yield would_not_pay(f"{tokens} tokens per update are below {PAYING_TOKENS}: the matmuls are too small", "torchao float8 roofline")
+        yield would_not_pay(
+            f"{tokens} tokens per update are below {PAYING_TOKENS}: the matmuls are too small", "torchao float8 roofline"
+        )
 
 
 @contextmanager
@@ -154,7 +178,11 @@ def _bf16() -> AbstractContextManager[Any]:
 
 @contextmanager
 def _training(te: Any, recipe: Any) -> Iterator[None]:
-    quantised = te.autocast(enabled=True, recipe=recipe) if hasattr(te, "autocast") else te.fp8_autocast(enabled=True, fp8_recipe=recipe)
+    quantised = (
+        te.autocast(enabled=True, recipe=recipe)
+        if hasattr(te, "autocast")
+        else te.fp8_autocast(enabled=True, fp8_recipe=recipe)
+    )
     with _bf16(), quantised:
         yield
 

@@ -30,7 +30,8 @@ def fits(case: Case, options: Options) -> Iterator[Reason]:
     need = facts.sequence_length * facts.width * facts.depth * ACTIVATION_BYTES_PER_UNIT
     if need < MEMORY_SHARE * min(known):
         yield would_not_pay(
-            f"activations of one sequence take about {need / 2**30:.1f} GiB of {min(known) / 2**30:.0f} GiB", "Korthikanti et al. 2022"
+            f"activations of one sequence take about {need / 2**30:.1f} GiB of {min(known) / 2**30:.0f} GiB",
+            "Korthikanti et al. 2022",
         )
 
 

@@ -31,7 +31,9 @@ class RunFolder:
             file.seek(0)
             holder = file.read().strip() or "unknown"
             file.close()
-            raise RunError(f"run folder {self.out} is in use by process {holder}\n  try: --run NAME with another name") from None
+            raise RunError(
+                f"run folder {self.out} is in use by process {holder}\n  try: --run NAME with another name"
+            ) from None
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
