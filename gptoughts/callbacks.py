@@ -16,11 +16,10 @@ from gptoughts.checkpoint import Snapshot, Writer
 from gptoughts.engine import Engine
 from gptoughts.errors import RunError
 from gptoughts.evals.perplexity import mean_loss
+from gptoughts.mfu import Mfu
 from gptoughts.track.console import Console, count, duration, share
 from gptoughts.track.jsonl import Jsonl
 from gptoughts.trainer import Progress, StepStats
-
-Mfu = Callable[[float], float | None]
 
 
 def every(period: int, step: int, last: bool) -> bool:

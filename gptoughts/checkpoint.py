@@ -298,7 +298,7 @@ def all_steps(folder: Path) -> list[Path]:
 
 def newest(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint of a run, and a line for each newer one that is damaged."""
-    skipped = []
+    skipped: list[str] = []
     for path in all_steps(folder):
         why = damage(path)
         if not why:
@@ -315,7 +315,9 @@ def locate(path: Path) -> Path:
             raise CheckpointError(f"{path} is damaged: {why}\n  try: another checkpoint beside it")
         return path
     for folder in (path, path / "checkpoints"):
-        found, skipped = newest(folder) if folder.is_dir() else (None, [])
+        if not folder.is_dir():
+            continue
+        found, skipped = newest(folder)
         if found:
             return found
         if skipped:

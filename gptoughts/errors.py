@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class GptoughtsError(Exception):
@@ -42,3 +43,29 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """The end of an error line: ` (did you mean 'hopper'?)`, or nothing where no known word is near."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+class Mistakes:
+    """Mistakes in several places, told at once: `with mistakes.gathered(): ...` goes on after a ConfigError."""
+
+    def __init__(self) -> None:
+        self._found: list[ConfigError] = []
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Keep a ConfigError of the block and leave the block."""
+        try:
+            yield
+        except ConfigError as error:
+            self._found.append(error)
+
+    def stop(self) -> None:
+        """Raise what was gathered as one ConfigError; nothing where nothing was."""
+        if self._found:
+            raise ConfigError("\n".join(map(str, self._found)))
+
+
+def listed(heading: str, problems: Iterable[str]) -> ConfigError:
+    """One error for many problems: a heading, then a line each; on one line where there is only one."""
+    lines = list(problems)
+    return ConfigError(f"{heading}: {lines[0]}" if len(lines) == 1 else "\n  ".join([f"{heading}:", *lines]))

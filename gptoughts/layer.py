@@ -122,11 +122,11 @@ def would_not_pay(text: str, source: str) -> Reason:
 
 @dataclass(frozen=True)
 class Operator:
-    """An operator of the watched step: how often it ran and which dtypes went in, one tuple per distinct signature."""
+    """An operator of the watched step: how often it ran, and how often with which input dtypes."""
 
     name: str
     calls: int
-    input_dtypes: tuple[tuple[str, ...], ...] = ()
+    input_dtypes: Mapping[tuple[str, ...], int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

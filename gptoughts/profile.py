@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from gptoughts.config import describe, shown
-from gptoughts.errors import ConfigError, PlanError, nearest
+from gptoughts.config import describe, find_toml, read_toml, shown
+from gptoughts.errors import ConfigError, PlanError, listed
 from gptoughts.machine import Machine
 
 GIB = 1024**3
@@ -21,7 +20,7 @@ _PACKAGE = Path(__file__).parent
 class Match(BaseModel):
     """Conditions under which `auto` may take the profile; the least capable GPU decides."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     gpu: bool | None = None
     min_compute_capability: str | None = Field(None, pattern=r"^\d+\.\d+$")
@@ -63,13 +62,13 @@ class _File(BaseModel):
     note: str = ""
     auto: bool = True
     extends: str | None = None
-    match: dict[str, Any] = {}
-    slots: dict[str, list[str | dict[str, Any]]] = {}
+    match: Match | None = None
+    slots: dict[str, Any] = {}
 
 
 @dataclass(frozen=True)
 class Want:
-    """A layer that somebody asks for in a slot. A demanded one is stopped only by what cannot be."""
+    """A layer that somebody asks for in a slot. Of several demanded ones the first that pays is taken, else the first that can run."""
 
     layer: str
     options: Mapping[str, Any]
@@ -101,60 +100,74 @@ def names() -> list[str]:
     return sorted(path.stem for path in folder().glob("*.toml"))
 
 
+def find(name: str) -> Path:
+    """The file of a shipped profile, or the path to a .toml file that `name` is. Raises ConfigError."""
+    return find_toml("profile", name, folder(), names())
+
+
 def read(name: str) -> Profile:
     """The profile `name`: a shipped one, or a path to a .toml file. Raises ConfigError."""
-    path = _find(name)
-    raw = _parse(path)
-    base = _parse(_find(raw.extends, path)) if raw.extends else None
-    if base is not None and base.extends:
-        raise ConfigError(
-            f"{shown(path)}: extends {raw.extends!r}, which itself extends {base.extends!r}; one level is allowed"
-        )
-    inherited = _wants(base, _find(raw.extends, path)) if base is not None and raw.extends else {}
-    match = raw.match or (base.match if base else {})
-    return Profile(raw.name, raw.note, raw.auto, _match(match, path), {**inherited, **_wants(raw, path)}, shown(path))
+    path = find(name)
+    raw, slots = _parse(path)
+    match, inherited = raw.match, {}
+    if raw.extends is not None:
+        base_path = _find_base(raw.extends, path)
+        base, inherited = _parse(base_path)
+        match = match or base.match
+        if base.extends is not None:
+            raise ConfigError(
+                f"{shown(path)}: extends {raw.extends!r} ({shown(base_path)}), which itself extends {base.extends!r}; "
+                "one level is allowed"
+            )
+    return Profile(raw.name, raw.note, raw.auto, match or Match(), {**inherited, **slots}, shown(path))
 
 
-def _find(name: str, beside: Path | None = None) -> Path:
-    candidates = [Path(name)] if name.endswith(".toml") or "/" in name else [folder() / f"{name}.toml"]
-    if beside is not None:
-        candidates = [beside.parent / f"{name}.toml", *candidates]
-    for path in candidates:
-        if path.is_file():
-            return path
-    raise ConfigError(f"no profile {name!r}{nearest(name, names())}; shipped: {', '.join(names())}, or a path to a .toml file")
-
-
-def _parse(path: Path) -> _File:
+def _find_base(name: str, child: Path) -> Path:
+    """What `extends` means: a path beside the profile, a profile of that name beside it, or a shipped one; never the profile itself."""
+    beside = child.parent / (name if name.endswith(".toml") else f"{name}.toml")
+    if beside.is_file() and beside.resolve() != child.resolve():
+        return beside
     try:
-        return _File.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{shown(path)}: not TOML: {error}") from None
-    except ValidationError as error:
-        known = list(_File.model_fields)
-        raise ConfigError(f"{shown(path)}:\n" + "\n".join(f"  {line}" for line in describe(error, known))) from None
+        found = find_toml("profile", name, folder(), names())
+    except ConfigError as error:
+        raise ConfigError(f"{shown(child)}: extends {name!r}: {error}") from None
+    if found.resolve() == child.resolve():
+        raise ConfigError(f"{shown(child)}: extends itself")
+    return found
 
 
-def _match(raw: dict[str, Any], path: Path) -> Match:
+def _parse(path: Path) -> tuple[_File, dict[str, tuple[Want, ...]]]:
+    """The file and its slots, with every problem of both told at once. Names of slots and layers are judged by the plan."""
+    values, problems = read_toml(path), []
+    slots = _wants(values.get("slots", {}), shown(path), problems)
     try:
-        return Match.model_validate(raw)
+        raw = _File.model_validate({**values, "slots": {}})
     except ValidationError as error:
-        lines = describe(error, list(Match.model_fields))
-        raise ConfigError(f"{shown(path)}: [match]\n" + "\n".join(f"  {line}" for line in lines)) from None
+        problems += describe(error, [*_File.model_fields, *(f"match.{key}" for key in Match.model_fields)])
+    if problems:
+        raise listed(f"{shown(path)} cannot be used", problems)
+    return raw, slots
 
 
-def _wants(raw: _File, path: Path) -> dict[str, tuple[Want, ...]]:
+def _wants(slots: Any, origin: str, problems: list[str]) -> dict[str, tuple[Want, ...]]:
+    if not isinstance(slots, dict):
+        problems.append(f"slots: is a table, here {slots!r}")
+        return {}
     wants = {}
-    for slot, entries in raw.slots.items():
+    for slot, entries in slots.items():
+        if not isinstance(entries, list) or not entries:
+            problems.append(f"slots.{slot}: needs a list of layers; leave the key out to take the baseline, here {entries!r}")
+            continue
         rows = []
         for entry in entries:
-            options = {} if isinstance(entry, str) else {key: value for key, value in entry.items() if key != "layer"}
-            layer = entry if isinstance(entry, str) else entry.get("layer")
-            if not isinstance(layer, str):
-                raise ConfigError(f"{shown(path)}: slots.{slot}: needs a layer's name or {{layer = NAME, ...}}, here {entry!r}")
-            rows.append(Want(layer, options, shown(path)))
-        if not rows:
-            raise ConfigError(f"{shown(path)}: slots.{slot} is empty; leave the key out to take the baseline")
+            layer = entry.get("layer") if isinstance(entry, dict) else entry
+            if isinstance(layer, str):
+                options = {key: value for key, value in entry.items() if key != "layer"} if isinstance(entry, dict) else {}
+                rows.append(Want(layer, options, origin))
+            else:
+                problems.append(f"slots.{slot}: needs a layer's name or {{layer = NAME, ...}}, here {entry!r}")
+        twice = {row.layer for row in rows if sum(row.layer == other.layer for other in rows) > 1}
+        problems += [f"slots.{slot}: {layer} is listed twice" for layer in sorted(twice)]
         wants[slot] = tuple(rows)
     return wants
 
@@ -166,11 +179,8 @@ def pick(name: str, machine: Machine) -> Profile:
     """
     if name != "auto":
         profile = read(name)
-        demanded = {
-            slot: tuple(Want(want.layer, want.options, want.origin, demanded=True) for want in wants)
-            for slot, wants in profile.slots.items()
-        }
-        return Profile(profile.name, profile.note, profile.auto, profile.match, demanded, profile.path)
+        demanded = {slot: tuple(replace(want, demanded=True) for want in wants) for slot, wants in profile.slots.items()}
+        return replace(profile, slots=demanded)
     holding = [profile for profile in map(read, names()) if profile.auto and profile.match.holds(machine)]
     if not holding:
         raise PlanError(f"no profile matches {machine.label()}\n  try: --profile NAME with one of {', '.join(names())}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -42,7 +41,7 @@ class Seen:
 @dataclass
 class _Trace:
     calls: Counter[str] = field(default_factory=Counter)
-    dtypes: dict[str, set[tuple[str, ...]]] = field(default_factory=lambda: defaultdict(set))
+    dtypes: dict[str, Counter[tuple[str, ...]]] = field(default_factory=lambda: defaultdict(Counter))
     kernels: Counter[str] = field(default_factory=Counter)
     regions: int = 0
     copy_streams: set[int] = field(default_factory=set)
@@ -64,7 +63,7 @@ def watch(engine: Engine, one_step: Callable[[], None]) -> Sight:
     counters = engine.counters
     moved = any(before != after for before, after in zip(sums, checksums(engine), strict=True))
     return Sight(
-        operators={name: Operator(name, calls, tuple(sorted(trace.dtypes[name]))) for name, calls in trace.calls.items()},
+        operators={name: Operator(name, calls, dict(trace.dtypes[name])) for name, calls in trace.calls.items()},
         kernels=dict(trace.kernels),
         regions=trace.regions,
         micro_batches=counters.micro_batches - counted["micro_batches"],
@@ -88,7 +87,6 @@ def _profiled(engine: Engine) -> Iterator[_Trace]:
     """Fill a trace from torch's profiler. Its raw events are read because only they carry the dtypes of inputs."""
     from torch.profiler import ProfilerActivity, profile
 
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if engine.device.type == "cuda" else [])
     trace = _Trace()
     with profile(activities=activities, record_shapes=True, acc_events=True) as profiler:
@@ -104,7 +102,7 @@ def _read(events: Iterable[Any], trace: _Trace) -> None:
             trace.calls[name] += 1
             trace.regions += name.startswith(COMPILED_REGION)
             if name.startswith("aten::"):
-                trace.dtypes[name].add(tuple(event.dtypes()))
+                trace.dtypes[name][tuple(event.dtypes())] += 1
         elif name.startswith("Memcpy HtoD"):
             trace.copy_streams.add(event.device_resource_id())
         else:

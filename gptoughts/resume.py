@@ -64,14 +64,14 @@ def find(folder: RunFolder, resume: str) -> tuple[Origin | None, list[str]]:
                 f"{folder.checkpoints} holds {len(there)} checkpoints and --resume never would overwrite them\n  try: --run NAME"
             )
         return None, []
-    path, skipped = checkpoint.newest(folder.checkpoints)
-    if path is None:
+    found, skipped = checkpoint.newest(folder.checkpoints)
+    if found is None:
         if there:
             raise CheckpointError(
                 "no whole checkpoint to resume from\n  " + "\n  ".join(skipped) + "\n  try: --run NAME to start over"
             )
         return None, []
-    return Origin(path, checkpoint.read_state(path)["run"]), skipped
+    return Origin(found, checkpoint.read_state(found)["run"]), skipped
 
 
 def circumstances(resolved: Resolved, plan: Plan, rows: int) -> dict[str, Any]:

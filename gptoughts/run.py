@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -16,30 +15,31 @@ import torch
 
 from gptoughts import checkpoint, prove, resume
 from gptoughts.build import Initialisation, built, meta_model
-from gptoughts.callbacks import Evaluate, Log, Mfu, Sample, Save
+from gptoughts.callbacks import Evaluate, Log, Sample, Save
 from gptoughts.config import Recipe, Resolved
-from gptoughts.data.batches import Batches, eval_batches, samples_in
+from gptoughts.data.batches import Batches, eval_batches
 from gptoughts.data.shards import Shards
 from gptoughts.data.tokenize import prepare
 from gptoughts.distributed import Ranks, started
 from gptoughts.engine import Engine
 from gptoughts.errors import ConfigError, nearest
-from gptoughts.facts import ModelFacts, embedding_rows, flops_per_token
+from gptoughts.facts import embedding_rows
 from gptoughts.facts import of as facts_of
 from gptoughts.generate.autoregressive import generate
-from gptoughts.gpus import peaks
 from gptoughts.layer import Sight
+from gptoughts.length import Length
 from gptoughts.machine import Machine, World
+from gptoughts.mfu import utilisation
 from gptoughts.models.family import family_of
+from gptoughts.models.gpt import GPT
 from gptoughts.objectives import OBJECTIVES, Objective
-from gptoughts.optim import learning_rate
 from gptoughts.plan import Plan
 from gptoughts.plugins import Extensions
 from gptoughts.track.console import Console, Silent, count
 from gptoughts.track.folder import RunFolder
 from gptoughts.track.jsonl import Jsonl, attempts
 from gptoughts.track.picture import draw_losses
-from gptoughts.trainer import Progress, advance, call_back, train
+from gptoughts.trainer import Callback, Progress, advance, call_back, train
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class _Run:
         self.rows = rows
         self.facts = facts_of(self.recipe.model, self.recipe.data.sequence_length, self.tokenizer.vocab_size)
         self.family = order.extensions.families.get(self.recipe.model.family) or family_of(self.recipe.model.family)
-        self.total_steps = self._total_steps()
+        self.length = Length(self.recipe, ranks, len(shards.split("train")))
         self.signal: int | None = None
         self.seen: tuple[prove.Seen, ...] = ()
 
@@ -140,7 +140,7 @@ class _Run:
         ) as engine:
             if origin is not None:
                 checkpoint.restore(engine, origin.folder)
-                if self._finished(progress):
+                if self.length.finished(progress):
                     self.console.say(f"run {order.folder.name} is complete at step {progress.step}; for more: --train.steps N")
                     return self._outcome(progress, None, origin.folder)
             with self._signals():
@@ -154,18 +154,6 @@ class _Run:
         if name not in known:
             raise ConfigError(f"objective = {name!r} is unknown{nearest(name, known)}; known: {', '.join(known)}")
         return known[name]()
-
-    def _total_steps(self) -> int | None:
-        """Length in updates; None where the recipe counts hours."""
-        length, per_step = self.recipe.train, self.recipe.train.global_batch
-        if length.steps is not None:
-            return length.steps
-        if length.tokens is not None:
-            return math.ceil(length.tokens / (per_step * self.recipe.data.sequence_length))
-        if length.epochs is not None:
-            samples = samples_in(len(self.shards.split("train")), self.recipe.data.sequence_length)
-            return max(1, math.ceil(length.epochs * samples / per_step))
-        return None
 
     def _batches(self, progress: Progress) -> Batches:
         world = self.order.world
@@ -223,13 +211,15 @@ class _Run:
         evaluated = (lambda: evaluate.result) if evaluate else (lambda: None)
         take = self._take(now, evaluated)
         save = Save(self.recipe.save.every, writer, take, evaluated)
-        log = Log(self.recipe.log.every, sinks, self.console, self._mfu(), self.total_steps, self._remaining)
+        mfu, formula = utilisation(self.facts, self.order.machine, self.ranks.size)
+        self.console.say(formula)
+        log = Log(self.recipe.log.every, sinks, self.console, mfu, self.length.steps, self.length.remaining)
         log.start(progress, engine)
-        callbacks = [log, *([evaluate] if evaluate else []), save, sample]
+        callbacks: list[Callback] = [log, *([evaluate] if evaluate else []), save, sample]
         try:
             progress = self._watched(engine, progress, callbacks)
             if self.signal is None:
-                progress = train(engine, progress, self._finished, self._rate, callbacks, self._stop)
+                progress = train(engine, progress, self.length.finished, self.length.rate, callbacks, self._stop)
         finally:
             if writer is not None:
                 writer.wait()
@@ -240,23 +230,23 @@ class _Run:
         newest = checkpoint.newest(self.order.folder.checkpoints)[0]
         return self._outcome(progress, evaluate.result if evaluate else None, newest, sample.text)
 
-    def _watched(self, engine: Engine, progress: Progress, callbacks: list[Any]) -> Progress:
+    def _watched(self, engine: Engine, progress: Progress, callbacks: list[Callback]) -> Progress:
         """Warm up, watch one real step, and stop the run where a planned layer was not seen."""
         warm = progress.step + prove.warm_steps(self.order.plan, self.order.extensions.catalog)
         progress = train(
-            engine, progress, self._finished, self._rate, callbacks, self._stop, pause=lambda now: now.step >= warm
+            engine, progress, self.length.finished, self.length.rate, callbacks, self._stop, pause=lambda now: now.step >= warm
         )
-        if self._finished(progress) or self.signal is not None:
+        if self.length.finished(progress) or self.signal is not None:
             return progress
 
         while True:
             held: list[Any] = []
-            sight = prove.watch(engine, lambda: held.extend(advance(engine, progress, self._rate)))  # noqa: B023
+            sight = prove.watch(engine, lambda: held.extend(advance(engine, progress, self.length.rate)))  # noqa: B023
             progress, stats = held
             stopped = self._stop(progress)
             if sight.updated:
                 self._judge(engine, progress, sight)
-            call_back(engine, progress, stats, callbacks, last=stopped or self._finished(progress))
+            call_back(engine, progress, stats, callbacks, last=stopped or self.length.finished(progress))
             if sight.updated or stopped:
                 return progress
 
@@ -269,29 +259,6 @@ class _Run:
         self.console.say(f"watched step {progress.step}\n{prove.table(seen)}")
         prove.demand(seen, self.order.strict)
         self.seen = tuple(seen)
-
-    def _finished(self, progress: Progress) -> bool:
-        if self.total_steps is not None:
-            return progress.step >= self.total_steps
-        assert self.recipe.train.hours is not None
-        return self.ranks.any(progress.seconds >= self.recipe.train.hours * 3600)
-
-    def _rate(self, progress: Progress) -> float:
-        optim = self.recipe.optim
-        if self.total_steps is not None:
-            # The last update has done = 1, so that the schedule ends where the recipe says.
-            last = max(1, self.total_steps - 1)
-            return learning_rate(optim, progress.step, progress.step / last, min(1.0, optim.warmup_steps / last))
-        assert self.recipe.train.hours is not None
-        # Clocks differ between ranks and rates must not.
-        seconds = float(self.ranks.sum(progress.seconds)) / self.ranks.size
-        return learning_rate(optim, progress.step, seconds / (self.recipe.train.hours * 3600))
-
-    def _remaining(self, progress: Progress) -> float | None:
-        """Seconds of steps left, at the run's own mean speed."""
-        if self.total_steps is None:
-            return max(0.0, (self.recipe.train.hours or 0.0) * 3600 - progress.seconds)
-        return progress.seconds / progress.step * (self.total_steps - progress.step) if progress.step else None
 
     def _stop(self, progress: Progress) -> bool:
         if self.ranks.size == 1:
@@ -332,13 +299,13 @@ class _Run:
         )
 
     def _write_sample(self, engine: Engine) -> str:
-        if not self.ranks.first:
+        if not self.ranks.first or not isinstance(engine.bare, GPT):
             return ""
         ask = self.recipe.sample
         # Every length of text would be another graph, so compiled blocks run as they were written.
         with engine.eval_context(), torch.compiler.set_stance("force_eager"):
             written = generate(
-                engine.bare,  # type: ignore[arg-type]
+                engine.bare,
                 self.tokenizer,
                 [ask.prompt],
                 ask.tokens,
@@ -362,25 +329,9 @@ class _Run:
 
         return take
 
-    def _mfu(self) -> Mfu:
-        return mfu_of(self.facts, self.order.machine, self.ranks.size, self.console)
-
     def _outcome(
         self, progress: Progress, evaluated: tuple[int, float] | None, saved: Path | None, sample: str = ""
     ) -> Outcome:
         splits = self.shards.index.splits
         entropy = splits["val"].unigram_entropy if "val" in splits else None
         return Outcome(progress, evaluated[1] if evaluated else None, entropy, sample, saved, self.out, self.seen, self.signal)
-
-
-def mfu_of(facts: ModelFacts, machine: Machine, ranks: int, console: Console) -> Mfu:
-    """Tokens per second (all ranks) -> model FLOPs utilisation, or None where model or peak is not known. Says its formula once."""
-    flops = flops_per_token(facts)
-    gpu = machine.gpus[0] if machine.gpus else None
-    peak = peaks(gpu.name, gpu.memory_bytes) if gpu else None
-    if flops is None or peak is None or peak.bf16_tflops is None:
-        console.say("MFU n/a: " + ("the peak of a CPU is not known" if gpu is None else f"no peak is known for {gpu.name}"))
-        return lambda speed: None
-    tflops = peak.bf16_tflops
-    console.say(f"MFU = (6N + 12LCT) x tok/s / {tflops} TFLOP/s, dense bf16 ({peak.source})")
-    return lambda speed: flops * speed / (tflops * 1e12 * ranks)

@@ -28,9 +28,10 @@ def bench_batches(
         rng = np.random.default_rng(0)
         # Bytes read as text: one token a byte, so the corpus has the size that is asked for.
         text = rng.integers(97, 123, tokens, dtype=np.uint8).tobytes().decode("ascii")
-        source = Source("random letters", (), lambda _: iter([Document("random letters", text)]))
+        documents = [Document("random letters", text)]
+        source = Source("random letters", (), lambda _: iter(documents))
         tokenise(source, "bytes", folder, val_fraction=0, processes=1, shard_tokens=-(-(tokens + 1) // shards))
-        del text, source
+        del source
         stream = Shards.open(folder).split("train")
         for array in stream.arrays:
             np.bincount(array[::2048])  # One token of each page.
@@ -46,7 +47,9 @@ def bench_batches(
     return {**shape, "dtype": "uint16", "rounds": rounds, **spread("mtok_per_second", rates)}
 
 
-def bench_tokenise(source: str = "python-stdlib", tokenizer: str = "gpt2", repeat: int = 4, rounds: int = 5) -> dict[str, Any]:
+def bench_tokenise(
+    source: str = "python-stdlib", tokenizer: str = "gpt2", repeat: int = 4, rounds: int = 5
+) -> dict[str, Any]:
     """Whole tokenising runs, from documents in memory to synced shards, in turns with raw tiktoken's `encode_ordinary`.
 
     The corpus is `source`, `repeat` times. `tokenizer` is gpt2, bpe (4096 ids) or a file or folder that tiktoken can run.
@@ -55,7 +58,9 @@ def bench_tokenise(source: str = "python-stdlib", tokenizer: str = "gpt2", repea
     original = open_source(source)
     built = build_tokenizer(tokenizer, original, 4096)
     if not isinstance(built, JsonTokenizer) or built.encoding is None:
-        raise DataError(f"tokenizer {tokenizer!r}: tiktoken cannot run it, so there is nothing to compare with; give gpt2 or bpe")
+        raise DataError(
+            f"tokenizer {tokenizer!r}: tiktoken cannot run it, so there is nothing to compare with; give gpt2 or bpe"
+        )
     documents = list(original.documents()) * repeat
     texts = [document.text for document in documents]
     corpus = Source(f"{source} x {repeat}", (), lambda _: iter(documents))
@@ -72,8 +77,18 @@ def bench_tokenise(source: str = "python-stdlib", tokenizer: str = "gpt2", repea
         "one_process_to_tiktoken": [a / b for a, b in zip(rates["one_process"], rates["tiktoken"], strict=True)],
         "two_processes_to_one": [a / b for a, b in zip(rates["two_processes"], rates["one_process"], strict=True)],
     }
-    figures: dict[str, Any] = {"source": source, "repeat": repeat, "tokenizer": built.kind, "vocab_size": built.vocab_size}
-    figures |= {"tokens": tokens, "bytes": sum(len(text.encode()) for text in texts), "documents": len(texts), "rounds": rounds}
+    figures: dict[str, Any] = {
+        "source": source,
+        "repeat": repeat,
+        "tokenizer": built.kind,
+        "vocab_size": built.vocab_size,
+    }
+    figures |= {
+        "tokens": tokens,
+        "bytes": sum(len(text.encode()) for text in texts),
+        "documents": len(texts),
+        "rounds": rounds,
+    }
     for name, values in rates.items():
         figures |= spread(f"{name}_mtok_per_second", values)
     for name, values in pairs.items():
@@ -109,4 +124,8 @@ def timed(call: Callable[[], None]) -> float:
 
 def spread(name: str, values: list[float]) -> dict[str, float]:
     """Median, least and greatest under three keys."""
-    return {name: round(statistics.median(values), 3), f"{name}_min": round(min(values), 3), f"{name}_max": round(max(values), 3)}
+    return {
+        name: round(statistics.median(values), 3),
+        f"{name}_min": round(min(values), 3),
+        f"{name}_max": round(max(values), 3),
+    }

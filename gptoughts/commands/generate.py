@@ -11,9 +11,14 @@ def generate(
 ) -> int:
     """Continue each prompt; `-` stands for what comes on standard input, no prompt for an empty one."""
     from gptoughts.generate.autoregressive import generate as write
+    from gptoughts.errors import CheckpointError
     from gptoughts.loading import load, reading
+    from gptoughts.models.gpt import GPT
 
     loaded = load(checkpoint)
+    if not isinstance(loaded.model, GPT):
+        raise CheckpointError(f"{loaded.folder} holds a {loaded.recipe.model.family} model; generate writes with gpt models")
+    model = loaded.model
     prompts = [sys.stdin.read() if text == "-" else text for text in prompt] or [""]
     shown = -1
 
@@ -27,6 +32,6 @@ def generate(
         print(piece, end="", flush=True)
 
     with reading(loaded):
-        write(loaded.model, loaded.tokenizer, prompts, tokens, temperature, top_k, top_p, seed, on_text=on_text)  # type: ignore[arg-type]
+        write(model, loaded.tokenizer, prompts, tokens, temperature, top_k, top_p, seed, on_text=on_text)
     print()
     return 0

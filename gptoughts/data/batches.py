@@ -54,7 +54,9 @@ def rank_rows(global_batch: int, rank: int, world_size: int) -> tuple[int, int]:
     if global_batch < 1 or global_batch % world_size:
         below, above = global_batch // world_size * world_size, (global_batch // world_size + 1) * world_size
         nearest = f"{below} or {above}" if below else f"{above}"
-        raise DataError(f"train.global_batch {global_batch} cannot be shared by {world_size} ranks; nearest that can: {nearest}")
+        raise DataError(
+            f"train.global_batch {global_batch} cannot be shared by {world_size} ranks; nearest that can: {nearest}"
+        )
     share = global_batch // world_size
     return rank * share, (rank + 1) * share
 
@@ -109,7 +111,10 @@ class Batches:
             samples = self.order(consumed, ahead)
             for batch_samples in samples:
                 consumed += self.global_batch
-                yield read_batch(self.stream, batch_samples, self.sequence_length, self.eot_id), Cursor(consumed, self.cursor.fingerprint)
+                yield (
+                    read_batch(self.stream, batch_samples, self.sequence_length, self.eot_id),
+                    Cursor(consumed, self.cursor.fingerprint),
+                )
 
     def order(self, consumed: int, batches: int) -> np.ndarray:
         """This rank's samples of the next `batches` global batches after `consumed` samples: int64 (batches, rows)."""
@@ -158,7 +163,9 @@ def eval_batches(
     first, end = rank_rows(global_batch, rank, world_size)
     batches = -(-samples_in(len(stream), sequence_length) // global_batch)
     if not batches:
-        raise DataError(f"split {stream.name!r} of {stream.folder} has {len(stream)} tokens; at least 2 are needed to predict one")
+        raise DataError(
+            f"split {stream.name!r} of {stream.folder} has {len(stream)} tokens; at least 2 are needed to predict one"
+        )
     padding = stream.eot_id if eot_id is None else eot_id
     rows = np.arange(first, end, dtype=np.int64)
     return (

@@ -34,7 +34,9 @@ def train(texts: Iterable[str], vocab_size: int) -> dict[str, Any]:
     Raises DataError for a vocabulary that cannot hold the 256 bytes.
     """
     if vocab_size < LEAST_VOCABULARY:
-        raise DataError(f"train_bpe = {vocab_size}: a byte-level BPE needs at least {LEAST_VOCABULARY} (256 bytes and end-of-text)")
+        raise DataError(
+            f"train_bpe = {vocab_size}: a byte-level BPE needs at least {LEAST_VOCABULARY} (256 bytes and end-of-text)"
+        )
     require("tokenizers", "train", "training a BPE")
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -60,10 +62,16 @@ def gpt2_from_folder(folder: Path) -> dict[str, Any] | None:
                 vocab = json.loads(vocab_file.read_text(encoding="utf-8"))
                 lines = merges_file.read_text(encoding="utf-8").split("\n")
             except ValueError as error:
-                raise DataError(f"{folder}: {vocab_name} or {merges_name} cannot be read ({first_line(error)})") from None
-            merges = [line.rstrip("\r").split(" ") for line in lines if line.strip() and not line.startswith("#version")]
+                raise DataError(
+                    f"{folder}: {vocab_name} or {merges_name} cannot be read ({first_line(error)})"
+                ) from None
+            merges = [
+                line.rstrip("\r").split(" ") for line in lines if line.strip() and not line.startswith("#version")
+            ]
             if not isinstance(vocab, dict) or any(len(merge) != 2 for merge in merges):
-                raise DataError(f"{merges_file}: not a list of merges, two tokens a line; give the files that GPT-2 was published with")
+                raise DataError(
+                    f"{merges_file}: not a list of merges, two tokens a line; give the files that GPT-2 was published with"
+                )
             if END_OF_TEXT not in vocab:
                 raise DataError(f"{vocab_file}: no {END_OF_TEXT}; give the files that GPT-2 was published with")
             return spec_of(vocab, merges)
@@ -99,7 +107,9 @@ def merges_of(ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
             joins = [ranks.get(parts[i] + parts[i + 1], rank) for i in range(len(parts) - 1)]
             best = min(range(len(joins)), key=joins.__getitem__)
             if joins[best] >= rank:
-                raise DataError(f"tiktoken's GPT-2 file holds a token that no merge makes ({token!r}); delete its cache")
+                raise DataError(
+                    f"tiktoken's GPT-2 file holds a token that no merge makes ({token!r}); delete its cache"
+                )
             parts[best : best + 2] = [parts[best] + parts[best + 1]]
         if len(parts) == 2:
             yield parts[0], parts[1]
@@ -147,7 +157,10 @@ def splits_like_gpt2(spec: dict[str, Any]) -> bool:
 def tiktoken_ranks(spec: dict[str, Any]) -> dict[bytes, int] | None:
     """Token bytes to id where tiktoken's merge rule (lowest id first) is this tokenizer's rule too; None where it is not."""
     model, added = spec["model"], spec.get("added_tokens") or []
-    plain = not any(model.get(key) for key in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"))
+    plain = not any(
+        model.get(key)
+        for key in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
+    )
     if not splits_like_gpt2(spec) or not plain or not all(token.get("special") for token in added):
         return None
     byte = byte_of_character()
@@ -173,4 +186,6 @@ def tiktoken_encoding(spec: dict[str, Any], eot_id: int) -> Any | None:
     import tiktoken
     from tiktoken_ext.openai_public import r50k_pat_str
 
-    return tiktoken.Encoding("gptoughts", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: eot_id})
+    return tiktoken.Encoding(
+        "gptoughts", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: eot_id}
+    )

@@ -54,6 +54,10 @@ def lines(total_bytes: int | None) -> Report:
         if now - last >= LINE_SECONDS:
             last = now
             share = f"{100 * done / total_bytes:.0f} % " if total_bytes else ""
-            print(f"data: {share}{counted:,} tokens, {counted / (now - begun) / 1e6:.2f} Mtok/s", file=sys.stderr, flush=True)
+            print(
+                f"data: {share}{counted:,} tokens, {counted / (now - begun) / 1e6:.2f} Mtok/s",
+                file=sys.stderr,
+                flush=True,
+            )
 
     return report

@@ -61,7 +61,10 @@ class Index:
     @property
     def fingerprint(self) -> str:
         """Digest of the tokens and their tokenizer, wherever the folder lies: what a cursor belongs to."""
-        shards = {name: [(shard.file, shard.tokens, shard.sha256) for shard in split.shards] for name, split in self.splits.items()}
+        shards = {
+            name: [(shard.file, shard.tokens, shard.sha256) for shard in split.shards]
+            for name, split in self.splits.items()
+        }
         facts = [self.dtype, self.vocab_size, self.eot_id, self.tokenizer["hash"], sorted(shards.items())]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
@@ -71,15 +74,22 @@ class Index:
         path = folder / INDEX
         if not path.exists():
             if (folder / JOURNAL).exists():
-                raise DataError(f"{folder}: tokenising was interrupted; continue it with the same command: gptoughts tokenize ... --to {folder}")
+                raise DataError(
+                    f"{folder}: tokenising was interrupted; continue it with the same command: gptoughts tokenize ... --to {folder}"
+                )
             raise DataError(f"{path}: no such file; make it: gptoughts tokenize SOURCE --to {folder}")
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
             if raw["format"] != FORMAT or raw["version"] != VERSION:
-                raise DataError(f"{path}: format {raw['format']!r} version {raw['version']}, not {FORMAT!r} version {VERSION}; tokenise again")
+                raise DataError(
+                    f"{path}: format {raw['format']!r} version {raw['version']}, not {FORMAT!r} version {VERSION}; tokenise again"
+                )
             splits = {
                 name: Split(
-                    split["tokens"], split["documents"], split["unigram_entropy"], tuple(Shard(**shard) for shard in split["shards"])
+                    split["tokens"],
+                    split["documents"],
+                    split["unigram_entropy"],
+                    tuple(Shard(**shard) for shard in split["shards"]),
                 )
                 for name, split in raw["splits"].items()
             }
@@ -88,7 +98,9 @@ class Index:
             )
             index.check(path)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{path}: damaged ({type(error).__name__}: {error}); tokenise again with --overwrite") from None
+            raise DataError(
+                f"{path}: damaged ({type(error).__name__}: {error}); tokenise again with --overwrite"
+            ) from None
         return index
 
     def check(self, path: Path) -> None:
@@ -98,18 +110,27 @@ class Index:
             raise DataError(f"{path}: dtype {self.dtype!r} for a vocabulary of {self.vocab_size}; it must be {wanted}")
         for name, split in self.splits.items():
             if split.tokens != sum(shard.tokens for shard in split.shards):
-                raise DataError(f"{path}: split {name!r} says {split.tokens} tokens, its shards {sum(s.tokens for s in split.shards)}")
+                raise DataError(
+                    f"{path}: split {name!r} says {split.tokens} tokens, its shards {sum(s.tokens for s in split.shards)}"
+                )
             for shard in split.shards:
                 if any(Path(file).name != file for file in (shard.file, shard.docs_file)):
                     raise DataError(f"{path}: shard {shard.file!r} is not a plain file name")
                 if shard.max_id >= self.vocab_size:
-                    raise DataError(f"{path}: {shard.file} holds token id {shard.max_id}, outside the vocabulary of {self.vocab_size}")
+                    raise DataError(
+                        f"{path}: {shard.file} holds token id {shard.max_id}, outside the vocabulary of {self.vocab_size}"
+                    )
 
 
 def npy_header(dtype: np.dtype[Any], length: int) -> bytes:
     """The 128 bytes before the data of a 1-D `.npy` file (format 1.0); always this long, so that it can be written last."""
     text = f"{{'descr': '{dtype.newbyteorder('<').str}', 'fortran_order': False, 'shape': ({length},), }}"
-    return b"\x93NUMPY\x01\x00" + (HEADER_BYTES - 10).to_bytes(2, "little") + text.ljust(HEADER_BYTES - 11).encode() + b"\n"
+    return (
+        b"\x93NUMPY\x01\x00"
+        + (HEADER_BYTES - 10).to_bytes(2, "little")
+        + text.ljust(HEADER_BYTES - 11).encode()
+        + b"\n"
+    )
 
 
 def sha256_of(path: Path) -> str:
@@ -212,7 +233,9 @@ class Shards:
         """The tokens of `train` or `val`. Raises DataError where this folder has no such split."""
         if name not in self.index.splits:
             there = ", ".join(self.index.splits)
-            raise DataError(f"{self.folder}: no split {name!r}; splits here: {there}; tokenise with a val_fraction above 0")
+            raise DataError(
+                f"{self.folder}: no split {name!r}; splits here: {there}; tokenise with a val_fraction above 0"
+            )
         return Stream(self.folder, name, self.index)
 
     def documents(self, name: str, shard: int) -> np.ndarray:
@@ -225,7 +248,9 @@ class Shards:
         """The tokenizer that made the tokens. Raises DataError where it was changed since."""
         tokenizer = Tokenizer.load(self.folder / TOKENIZER_FOLDER)
         if tokenizer.hash != self.index.tokenizer["hash"]:
-            raise DataError(f"{self.folder / TOKENIZER_FOLDER}: another tokenizer than the one in {INDEX}; tokenise again with --overwrite")
+            raise DataError(
+                f"{self.folder / TOKENIZER_FOLDER}: another tokenizer than the one in {INDEX}; tokenise again with --overwrite"
+            )
         return tokenizer
 
     def verify_hashes(self) -> None:
@@ -235,7 +260,9 @@ class Shards:
                 for file, expected in ((shard.file, shard.sha256), (shard.docs_file, shard.docs_sha256)):
                     found = sha256_of(self.folder / file)
                     if found != expected:
-                        raise DataError(f"{self.folder / file}: changed since it was written (sha256 {found[:12]}, index {expected[:12]})")
+                        raise DataError(
+                            f"{self.folder / file}: changed since it was written (sha256 {found[:12]}, index {expected[:12]})"
+                        )
         self.tokenizer()
 
 
@@ -244,10 +271,14 @@ def check_size(path: Path, expected: int) -> None:
     try:
         size = os.stat(path).st_size
     except OSError:
-        raise DataError(f"{path}: missing, though {INDEX} lists it; restore it, or tokenise again with --overwrite") from None
+        raise DataError(
+            f"{path}: missing, though {INDEX} lists it; restore it, or tokenise again with --overwrite"
+        ) from None
     if size != expected:
         what = "truncated" if size < expected else "longer than it was"
-        raise DataError(f"{path}: {what} ({size} bytes, {expected} expected); restore it, or tokenise again with --overwrite")
+        raise DataError(
+            f"{path}: {what} ({size} bytes, {expected} expected); restore it, or tokenise again with --overwrite"
+        )
 
 
 def open_array(path: Path, length: int, dtype: np.dtype[Any]) -> np.ndarray:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 from gptoughts.errors import DataError, nearest
 
@@ -57,11 +57,16 @@ class Source:
         """Every document, once, in order. Raises DataError that names the file where a text cannot be read or none is there."""
         self.empty_rows = 0
         found = False
-        for document in self.read(self):
-            found = True
-            yield document
+        try:
+            for document in self.read(self):
+                found = True
+                yield document
+        except OSError as error:
+            raise DataError(f"{error.filename or self.spec}: cannot be read ({error.strerror or error})") from None
         if not found:
-            raise DataError(f"source {self.spec!r} holds no text ({self.empty_rows} empty rows); give a source with at least one document")
+            raise DataError(
+                f"source {self.spec!r} holds no text ({self.empty_rows} empty rows); give a source with at least one document"
+            )
 
     def fingerprint(self) -> str:
         """Digest of the names, sizes and modification times of the files: tells a changed corpus without reading it."""
@@ -107,7 +112,9 @@ def of_files(spec: str, root: Path, files: list[Path], text_key: str) -> Source:
 
     if not files:
         kinds = " ".join(TEXT_SUFFIXES + ROW_SUFFIXES)
-        raise DataError(f"source {spec!r}: folder {root} holds no text; it takes {kinds} (hidden files and symlinks are ignored)")
+        raise DataError(
+            f"source {spec!r}: folder {root} holds no text; it takes {kinds} (hidden files and symlinks are ignored)"
+        )
     return Source(spec, tuple(files), read, sum(path.stat().st_size for path in files))
 
 
@@ -127,10 +134,14 @@ def standard_library() -> Source:
     """The source of the Python that runs, about 10 MB: text that every machine has. Tests and installed packages are left out."""
     root = Path(sysconfig.get_paths()["stdlib"])
     files = [
-        path for path in folder_files(root) if path.suffix == ".py" and not STDLIB_SKIPPED & set(path.relative_to(root).parts)
+        path
+        for path in folder_files(root)
+        if path.suffix == ".py" and not STDLIB_SKIPPED & set(path.relative_to(root).parts)
     ]
     if not files:
-        raise DataError(f"source {STDLIB!r}: no .py file under {root}; install the standard library's source or name another text")
+        raise DataError(
+            f"source {STDLIB!r}: no .py file under {root}; install the standard library's source or name another text"
+        )
 
     def read(source: Source) -> Iterator[Document]:
         for path in files:
@@ -188,7 +199,7 @@ def json_rows(path: Path, name: str, text_key: str, source: Source) -> Iterator[
         raise DataError(f"{name}: cannot be read after line {number} ({error})") from None
 
 
-def open_lines(path: Path) -> BinaryIO:
+def open_lines(path: Path) -> IO[bytes]:
     """The file's lines as bytes, decompressed by the ending of its name."""
     if path.name.endswith(".gz"):
         return gzip.open(path, "rb")  # type: ignore[return-value]
@@ -216,7 +227,7 @@ def open_lines(path: Path) -> BinaryIO:
                 self.file.close()
                 super().close()
 
-        return io.BufferedReader(Reader(), 1 << 20)  # type: ignore[return-value]
+        return io.BufferedReader(Reader(), 1 << 20)
     return path.open("rb", buffering=1 << 20)
 
 
@@ -225,15 +236,21 @@ def json_row(line: bytes, where: str) -> dict[str, Any]:
     try:
         text = line.decode("utf-8-sig" if where.endswith(":1") else "utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8 (byte 0x{line[error.start]:02x} at offset {error.start} of the line)") from None
+        raise DataError(
+            f"{where}: not UTF-8 (byte 0x{line[error.start]:02x} at offset {error.start} of the line)"
+        ) from None
     try:
         row = json.loads(text)
     except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON ({error.msg} at column {error.colno}); each line must be one JSON object") from None
+        raise DataError(
+            f"{where}: not JSON ({error.msg} at column {error.colno}); each line must be one JSON object"
+        ) from None
     except RecursionError:
         raise DataError(f"{where}: JSON nested too deeply; each line must be one JSON object") from None
     if not isinstance(row, dict):
-        raise DataError(f"{where}: a JSON {type(row).__name__}, not an object with a text field; each line must be one JSON object")
+        raise DataError(
+            f"{where}: a JSON {type(row).__name__}, not an object with a text field; each line must be one JSON object"
+        )
     return row
 
 
@@ -250,14 +267,18 @@ def checked_row(row: dict[str, Any], text_key: str, where: str, source: Source) 
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise DataError(f"{where}: field {text_key!r} holds half of a surrogate pair at character {error.start}") from None
+        raise DataError(
+            f"{where}: field {text_key!r} holds half of a surrogate pair at character {error.start}"
+        ) from None
     yield Document(where, text)
 
 
 def missing_key(text_key: str, keys: list[str], where: str) -> DataError:
     """The error for rows without the text's field; it names the fields that are there."""
     there = ", ".join(keys) or "none"
-    return DataError(f"{where}: no field {text_key!r}; fields here: {there}{nearest(text_key, keys)}; choose one with text_key")
+    return DataError(
+        f"{where}: no field {text_key!r}; fields here: {there}{nearest(text_key, keys)}; choose one with text_key"
+    )
 
 
 def parquet_rows(path: Path, name: str, text_key: str, source: Source) -> Iterator[Document]:
@@ -289,7 +310,9 @@ def saved_dataset(spec: str, path: Path, text_key: str) -> Source:
         try:
             loaded = datasets.load_from_disk(str(path))
         except Exception as error:  # What the library raises for a damaged folder is not one type.
-            raise DataError(f"source {spec!r}: cannot be read as a Hugging Face dataset ({first_line(error)})") from error
+            raise DataError(
+                f"source {spec!r}: cannot be read as a Hugging Face dataset ({first_line(error)})"
+            ) from error
         yield from dataset_rows(spec, loaded, text_key, source)
 
     files = tuple(sorted(file for file in path.rglob("*") if file.is_file()))
@@ -315,7 +338,9 @@ def dataset_rows(spec: str, loaded: Any, text_key: str, source: Source) -> Itera
     if isinstance(loaded, dict):
         split = "train" if "train" in loaded else next(iter(loaded))
         if split != "train" and len(loaded) > 1:
-            raise DataError(f"source {spec!r}: no split 'train'; splits here: {', '.join(loaded)}; name the folder of one split")
+            raise DataError(
+                f"source {spec!r}: no split 'train'; splits here: {', '.join(loaded)}; name the folder of one split"
+            )
         loaded = loaded[split]
     if text_key not in loaded.column_names:
         raise missing_key(text_key, loaded.column_names, f"source {spec!r}")

@@ -40,7 +40,9 @@ def by_tail(source: Source, val_fraction: float) -> Iterator[tuple[str, Document
     total = sum(len(document.text) for document in source.documents())
     border = int(total * (1 - val_fraction))
     if border in (0, total):
-        raise DataError(f"source {source.spec!r}: {total} characters are too few to keep a share of {val_fraction}; give more text, or val_fraction 0")
+        raise DataError(
+            f"source {source.spec!r}: {total} characters are too few to keep a share of {val_fraction}; give more text, or val_fraction 0"
+        )
     seen = 0
     for document in source.documents():
         here = min(max(border - seen, 0), len(document.text))
@@ -60,7 +62,9 @@ def by_documents(source: Source, val_fraction: float) -> Iterator[tuple[str, Doc
     chosen = None
     if count < enough:
         if count == 1:
-            raise DataError(f"source {source.spec!r}: one document cannot be shared by documents; type: --val-from tail, or val_fraction 0")
+            raise DataError(
+                f"source {source.spec!r}: one document cannot be shared by documents; type: --val-from tail, or val_fraction 0"
+            )
         hashes = [position_hash(position) for position in range(count)]
         chosen = {position for position in range(count) if hashes[position] < limit} or {hashes.index(min(hashes))}
         if len(chosen) == count:

@@ -6,7 +6,6 @@ Layout: `{split}_{index:06d}.npy` (tokens), `{split}_{index:06d}.docs.npy` (wher
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -14,7 +13,6 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -22,11 +20,12 @@ from typing import Any, Literal
 
 from gptoughts.config import DataConfig
 from gptoughts.data import split as splits
+from gptoughts.data.folder import clear, is_ours, locked
 from gptoughts.data.progress import Report, console, silent
 from gptoughts.data.shards import FORMAT, INDEX, JOURNAL, TOKENIZER_FOLDER, VERSION, Index
 from gptoughts.data.sources import TEXT_SUFFIXES, Document, Source, open_source
 from gptoughts.data.tokenizer import Tokenizer, build_tokenizer
-from gptoughts.data.workers import Piece, encode_all
+from gptoughts.data.workers import Piece, WorkerDied, encode_all
 from gptoughts.data.writer import SplitWriter, entropy, write_json
 from gptoughts.errors import DataError
 
@@ -90,7 +89,11 @@ def tokenise(
         if (folder / INDEX).exists():
             return job.finished()
         with console(text_bytes(corpus)) if progress == "console" else silent() as report:
-            return job.run(processes or worthwhile_processes(corpus), report)
+            try:
+                return job.run(processes or worthwhile_processes(corpus), report)
+            except OSError as error:
+                reason = f"{error.strerror or error}; what is there stays: run again to continue"
+                raise DataError(f"{error.filename or folder}: cannot be written ({reason})") from None
 
 
 class Job:
@@ -98,6 +101,7 @@ class Job:
 
     def __init__(self, source: Source, tokenizer: str | Tokenizer, folder: Path, settings: Settings) -> None:
         self.source, self.asked, self.folder, self.settings = source, tokenizer, folder, settings
+        self.fingerprint = source.fingerprint()
 
     def finished(self) -> Index:
         """The index of a folder that is complete. Raises DataError where it was made with other settings."""
@@ -109,21 +113,45 @@ class Job:
 
     def run(self, processes: int, report: Report) -> Index:
         """Tokenises what is left to do, then writes the index."""
+        rule = splits.resolve_rule(self.source, self.settings.val_fraction, self.settings.val_from)
         journal = self.read_journal()
         tokenizer = self.keep_tokenizer(journal is not None)
-        rule = splits.resolve_rule(self.source, self.settings.val_fraction, self.settings.val_from)
-        names = (splits.TRAIN,) if rule == "none" else (splits.TRAIN, splits.VAL)
-        writers = {
-            name: SplitWriter(
+        writers = self.writers(tokenizer, rule, journal)
+        try:
+            self.write_tokens(tokenizer, rule, writers, journal["pieces"] if journal else 0, processes, report)
+        except WorkerDied:
+            raise
+        except DataError:
+            # The same text would fail again and a mended text is another one, so there is nothing to continue.
+            clear(self.folder)
+            raise
+        for writer in writers.values():
+            writer.finish_shard()
+        return self.write_index(tokenizer, rule, writers)
+
+    def writers(self, tokenizer: Tokenizer, rule: str, journal: dict[str, Any] | None) -> dict[str, SplitWriter]:
+        """A writer for each split, at the place where the journal left it."""
+        start = {"shards": 0, "tokens_open": 0}
+        out = {}
+        for name in (splits.TRAIN,) if rule == "none" else (splits.TRAIN, splits.VAL):
+            out[name] = SplitWriter(
                 self.folder, name, tokenizer.dtype, tokenizer.vocab_size, tokenizer.eot_id, self.settings.shard_tokens
             )
-            for name in names
-        }
-        done = journal["pieces"] if journal else 0
-        for name, writer in writers.items():
-            writer.resume(journal["splits"].get(name, {"shards": 0, "tokens_open": 0}) if journal else {"shards": 0, "tokens_open": 0})
+            out[name].resume(journal["splits"][name] if journal else start)
         if journal is None:
-            self.write_journal(0, writers)
+            self.write_journal(0, out)
+        return out
+
+    def write_tokens(
+        self,
+        tokenizer: Tokenizer,
+        rule: str,
+        writers: dict[str, SplitWriter],
+        done: int,
+        processes: int,
+        report: Report,
+    ) -> None:
+        """Encodes the pieces after the first `done` and hands them to the writers, with a word in the journal now and then."""
         pieces = islice(self.pieces(tokenizer, rule), done, None)
         last = time.monotonic()
         for encoded in encode_all(tokenizer, self.folder / TOKENIZER_FOLDER, tasks(pieces), processes):
@@ -133,9 +161,6 @@ class Job:
             if time.monotonic() - last >= JOURNAL_SECONDS:
                 self.write_journal(done, writers)
                 last = time.monotonic()
-        for writer in writers.values():
-            writer.finish_shard()
-        return self.write_index(tokenizer, rule, writers)
 
     def make_tokenizer(self) -> Tokenizer:
         """The tokenizer that was asked for."""
@@ -171,18 +196,25 @@ class Job:
             except (ValueError, KeyError) as error:
                 raise DataError(f"{path}: damaged ({error}); start again with --overwrite") from None
             self.compare(settings)
-            if digest != self.source.fingerprint():
+            if digest != self.fingerprint:
                 raise self.other_settings(f"files of {self.source.spec!r} changed since the interruption")
             return journal
         others = sorted(entry.name for entry in self.folder.iterdir() if not is_ours(entry.name))
         if others:
-            raise DataError(f"{self.folder}: not empty (holds {others[0]!r}) and no tokenised folder; name a new folder")
+            raise DataError(
+                f"{self.folder}: not empty (holds {others[0]!r}) and no tokenised folder; name a new folder"
+            )
         return None
 
     def write_journal(self, pieces: int, writers: dict[str, SplitWriter]) -> None:
         """Records what is on the disk: where a killed run goes on."""
         state = {name: writer.state() for name, writer in writers.items()}
-        content = {"settings": asdict(self.settings), "fingerprint": self.source.fingerprint(), "pieces": pieces, "splits": state}
+        content = {
+            "settings": asdict(self.settings),
+            "fingerprint": self.fingerprint,
+            "pieces": pieces,
+            "splits": state,
+        }
         write_json(self.folder / JOURNAL, content)
 
     def write_index(self, tokenizer: Tokenizer, rule: str, writers: dict[str, SplitWriter]) -> Index:
@@ -194,7 +226,12 @@ class Job:
             "vocab_size": tokenizer.vocab_size,
             "eot_id": tokenizer.eot_id,
             "tokenizer": {key: value for key, value in tokenizer.card().items() if key not in ("format", "version")},
-            "source": {"spec": self.source.spec, "files": len(self.source.files), "bytes": self.source.size_bytes, "empty_rows": self.source.empty_rows},
+            "source": {
+                "spec": self.source.spec,
+                "files": len(self.source.files),
+                "bytes": self.source.size_bytes,
+                "empty_rows": self.source.empty_rows,
+            },
             "settings": asdict(self.settings) | {"val_rule": rule},
             "splits": {
                 name: {
@@ -213,13 +250,19 @@ class Job:
     def compare(self, there: dict[str, Any]) -> None:
         """Raises DataError that says how the folder's settings differ from those asked for."""
         asked = asdict(self.settings)
-        differing = [f"{key} is {there.get(key)!r} there, {value!r} asked" for key, value in asked.items() if there.get(key) != value]
+        differing = [
+            f"{key} is {there.get(key)!r} there, {value!r} asked"
+            for key, value in asked.items()
+            if there.get(key) != value
+        ]
         if differing:
             raise self.other_settings("; ".join(differing))
 
     def other_settings(self, reason: str) -> DataError:
         """The error for a folder that is not the one asked for."""
-        return DataError(f"{self.folder}: made with other settings ({reason}); type --overwrite, or name another folder")
+        return DataError(
+            f"{self.folder}: made with other settings ({reason}); type --overwrite, or name another folder"
+        )
 
 
 def document_pieces(split: str, document: Document, tokenizer: Tokenizer) -> Iterator[Piece]:
@@ -250,39 +293,6 @@ def write(pieces: Any, tokens: Any, lengths: list[int], writers: dict[str, Split
         if number + 1 == len(pieces) or pieces[number + 1].split != piece.split:
             writers[piece.split].append(tokens[start:end])
             start = end
-
-
-def is_ours(name: str) -> bool:
-    """Whether a file name is one that tokenising makes."""
-    base = name.removesuffix(".tmp")
-    return base in (INDEX, JOURNAL, TOKENIZER_FOLDER) or (base.startswith(("train_", "val_")) and base.endswith((".npy", ".npy.part")))
-
-
-def clear(folder: Path) -> None:
-    """Removes what tokenising made in `folder`, the index first, and nothing else."""
-    (folder / INDEX).unlink(missing_ok=True)
-    for path in folder.iterdir():
-        if is_ours(path.name):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Makes `folder` and holds it alone; a second process waits. The lock is on the folder itself and leaves no file."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError as error:
-        raise DataError(f"{folder}: cannot be made or opened as a folder ({error.strerror})") from None
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"data: another process is tokenising into {folder}; waiting for it", file=sys.stderr, flush=True)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def usable_cores() -> int:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from gptoughts.data import bpe
+from gptoughts.data.sample import first_characters, spread_sample
 from gptoughts.data.sources import Source, first_line, require
 from gptoughts.errors import DataError, nearest
 
@@ -78,7 +79,13 @@ class Tokenizer(ABC):
 
     def card(self) -> dict[str, Any]:
         """What `gptoughts_tokenizer.json` says."""
-        facts = {"kind": self.kind, "vocab_size": self.vocab_size, "eot_id": self.eot_id, "hash": self.hash, "engine": self.engine}
+        facts = {
+            "kind": self.kind,
+            "vocab_size": self.vocab_size,
+            "eot_id": self.eot_id,
+            "hash": self.hash,
+            "engine": self.engine,
+        }
         return {"format": "gptoughts-tokenizer", "version": 1, **facts}
 
     def save(self, folder: Path) -> None:
@@ -97,7 +104,9 @@ class Tokenizer(ABC):
             raise DataError(f"{folder}: not a saved tokenizer ({first_line(error)})") from None
         found = hashlib.sha256(raw).hexdigest()
         if not isinstance(card, dict) or card.get("hash") != found:
-            raise DataError(f"{folder / 'tokenizer.json'}: changed since it was saved (sha256 {found[:12]} is not the one in {CARD})")
+            raise DataError(
+                f"{folder / 'tokenizer.json'}: changed since it was saved (sha256 {found[:12]} is not the one in {CARD})"
+            )
         kind = card.get("kind")
         if kind == "bytes":
             return ByteTokenizer()
@@ -181,11 +190,15 @@ class JsonTokenizer(Tokenizer):
         self.vocab_size = max([*vocab.values(), *added.values()], default=-1) + 1
         eot = next((table[name] for table in (added, vocab) for name in END_OF_TEXT_NAMES if name in table), None)
         if eot is None:
-            raise DataError(f"{origin}: cannot tell the end-of-text token; it needs one of {', '.join(END_OF_TEXT_NAMES)}")
+            raise DataError(
+                f"{origin}: cannot tell the end-of-text token; it needs one of {', '.join(END_OF_TEXT_NAMES)}"
+            )
         self.eot_id = int(eot)
         self.encoding: Any = None
         self._library: Any = None
-        self._bytes = self._byte_table(vocab, added) if (self.spec.get("decoder") or {}).get("type") == "ByteLevel" else None
+        self._bytes = (
+            self._byte_table(vocab, added) if (self.spec.get("decoder") or {}).get("type") == "ByteLevel" else None
+        )
 
     @staticmethod
     def _byte_table(vocab: dict[str, int], added: dict[str, int]) -> dict[int, bytes]:
@@ -206,7 +219,8 @@ class JsonTokenizer(Tokenizer):
 
             spec = dict(self.spec, truncation=None, padding=None)
             spec["added_tokens"] = [
-                dict(token, special=bool(token.get("special")) or token["id"] == self.eot_id) for token in spec.get("added_tokens") or []
+                dict(token, special=bool(token.get("special")) or token["id"] == self.eot_id)
+                for token in spec.get("added_tokens") or []
             ]
             try:
                 self._library = tokenizers.Tokenizer.from_str(json.dumps(spec))
@@ -222,7 +236,10 @@ class JsonTokenizer(Tokenizer):
         encoded = self.library.encode_batch_fast(list(texts), add_special_tokens=False)
         batch = [np.array(one.ids, dtype=np.uint32).astype(self.dtype) for one in encoded]
         # A Unigram or WordLevel model can find the end-of-text token in the text by itself, as an ordinary piece.
-        return [self._without_eot(text) if (ids == self.eot_id).any() else ids for text, ids in zip(texts, batch, strict=True)]
+        return [
+            self._without_eot(text) if (ids == self.eot_id).any() else ids
+            for text, ids in zip(texts, batch, strict=True)
+        ]
 
     def _without_eot(self, text: str) -> np.ndarray:
         """The ids of a text that spells the end-of-text token, which is cut after its first character wherever it stands."""
@@ -231,7 +248,9 @@ class JsonTokenizer(Tokenizer):
         encoded = self.library.encode_batch_fast(parts, add_special_tokens=False)
         ids = np.array([index for one in encoded for index in one.ids], dtype=np.uint32).astype(self.dtype)
         if (ids == self.eot_id).any():
-            raise DataError(f"the text spells the end-of-text token {name!r}, and {self.origin} cannot encode that as text; remove it")
+            raise DataError(
+                f"the text spells the end-of-text token {name!r}, and {self.origin} cannot encode that as text; remove it"
+            )
         return ids
 
     def accelerate(self, sample: Sequence[str]) -> None:
@@ -254,7 +273,9 @@ class JsonTokenizer(Tokenizer):
         return self.library.decode(known, skip_special_tokens=False)
 
     def cut(self, text: str, characters: int) -> Iterator[str]:
-        if not bpe.splits_like_gpt2(self.spec) or any(not token.get("special") for token in self.spec.get("added_tokens") or []):
+        if not bpe.splits_like_gpt2(self.spec) or any(
+            not token.get("special") for token in self.spec.get("added_tokens") or []
+        ):
             yield text
             return
         start = 0
@@ -333,36 +354,10 @@ def bpe_from_files(name: str) -> Tokenizer:
         elif spec := bpe.gpt2_from_folder(path):
             return JsonTokenizer(json.dumps(spec, ensure_ascii=False).encode(), "gpt2", name)
         else:
-            raise DataError(f"tokenizer {name!r}: the folder has no tokenizer.json, no vocab.bpe + encoder.json, no merges.txt + vocab.json")
+            raise DataError(
+                f"tokenizer {name!r}: the folder has no tokenizer.json, no vocab.bpe + encoder.json, no merges.txt + vocab.json"
+            )
     if not path.is_file():
         words = ("bytes", "chars", "gpt2", "bpe")
         raise DataError(f"tokenizer {name!r}: not bytes, chars, gpt2 or bpe, and no such file{nearest(name, words)}")
     return JsonTokenizer(path.read_bytes(), "file", name)
-
-
-def first_characters(source: Source, limit: int) -> list[str]:
-    """The first documents, each cut to a fiftieth of `limit` characters, until `limit` is reached."""
-    taken: list[str] = []
-    total = 0
-    for document in source.documents():
-        taken.append(document.text[: limit // 50])
-        total += len(taken[-1])
-        if total >= limit:
-            break
-    return taken
-
-
-def spread_sample(source: Source, limit: int, block: int = 65536) -> Iterator[str]:
-    """About `limit` characters in blocks spread evenly over the corpus; all of it, document by document, where it is smaller."""
-    total = sum(len(document.text) for document in source.documents())
-    if total <= limit:
-        yield from (document.text for document in source.documents())
-        return
-    seen = 0
-    for document in source.documents():
-        for start in range(0, len(document.text), block):
-            part = document.text[start : start + block]
-            # A block is taken when its last character carries the share of the text taken so far past the next whole block.
-            if (seen + len(part)) * limit // (total * block) > seen * limit // (total * block):
-                yield part
-            seen += len(part)

@@ -16,9 +16,10 @@ import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 
@@ -55,6 +56,10 @@ class BadPiece(DataError):
         self.index = index
 
 
+class WorkerDied(DataError):
+    """A child process ended: what was written so far stays, and the next run goes on from there."""
+
+
 def encode(tokenizer: Tokenizer, texts: Sequence[str], firsts: Sequence[bool]) -> tuple[np.ndarray, list[int]]:
     """The ids of all texts in one array, end-of-text before those that are `first`, and how many belong to each.
 
@@ -70,11 +75,15 @@ def encode(tokenizer: Tokenizer, texts: Sequence[str], firsts: Sequence[bool]) -
                 raise BadPiece(index, str(error)) from None
         raise
     eot = np.array([tokenizer.eot_id], dtype=tokenizer.dtype)
-    tokens = np.concatenate([part for ids, first in zip(encoded, firsts, strict=True) for part in ((eot, ids) if first else (ids,))])
+    tokens = np.concatenate(
+        [part for ids, first in zip(encoded, firsts, strict=True) for part in ((eot, ids) if first else (ids,))]
+    )
     lengths = [len(ids) + first for ids, first in zip(encoded, firsts, strict=True)]
     if int(tokens.max(initial=0)) >= tokenizer.vocab_size:
         bad = next(index for index, ids in enumerate(encoded) if int(ids.max(initial=0)) >= tokenizer.vocab_size)
-        raise BadPiece(bad, f"token id {int(encoded[bad].max())} is outside the tokenizer's vocabulary of {tokenizer.vocab_size}")
+        raise BadPiece(
+            bad, f"token id {int(encoded[bad].max())} is outside the tokenizer's vocabulary of {tokenizer.vocab_size}"
+        )
     return tokens, lengths
 
 
@@ -90,7 +99,9 @@ def encode_all(tokenizer: Tokenizer, saved: Path, tasks: Iterator[list[Piece]], 
     with ThreadPoolExecutor(processes) as threads, Workers(saved, processes) as workers:
         waiting: deque[tuple[list[Piece], Future[Any]]] = deque()
         for task in tasks:
-            waiting.append((task, threads.submit(workers.encode, [piece.text for piece in task], [piece.first for piece in task])))
+            waiting.append(
+                (task, threads.submit(workers.encode, [piece.text for piece in task], [piece.first for piece in task]))
+            )
             if len(waiting) >= 3 * processes:
                 oldest, future = waiting.popleft()
                 yield named(oldest, future.result)
@@ -117,7 +128,10 @@ class Workers:
         environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
         self.children = [
             subprocess.Popen(
-                [sys.executable, "-c", COMMAND, str(saved)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+                [sys.executable, "-c", COMMAND, str(saved)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env=environment,
             )
             for _ in range(count)
         ]
@@ -136,7 +150,9 @@ class Workers:
             head, body = receive(child.stdout)
         except (BrokenPipeError, EOFError):
             code = child.wait()
-            raise DataError(f"a tokenising process ended with code {code} (-9: out of memory?); run again to continue, with fewer processes") from None
+            raise WorkerDied(
+                f"a tokenising process ended with code {code} (-9: out of memory?); run again to continue, with fewer processes"
+            ) from None
         finally:
             self.idle.put(child)
         if "error" in head:
@@ -153,10 +169,9 @@ class Workers:
             child.wait()
             for pipe in (child.stdin, child.stdout):
                 if pipe is not None:
-                    try:
+                    # Unsent bytes may be left of a task that nobody waits for any more.
+                    with suppress(BrokenPipeError):
                         pipe.close()
-                    except BrokenPipeError:
-                        pass  # Unsent bytes of a task that nobody waits for any more.
 
 
 def serve() -> None:
@@ -182,7 +197,7 @@ def serve() -> None:
         os._exit(0)  # The parent is gone or done; a normal exit would complain about the broken pipe.
 
 
-def send(pipe: BinaryIO, head: dict[str, Any], body: Any) -> None:
+def send(pipe: IO[bytes], head: dict[str, Any], body: Any) -> None:
     """One frame: two lengths, a JSON head, raw bytes."""
     raw = json.dumps(head).encode()
     view = memoryview(body).cast("B") if len(body) else b""
@@ -191,7 +206,7 @@ def send(pipe: BinaryIO, head: dict[str, Any], body: Any) -> None:
     pipe.flush()
 
 
-def receive(pipe: BinaryIO) -> tuple[dict[str, Any], bytes]:
+def receive(pipe: IO[bytes]) -> tuple[dict[str, Any], bytes]:
     """The next frame. Raises EOFError where the pipe ends."""
     lengths = pipe.read(16)
     if len(lengths) < 16:

@@ -27,7 +27,9 @@ class SplitWriter:
     `state()` and `resume(state)` carry a position over a kill: the bytes in the end are those of an unbroken run.
     """
 
-    def __init__(self, folder: Path, split: str, dtype: np.dtype[Any], vocab_size: int, eot_id: int, shard_tokens: int) -> None:
+    def __init__(
+        self, folder: Path, split: str, dtype: np.dtype[Any], vocab_size: int, eot_id: int, shard_tokens: int
+    ) -> None:
         self.folder, self.split, self.dtype = folder, split, dtype
         self.eot_id, self.shard_tokens = eot_id, shard_tokens
         self.finished: list[Shard] = []
@@ -69,7 +71,9 @@ class SplitWriter:
         self.file.close()
         self.file, self.tokens_open = None, 0
         shard, starts = self.read_back(index, part)
-        replace_file(self.folder / shard.docs_file, npy_header(np.dtype(np.int64), len(starts)) + starts.astype("<i8").tobytes())
+        replace_file(
+            self.folder / shard.docs_file, npy_header(np.dtype(np.int64), len(starts)) + starts.astype("<i8").tobytes()
+        )
         os.replace(part, self.path(index))
         sync_folder(self.folder)
         self.finished.append(shard)
@@ -106,9 +110,14 @@ class SplitWriter:
         count, tokens = state["shards"], state["tokens_open"]
         for index in range(count):
             if not self.path(index).exists():
-                raise DataError(f"{self.path(index)}: missing, though {JOURNAL} counts it; start again with --overwrite")
+                raise DataError(
+                    f"{self.path(index)}: missing, though {JOURNAL} counts it; start again with --overwrite"
+                )
             shard, _ = self.read_back(index, self.path(index))
-            if not self.path(index, ".docs.npy").exists() or sha256_of(self.path(index, ".docs.npy")) != shard.docs_sha256:
+            if (
+                not self.path(index, ".docs.npy").exists()
+                or sha256_of(self.path(index, ".docs.npy")) != shard.docs_sha256
+            ):
                 raise DataError(f"{self.path(index, '.docs.npy')}: missing or damaged; start again with --overwrite")
             self.finished.append(shard)
         open_shard = self.path(count, ".npy.part")

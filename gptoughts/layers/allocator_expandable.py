@@ -37,6 +37,8 @@ def verify(engine: Engine, sight: Sight, options: Options) -> Evidence:
     """The allocator's own snapshot says which segments can grow."""
     import torch
 
+    if engine.device.type != "cuda":
+        return inactive("the run is not on a GPU")
     segments = torch.cuda.memory.memory_snapshot()
     grown = sum(1 for segment in segments if segment.get("is_expandable"))
     if grown:

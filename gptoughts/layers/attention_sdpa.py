@@ -60,7 +60,7 @@ def verify(engine: Engine, sight: Sight, options: Options) -> Evidence:
     names = sorted({n for n in FUSED for name in sight.operators if name.startswith(f"aten::{n}")})
     if written_out or forward < wanted:
         return inactive(
-            f"{forward} fused attentions in {wanted} block forwards, {written_out} written out", fused=forward, expected=wanted
+            f"{forward} fused attentions in {wanted} block forwards, {written_out} fell back", fused=forward, expected=wanted
         )
     kind = ", ".join(name.removeprefix("_scaled_dot_product_") for name in names)
     return active(f"{forward} {kind} in {wanted} block forwards", fused=forward, expected=wanted)

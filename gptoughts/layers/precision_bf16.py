@@ -51,13 +51,13 @@ def verify(engine: Engine, sight: Sight, options: Options) -> Evidence:
     low = full = 0
     for name in MATMULS:
         operator = sight.operators.get(name)
-        for dtypes in operator.input_dtypes if operator else ():
+        for dtypes, calls in operator.input_dtypes.items() if operator else ():
             floating = [dtype for dtype in dtypes if dtype in ("c10::BFloat16", "float", "c10::Half")]
-            low += all(dtype == "c10::BFloat16" for dtype in floating)
-            full += any(dtype == "float" for dtype in floating)
+            low += calls * all(dtype == "c10::BFloat16" for dtype in floating)
+            full += calls * any(dtype == "float" for dtype in floating)
     if full or not low:
-        return inactive(f"{full} of {low + full} kinds of matmul took float32", bf16=low, fp32=full)
-    return active(f"all {low} kinds of matmul took bf16", bf16=low, fp32=full)
+        return inactive(f"{full} of {low + full} matmuls took float32", bf16=low, fp32=full)
+    return active(f"all {low} matmuls took bf16", bf16=low, fp32=full)
 
 
 LAYER = Layer(

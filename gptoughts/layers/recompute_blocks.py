@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from gptoughts.layer import Case, Engine, Evidence, Layer, Options, Reason, Sight, active, cannot, inactive, would_not_pay
+from gptoughts.layer import Case, Engine, Evidence, Layer, Options, Reason, Sight, active, cannot, inactive, unproven, would_not_pay
 
-ATTENTION = ("_scaled_dot_product_",)
 ACTIVATION_BYTES_PER_UNIT = 34  # per token, width and block with 16-bit activations: Korthikanti et al. 2022, section 4
 MEMORY_SHARE = 0.6
 
@@ -63,21 +62,14 @@ def verify(engine: Engine, sight: Sight, options: Options) -> Evidence:
     if ran == 0:  # attention written out: the softmax over scores stands for it
         ran = sum(op.calls for name, op in sight.operators.items() if name == "aten::_softmax")
     if ran == 0:
-        return unproven_without_attention(sight)
+        return unproven("no attention operator to count: written-out attention was compiled away")
     if ran < 2 * once:
         return inactive(f"attention ran forward {ran} times, recomputation makes it {2 * once}", ran=ran, expected=2 * once)
     return active(f"attention ran forward {ran} times in {once} block forwards", ran=ran, expected=2 * once)
 
 
-def unproven_without_attention(sight: Sight) -> Evidence:
-    """Compiled attention that is written out leaves no operator to count."""
-    from gptoughts.layer import unproven
-
-    return unproven("no attention operator to count: written-out attention was compiled away")
-
-
 def _forward_attention(name: str) -> bool:
-    # The dispatcher's outer operator calls the backend's, which begins with an underscore: count the inner one only.
+    # The public operator calls the backend's, whose name begins with an underscore: only that one is counted.
     return name.startswith("aten::_scaled_dot_product_") and "backward" not in name
 
 

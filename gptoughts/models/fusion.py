@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from torch import nn
 
-from gptoughts.models.gpt import GPT, SwiGLU
+from gptoughts.models.gpt import GPT, NORM_EPSILON, Block, SwiGLU
 
 
 @dataclass(frozen=True)
@@ -38,14 +39,14 @@ class Site:
 def gpt_sites(model: nn.Module) -> list[Site]:
     """The three places of each block of the native GPT, largest first."""
     assert isinstance(model, GPT)
+    normalization = "RMSNorm" if model.config.norm == "rmsnorm" else "LayerNorm"
     sites = []
     for index, block in enumerate(model.blocks):
+        assert isinstance(block, Block)
         name, attention, mlp = f"blocks.{index}", block.attention, block.mlp
-        norm = {"normalization": "RMSNorm" if model.config.norm == "rmsnorm" else "LayerNorm", "epsilon": block.norm1.eps}
-        gated = isinstance(mlp, SwiGLU)
-        up = mlp.gate_up if gated else mlp.up
-        activation = "swiglu" if gated else "gelu"
-        sites.append(Site("norm-mlp", f"{name}.mlp", mlp, (up, mlp.down), block.norm2, activation=activation, **norm))
-        sites.append(Site("norm-linear", f"{name}.attention.qkv", attention.qkv, (attention.qkv,), block.norm1, **norm))
+        up, activation = (mlp.gate_up, "swiglu") if isinstance(mlp, SwiGLU) else (mlp.up, "gelu")
+        norm = partial(Site, normalization=normalization, epsilon=NORM_EPSILON)
+        sites.append(norm("norm-mlp", f"{name}.mlp", mlp, (up, mlp.down), block.norm2, activation=activation))
+        sites.append(norm("norm-linear", f"{name}.attention.qkv", attention.qkv, (attention.qkv,), block.norm1))
         sites.append(Site("linear", f"{name}.attention.out", attention.out, (attention.out,)))
     return sites

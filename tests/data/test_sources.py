@@ -146,6 +146,14 @@ def test_what_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "no such file, folder or glob" in refused("empty/name")  # A folder here: a path was meant, not the hub.
 
 
+def test_a_file_that_went_away_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("x")
+    source = open_source(str(tmp_path))
+    (tmp_path / "a.txt").unlink()
+    with pytest.raises(DataError, match=r"a\.txt: cannot be read \(No such file or directory\)"):
+        list(source.documents())
+
+
 def test_the_hub_without_a_network_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
@@ -157,7 +165,9 @@ def test_the_hub_without_a_network_is_one_line(monkeypatch: pytest.MonkeyPatch) 
     assert "the Hugging Face hub gave no dataset of this name (Couldn't reach" in message
 
 
-@pytest.mark.parametrize(("name", "package", "extra"), [("a.parquet", "pyarrow", "hf"), ("a.jsonl.zst", "zstandard", "train")])
+@pytest.mark.parametrize(
+    ("name", "package", "extra"), [("a.parquet", "pyarrow", "hf"), ("a.jsonl.zst", "zstandard", "train")]
+)
 def test_a_missing_package_names_its_extra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, package: str, extra: str
 ) -> None:
@@ -172,5 +182,6 @@ def test_a_missing_package_names_its_extra(
 def test_nothing_heavy_is_imported_with_the_module() -> None:
     import subprocess
 
-    code = "import sys, gptoughts.data.sources, gptoughts.commands.tokenize; print([m for m in ('numpy','datasets','pyarrow','torch','rich') if m in sys.modules])"
+    heavy = "('numpy', 'datasets', 'pyarrow', 'torch', 'rich')"
+    code = f"import sys, gptoughts.data.sources, gptoughts.commands.tokenize; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -40,7 +41,7 @@ def digest(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def write_corpus(path: Path, documents: int = 400, seed: int = 0) -> list[str]:
+def write_corpus(path: Path, documents: int = 200, seed: int = 0) -> list[str]:
     rng = random.Random(seed)
     words = [f"w{i:x}" for i in range(400)] + ["é", "世", "<|endoftext|>", "\n"]
     texts = [" ".join(rng.choices(words, k=rng.randint(1, 600))) for _ in range(documents)]
@@ -70,9 +71,9 @@ def test_processes_and_kills_change_no_byte(tmp_path: Path) -> None:
         assert child(tmp_path / "c.jsonl", tmp_path / name, processes).wait() == 0
     expected = digest(tmp_path / "one")
     assert expected == digest(tmp_path / "two")
-    assert len(expected) > 20 and not [name for name in expected if "part" in name or "progress" in name]
+    assert len(expected) > 10 and not [name for name in expected if "part" in name or "progress" in name]
     rng, kills, killed = random.Random(1), 0, tmp_path / "killed"
-    for attempt in range(12):
+    for attempt in range(6):
         process = child(tmp_path / "c.jsonl", killed, 1 + attempt % 2)
         while not (killed / "progress.json").exists() and process.poll() is None:
             time.sleep(0.002)
@@ -127,7 +128,7 @@ def test_an_interruption_after_any_write_is_continued(tmp_path: Path, monkeypatc
     raise AssertionError("never ran through")
 
 
-@pytest.mark.parametrize("shard_tokens", [1, 997, 10**6])
+@pytest.mark.parametrize("shard_tokens", [17, 97, 10**6])
 def test_documents_survive_shard_borders(tmp_path: Path, shard_tokens: int) -> None:
     texts = write_corpus(tmp_path / "c.jsonl", 6)
     texts = [text[:80] for text in texts]
@@ -192,15 +193,15 @@ def test_few_documents_leave_one_in_each_split(tmp_path: Path, count: int, fract
         ({"val_from": "documents"}, "one document cannot be shared by documents; type: --val-from tail"),
         ({"shard_tokens": 0}, "shard_tokens = 0"),
         ({"processes": 0}, "processes = 0"),
-        ({"val_fraction": 0.0001}, "3 characters are too few to keep a share of 0.0001"),
+        ({"val_fraction": 0.1}, "1 characters are too few to keep a share of 0.1"),
     ],
 )
 def test_settings_that_cannot_be_are_named(tmp_path: Path, change: dict[str, object], message: str) -> None:
-    (tmp_path / "a.txt").write_text("abc")
+    (tmp_path / "a.txt").write_text("a")
     with pytest.raises(DataError) as caught:
         tokenise(str(tmp_path / "a.txt"), "bytes", tmp_path / "o", **change)  # type: ignore[arg-type]
-    # int(3 * 0.9999) is 2: the share rounds up to one character, which is a split.
     assert message in str(caught.value)
+    assert not (tmp_path / "o").exists()
 
 
 def test_an_unknown_character_names_its_document(tmp_path: Path) -> None:
@@ -208,13 +209,20 @@ def test_an_unknown_character_names_its_document(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_text("abz")
     for processes in (1, 2):
         with pytest.raises(DataError, match=r"b.txt: character 'z' \(U\+007A\)"):
-            tokenise(str(tmp_path), CharacterTokenizer("abc"), tmp_path / f"o{processes}", val_fraction=0, processes=processes)
+            tokenise(
+                str(tmp_path),
+                CharacterTokenizer("abc"),
+                tmp_path / f"o{processes}",
+                val_fraction=0,
+                processes=processes,
+            )
+        assert not (tmp_path / f"o{processes}").exists()
 
 
 def test_an_id_outside_the_vocabulary_is_never_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.txt").write_text("abc")
     monkeypatch.setattr(ByteTokenizer, "vocab_size", 99)
-    with pytest.raises(DataError, match="a.txt: token id 99 is outside the tokenizer's vocabulary of 99"):
+    with pytest.raises(DataError, match=r"a\.txt: token id 99 is outside the tokenizer's vocabulary of 99"):
         tokenise(str(tmp_path / "a.txt"), ByteTokenizer(), tmp_path / "o", val_fraction=0)
 
 
@@ -224,7 +232,9 @@ def test_other_settings_and_other_folders_are_refused(tmp_path: Path) -> None:
     out = tmp_path / "o"
     index = tokenise(str(source), "bytes", out)
     assert tokenise(str(source), "bytes", out) == index
-    with pytest.raises(DataError, match=r"made with other settings \(val_fraction is 0.05 there, 0.5 asked\); type --overwrite"):
+    with pytest.raises(
+        DataError, match=r"made with other settings \(val_fraction is 0.05 there, 0.5 asked\); type --overwrite"
+    ):
         tokenise(str(source), "bytes", out, val_fraction=0.5)
     assert tokenise(str(source), "bytes", out, val_fraction=0.5, overwrite=True) != index
     source.write_text("some longer text to keep")
@@ -233,7 +243,7 @@ def test_other_settings_and_other_folders_are_refused(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
     for overwrite in (False, True):
-        with pytest.raises(DataError, match="not empty \\(holds 'letter.txt'\\) and no tokenised folder"):
+        with pytest.raises(DataError, match=r"not empty \(holds 'letter.txt'\) and no tokenised folder"):
             tokenise(str(source), "bytes", tmp_path / "mine", overwrite=overwrite)
     with pytest.raises(DataError, match="cannot be made or opened as a folder"):
         tokenise(str(source), "bytes", source)
@@ -291,6 +301,28 @@ def test_an_interrupted_folder_that_was_damaged_is_refused(
     Shards.open(out).verify_hashes()
 
 
+def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_corpus(tmp_path / "c.jsonl", 40)
+    arguments = {"val_fraction": 0, "shard_tokens": 9000, "processes": 1}
+    calls = 0
+
+    def full(descriptor: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 9:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(
+            DataError, match=r"cannot be written \(No space left on device; what is there stays: run again"
+        ):
+            tokenise(str(tmp_path / "c.jsonl"), "bytes", tmp_path / "o", **arguments)
+    tokenise(str(tmp_path / "c.jsonl"), "bytes", tmp_path / "o", **arguments)
+    tokenise(str(tmp_path / "c.jsonl"), "bytes", tmp_path / "whole", **arguments)
+    assert digest(tmp_path / "o") == digest(tmp_path / "whole")
+
+
 def test_a_second_process_waits_for_the_first(tmp_path: Path) -> None:
     write_corpus(tmp_path / "c.jsonl", 20)
     (tmp_path / "o").mkdir()
@@ -331,7 +363,10 @@ def test_prepare_tokenises_once_into_the_cache(tmp_path: Path, capsys: pytest.Ca
     assert prepare(data) == folder and digest(folder) == before
     assert capsys.readouterr().err == ""
     assert prepare(DataConfig(path=str(folder))) == folder
-    assert prepare(DataConfig(path=str(source), tokenizer="chars", cache=str(tmp_path / "cache"), val_fraction=0.2)) != folder
+    assert (
+        prepare(DataConfig(path=str(source), tokenizer="chars", cache=str(tmp_path / "cache"), val_fraction=0.2))
+        != folder
+    )
     source.write_text("other text for the cache " * 20)
     assert prepare(data) != folder
     assert prepare(data, tmp_path / "here") == tmp_path / "here"

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptoughts.data import bpe
+from gptoughts.data.sample import spread_sample
 from gptoughts.data.sources import Document, Source
 from gptoughts.data.tokenizer import (
     BPE_SAMPLE_CHARACTERS,
@@ -19,7 +20,6 @@ from gptoughts.data.tokenizer import (
     JsonTokenizer,
     Tokenizer,
     build_tokenizer,
-    spread_sample,
 )
 from gptoughts.errors import DataError
 
@@ -66,7 +66,13 @@ def library_file(path: Path, kind: str) -> Path:
         library.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     else:
         characters = sorted(set(WORDS + TRICKY) - set(" "))
-        pieces = [("<unk>", 0.0), ("</s>", 0.0), ("▁", -2.0), *((character, -5.0) for character in characters), ("▁The", -1.0)]
+        pieces = [
+            ("<unk>", 0.0),
+            ("</s>", 0.0),
+            ("▁", -2.0),
+            *((character, -5.0) for character in characters),
+            ("▁The", -1.0),
+        ]
         library = Library(models.Unigram(pieces, unk_id=0))
         library.pre_tokenizer = pre_tokenizers.Metaspace()
         library.decoder = decoders.Metaspace()
@@ -120,7 +126,10 @@ def test_the_rest_of_a_broken_character_comes_at_the_end() -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.text(st.sampled_from("ab Z'é世🎉 \n\t<|>.1") | st.characters(exclude_categories=["Cs"]), max_size=200), st.integers(1, 40))
+@given(
+    st.text(st.sampled_from("ab Z'é世🎉 \n\t<|>.1") | st.characters(exclude_categories=["Cs"]), max_size=200),
+    st.integers(1, 40),
+)
 def test_cut_text_has_the_ids_of_the_whole(text: str, size: int) -> None:
     trained = TRAINED[0] if TRAINED else TRAINED.append(build_tokenizer("bpe", corpus(WORDS * 5), 400)) or TRAINED[0]
     for one in (trained, ByteTokenizer(), CharacterTokenizer(text)):
@@ -172,7 +181,9 @@ def test_gpt2_files_and_ranks_are_one_tokenizer(tmp_path: Path, monkeypatch: pyt
 
 def test_an_unknown_character_is_named() -> None:
     for unknown in ("é", "\N{PARTY POPPER}"):
-        with pytest.raises(DataError, match=rf"character '{unknown}' \(U\+{ord(unknown):04X}\) is not one of the tokenizer's 3"):
+        with pytest.raises(
+            DataError, match=rf"character '{unknown}' \(U\+{ord(unknown):04X}\) is not one of the tokenizer's 3"
+        ):
             CharacterTokenizer("abc").encode("ab" + unknown)
 
 
@@ -223,5 +234,8 @@ def test_gpt2_without_network_says_how_to_give_the_files(monkeypatch: pytest.Mon
         raise ConnectionError("no route")
 
     monkeypatch.setattr(tiktoken, "get_encoding", offline)
-    with pytest.raises(DataError, match=r"no files \(ConnectionError\); put vocab.bpe and encoder.json .* in a folder and name that folder"):
+    with pytest.raises(
+        DataError,
+        match=r"no files \(ConnectionError\); put vocab.bpe and encoder.json .* in a folder and name that folder",
+    ):
         build_tokenizer("gpt2", corpus(WORDS))

@@ -1,0 +1,50 @@
+"""How long a run is and which learning rate each of its steps has, in steps or by the clock."""
+
+from __future__ import annotations
+
+import math
+
+from gptoughts.config import Recipe
+from gptoughts.data.batches import samples_in
+from gptoughts.distributed import Ranks
+from gptoughts.optim import learning_rate
+from gptoughts.trainer import Progress
+
+
+class Length:
+    """A run's length. `steps` is None where the recipe counts hours; then ranks agree on the time, since clocks differ."""
+
+    def __init__(self, recipe: Recipe, ranks: Ranks, train_tokens: int) -> None:
+        self._recipe, self._ranks = recipe, ranks
+        self.steps = _steps(recipe, train_tokens)
+        self._limit_seconds = (recipe.train.hours or 0.0) * 3600
+
+    def finished(self, progress: Progress) -> bool:
+        """Whether the run has reached its length."""
+        if self.steps is not None:
+            return progress.step >= self.steps
+        return self._ranks.any(progress.seconds >= self._limit_seconds)
+
+    def rate(self, progress: Progress) -> float:
+        """Learning rate of the next update. The last update has the schedule's last rate."""
+        optim = self._recipe.optim
+        if self.steps is not None:
+            last = max(1, self.steps - 1)
+            return learning_rate(optim, progress.step, progress.step / last, min(1.0, optim.warmup_steps / last))
+        seconds = float(self._ranks.sum(progress.seconds)) / self._ranks.size
+        return learning_rate(optim, progress.step, seconds / self._limit_seconds)
+
+    def remaining(self, progress: Progress) -> float | None:
+        """Seconds of steps that are left, at the run's own mean speed; None before the first."""
+        if self.steps is None:
+            return max(0.0, self._limit_seconds - progress.seconds)
+        return progress.seconds / progress.step * (self.steps - progress.step) if progress.step else None
+
+
+def _steps(recipe: Recipe, train_tokens: int) -> int | None:
+    length, per_step, sequence_length = recipe.train, recipe.train.global_batch, recipe.data.sequence_length
+    if length.tokens is not None:
+        return math.ceil(length.tokens / (per_step * sequence_length))
+    if length.epochs is not None:
+        return max(1, math.ceil(length.epochs * samples_in(train_tokens, sequence_length) / per_step))
+    return length.steps
