@@ -10,11 +10,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gptoughts.config import Recipe, Resolved, from_values, load
+from gptoughts.environment import in_effect, lacking
+from gptoughts.errors import ConfigError, Mistakes
 from gptoughts.facts import UNKNOWN, ModelFacts
 from gptoughts.machine import Machine, World, probe, read, world_from_environment
 from gptoughts.plan import Plan, facts_for, resolve
 from gptoughts.plugins import Extensions, extensions
 from gptoughts.profile import pick
+from gptoughts.wants import wanted
 
 if TYPE_CHECKING:
     from torch import nn
@@ -48,30 +51,53 @@ def decide(
     plugins: Sequence[str] = (),
     machine: str | Machine | None = None,
     world: World | None = None,
+    ranks: int | None = None,
 ) -> Setting:
-    """Recipe, machine and profile met: the plan. Raises ConfigError or PlanError; loads no torch by itself.
+    """Recipe, machine and profile met: the plan. Loads no torch by itself.
 
-    `fields` are dotted keys of the recipe, `layers` slots and their options as on the command line, `machine` a machine file.
+    `fields` are dotted keys of the recipe, `layers` slots and their options as on the command line, `machine` a machine file, `ranks` a
+    number of ranks to plan for. Raises ConfigError with all that cannot be read, PlanError.
     """
-    began = time.perf_counter()
-    here = read(machine) if isinstance(machine, str) else machine or probe()
+    began, mistakes = time.perf_counter(), Mistakes()
+    here = known = resolved = chosen = None
+    with mistakes.gathered():
+        here = read(machine) if isinstance(machine, str) else machine or probe()
     seconds = None if machine is not None else time.perf_counter() - began
-    world = world or world_from_environment(os.environ)
-    known = extensions(plugins)
-    resolved = _recipe(default_recipe(here) if recipe is None else recipe, fields)
-    chosen = pick(profile, here)
-    facts = facts_for(resolved.recipe)
-    # Torch reads its variables once: where it is loaded, only what is in effect counts (a machine file is only planned for).
+    with mistakes.gathered():
+        known = extensions(plugins)
+    with mistakes.gathered():
+        world = world or (_ranks(ranks, here) if ranks and here else world_from_environment(os.environ))
+    with mistakes.gathered():
+        resolved = _recipe(recipe, fields, here)
+    with mistakes.gathered():
+        chosen = None if here is None else pick(profile, here)
+        if chosen and known:
+            wanted(chosen, known.catalog, layers or {})
+    mistakes.stop()
+    assert here and known and world and resolved and chosen
+    # Torch reads its variables once: where it is loaded, only what is in effect counts. A machine file is only planned for.
     fixed = dict(os.environ) if "torch" in sys.modules and machine is None else None
-    plan = resolve(chosen, here, facts, resolved.recipe, world, known.catalog, layers, fixed)
-    return Setting(resolved, here, world, known, plan, seconds)
+    facts = facts_for(resolved.recipe)
+    made = resolve(chosen, here, facts, resolved.recipe, world, known.catalog, layers, fixed)
+    return Setting(resolved, here, world, known, made if machine is not None else in_effect(made, os.environ), seconds)
 
 
-def _recipe(recipe: str | Mapping[str, Any] | Recipe, fields: Mapping[str, Any] | None) -> Resolved:
+def _ranks(ranks: int, machine: Machine) -> World:
+    """The first of `ranks` ranks, one to a GPU: boxes like `machine`, as many as it takes."""
+    local = min(ranks, len(machine.gpus) or ranks)
+    if ranks % local:
+        raise ConfigError(f"--ranks {ranks}: cannot be shared by boxes of {local} GPUs; take a multiple of {local}")
+    return World(0, 0, ranks, local, "torchrun")
+
+
+def _recipe(
+    recipe: str | Mapping[str, Any] | Recipe | None, fields: Mapping[str, Any] | None, here: Machine | None
+) -> Resolved | None:
+    if recipe is None:
+        return load(default_recipe(here), fields) if here is not None else None
     if isinstance(recipe, str):
-        return load(recipe, {key: str(value) for key, value in (fields or {}).items()})
-    values = recipe.model_dump() if isinstance(recipe, Recipe) else dict(recipe)
-    return from_values({**values, **(fields or {})}, "the call")
+        return load(recipe, fields)
+    return from_values(recipe.model_dump() if isinstance(recipe, Recipe) else recipe, "the call", fields)
 
 
 def plan(
@@ -106,6 +132,8 @@ def train(
 
 def train_setting(setting: Setting, run: str | None, run_dir: str | None, resume: str, strict: bool) -> Outcome:
     """Run what was decided."""
+    if "torch" not in sys.modules:  # from Python nobody has set the plan's variables, and now they still count
+        os.environ.update(lacking(setting.plan, os.environ))
     from gptoughts.run import Order, execute
     from gptoughts.track.folder import run_folder
 

@@ -85,9 +85,12 @@ def built(
 
 
 def _enter(stack: ExitStack, layer: Layer, engine: Engine, options: Mapping[str, Any]) -> None:
+    applied = layer.apply(engine, options)
     try:
-        stack.enter_context(layer.apply(engine, options))
+        applied.__enter__()
     except GptoughtsError:
         raise
     except Exception as error:
         raise LayerError(f"{layer.slot}={layer.name} could not be applied: {type(error).__name__}: {error}") from error
+    # Left as if nothing had happened inside, so that what stands below a layer's yield runs after an error, too.
+    stack.callback(applied.__exit__, None, None, None)

@@ -44,6 +44,7 @@ class _Pending:
 class Log:
     """Rows of loss, rate and speed. Values are read one logged step later than they were made, so nobody waits for the device."""
 
+    touches_weights = False
     period: int
     sinks: list[Jsonl]
     console: Console
@@ -122,6 +123,7 @@ class Log:
 class Evaluate:
     """Validation loss, on the weights of this step, in the precision that training evaluates in."""
 
+    touches_weights = True
     period: int
     batches: Callable[[], Iterable[Mapping[str, Any]]]
     sinks: list[Jsonl]
@@ -146,6 +148,7 @@ class Evaluate:
 class Sample:
     """A short text by the model as it is now."""
 
+    touches_weights = True
     period: int
     write: Callable[[Engine], str]
     console: Console
@@ -166,6 +169,7 @@ class Sample:
 class Save:
     """A checkpoint, written while training goes on; the last one is waited for."""
 
+    touches_weights = True
     period: int
     writer: Writer | None
     """None on ranks that do not write."""

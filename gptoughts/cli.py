@@ -5,14 +5,17 @@ Words of a recipe become dotted flags by themselves, so `--help` lists every fie
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
 import click
 
-from gptoughts.errors import GptoughtsError
+from gptoughts.environment import Process
+from gptoughts.errors import ConfigError, GptoughtsError
+from gptoughts.flags import RecipeVerb, Verb, split_flags
 
 CONTEXT = {
     "token_normalize_func": lambda token: token.replace("_", "-"),
@@ -28,87 +31,9 @@ class Verbs(click.Group):
         """As they were added."""
         return list(self.commands)
 
-
-class RecipeCommand(click.Command):
-    """A verb that takes a recipe: every field and every slot is a flag, and a help page is grouped by table."""
-
-    def __init__(self, *arguments: Any, **keywords: Any) -> None:
-        super().__init__(*arguments, **keywords)
-        self._own = list(self.params)
-        self._filled = False
-
-    def get_params(self, context: click.Context) -> list[click.Parameter]:
-        """The verb's own parameters, then the recipe's fields, then the layers; made when they are needed."""
-        if not self._filled:
-            self.params = [*self._own, *_field_flags(), *_layer_flags()]
-            self._filled = True
-        return super().get_params(context)
-
-    def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
-        """One section per table of the recipe, one for layers."""
-        sections: dict[str, list[tuple[str, str]]] = {}
-        for parameter in self.get_params(context):
-            row = parameter.get_help_record(context)
-            if row is not None:
-                sections.setdefault(_section(parameter.opts[0]), []).append(row)
-        for title, rows in sections.items():
-            with formatter.section(title):
-                formatter.write_dl(rows)
-
-
-def _section(flag: str) -> str:
-    words = flag.lstrip("-").split(".")
-    if words[0] == "layer":
-        return "Layers (gptoughts layers)"
-    return f"Recipe, [{words[0]}]" if len(words) > 1 else "Options"
-
-
-def _field_flags() -> list[click.Option]:
-    from gptoughts.config import fields, type_word
-
-    flags = []
-    for key, annotation, description in fields():
-        if key in ("name", "note"):
-            continue
-        spelled = [f"--{key.replace('_', '-')}", _inner("field", key)]
-        flags.append(click.Option(spelled, metavar=type_word(annotation), help=description))
-    return flags
-
-
-def _layer_flags() -> list[click.Option]:
-    from gptoughts.layer import SLOTS
-    from gptoughts.layers import CATALOG
-
-    flags = []
-    for slot in SLOTS:
-        layers = [layer for layer in CATALOG.values() if layer.slot == slot]
-        names = "|".join(layer.name for layer in layers)
-        flags.append(click.Option([f"--layer.{slot.replace('_', '-')}", _inner("layer", slot)], metavar="NAME", help=names))
-        options = {name: (layer, option) for layer in layers for name, option in layer.options.items()}
-        for name, (layer, option) in options.items():
-            metavar = "|".join(option.choices) or option.kind.__name__
-            spelled = f"--layer.{slot}.{name}".replace("_", "-")
-            flags.append(
-                click.Option([spelled, _inner("layer", f"{slot}.{name}")], metavar=metavar, help=f"{layer.name}: {option.help}")
-            )
-    return flags
-
-
-def _inner(kind: str, key: str) -> str:
-    """A dotted key as the identifier that click wants: `field__model__depth`."""
-    return f"{kind}__{key.replace('.', '__')}"
-
-
-def split_flags(values: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, str], dict[str, Any]]:
-    """Parsed parameters as (recipe fields, layers and their options, the rest); what was not given is left out."""
-    parts: dict[str, dict[str, Any]] = {"field": {}, "layer": {}, "": {}}
-    for name, value in values.items():
-        kind, _, key = name.partition("__")
-        if key and value is not None:
-            parts[kind][key.replace("__", ".")] = value
-        elif not key:
-            parts[""][name] = value
-    return parts["field"], parts["layer"], parts[""]
+    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
+        """No words at all ask for help."""
+        return super().parse_args(context, args or ["--help"])
 
 
 def call(module: str, function: str) -> Callable[..., None]:
@@ -186,7 +111,7 @@ def _train() -> click.Command:
         _option("--strict", is_flag=True, help="stop on layers that cannot be proven, too"),
     ]
     text = "Train RECIPE (a name or a .toml file). Without one: quickstart on a CPU, gpt-1b on a GPU."
-    return RecipeCommand("train", params=own, callback=call_with_recipe("train", "train"), help=text, context_settings=CONTEXT)
+    return RecipeVerb("train", params=own, callback=call_with_recipe("train", "train"), help=text, context_settings=CONTEXT)
 
 
 def _plan() -> click.Command:
@@ -197,30 +122,30 @@ def _plan() -> click.Command:
         _option("--json", "as_json", is_flag=True, help="print JSON"),
     ]
     text = "Show which layers RECIPE would get and why, without training; also for a machine that is not here."
-    return RecipeCommand("plan", params=own, callback=call_with_recipe("plan", "plan"), help=text, context_settings=CONTEXT)
+    return RecipeVerb("plan", params=own, callback=call_with_recipe("plan", "plan"), help=text, context_settings=CONTEXT)
 
 
 def _lists() -> list[click.Command]:
-    name = [_argument("name", required=False)]
+    name: list[click.Parameter] = [_argument("name", required=False)]
     return [
-        click.Command(
+        Verb(
             "recipes",
             params=name,
             callback=call("lists", "recipes"),
             help="List recipes, or print one.",
             context_settings=CONTEXT,
         ),
-        click.Command(
+        Verb(
             "profiles",
             params=list(name),
             callback=call("lists", "profiles"),
             help="List profiles, or print one.",
             context_settings=CONTEXT,
         ),
-        click.Command(
+        Verb(
             "layers",
             params=[*name, _option("--markdown", is_flag=True, help="print docs/layers.md")],
-            callback=call("layers", "layers"),
+            callback=call("lists", "layers"),
             help="List layers and whether they fit this machine, or print one card.",
             context_settings=CONTEXT,
         ),
@@ -231,9 +156,9 @@ def _tokenize() -> click.Command:
     params = [
         _argument("source"),
         _option("--to", "out", required=True, metavar="DIR", help="folder for the shards"),
-        _option("--tokenizer", help="bytes, chars, gpt2, or a tokenizer.json", metavar="NAME"),
+        _option("--tokenizer", default="gpt2", help="bytes, chars, gpt2, or a tokenizer.json", metavar="NAME"),
         _option("--train-bpe", type=click.IntRange(1), metavar="N", help="train a byte-level BPE of N tokens on the text"),
-        _option("--val-fraction", type=float, default=0.01, help="share kept for validation"),
+        _option("--val-fraction", type=click.FloatRange(0, 1, max_open=True), default=0.01, help="share kept for validation"),
         _option("--val-from", type=click.Choice(["auto", "tail", "documents"]), default="auto", help="what validation takes"),
         _option("--text-key", default="text", help="field of a row that holds the text"),
         _option("--shard-tokens", type=click.IntRange(1), default=100_000_000, help="tokens per shard"),
@@ -241,25 +166,27 @@ def _tokenize() -> click.Command:
         _option("--overwrite", is_flag=True, help="start over in a folder made with other settings"),
     ]
     text = "Turn SOURCE (a file, folder, glob or dataset) into shards of tokens. Goes on where it was interrupted."
-    return click.Command("tokenize", params=params, callback=call("tokenize", "tokenize"), help=text, context_settings=CONTEXT)
+    return Verb("tokenize", params=params, callback=call("tokenize", "tokenize"), help=text, context_settings=CONTEXT)
 
 
 def _generate() -> click.Command:
-    params = [
+    params: list[click.Parameter] = [
         _argument("checkpoint"),
         _option("--prompt", multiple=True, help="start of the text; several times for several; - reads standard input"),
         _option("--tokens", type=click.IntRange(1), default=200, help="tokens to write at most"),
-        _option("--temperature", type=float, default=0.8, help="0 takes the likeliest token"),
-        _option("--top-k", type=int, default=50, help="0 keeps every token"),
-        _option("--top-p", type=float, default=1.0, help="keep the likeliest tokens of this share"),
-        _option("--seed", type=int, default=0, help="seed of the draws"),
+        _option("--temperature", type=click.FloatRange(0), default=0.8, help="0 takes the likeliest token"),
+        _option("--top-k", type=click.IntRange(0), default=50, help="0 keeps every token"),
+        _option(
+            "--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, help="keep the likeliest tokens of this share"
+        ),
+        _option("--seed", type=click.IntRange(0), default=0, help="seed of the draws"),
     ]
     text = "Write text with CHECKPOINT: a run's name, its folder, or one checkpoint."
-    return click.Command("generate", params=params, callback=call("generate", "generate"), help=text, context_settings=CONTEXT)
+    return Verb("generate", params=params, callback=call("generate", "generate"), help=text, context_settings=CONTEXT)
 
 
 def _eval() -> click.Command:
-    group = click.Group("eval", help="Evaluate a checkpoint.", context_settings=CONTEXT)
+    group = Verbs("eval", help="Evaluate a checkpoint.", context_settings=CONTEXT)
     params = [
         _argument("checkpoint"),
         _option("--data", metavar="PATH", help="text or tokenised folder; the run's own validation split if not given"),
@@ -268,7 +195,7 @@ def _eval() -> click.Command:
         _option("--json", "as_json", is_flag=True, help="print JSON"),
     ]
     group.add_command(
-        click.Command(
+        Verb(
             "perplexity",
             params=params,
             callback=call("evaluate", "perplexity"),
@@ -280,7 +207,7 @@ def _eval() -> click.Command:
 
 
 def _bench() -> click.Command:
-    group = click.Group("bench", help="Measure, interleaved, with medians and spread.", context_settings=CONTEXT)
+    group = Verbs("bench", help="Measure, interleaved, with medians and spread.", context_settings=CONTEXT)
     own = [
         *_recipe_options(),
         _option("--rounds", type=click.IntRange(2), default=7, help="paired rounds"),
@@ -289,57 +216,44 @@ def _bench() -> click.Command:
     ]
     text = "Our loop, a bare PyTorch loop with the same settings, and float32 eager, taking turns."
     group.add_command(
-        RecipeCommand("step", params=own, callback=call_with_recipe("bench", "step"), help=text, context_settings=CONTEXT)
+        RecipeVerb("step", params=own, callback=call_with_recipe("bench", "step"), help=text, context_settings=CONTEXT)
     )
-    data = [_option("--to", "out", metavar="FILE", help="write JSON to FILE")]
+    data: list[click.Parameter] = [_option("--to", "out", metavar="FILE", help="write JSON to FILE")]
     group.add_command(
-        click.Command(
-            "data", params=data, callback=call("bench", "data"), help="Tokenising and batches.", context_settings=CONTEXT
-        )
+        Verb("data", params=data, callback=call("bench", "data"), help="Tokenising and batches.", context_settings=CONTEXT)
     )
     return group
 
 
 def _doctor() -> click.Command:
-    params = [
+    params: list[click.Parameter] = [
         _option("--json", "json", is_flag=True, help="print JSON"),
         _option("--machine-json", is_flag=True, help="print this machine as a file for plan --machine"),
     ]
     text = "What is here, what is missing, and what to type."
-    return click.Command("doctor", params=params, callback=call("doctor", "doctor"), help=text, context_settings=CONTEXT)
-
-
-def foreign_word(flag: str) -> str:
-    """What another tool's flag is called here; empty where it is unknown."""
-    from gptoughts.config import FOREIGN_WORDS
-
-    ours = FOREIGN_WORDS.get(flag.lstrip("-").replace("-", "_"))
-    if ours is None:
-        return ""
-    dotted = ours if ours.startswith("--") or " " in ours.split("(")[0].strip() else f"--{ours.replace('_', '-')}"
-    return f"{flag} is called {dotted} here"
+    return Verb("doctor", params=params, callback=call("doctor", "doctor"), help=text, context_settings=CONTEXT)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line. A user's mistake is one message and exit code 2."""
+    """Run the command line. A user's mistake is one message and exit code 2.
+
+    Called without arguments, the process is ours and may be started again with other variables.
+    """
+    process = Process.OURS if arguments is None else Process.CALLERS
     try:
-        verbs().main(args=arguments, prog_name="gptoughts", standalone_mode=False)
-    except click.exceptions.NoSuchOption as error:
-        ours = foreign_word(error.option_name)
-        _leave(ours or error.format_message(), error.exit_code)
+        verbs().main(args=arguments, prog_name="gptoughts", standalone_mode=False, obj=process)
     except click.ClickException as error:
-        _leave(error.format_message(), error.exit_code)
-    except click.exceptions.Abort:
-        _leave("interrupted", 130)
-    except KeyboardInterrupt:
+        _leave(f"{ConfigError.__name__}: {error.format_message()}", error.exit_code)
+    except (click.exceptions.Abort, KeyboardInterrupt):
         _leave("interrupted", 130)
     except GptoughtsError as error:
         _leave(f"{type(error).__name__}: {error}", error.exit_code)
     except BrokenPipeError:
-        sys.stderr.close()
+        # Who read our output has gone; the interpreter must not try to flush into the closed pipe at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
 
 
 def _leave(message: str, code: int) -> None:
-    print(f"gptoughts: {message}" if ":" not in message.split(" ")[0] else message, file=sys.stderr)
+    print(message, file=sys.stderr)
     sys.exit(code)

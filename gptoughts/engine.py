@@ -136,6 +136,11 @@ class Engine:
         inner = self._verbs[verb]
         return self.replace(verb, lambda *arguments: wrapper(inner, *arguments))
 
+    def settle(self) -> None:
+        """Wait for the device to finish what was asked of it, so that the time belongs to the steps that asked."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     # Batches.
 
     def next_batch(self) -> tuple[Batch, Any]:

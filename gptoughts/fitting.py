@@ -183,7 +183,7 @@ def _fit(
             record = {"step": progress.step, "layers": [line.to_json() for line in fitted.evidence]}
             (out / "evidence.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         prove.demand(list(fitted.evidence), strict)
-        call_back(engine, progress, stats, [log], last=finished(progress))
+        progress = call_back(engine, progress, stats, [log], last=finished(progress))
     fitted.progress = train(engine, progress, finished, rate, [log])
 
 

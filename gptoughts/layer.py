@@ -6,6 +6,7 @@ can be made and tested on any other.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -14,9 +15,15 @@ from types import MappingProxyType
 from typing import Any
 
 from gptoughts.config import Recipe
-from gptoughts.errors import ConfigError, nearest
+from gptoughts.errors import ConfigError, listed, nearest
+from gptoughts.evidence import Evidence, Operator, Sight, Status, active, inactive, unproven
 from gptoughts.facts import ModelFacts
 from gptoughts.machine import Machine, World
+
+__all__ = [
+    "SLOTS", "Case", "Choice", "Engine", "Evidence", "Kind", "Layer", "Moment", "Operator", "Option", "Options", "Reason", "Sight",
+    "Status", "active", "cannot", "inactive", "unproven", "would_not_pay",
+]  # fmt: skip
 
 SLOTS = (
     "host",
@@ -57,38 +64,6 @@ _PROCESS_SLOTS = ("host", "allocator", "matmul")
 _SHAPE_SLOTS = ("attention", "kernels", "precision", "loss", "recompute", "offload", "compile")
 
 
-class Status(StrEnum):
-    """What a watched step showed of a layer."""
-
-    ACTIVE = "active"
-    INACTIVE = "inactive"
-    UNPROVEN = "unproven"
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """What the watched step showed of one layer, in words and in figures."""
-
-    status: Status
-    text: str
-    figures: Mapping[str, float] = field(default_factory=dict)
-
-
-def active(text: str, **figures: float) -> Evidence:
-    """The layer was seen at work."""
-    return Evidence(Status.ACTIVE, text, figures)
-
-
-def inactive(text: str, **figures: float) -> Evidence:
-    """The layer was asked for and the step ran without it; the run stops."""
-    return Evidence(Status.INACTIVE, text, figures)
-
-
-def unproven(text: str, **figures: float) -> Evidence:
-    """Nothing on this machine can tell; printed and recorded."""
-    return Evidence(Status.UNPROVEN, text, figures)
-
-
 class Kind(StrEnum):
     """Why a layer is passed over."""
 
@@ -121,42 +96,6 @@ def would_not_pay(text: str, source: str) -> Reason:
 
 
 @dataclass(frozen=True)
-class Operator:
-    """An operator of the watched step: how often it ran, and how often with which input dtypes."""
-
-    name: str
-    calls: int
-    input_dtypes: Mapping[tuple[str, ...], int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Sight:
-    """What the profiler and the engine's counters saw of one real training step."""
-
-    operators: Mapping[str, Operator]
-    kernels: Mapping[str, int]
-    """CUDA kernels by name, with their launches; empty on a CPU."""
-    regions: int
-    """Calls of compiled regions."""
-    micro_batches: int
-    blocks: int
-    updated: bool
-    weights_moved: bool
-    step_seconds: float
-    data_wait_seconds: float
-    memcpy_streams: int = 0
-    """CUDA streams that copied from host to device."""
-
-    def calls(self, *fragments: str) -> int:
-        """Calls of all operators whose name contains one of the fragments."""
-        return sum(op.calls for op in self.operators.values() if any(part in op.name for part in fragments))
-
-    def launches(self, *fragments: str) -> int:
-        """Launches of all kernels whose name contains one of the fragments, in lower case."""
-        return sum(count for name, count in self.kernels.items() if any(part in name.lower() for part in fragments))
-
-
-@dataclass(frozen=True)
 class Option:
     """A value that a layer takes, with its default. `kind` is the Python type that text is read as."""
 
@@ -166,31 +105,40 @@ class Option:
     choices: tuple[str, ...] = ()
 
     def read(self, value: Any, where: str) -> Any:
-        """`value` as this option's type. Raises ConfigError naming `where` for a value that is not."""
-        if value is None or (isinstance(value, str) and value.lower() == "none" and self.default is None):
+        """`value`, or the text of one, as this option's type; none is one where the default is. Raises ConfigError naming `where`."""
+        if self.default is None and (value is None or (isinstance(value, str) and value.lower() in ("none", "null"))):
             return None
-        if self.choices and value not in self.choices:
-            raise ConfigError(f"{where}: {value!r} is not one of {', '.join(self.choices)}")
-        if self.kind is bool:
-            return _read_bool(value, where)
-        if isinstance(value, bool) or not isinstance(value, str | self.kind | int):
-            raise ConfigError(f"{where}: needs {self.kind.__name__}, here {value!r}")
-        try:
-            read = self.kind(value)
-        except ValueError:
-            raise ConfigError(f"{where}: needs {self.kind.__name__}, here {value!r}") from None
-        if self.kind is int and read < 1:
-            raise ConfigError(f"{where}: needs a whole number above 0, here {value!r}")
+        if self.choices:
+            if value not in self.choices:
+                raise ConfigError(f"{where}: needs one of {', '.join(self.choices)}, here {value!r}")
+            return value
+        read = _as(self.kind, value)
+        if read is None:
+            raise ConfigError(f"{where}: needs {_NEEDS.get(self.kind, self.kind.__name__)}, here {value!r}")
         return read
 
 
-def _read_bool(value: Any, where: str) -> bool:
-    words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-    if isinstance(value, bool):
-        return value
-    if str(value).lower() not in words:
-        raise ConfigError(f"{where}: needs true or false, here {value!r}")
-    return words[str(value).lower()]
+_NEEDS = {int: "a whole number above 0", float: "a number", bool: "true or false", str: "text"}
+_TRUTHS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+
+
+def _as(kind: type, value: Any) -> Any:
+    """`value` as `kind`, None where it is not one. Whole numbers count something, so they start at 1."""
+    if kind is bool:
+        return value if isinstance(value, bool) else _TRUTHS.get(value.lower()) if isinstance(value, str) else None
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return None
+    if kind is str:
+        return value if isinstance(value, str) else None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    if kind is float:
+        return number if math.isfinite(number) else None
+    exact = int(value) if isinstance(value, int) or (isinstance(value, str) and value.strip().isdecimal()) else None
+    count = exact or (int(number) if number.is_integer() else 0)  # 1e3 is a whole number too
+    return count if count >= 1 else None
 
 
 @dataclass(frozen=True)
@@ -278,18 +226,16 @@ class Layer:
     """Where its gain was measured: a file under docs/measurements/."""
 
     def __post_init__(self) -> None:
-        if self.slot not in SLOTS:
-            raise ConfigError(f"layer {self.name}: no slot {self.slot!r}{nearest(self.slot, SLOTS)}; slots: {', '.join(SLOTS)}")
-        for verb in (*self.wraps, *self.replaces):
-            known = WRAPPED_VERBS + REPLACED_VERBS if verb in self.wraps else REPLACED_VERBS
-            if verb not in known:
-                raise ConfigError(f"layer {self.name}: {verb!r} is not a verb of the engine; known: {', '.join(known)}")
         object.__setattr__(self, "options", MappingProxyType(dict(self.options)))
-
-    @property
-    def summary(self) -> str:
-        """First sentence of the card."""
-        return self.card.strip().split("\n\n")[0].split("\n")[0].strip()
+        problems = [
+            f"no slot {slot!r}{nearest(slot, SLOTS)}; slots: {', '.join(SLOTS)}"
+            for slot in (self.slot, *self.needs_slots)
+            if slot not in SLOTS
+        ]
+        for verbs, known in ((self.wraps, WRAPPED_VERBS + REPLACED_VERBS), (self.replaces, REPLACED_VERBS)):
+            problems += [f"{verb!r} is not one of {', '.join(known)}" for verb in verbs if verb not in known]
+        if problems:
+            raise listed(f"layer {self.name}", problems)
 
     @property
     def when(self) -> Moment:
@@ -302,14 +248,18 @@ class Layer:
 
     def read_options(self, given: Options, where: str) -> dict[str, Any]:
         """Defaults overlaid with `given`. Raises ConfigError for a name or value that the layer does not take."""
-        for name in given:
-            if name not in self.options:
-                known = ", ".join(self.options) or "none"
-                raise ConfigError(
-                    f"{where}: layer {self.name} has no option {name!r}{nearest(name, self.options)}; its options: {known}"
-                )
-        read = {name: option.default for name, option in self.options.items()}
-        return read | {name: self.options[name].read(value, f"{where}.{name}") for name, value in given.items()}
+        problems, read = [], {name: option.default for name, option in self.options.items()}
+        for name, value in given.items():
+            try:
+                if name not in self.options:
+                    known = ", ".join(self.options) or "none"
+                    raise ConfigError(f"{where}: no option {name!r}{nearest(name, self.options)}; options: {known}")
+                read[name] = self.options[name].read(value, f"{where}.{name}")
+            except ConfigError as error:
+                problems.append(str(error))
+        if problems:
+            raise ConfigError("\n".join(problems))
+        return read
 
     def unmet(self, case: Case, options: Options) -> list[Reason]:
         """Every reason against this layer in this case: the declared needs first, then `fits`."""
@@ -326,6 +276,7 @@ class Layer:
         if self.least_capability and (least is None or least < self.least_capability):
             found = f"{least[0]}.{least[1]}" if least else "unknown"
             yield cannot(f"needs compute capability {self.least_capability[0]}.{self.least_capability[1]}, found {found}")
+            return  # no package would help
         for package, extra in self.packages:
             if package not in case.machine.packages:
                 yield cannot(f"needs the package {package}, not installed", remedy=f"pip install 'gptoughts[{extra}]'")

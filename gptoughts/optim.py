@@ -35,7 +35,7 @@ def adamw(model: nn.Module, config: OptimConfig, **implementation: bool) -> torc
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         eps=config.epsilon,
-        **implementation,  # type: ignore[arg-type]
+        **implementation,
     )
 
 

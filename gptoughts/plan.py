@@ -8,19 +8,19 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from gptoughts.config import DataConfig, Recipe
-from gptoughts.errors import ConfigError, PlanError, nearest
+from gptoughts.errors import ConfigError, PlanError
 from gptoughts.facts import ModelFacts
 from gptoughts.facts import of as facts_of
 from gptoughts.layer import SLOTS, Case, Choice, Kind, Layer, Reason, cannot
 from gptoughts.machine import Machine, World
 from gptoughts.profile import Profile, Want, pick
-
-Catalog = Mapping[str, Layer]
+from gptoughts.wants import Catalog, wanted
 
 RANK_LOCAL = "GPTOUGHTS_"
 """Variables that differ from rank to rank, such as the NUMA node, start with this and are no part of the digest."""
@@ -111,25 +111,6 @@ def _choice_json(choice: Choice) -> dict[str, Any]:
     }
 
 
-def overrides(flags: Mapping[str, Any], catalog: Catalog) -> tuple[dict[str, Want], dict[str, dict[str, Any]]]:
-    """`{"attention": "sdpa", "microbatch.sequences": "4"}` as layers demanded by name and options by slot. Raises ConfigError."""
-    wants: dict[str, Want] = {}
-    options: dict[str, dict[str, Any]] = {}
-    for key, value in flags.items():
-        slot, _, option = key.partition(".")
-        if slot not in SLOTS:
-            raise ConfigError(f"--layer.{key}: no slot {slot!r}{nearest(slot, SLOTS)}; slots: {', '.join(SLOTS)}")
-        if option:
-            options.setdefault(slot, {})[option] = value
-            continue
-        fitting = [layer.name for layer in catalog.values() if layer.slot == slot]
-        if value not in fitting:
-            elsewhere = f"; {value} belongs to slot {catalog[value].slot}" if value in catalog else nearest(str(value), fitting)
-            raise ConfigError(f"--layer.{slot}: no layer {value!r} for this slot{elsewhere}; layers: {', '.join(fitting)}")
-        wants[slot] = Want(str(value), {}, f"--layer.{slot}", demanded=True)
-    return wants, options
-
-
 def facts_for(recipe: Recipe) -> ModelFacts:
     """What the recipe alone tells of its model; sizes that follow from a text not read yet are None."""
     model, data = recipe.model, recipe.data
@@ -144,7 +125,7 @@ def vocabulary_of(data: DataConfig) -> int | None:
     if index.is_file():
         try:
             size = json.loads(index.read_text(encoding="utf-8")).get("vocab_size")
-        except (ValueError, AttributeError):
+        except (OSError, ValueError, AttributeError):
             return None  # whoever opens the folder says what is wrong with it
         return size if isinstance(size, int) else None
     return {"bytes": 257, "gpt2": 50257, "bpe": data.train_bpe}.get(data.tokenizer)
@@ -164,98 +145,72 @@ def resolve(
 
     `fixed_environment` is given where torch is loaded already: a layer that needs other variables than those is unmet.
 
-    Slots in order take their first layer without unmet needs; then clashes and needs over the whole plan strike one layer at a time.
-    Raises PlanError with every slot that has no layer left, ConfigError for a layer or option that does not exist.
+    Slots in order take the first layer that pays, where layers are demanded else the first that can run; then clashes and needs over the
+    whole plan strike one layer at a time. A strike falls on the later slot, or on the earlier where the later has no other layer.
+    Raises PlanError with every slot that has no layer left, ConfigError for layers or options that do not exist.
     """
-    demanded, options = overrides(flags or {}, catalog)
-    wants = _wanted(profile, catalog, demanded, options)
+    wants = wanted(profile, catalog, flags or {})
     case = Case(machine, facts, recipe, world)
+    _one_gpu_per_rank(case)
     struck: dict[tuple[str, str], Reason] = {}
     while True:
-        choices, empty = _choose(wants, case, catalog, struck, fixed_environment)
-        if empty:
-            raise _plan_error(profile, case, empty, catalog, flags)
-        strike = _first_violation(choices, catalog, wants, struck)
+        tried = _try(wants, case, catalog, struck, fixed_environment)
+        if tried.empty:
+            raise _plan_error(profile, case, tried.empty, catalog, flags or {})
+        strike = _first_strike(tried, catalog)
         if strike is None:
-            break
-        slot, layer, reason = strike
-        struck[slot, layer] = reason
-    return _finish(profile, case, choices, catalog)
+            return _finish(profile, case, tried.choices, catalog)
+        slot, reason = strike
+        struck[slot, tried.choices[slot].layer] = reason
 
 
-def _wanted(
-    profile: Profile, catalog: Catalog, demanded: Mapping[str, Want], options: Mapping[str, dict[str, Any]]
-) -> dict[str, tuple[Want, ...]]:
-    baselines = {layer.slot: layer.name for layer in catalog.values() if layer.baseline}
-    for slot in profile.slots:
-        if slot not in SLOTS:
-            raise ConfigError(f"{profile.path}: slots.{slot}: no such slot{nearest(slot, SLOTS)}; slots: {', '.join(SLOTS)}")
-    wants = {}
-    for slot in SLOTS:
-        listed = profile.slots.get(slot, (Want(baselines[slot], {}, "baseline"),))
-        rows = (demanded[slot],) if slot in demanded else listed
-        read = []
-        for want in rows:
-            if want.layer not in catalog or catalog[want.layer].slot != slot:
-                fitting = [layer.name for layer in catalog.values() if layer.slot == slot]
-                raise ConfigError(
-                    f"{want.origin}: slots.{slot}: no layer {want.layer!r}{nearest(want.layer, fitting)}; layers: {', '.join(fitting)}"
-                )
-            layer = catalog[want.layer]
-            typed = layer.read_options({**_same_layer_options(listed, want), **want.options}, f"{want.origin}: {want.layer}")
-            for name, value in options.get(slot, {}).items():
-                if name in layer.options:
-                    typed[name] = layer.options[name].read(value, f"--layer.{slot}.{name}")
-            read.append(Want(want.layer, typed, want.origin, want.demanded))
-        _options_are_taken(slot, options.get(slot, {}), read, catalog)
-        wants[slot] = tuple(read)
-    return wants
+def _one_gpu_per_rank(case: Case) -> None:
+    gpus, ranks = len(case.machine.gpus), case.world.local_world_size
+    if gpus and ranks > gpus:
+        raise PlanError(
+            f"{ranks} ranks on {case.machine.label()}: every rank needs a GPU of its own\n  try: torchrun --nproc-per-node {gpus}"
+        )
 
 
-def _same_layer_options(listed: tuple[Want, ...], want: Want) -> Mapping[str, Any]:
-    """A layer named on the command line keeps the options that the profile gives it."""
-    return next((other.options for other in listed if other.layer == want.layer), {})
+@dataclass
+class _Try:
+    """One pass over the slots."""
+
+    choices: dict[str, Choice] = field(default_factory=dict)
+    empty: dict[str, list[tuple[Want, list[Reason]]]] = field(default_factory=dict)
+    standing: dict[str, list[str]] = field(default_factory=dict)
+    """Per slot the layers that might be chosen."""
 
 
-def _options_are_taken(slot: str, given: Mapping[str, Any], wants: list[Want], catalog: Catalog) -> None:
-    for name in given:
-        if not any(name in catalog[want.layer].options for want in wants):
-            layers = ", ".join(want.layer for want in wants)
-            known = sorted({option for want in wants for option in catalog[want.layer].options})
-            raise ConfigError(
-                f"--layer.{slot}.{name}: {layers} takes no such option{nearest(name, known)}; options: {', '.join(known) or 'none'}"
-            )
-
-
-def _choose(
+def _try(
     wants: Mapping[str, tuple[Want, ...]],
     case: Case,
     catalog: Catalog,
     struck: Mapping[tuple[str, str], Reason],
     fixed_environment: Mapping[str, str] | None,
-) -> tuple[dict[str, Choice], dict[str, list[tuple[Want, list[Reason]]]]]:
-    choices: dict[str, Choice] = {}
-    empty: dict[str, list[tuple[Want, list[Reason]]]] = {}
+) -> _Try:
+    tried = _Try()
     for slot in SLOTS:
-        here = Case(case.machine, case.facts, case.recipe, case.world, dict(choices))
-        passed: list[tuple[Want, list[Reason]]] = []
+        here = replace(case, chosen=dict(tried.choices))
+        judged = []
         for want in wants[slot]:
-            if (slot, want.layer) in struck:
-                passed.append((want, [struck[slot, want.layer]]))
-                continue
-            reasons = catalog[want.layer].unmet(here, want.options)
-            if fixed_environment is not None and not reasons:
-                reasons = list(_too_late(catalog[want.layer].environment(here, want.options), fixed_environment))
-            stopping = [reason for reason in reasons if reason.kind is Kind.CANNOT or not want.demanded]
-            if stopping:
-                passed.append((want, stopping))
-                continue
-            over = tuple((other.layer, tuple(why)) for other, why in passed)
-            choices[slot] = Choice(slot, want.layer, dict(want.options), want.origin, over, tuple(reasons))
-            break
-        else:
-            empty[slot] = passed
-    return choices, empty
+            reasons = (
+                [struck[slot, want.layer]] if (slot, want.layer) in struck else catalog[want.layer].unmet(here, want.options)
+            )
+            if fixed_environment is not None and not any(reason.kind is Kind.CANNOT for reason in reasons):
+                reasons += _too_late(catalog[want.layer].environment(here, want.options), fixed_environment)
+            judged.append((want, reasons))
+        paying = [row for row in judged if not row[1]]
+        able = [row for row in judged if row[0].demanded and all(reason.kind is not Kind.CANNOT for reason in row[1])]
+        tried.standing[slot] = [want.layer for want, reasons in judged if (want, reasons) in paying + able]
+        if not paying + able:
+            tried.empty[slot] = judged
+            continue
+        want, reasons = (paying or able)[0]
+        before = judged[: judged.index((want, reasons))]
+        over = tuple((other.layer, tuple(why)) for other, why in before)
+        tried.choices[slot] = Choice(slot, want.layer, dict(want.options), want.origin, over, tuple(reasons))
+    return tried
 
 
 def _too_late(needed: Mapping[str, str], there: Mapping[str, str]) -> Iterator[Reason]:
@@ -267,39 +222,36 @@ def _too_late(needed: Mapping[str, str], there: Mapping[str, str]) -> Iterator[R
             )
 
 
-def _first_violation(
-    choices: Mapping[str, Choice],
-    catalog: Catalog,
-    wants: Mapping[str, tuple[Want, ...]],
-    struck: Mapping[tuple[str, str], Reason],
-) -> tuple[str, str, Reason] | None:
-    for earlier, later, why in _violations(choices, catalog):
-        left = [want for want in wants[later] if (later, want.layer) not in struck]
-        others = [want for want in wants[earlier] if (earlier, want.layer) not in struck]
-        slot = earlier if len(left) == 1 and len(others) > 1 else later
-        return slot, choices[slot].layer, cannot(why)
+def _first_strike(tried: _Try, catalog: Catalog) -> tuple[str, Reason] | None:
+    """The slot whose layer must go, and why; None where all layers can stand together."""
+    picked = [catalog[tried.choices[slot].layer] for slot in SLOTS]
+    for first, second in combinations(picked, 2):
+        why = _conflict(first, second)
+        if why:
+            return _weaker(first.slot, second.slot, tried), cannot(why)
+    for layer in picked:
+        for slot, allowed in layer.needs_slots.items():
+            other = tried.choices[slot].layer
+            if other in allowed:
+                continue
+            earlier, later = sorted((layer.slot, slot), key=SLOTS.index)
+            helps = any(name in allowed for name in tried.standing[slot])
+            why = f"{layer.name} needs {slot} = {' or '.join(allowed)}, chosen was {other}"
+            return _weaker(earlier, later, tried) if helps else layer.slot, cannot(why)
     return None
 
 
-def _violations(choices: Mapping[str, Choice], catalog: Catalog) -> Iterator[tuple[str, str, str]]:
-    """Pairs of slots whose layers cannot stand together (earlier slot, later slot, reason)."""
-    picked = [catalog[choices[slot].layer] for slot in SLOTS]
-    for index, first in enumerate(picked):
-        for second in picked[index + 1 :]:
-            said = first.clashes.get(second.name) or second.clashes.get(first.name)
-            if said:
-                yield first.slot, second.slot, f"{first.name} and {second.name} clash: {said}"
-            both = sorted(set(first.replaces) & set(second.replaces))
-            if both:
-                yield first.slot, second.slot, f"{first.name} and {second.name} both replace {', '.join(both)}"
-    for layer in picked:
-        for slot, allowed in layer.needs_slots.items():
-            if choices[slot].layer not in allowed:
-                yield (
-                    layer.slot,
-                    layer.slot,
-                    f"{layer.name} needs {slot} = {' or '.join(allowed)}, chosen was {choices[slot].layer}",
-                )
+def _conflict(first: Layer, second: Layer) -> str:
+    said = first.clashes.get(second.name) or second.clashes.get(first.name)
+    if said:
+        return f"{first.name} and {second.name} clash: {said}"
+    both = sorted(set(first.replaces) & set(second.replaces))
+    return f"{first.name} and {second.name} both replace {', '.join(both)}" if both else ""
+
+
+def _weaker(earlier: str, later: str, tried: _Try) -> str:
+    """The slot that gives way: the later one, or the earlier where that has another layer and the later has none."""
+    return earlier if len(tried.standing[later]) == 1 and len(tried.standing[earlier]) > 1 else later
 
 
 def _plan_error(
@@ -307,51 +259,68 @@ def _plan_error(
     case: Case,
     empty: Mapping[str, list[tuple[Want, list[Reason]]]],
     catalog: Catalog,
-    flags: Mapping[str, Any] | None,
+    flags: Mapping[str, Any],
 ) -> PlanError:
-    lines = [f"profile {profile.name} cannot run on {case.machine.label()}"]
-    for slot, passed in empty.items():
-        for want, reasons in passed:
-            text = "; ".join(map(str, reasons))
-            lines.append(f"  {slot:<10} {want.layer}: {text}    ({want.origin})")
-    lines.append(f"  try: {_way_out(profile, case, empty, catalog, flags)}")
-    return PlanError("\n".join(lines))
+    ranks = f", {_ranks(case.world.world_size)}" if case.world.world_size > 1 else ""
+    lines = [f"profile {profile.name} cannot run on {case.machine.label()}{ranks}"]
+    width = max(len(slot) for slot in empty)
+    for slot, judged in empty.items():
+        for want, reasons in judged:
+            lines.append(f"  {slot:<{width}}  {want.layer}: {'; '.join(map(str, reasons))}    ({want.origin})")
+    return PlanError("\n".join([*lines, f"  try: {_way_out(profile, case, empty, catalog, flags)}"]))
 
 
-def _way_out(profile: Profile, case: Case, empty: Mapping[str, Any], catalog: Catalog, flags: Mapping[str, Any] | None) -> str:
-    """What would run instead: the same command without the flags that failed, or the profile that `auto` takes."""
-    failed = [f"--layer.{slot}" for slot in empty if slot in (flags or {})]
-    kept = {key: value for key, value in (flags or {}).items() if key.split(".")[0] not in empty}
+def _way_out(
+    profile: Profile,
+    case: Case,
+    empty: Mapping[str, list[tuple[Want, list[Reason]]]],
+    catalog: Catalog,
+    flags: Mapping[str, Any],
+) -> str:
+    """What would run instead: the same command without the flags that failed, or the profile that `auto` takes, or the remedies."""
+    failed = [f"--layer.{key}".replace("_", "-") for key in flags if _slot(key) in empty]
+    kept = {key: value for key, value in flags.items() if _slot(key) not in empty}
     try:
         auto = pick("auto", case.machine)
-        plan = resolve(auto, case.machine, case.facts, case.recipe, case.world, catalog, kept)
-    except PlanError:
-        return "another machine; no shipped profile runs here"
+        plan = (
+            None
+            if auto.path == profile.path and not failed
+            else resolve(auto, case.machine, case.facts, case.recipe, case.world, catalog, kept)
+        )
+    except (PlanError, ConfigError):
+        plan = None
+    if plan is None:
+        remedies = [reason.remedy for judged in empty.values() for _, why in judged for reason in why if reason.remedy]
+        return "; or ".join(dict.fromkeys(remedies)) or "another machine or recipe; no shipped profile runs this one here"
     taken = ", ".join(f"{slot}={plan.layers[slot]}" for slot in dict.fromkeys([*empty, "precision", "attention"]))
-    if failed and auto.name == profile.name:
+    if failed and auto.path == profile.path:
         return f"without {' and '.join(failed)}   (takes {taken})"
-    return f"--profile auto   (takes {auto.name}: {taken})"
+    without = f" without {' and '.join(failed)}" if failed else ""
+    return f"--profile auto{without}   (takes {auto.name}: {taken})"
+
+
+def _slot(flag: str) -> str:
+    return flag.replace("-", "_").partition(".")[0]
 
 
 def _finish(profile: Profile, case: Case, choices: Mapping[str, Choice], catalog: Catalog) -> Plan:
     environment: dict[str, str] = {}
     for choice in choices.values():
         environment |= catalog[choice.layer].environment(case, choice.options)
-    unrepeatable = tuple(choice.layer for choice in choices.values() if not catalog[choice.layer].repeatable)
-    notes = [*case.machine.notes]
-    gpus = len(case.machine.gpus)
-    if gpus > case.world.local_world_size:
-        notes.append(
-            f"{case.world.local_world_size} of {gpus} GPUs used; for all: torchrun --standalone --nproc-per-node {gpus} -m gptoughts train ..."
-        )
-    facts = {key: value for key, value in vars(case.facts).items() if value is not None}
+    notes, gpus, used = list(case.machine.notes), len(case.machine.gpus), case.world.local_world_size
+    if not profile.match.holds(case.machine):
+        how = "; to train on the CPU: CUDA_VISIBLE_DEVICES= gptoughts train ..." if profile.match.gpu is False else ""
+        notes.append(f"profile {profile.name} was made for other hardware: its [match] does not hold here{how}")
+    if gpus > used:
+        everyone = f"torchrun --standalone --nproc-per-node {gpus} -m gptoughts train ..."
+        notes.append(f"{used} of {gpus} GPUs used; for all: {everyone}")
     return Plan(
-        profile.name,
-        case.machine.label(),
-        case.world.world_size,
-        tuple(choices[slot] for slot in SLOTS),
-        environment,
-        tuple(notes),
-        unrepeatable,
-        facts,
+        profile=profile.name,
+        machine=case.machine.label(),
+        world_size=case.world.world_size,
+        choices=tuple(choices[slot] for slot in SLOTS),
+        environment=environment,
+        notes=tuple(notes),
+        not_repeatable=tuple(choice.layer for choice in choices.values() if not catalog[choice.layer].repeatable),
+        facts={key: value for key, value in vars(case.facts).items() if value is not None},
     )

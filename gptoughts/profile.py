@@ -109,7 +109,8 @@ def read(name: str) -> Profile:
     """The profile `name`: a shipped one, or a path to a .toml file. Raises ConfigError."""
     path = find(name)
     raw, slots = _parse(path)
-    match, inherited = raw.match, {}
+    match = raw.match
+    inherited: dict[str, tuple[Want, ...]] = {}
     if raw.extends is not None:
         base_path = _find_base(raw.extends, path)
         base, inherited = _parse(base_path)
@@ -138,7 +139,8 @@ def _find_base(name: str, child: Path) -> Path:
 
 def _parse(path: Path) -> tuple[_File, dict[str, tuple[Want, ...]]]:
     """The file and its slots, with every problem of both told at once. Names of slots and layers are judged by the plan."""
-    values, problems = read_toml(path), []
+    values = read_toml(path)
+    problems: list[str] = []
     slots = _wants(values.get("slots", {}), shown(path), problems)
     try:
         raw = _File.model_validate({**values, "slots": {}})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -85,6 +86,8 @@ def checksums(engine: Engine) -> list[float]:
 @contextmanager
 def _profiled(engine: Engine) -> Iterator[_Trace]:
     """Fill a trace from torch's profiler. Its raw events are read because only they carry the dtypes of inputs."""
+    # The profiler's library writes two trace points of its own to standard error, whatever it is asked for, below this level.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     from torch.profiler import ProfilerActivity, profile
 
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if engine.device.type == "cuda" else [])

@@ -1,4 +1,4 @@
-"""The recipe: what to train. Model, data, objective, batch, schedule and seed, typed and frozen; nothing about speed, which is the profile's."""
+"""What to train: model, data, objective, batch, schedule and seed, typed and frozen. Speed is the profile's."""
 
 from __future__ import annotations
 
@@ -79,7 +79,9 @@ class ModelConfig(Section):
         """Heads must share the width evenly, key-value heads the heads."""
         if self.width % self.heads:
             raise Disagreement(
-                f"width {self.width} cannot be shared by {self.heads} heads; take a width divisible by {self.heads}", "width", "heads"
+                f"width {self.width} cannot be shared by {self.heads} heads; take a width divisible by {self.heads}",
+                "width",
+                "heads",
             )
         if self.heads % self.key_value_heads:
             raise Disagreement(f"{self.heads} heads cannot be grouped over {self.kv_heads} kv_heads", "heads", "kv_heads")
@@ -151,7 +153,7 @@ class EvalConfig(Section):
     """Validation during training."""
 
     every: Count = Field(250, description="steps between validations; 0: only at the end")
-    batches: Positive | None = Field(20, description="global batches per validation; if not set the whole split")
+    batches: Annotated[int, Field(ge=0)] = Field(20, description="global batches per validation, spread over the split; 0: all")
 
 
 class SampleConfig(Section):

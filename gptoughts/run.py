@@ -118,6 +118,7 @@ class _Run:
         self.facts = facts_of(self.recipe.model, self.recipe.data.sequence_length, self.tokenizer.vocab_size)
         self.family = order.extensions.families.get(self.recipe.model.family) or family_of(self.recipe.model.family)
         self.length = Length(self.recipe, ranks, len(shards.split("train")))
+        self.objective = self._objective()
         self.signal: int | None = None
         self.seen: tuple[prove.Seen, ...] = ()
 
@@ -133,10 +134,9 @@ class _Run:
         source = (
             checkpoint.Weights(origin.folder) if origin else Initialisation(self.family, self.recipe.model, self.recipe.seed)
         )
-        objective = self._objective()
         order = self.order
         with built(
-            model, self.family, objective, self.recipe, order.plan, order.extensions.catalog, self.ranks, iter(batches), source
+            model, self.family, self.objective, self.recipe, order.plan, order.extensions.catalog, self.ranks, iter(batches), source
         ) as engine:
             if origin is not None:
                 checkpoint.restore(engine, origin.folder)
@@ -246,7 +246,7 @@ class _Run:
             stopped = self._stop(progress)
             if sight.updated:
                 self._judge(engine, progress, sight)
-            call_back(engine, progress, stats, callbacks, last=stopped or self.length.finished(progress))
+            progress = call_back(engine, progress, stats, callbacks, last=stopped or self.length.finished(progress))
             if sight.updated or stopped:
                 return progress
 
@@ -294,7 +294,7 @@ class _Run:
             recipe.train.global_batch,
             world.rank,
             world.world_size,
-            recipe.eval.batches,
+            recipe.eval.batches or None,
             vocab_size=self.rows,
         )
 

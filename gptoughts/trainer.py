@@ -46,6 +46,9 @@ class StepStats:
 class Callback(Protocol):
     """What happens between steps: log, evaluate, sample, save."""
 
+    touches_weights: bool
+    """Whether it reads the model, and so must wait for the device; the wait is counted to the steps."""
+
     def due(self, step: int, last: bool) -> bool:
         """Whether to run after update `step`."""
 
@@ -94,12 +97,17 @@ def advance(engine: Engine, progress: Progress, schedule: Callable[[Progress], f
     return reached, stats
 
 
-def call_back(engine: Engine, progress: Progress, stats: StepStats, callbacks: Sequence[Callback], last: bool) -> None:
+def call_back(engine: Engine, progress: Progress, stats: StepStats, callbacks: Sequence[Callback], last: bool) -> Progress:
     """Run the callbacks that are due after this step; the model is in training mode afterwards."""
-    for callback in callbacks:
-        if callback.due(progress.step, last):
-            callback.run(engine, progress, stats, last)
-            engine.model.train()
+    due = [callback for callback in callbacks if callback.due(progress.step, last)]
+    if any(callback.touches_weights for callback in due):
+        began = perf_counter()
+        engine.settle()
+        progress = replace(progress, seconds=progress.seconds + perf_counter() - began)
+    for callback in due:
+        callback.run(engine, progress, stats, last)
+        engine.model.train()
+    return progress
 
 
 def train(
@@ -119,7 +127,7 @@ def train(
     while not (finished(progress) or pause(progress)):
         progress, stats = advance(engine, progress, schedule)
         stopped = stop(progress)
-        call_back(engine, progress, stats, callbacks, last=stopped or finished(progress))
+        progress = call_back(engine, progress, stats, callbacks, last=stopped or finished(progress))
         if stopped:
             break
     return progress

@@ -10,6 +10,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from gptoughts.machine import probe
+
 NOTEBOOK = Path(__file__).parent.parent / "docs" / "notebooks" / "fit.ipynb"
 ASK = """
 import json
@@ -17,7 +19,7 @@ print(json.dumps({
     "losses": fitted.losses,
     "evidence": {line.layer: str(line.evidence.status) for line in fitted.evidence},
     "plan": fitted.plan.table(),
-    "sums": [complete(f"{a:02d}+{b:02d}=") for a in range(0, 50, 7) for b in range(0, 50, 7)],
+    "right": sum(complete(f"{a}+{b}=") == f"{a}+{b}={a + b:02d}." for a in range(10) for b in range(10)),
 }))
 """
 
@@ -25,18 +27,20 @@ print(json.dumps({
 def test_fit_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     monkeypatch.setenv("MPLCONFIGDIR", str(tmp_path / "matplotlib"))
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    cores = probe().cpu.usable_cores
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # kind to a busy machine, and not what the plan wants where there are more cores
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     notebook.cells.append(nbformat.v4.new_code_cell(ASK))
     NotebookClient(notebook, timeout=240, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
 
     told = json.loads("".join(output.text for output in notebook.cells[-1].outputs if output.get("name") == "stdout"))
     assert told["losses"][0] == pytest.approx(math.log(13), abs=0.2)
-    # Of the 8 characters that are predicted, 3 digits are drawn evenly and can be known no better than by their frequency.
-    assert told["losses"][-1] < 0.55 * told["losses"][0]
+    # The second digit is one of ten and the other five characters can be known.
+    assert math.log(10) / 6 * 0.8 < told["losses"][-1] < 0.3 * told["losses"][0]
     assert set(told["evidence"].values()) == {"active"}
-    assert "needs OMP_NUM_THREADS" in told["plan"], "torch was imported first, and the plan says what to type"
-    assert len(told["sums"]) == 64
+    if cores > 1:
+        assert f"needs OMP_NUM_THREADS={cores} before torch is imported" in told["plan"]
+    assert told["right"] >= 80
     pictures = [
         output for cell in notebook.cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})
     ]

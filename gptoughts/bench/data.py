@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import statistics
 import tempfile
 import time
@@ -53,7 +54,8 @@ def bench_tokenise(
     """Whole tokenising runs, from documents in memory to synced shards, in turns with raw tiktoken's `encode_ordinary`.
 
     The corpus is `source`, `repeat` times. `tokenizer` is gpt2, bpe (4096 ids) or a file or folder that tiktoken can run.
-    Ratios are medians over rounds of ours divided by tiktoken's in the same round; the start of processes is included.
+    Ratios are medians over rounds of ours divided by tiktoken's in the same round; the start of processes is included. CPU
+    seconds are those of all processes together, which tell on a busy machine what the wall clock cannot.
     """
     original = open_source(source)
     built = build_tokenizer(tokenizer, original, 4096)
@@ -67,11 +69,14 @@ def bench_tokenise(
     encoding = built.encoding
     tokens = sum(len(encoding.encode_ordinary(text)) for text in texts)
     seconds: dict[str, list[float]] = {"tiktoken": [], "one_process": [], "two_processes": []}
+    work: dict[str, list[float]] = {name: [] for name in seconds}
     for number in range(rounds):
         order = list(seconds) if number % 2 == 0 else list(reversed(seconds))
         for name in order:
             with tempfile.TemporaryDirectory() as folder:
-                seconds[name].append(timed(run_of(name, encoding, texts, corpus, built, Path(folder))))
+                wall, cpu = timed(run_of(name, encoding, texts, corpus, built, Path(folder)))
+            seconds[name].append(wall)
+            work[name].append(cpu)
     rates = {name: [tokens / value / 1e6 for value in values] for name, values in seconds.items()}
     pairs = {
         "one_process_to_tiktoken": [a / b for a, b in zip(rates["one_process"], rates["tiktoken"], strict=True)],
@@ -93,6 +98,8 @@ def bench_tokenise(
         figures |= spread(f"{name}_mtok_per_second", values)
     for name, values in pairs.items():
         figures |= spread(name, values)
+    for name, values in work.items():
+        figures |= spread(f"{name}_cpu_seconds", values)
     return figures
 
 
@@ -114,12 +121,13 @@ def run_of(
     return ours
 
 
-def timed(call: Callable[[], None]) -> float:
-    """Seconds that `call` takes, the garbage of what ran before collected."""
+def timed(call: Callable[[], None]) -> tuple[float, float]:
+    """Seconds that `call` takes, by the clock and of CPU with its child processes; garbage of what ran before is collected."""
     gc.collect()
-    begun = time.perf_counter()
+    before, begun = os.times(), time.perf_counter()
     call()
-    return time.perf_counter() - begun
+    wall, after = time.perf_counter() - begun, os.times()
+    return wall, sum(after[:4]) - sum(before[:4])
 
 
 def spread(name: str, values: list[float]) -> dict[str, float]:

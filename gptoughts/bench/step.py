@@ -7,7 +7,7 @@ the same thing twice: how far it is from 1 is how far any other ratio can be tru
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,7 +44,20 @@ from gptoughts.track.jsonl import Jsonl
 from gptoughts.trainer import Progress, advance, train
 
 OURS, PLAIN, AGAIN, FP32 = "ours", "plain", "ours again", "fp32 eager"
-SHARED = {"system", "threads", "native", "expandable", "ieee", "tf32", "math", "sdpa", "fp32", "bf16", "eager", "compile-blocks"}
+SHARED = {
+    "system",
+    "threads",
+    "native",
+    "expandable",
+    "ieee",
+    "tf32",
+    "math",
+    "sdpa",
+    "fp32",
+    "bf16",
+    "eager",
+    "compile-blocks",
+}
 SHARED |= {"torch-kernels", "full-ce", "keep", "resident", "single", "plain", "fused", "with-weights", "after-clip", "direct"}
 SHARED |= {"prefetch", "whole", "fixed"}
 """Layers that the bare loop has too, or that both have because they belong to the process."""
@@ -95,10 +108,22 @@ class Subject:
         model = meta_model(recipe, self.family, self.rows)
         source = Initialisation(self.family, recipe.model, recipe.seed)
         catalog = self.setting.extensions.catalog
-        with built(
-            model, self.family, NextToken(), recipe, plan, catalog, self.ranks, self.batches(recipe), source
-        ) as engine:
+        with built(model, self.family, NextToken(), recipe, plan, catalog, self.ranks, self.batches(recipe), source) as engine:
             yield engine
+
+
+class _LastLoss:
+    """A sink that keeps the newest loss."""
+
+    def __init__(self) -> None:
+        self.value = float("nan")
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        """Keep it."""
+        self.value = values["train/loss"]
+
+    def close(self) -> None:
+        """Nothing to close."""
 
 
 class Ours:
@@ -106,11 +131,9 @@ class Ours:
 
     def __init__(self, subject: Subject, engine: Engine, folder: Path) -> None:
         self.engine, self._subject = engine, subject
-        self.log = Log(
-            subject.recipe.log.every, [Jsonl(folder / "metrics.jsonl", 1)], Silent(), subject.mfu[0], None, lambda _: None
-        )
-        self.progress = Progress()
-        self.loss = float("nan")
+        self.progress, self.loss = Progress(), _LastLoss()
+        sinks: list[Any] = [Jsonl(folder / "metrics.jsonl", 1), self.loss]
+        self.log = Log(subject.recipe.log.every, sinks, Silent(), subject.mfu[0], None, lambda _: None)
 
     def __call__(self, steps: int) -> float:
         """So many more steps."""
@@ -118,15 +141,13 @@ class Ours:
         self.progress = train(
             self.engine, self.progress, lambda now: False, rate, [self.log], pause=lambda now: now.step >= goal
         )
-        return self.loss
+        return self.loss.value
 
     def watched(self, plan: Plan) -> list[prove.Seen]:
         """One more step, in which every planned layer must show itself. Raises LayerError where one does not."""
         catalog = self._subject.setting.extensions.catalog
         held: list[Any] = []
-        sight = prove.watch(
-            self.engine, lambda: held.extend(advance(self.engine, self.progress, self._subject.length.rate))
-        )
+        sight = prove.watch(self.engine, lambda: held.extend(advance(self.engine, self.progress, self._subject.length.rate)))
         self.progress = held[0]
         seen = prove.evidence(self.engine, plan, catalog, sight)
         prove.demand(seen)
@@ -160,9 +181,11 @@ def bench_step(setting: Setting, rounds: int, steps: int, command: str) -> dict[
             FP32: _in_float32(_plain(subject, Settings(settings.micro_batch))),
         }
         measured = Measured()
-        for run in variants.values():
-            run(2)  # compilation, first allocations, the optimiser's state
+        warm = 1 + prove.warm_steps(setting.plan, setting.extensions.catalog)
+        ours(warm)
         measured.evidence = ours.watched(setting.plan)
+        for name in (PLAIN, AGAIN, FP32):
+            variants[name](warm + 1)  # compilation, first allocations, the optimiser's state; as far as ours is
         _take_turns(subject, variants, measured, rounds, steps)
         outside = outside_verbs(subject, setting.plan, ours.engine.micro_batch)
     return _figures(subject, measured, outside, rounds, steps, command)
@@ -185,9 +208,7 @@ def _plain(subject: Subject, settings: Settings) -> Run:
         return subject.length.rate(Progress(step=step))
 
     recipe = subject.recipe
-    return plain_loop(
-        recipe, subject.family, subject.rows, subject.batches(recipe), subject.ranks.device, settings, rate
-    )
+    return plain_loop(recipe, subject.family, subject.rows, subject.batches(recipe), subject.ranks.device, settings, rate)
 
 
 def _in_float32(run: Run) -> Run:
@@ -222,7 +243,7 @@ def _figures(
     subject: Subject, measured: Measured, outside: dict[str, Any], rounds: int, steps: int, command: str
 ) -> dict[str, Any]:
     seconds, tokens = measured.seconds, subject.tokens_per_step
-    variants = {}
+    variants: dict[str, Any] = {}
     for name, values in seconds.items():
         milliseconds = spread([1000 * value for value in values], 3)
         speed = tokens / (milliseconds["median"] / 1000)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import tomllib
-from pathlib import Path
-
 from gptoughts import config, profile
-from gptoughts.errors import ConfigError, nearest
+from gptoughts.api import default_recipe
+from gptoughts.errors import ConfigError, PlanError, nearest
 from gptoughts.layer import SLOTS, Case, Kind, Layer
 from gptoughts.layers import CATALOG
 from gptoughts.machine import World, probe
@@ -17,14 +15,10 @@ def recipes(name: str | None) -> int:
     """Names and notes, or one recipe's file."""
     if name is not None:
         config.load(name)
-        path = Path(name) if name.endswith(".toml") else config.PACKAGED_RECIPES / f"{name}.toml"
-        print(path.read_text(encoding="utf-8"), end="")
+        print(config.find_recipe(name).read_text(encoding="utf-8"), end="")
         return 0
-    rows = []
-    for known in config.recipe_names():
-        text = (config.PACKAGED_RECIPES / f"{known}.toml").read_text(encoding="utf-8")
-        rows.append((known, tomllib.loads(text).get("note", "")))
-    _print(rows)
+    notes = {known: config.read_toml(config.PACKAGED_RECIPES / f"{known}.toml") for known in config.recipe_names()}
+    _print([(known, table.get("note", "")) for known, table in notes.items()])
     return 0
 
 
@@ -32,10 +26,13 @@ def profiles(name: str | None) -> int:
     """Names and notes with the one that auto takes marked, or one profile's file."""
     if name is not None:
         profile.read(name)
-        path = Path(name) if name.endswith(".toml") else profile.folder() / f"{name}.toml"
-        print(path.read_text(encoding="utf-8"), end="")
+        print(profile.find(name).read_text(encoding="utf-8"), end="")
         return 0
-    taken = profile.pick("auto", probe()).name
+    machine = probe()
+    try:
+        taken, said = profile.pick("auto", machine).name, "* is what --profile auto takes on this machine"
+    except PlanError as error:
+        taken, said = "", str(error)
     known = [profile.read(one) for one in profile.names()]
     _print(
         [
@@ -43,7 +40,7 @@ def profiles(name: str | None) -> int:
             for one in known
         ]
     )
-    print("* is what --profile auto takes on this machine")
+    print(said)
     return 0
 
 
@@ -62,7 +59,7 @@ def layers(name: str | None, markdown: bool) -> int:
         print(card(CATALOG[name]))
         return 0
     machine = probe()
-    recipe = config.load("gpt-1b" if machine.gpus else "quickstart").recipe
+    recipe = config.load(default_recipe(machine)).recipe
     case = Case(machine, facts_for(recipe), recipe, World())
     for slot in SLOTS:
         for layer in (layer for layer in CATALOG.values() if layer.slot == slot):

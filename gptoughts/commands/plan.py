@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping, Sequence
 
 from gptoughts.api import decide
-from gptoughts.machine import World
 
 
 def plan(
@@ -20,8 +19,7 @@ def plan(
     as_json: bool,
 ) -> int:
     """Print the plan as a table or as JSON."""
-    world = World(0, 0, ranks, ranks, "torchrun") if ranks else None
-    setting = decide(recipe, profile, fields, layers, plugin, machine, world)
+    setting = decide(recipe, profile, fields, layers, plugin, machine, ranks=ranks)
     if as_json:
         print(json.dumps({"recipe": setting.resolved.recipe.name, **setting.plan.to_json()}, indent=1))
         return 0

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from gptoughts.errors import DataError
+
 SHARD_TOKENS = 100_000_000
 
 
@@ -12,7 +14,7 @@ def tokenize(
     source: str,
     out: str | Path,
     *,
-    tokenizer: str = "gpt2",
+    tokenizer: str | None = None,
     train_bpe: int | None = None,
     val_fraction: float = 0.05,
     val_from: str = "auto",
@@ -23,16 +25,19 @@ def tokenize(
 ) -> None:
     """Tokenises `source` into the folder `out` and prints what was read, how fast, and the line to train on it.
 
-    `train_bpe` asks for a BPE of that vocabulary trained on the text, whatever `tokenizer` says. Raises DataError.
+    Without a tokenizer it is GPT-2's; `train_bpe` asks for a BPE of that vocabulary, trained on the text. Raises DataError.
     """
     from gptoughts.data.shards import INDEX
     from gptoughts.data.tokenize import tokenise
 
+    if train_bpe is not None and tokenizer not in (None, "bpe"):
+        raise DataError(f"--tokenizer {tokenizer} and --train-bpe {train_bpe} name two tokenizers; give one of them")
+    name = "bpe" if train_bpe is not None else tokenizer or "gpt2"
     folder = Path(out)
     there = (folder / INDEX).exists() and not overwrite
     begun = time.monotonic()
     index = tokenise(
-        source, "bpe" if train_bpe is not None else tokenizer, folder, train_bpe=train_bpe, val_fraction=val_fraction,
+        source, name, folder, train_bpe=train_bpe, val_fraction=val_fraction,
         val_from=val_from, shard_tokens=shard_tokens, processes=processes, text_key=text_key, overwrite=overwrite, progress="console",
     )  # fmt: skip
     seconds = time.monotonic() - begun

@@ -8,13 +8,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import click
+
 from gptoughts.api import Setting, decide, train_setting
+from gptoughts.environment import Process, lacking, restart
 from gptoughts.errors import ConfigError
 
 if TYPE_CHECKING:
     from gptoughts.run import Outcome
-
-GUARD = "GPTOUGHTS_ENVIRONMENT_SET"
 
 
 def train(
@@ -30,12 +31,10 @@ def train(
 ) -> int:
     """Train; returns the exit code: 0, or 128 + the signal that ended the run early."""
     setting = decide(recipe, profile, fields, layers, plugin)
-    notes = put_environment_in_place(setting)
+    _needs_torch()
+    put_environment_in_place(setting)
     if setting.world.rank == 0:
         print(setting.plan.table(), flush=True)
-        for note in notes:
-            print(f"note: {note}", flush=True)
-    _needs_torch()
     outcome = train_setting(setting, run_name, run_dir, resume, strict)
     if setting.world.rank == 0:
         _report(outcome, recipe, run_name, run_dir)
@@ -43,28 +42,22 @@ def train(
 
 
 def put_environment_in_place(setting: Setting) -> list[str]:
-    """Start this process again with the plan's variables, once. What the user set differently wins and is returned as a note."""
-    notes, missing = [], {}
-    ours = os.environ.get(GUARD, "").split(",")
-    for name, value in setting.plan.environment.items():
-        here = os.environ.get(name)
-        if here is None:
-            missing[name] = value
-        elif here != value and name not in ours:
-            notes.append(f"{name}={here} was set by you; the plan wanted {value}")
-    if missing and GUARD not in os.environ:
-        sys.stdout.flush()
-        environment = {**os.environ, **missing, GUARD: ",".join(missing)}
-        os.execve(sys.executable, [sys.executable, "-m", "gptoughts", *sys.argv[1:]], environment)
-    return notes
+    """Start this process again with the plan's variables, once; in somebody else's process `train_setting` sets them instead.
+
+    Returns the plan's notes, for those who do not print its table.
+    """
+    context = click.get_current_context(silent=True)
+    if context is not None and context.find_root().obj is Process.OURS:
+        restart(lacking(setting.plan, os.environ))
+    return list(setting.plan.notes)
 
 
 def _needs_torch() -> None:
     from importlib.util import find_spec
 
-    for package in ("torch", "numpy", "safetensors", "tokenizers"):
-        if find_spec(package) is None:
-            raise ConfigError(f"training needs the package {package}, not installed\n  try: pip install 'gptoughts[train]'")
+    missing = [package for package in ("torch", "numpy", "safetensors", "tokenizers") if find_spec(package) is None]
+    if missing:
+        raise ConfigError(f"training needs {', '.join(missing)}, not installed\n  try: pip install 'gptoughts[train]'")
 
 
 def _report(outcome: Outcome, recipe: str | None, run_name: str | None, run_dir: str | None) -> None:

@@ -156,7 +156,7 @@ def eval_batches(
 ) -> Iterator[Batch]:
     """This rank's rows of the whole split in order, each sample once; shapes stay constant, rows that fill up are ignored.
 
-    `limit` stops after that many global batches. Every rank gets the same number of batches. Raises DataError as `Batches` does,
+    `limit` takes that many global batches, spread evenly over the split. Every rank gets the same number of batches. Raises DataError as `Batches` does,
     but takes a split shorter than one batch.
     """
     check_stream(stream, sequence_length, vocab_size)
@@ -168,10 +168,10 @@ def eval_batches(
         )
     padding = stream.eot_id if eot_id is None else eot_id
     rows = np.arange(first, end, dtype=np.int64)
-    return (
-        read_batch(stream, number * global_batch + rows, sequence_length, padding)
-        for number in range(batches if limit is None else min(limit, batches))
-    )
+    taken = batches if limit is None else min(limit, batches)
+    # Spread over the split: its first batches alone would be its first documents.
+    numbers = (index * batches // taken for index in range(taken))
+    return (read_batch(stream, number * global_batch + rows, sequence_length, padding) for number in numbers)
 
 
 def check_stream(stream: Stream, sequence_length: int, vocab_size: int | None) -> None:

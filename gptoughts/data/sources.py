@@ -27,7 +27,7 @@ from gptoughts.errors import DataError, nearest
 STDLIB = "python-stdlib"
 TEXT_SUFFIXES = (".txt", ".md", ".py", ".rst")
 ROW_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
-STDLIB_SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+STDLIB_SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "encodings", "pydoc_data"}
 GLOB_CHARACTERS = re.compile(r"[*?\[]")
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*\Z")
 
@@ -131,12 +131,13 @@ def folder_files(root: Path) -> list[Path]:
 
 
 def standard_library() -> Source:
-    """The source of the Python that runs, about 10 MB: text that every machine has. Tests and installed packages are left out."""
+    """The source of the Python that runs, about 10 MB: text that every machine has.
+
+    Tests, installed packages and generated tables of character codes are left out.
+    """
     root = Path(sysconfig.get_paths()["stdlib"])
     files = [
-        path
-        for path in folder_files(root)
-        if path.suffix == ".py" and not STDLIB_SKIPPED & set(path.relative_to(root).parts)
+        path for path in folder_files(root) if path.suffix == ".py" and not STDLIB_SKIPPED & set(path.relative_to(root).parts)
     ]
     if not files:
         raise DataError(
@@ -236,15 +237,11 @@ def json_row(line: bytes, where: str) -> dict[str, Any]:
     try:
         text = line.decode("utf-8-sig" if where.endswith(":1") else "utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{where}: not UTF-8 (byte 0x{line[error.start]:02x} at offset {error.start} of the line)"
-        ) from None
+        raise DataError(f"{where}: not UTF-8 (byte 0x{line[error.start]:02x} at offset {error.start} of the line)") from None
     try:
         row = json.loads(text)
     except json.JSONDecodeError as error:
-        raise DataError(
-            f"{where}: not JSON ({error.msg} at column {error.colno}); each line must be one JSON object"
-        ) from None
+        raise DataError(f"{where}: not JSON ({error.msg} at column {error.colno}); each line must be one JSON object") from None
     except RecursionError:
         raise DataError(f"{where}: JSON nested too deeply; each line must be one JSON object") from None
     if not isinstance(row, dict):
@@ -267,18 +264,14 @@ def checked_row(row: dict[str, Any], text_key: str, where: str, source: Source) 
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise DataError(
-            f"{where}: field {text_key!r} holds half of a surrogate pair at character {error.start}"
-        ) from None
+        raise DataError(f"{where}: field {text_key!r} holds half of a surrogate pair at character {error.start}") from None
     yield Document(where, text)
 
 
 def missing_key(text_key: str, keys: list[str], where: str) -> DataError:
     """The error for rows without the text's field; it names the fields that are there."""
     there = ", ".join(keys) or "none"
-    return DataError(
-        f"{where}: no field {text_key!r}; fields here: {there}{nearest(text_key, keys)}; choose one with text_key"
-    )
+    return DataError(f"{where}: no field {text_key!r}; fields here: {there}{nearest(text_key, keys)}; choose one with text_key")
 
 
 def parquet_rows(path: Path, name: str, text_key: str, source: Source) -> Iterator[Document]:
@@ -310,9 +303,7 @@ def saved_dataset(spec: str, path: Path, text_key: str) -> Source:
         try:
             loaded = datasets.load_from_disk(str(path))
         except Exception as error:  # What the library raises for a damaged folder is not one type.
-            raise DataError(
-                f"source {spec!r}: cannot be read as a Hugging Face dataset ({first_line(error)})"
-            ) from error
+            raise DataError(f"source {spec!r}: cannot be read as a Hugging Face dataset ({first_line(error)})") from error
         yield from dataset_rows(spec, loaded, text_key, source)
 
     files = tuple(sorted(file for file in path.rglob("*") if file.is_file()))

@@ -13,8 +13,8 @@ def card(layer: Layer) -> str:
 
 
 def _facts(layer: Layer) -> Iterator[str]:
-    needs = [f"compute capability {'.'.join(map(str, layer.least_capability))}"] if layer.least_capability else []
-    needs += ["an NVIDIA GPU"] if layer.needs_gpu else []
+    needs = ["an NVIDIA GPU"] if layer.needs_gpu and not layer.least_capability else []
+    needs += [f"compute capability {'.'.join(map(str, layer.least_capability))}"] if layer.least_capability else []
     needs += [f"{package} (pip install 'gptoughts[{extra}]')" for package, extra in layer.packages]
     needs += [f"{slot} = {' or '.join(names)}" for slot, names in layer.needs_slots.items()]
     yield f"- needs: {', '.join(needs) or 'nothing beyond what fits() asks'}"
@@ -28,7 +28,8 @@ def _facts(layer: Layer) -> Iterator[str]:
     yield f"- undo: {layer.permanent or 'yes'}"
     for name, option in layer.options.items():
         choices = f", one of {', '.join(option.choices)}" if option.choices else ""
-        yield f"- option `--layer.{layer.slot}.{name}`: {option.help} (default {option.default}{choices})".replace("_", "-")
+        flag = f"--layer.{layer.slot}.{name}".replace("_", "-")
+        yield f"- option `{flag}`: {option.help} (default {'none' if option.default is None else option.default}{choices})"
     yield f"- measured: {layer.measured}"
 
 

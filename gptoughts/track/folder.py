@@ -40,10 +40,15 @@ class RunFolder:
         self._lock = file
 
     def release(self) -> None:
-        """Let others in."""
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        """Let others in. A folder that this run made and wrote nothing into goes with it."""
+        if self._lock is None:
+            return
+        if [path.name for path in self.out.iterdir() if path != self.checkpoints] == [".lock"] and not any(self.checkpoints.iterdir()):
+            (self.out / ".lock").unlink()
+            for empty in (self.checkpoints, self.out):
+                empty.rmdir()
+        self._lock.close()
+        self._lock = None
 
 
 def run_folder(name: str, run_dir: str | None) -> RunFolder:

@@ -14,8 +14,11 @@ class Jsonl:
     """Appends rows, each with its step and the attempt of the run that wrote it; every row is on disk before the next."""
 
     def __init__(self, path: Path, attempt: int) -> None:
+        torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
         self._file = path.open("a", encoding="utf-8", buffering=1)
         self._attempt = attempt
+        if torn:  # a kill left half a row; the next must not be written behind it
+            self._file.write("\n")
 
     def log(self, step: int, values: Row) -> None:
         """Write one row."""

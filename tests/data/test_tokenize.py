@@ -381,6 +381,8 @@ def test_the_command_says_what_it_did(tmp_path: Path, capsys: pytest.CaptureFixt
     assert f"train on it: gptoughts train RECIPE --data.path {tmp_path / 'o'}" in out
     command(str(tmp_path / "a.txt"), tmp_path / "o", train_bpe=260)
     assert "already there" in capsys.readouterr().out
+    with pytest.raises(DataError, match="--tokenizer bytes and --train-bpe 260 name two tokenizers"):
+        command(str(tmp_path / "a.txt"), tmp_path / "o", tokenizer="bytes", train_bpe=260)
 
 
 def test_a_large_vocabulary_takes_32_bits(tmp_path: Path) -> None:

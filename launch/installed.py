@@ -1,0 +1,50 @@
+"""Exit code 0 if this checkout is installed editable with everything that an extra of pyproject.toml asks for; then pip need not run."""
+
+import json
+import sys
+import tomllib
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, distribution, version
+from pathlib import Path
+from urllib.parse import unquote, urlparse
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def requirements(project: dict, extra: str) -> Iterator[str]:
+    """What the package and the extra ask for; an extra may name other extras of the package itself."""
+    yield from project["dependencies"]
+    for line in project["optional-dependencies"][extra]:
+        if line.startswith(project["name"] + "["):
+            for other in line[line.index("[") + 1 : line.index("]")].split(","):
+                yield from requirements(project, other.strip())
+        else:
+            yield line
+
+
+def is_here(name: str) -> bool:
+    """Whether the installed package is this folder."""
+    origin = json.loads(distribution(name).read_text("direct_url.json") or "{}")
+    editable = origin.get("dir_info", {}).get("editable", False)
+    return editable and Path(unquote(urlparse(origin["url"]).path)).resolve() == ROOT
+
+
+def satisfied(line: str) -> bool:
+    """Whether the requirement is installed in a version that it allows."""
+    from pip._vendor.packaging.requirements import Requirement
+
+    wanted = Requirement(line)
+    return wanted.specifier.contains(version(wanted.name), prereleases=True)
+
+
+def main(extra: str) -> int:
+    """0 if nothing is missing."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    try:
+        return 0 if is_here(project["name"]) and all(map(satisfied, requirements(project, extra))) else 1
+    except (PackageNotFoundError, ImportError, KeyError, ValueError):
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
