@@ -86,8 +86,8 @@ def apply(engine: Engine, options: Options) -> Iterator[None]:
         for undo in fused.install():
             stack.callback(undo)
         stack.callback(engine.wrap("materialise", fused.relink))
-        stack.callback(engine.wrap_context("forward_context", lambda: _training(te, recipe)))
-        stack.callback(engine.wrap_context("eval_context", _bf16))
+        stack.callback(engine.wrap_context("forward_context", lambda: _training(te, recipe, engine.device.type)))
+        stack.callback(engine.wrap_context("eval_context", lambda: _bf16(engine.device.type)))
         engine.extras["fp8-te"] = fused
         stack.callback(engine.extras.pop, "fp8-te")
         yield
@@ -170,20 +170,20 @@ def _parameters(site: Any) -> dict[str, Any]:
     return shared | {name: parameter for name, parameter in pairs.items() if parameter is not None}
 
 
-def _bf16() -> AbstractContextManager[Any]:
+def _bf16(device_type: str) -> AbstractContextManager[Any]:
     import torch
 
-    return torch.autocast("cuda", dtype=torch.bfloat16)
+    return torch.autocast(device_type, dtype=torch.bfloat16)
 
 
 @contextmanager
-def _training(te: Any, recipe: Any) -> Iterator[None]:
+def _training(te: Any, recipe: Any, device_type: str) -> Iterator[None]:
     quantised = (
         te.autocast(enabled=True, recipe=recipe)
         if hasattr(te, "autocast")
         else te.fp8_autocast(enabled=True, fp8_recipe=recipe)
     )
-    with _bf16(), quantised:
+    with _bf16(device_type), quantised:
         yield
 
 
