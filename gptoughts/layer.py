@@ -163,6 +163,8 @@ class Case:
     recipe: Recipe
     world: World
     chosen: Mapping[str, Choice] = field(default_factory=dict)
+    micro_batch: Mapping[str, Any] = field(default_factory=dict)
+    """Options of the layer that the micro-batch slot would like first; that slot comes last, and memory depends on it."""
 
     @property
     def on_gpu(self) -> bool:
@@ -173,6 +175,13 @@ class Case:
     def rank_sequences(self) -> int:
         """Sequences of one update that this rank computes."""
         return self.recipe.train.global_batch // self.world.world_size
+
+    @property
+    def forward_sequences(self) -> int:
+        """Sequences per forward, as far as the micro-batch slot's first wish says; else the rank's whole share."""
+        tokens, length = self.micro_batch.get("tokens"), self.recipe.data.sequence_length
+        most = self.micro_batch.get("sequences") or (max(1, tokens // length) if tokens else self.rank_sequences)
+        return min(most, self.rank_sequences)
 
     def takes(self, slot: str, layer: str) -> bool:
         """Whether an earlier slot has chosen `layer`."""

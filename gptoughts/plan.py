@@ -150,7 +150,7 @@ def resolve(
     Raises PlanError with every slot that has no layer left, ConfigError for layers or options that do not exist.
     """
     wants = wanted(profile, catalog, flags or {})
-    case = Case(machine, facts, recipe, world)
+    case = Case(machine, facts, recipe, world, micro_batch=wants["microbatch"][0].options)
     _one_gpu_per_rank(case)
     struck: dict[tuple[str, str], Reason] = {}
     while True:

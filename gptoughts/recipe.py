@@ -153,7 +153,7 @@ class EvalConfig(Section):
     """Validation during training."""
 
     every: Count = Field(250, description="steps between validations; 0: only at the end")
-    batches: Annotated[int, Field(ge=0)] = Field(20, description="global batches per validation, spread over the split; 0: all")
+    batches: Count = Field(20, description="global batches per validation, spread over the split; 0: all")
 
 
 class SampleConfig(Section):

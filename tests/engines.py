@@ -20,7 +20,7 @@ from gptoughts.models.family import FAMILIES
 from gptoughts.objectives import NextToken
 from gptoughts.plan import Plan, facts_for, resolve
 from gptoughts.profile import Match, Profile
-from gptoughts.trainer import advance, Progress
+from gptoughts.trainer import Progress, advance
 
 ROWS, LENGTH, BATCH = 128, 32, 4
 FAMILIES_UNDER_TEST = {

@@ -80,7 +80,7 @@ def test_no_checkpoint_is_written_of_weights_that_are_not_finite(tmp_path: Path)
 
 
 def test_validation_is_the_sum_over_labels_and_leaves_the_model_training() -> None:
-    recipe, rows = recipe_of("modern"), []
+    recipe, _rows = recipe_of("modern"), []
     batches = [next(random_batches(recipe, ragged=True, seed=seed))[0] for seed in range(3)]
     with engine_of(recipe, plan_of(recipe)) as engine:
         engine.model.train()

@@ -163,8 +163,10 @@ class Measured:
     evidence: list[prove.Seen] = field(default_factory=list)
 
 
-def bench_step(setting: Setting, rounds: int, steps: int, command: str) -> dict[str, Any]:
-    """All figures of one recipe under one plan, as plain data. Nothing is asserted.
+def bench_step(
+    setting: Setting, rounds: int, steps: int, command: str, say: Callable[[str], None] = lambda text: None
+) -> dict[str, Any]:
+    """All figures of one recipe under one plan, as plain data. Nothing is asserted; `say` is told how far it is.
 
     Raises ConfigError for a recipe that a bare loop cannot train, LayerError where the plan is not what runs.
     """
@@ -182,11 +184,16 @@ def bench_step(setting: Setting, rounds: int, steps: int, command: str) -> dict[
         }
         measured = Measured()
         warm = 1 + prove.warm_steps(setting.plan, setting.extensions.catalog)
+        say("warming up: ours")
         ours(warm)
         measured.evidence = ours.watched(setting.plan)
         for name in (PLAIN, AGAIN, FP32):
+            say(f"warming up: {name}")
             variants[name](warm + 1)  # compilation, first allocations, the optimiser's state; as far as ours is
-        _take_turns(subject, variants, measured, rounds, steps)
+        for number in range(rounds):
+            say(f"round {number + 1} of {rounds}")
+            _take_turns(subject, variants, measured, number, steps)
+        say("outside the verbs")
         outside = outside_verbs(subject, setting.plan, ours.engine.micro_batch)
     return _figures(subject, measured, outside, rounds, steps, command)
 
@@ -225,18 +232,17 @@ def _in_float32(run: Run) -> Run:
     return alone
 
 
-def _take_turns(subject: Subject, variants: dict[str, Run], measured: Measured, rounds: int, steps: int) -> None:
+def _take_turns(subject: Subject, variants: dict[str, Run], measured: Measured, number: int, steps: int) -> None:
+    """One round; the order is another than in the last."""
     names = list(variants)
-    measured.seconds = {name: [] for name in names}
-    for number in range(rounds):
-        first = number % len(names)
-        for name in names[first:] + names[:first]:
-            subject.settled()
-            began = perf_counter()
-            loss = variants[name](steps)
-            subject.settled()
-            measured.seconds[name].append((perf_counter() - began) / steps)
-            measured.losses[name] = loss
+    first = number % len(names)
+    for name in names[first:] + names[:first]:
+        subject.settled()
+        began = perf_counter()
+        loss = variants[name](steps)
+        subject.settled()
+        measured.seconds.setdefault(name, []).append((perf_counter() - began) / steps)
+        measured.losses[name] = loss
 
 
 def _figures(
@@ -244,7 +250,7 @@ def _figures(
 ) -> dict[str, Any]:
     seconds, tokens = measured.seconds, subject.tokens_per_step
     variants: dict[str, Any] = {}
-    for name, values in seconds.items():
+    for name, values in ((name, seconds[name]) for name in (OURS, PLAIN, AGAIN, FP32)):
         milliseconds = spread([1000 * value for value in values], 3)
         speed = tokens / (milliseconds["median"] / 1000)
         variants[name] = {

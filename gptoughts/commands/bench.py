@@ -34,7 +34,7 @@ def step(
     from gptoughts.bench.step import bench_step
     from gptoughts.bench.table import step_table
 
-    run = bench_step(setting, rounds, steps, _command())
+    run = bench_step(setting, rounds, steps, _command(), lambda text: print(text, file=sys.stderr, flush=True))
     print(step_table(run))
     if out is not None:
         keep(Path(out), run, SAME_MEASUREMENT)

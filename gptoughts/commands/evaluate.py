@@ -18,7 +18,7 @@ def perplexity(checkpoint: str, data: str | None, split: str, batch: int, as_jso
     loaded = load(checkpoint)
     recipe = loaded.recipe
     settings = recipe.data if data is None else recipe.data.model_copy(update={"path": data})
-    if data is not None and not settings.tokenizer == "gpt2":
+    if data is not None and settings.tokenizer != "gpt2":
         # New text is cut into tokens as the checkpoint was, whatever its own vocabulary would have been.
         settings = settings.model_copy(update={"tokenizer": str(loaded.folder / "tokenizer")})
     shards = Shards.open(prepare(settings))

@@ -10,8 +10,8 @@ def generate(
     checkpoint: str, prompt: Sequence[str], tokens: int, temperature: float, top_k: int, top_p: float, seed: int
 ) -> int:
     """Continue each prompt; `-` stands for what comes on standard input, no prompt for an empty one."""
-    from gptoughts.generate.autoregressive import generate as write
     from gptoughts.errors import CheckpointError
+    from gptoughts.generate.autoregressive import generate as write
     from gptoughts.loading import load, reading
     from gptoughts.models.gpt import GPT
 

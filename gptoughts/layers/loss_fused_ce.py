@@ -27,7 +27,6 @@ from gptoughts.layer import (
 
 LOGITS_SHARE = 0.10
 BYTES_PER_LOGIT = 8  # float32 logits and their gradient
-MOST_TOKENS_PER_FORWARD = 65536  # the micro-batch is chosen in a later slot; no profile asks for more
 
 
 def fits(case: Case, options: Options) -> Iterator[Reason]:
@@ -41,8 +40,7 @@ def fits(case: Case, options: Options) -> Iterator[Reason]:
         return
     sizes = [gpu.memory_bytes for gpu in case.machine.gpus] if case.on_gpu else [case.machine.memory_bytes]
     known = [size for size in sizes if size]
-    tokens = min(case.rank_sequences * facts.sequence_length, MOST_TOKENS_PER_FORWARD)
-    logits = tokens * facts.vocab_size * BYTES_PER_LOGIT
+    logits = case.forward_sequences * facts.sequence_length * facts.vocab_size * BYTES_PER_LOGIT
     if known and logits < LOGITS_SHARE * min(known):
         yield would_not_pay(
             f"logits take {logits / 2**30:.1f} GiB of {min(known) / 2**30:.0f} GiB at most",

@@ -9,10 +9,24 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from gptoughts.layer import Case, Engine, Evidence, Layer, Options, Reason, Sight, active, cannot, inactive, unproven, would_not_pay
+from gptoughts.layer import (
+    Case,
+    Engine,
+    Evidence,
+    Layer,
+    Options,
+    Reason,
+    Sight,
+    active,
+    cannot,
+    inactive,
+    unproven,
+    would_not_pay,
+)
 
 ACTIVATION_BYTES_PER_UNIT = 34  # per token, width and block with 16-bit activations: Korthikanti et al. 2022, section 4
-MEMORY_SHARE = 0.6
+STATE_BYTES_PER_PARAMETER = 18  # weights, gradients and two moments in float32, and a bf16 copy of the weights
+MEMORY_SHARE = 0.8
 
 
 def fits(case: Case, options: Options) -> Iterator[Reason]:
@@ -25,11 +39,11 @@ def fits(case: Case, options: Options) -> Iterator[Reason]:
     known = [size for size in sizes if size]
     if facts.sequence_length is None or facts.width is None or facts.depth is None or not known:
         return
-    # The micro-batch is chosen in a later slot, so one sequence is the least that must fit.
-    need = facts.sequence_length * facts.width * facts.depth * ACTIVATION_BYTES_PER_UNIT
+    need = case.forward_sequences * facts.sequence_length * facts.width * facts.depth * ACTIVATION_BYTES_PER_UNIT
+    need += STATE_BYTES_PER_PARAMETER * (facts.parameters or 0)
     if need < MEMORY_SHARE * min(known):
         yield would_not_pay(
-            f"activations of one sequence take about {need / 2**30:.1f} GiB of {min(known) / 2**30:.0f} GiB",
+            f"weights, optimiser and activations take about {need / 2**30:.1f} GiB of {min(known) / 2**30:.0f} GiB",
             "Korthikanti et al. 2022",
         )
 
