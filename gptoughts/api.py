@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from gptoughts.config import Recipe, Resolved, from_values, load
@@ -14,7 +14,7 @@ from gptoughts.environment import in_effect, lacking
 from gptoughts.errors import ConfigError, Mistakes
 from gptoughts.facts import UNKNOWN, ModelFacts
 from gptoughts.machine import Machine, World, probe, read, world_from_environment
-from gptoughts.plan import Plan, facts_for, resolve
+from gptoughts.planner import Plan, facts_for, resolve
 from gptoughts.plugins import Extensions, extensions
 from gptoughts.profile import pick
 from gptoughts.wants import wanted
@@ -164,6 +164,7 @@ def fit(
     run_dir: str | None = None,
     seed: int = 1337,
     strict: bool = False,
+    plugins: Sequence[str] = (),
 ) -> Fitted:
     """Train a model of your own in place.
 
@@ -176,10 +177,12 @@ def fit(
     """
     from gptoughts.fitting import fit_model
 
-    values = {"name": "fit", "seed": seed, "train": {"steps": steps}, "optim": {"warmup_steps": 0, **(optim or {})}}
-    resolved = from_values(values, "the call")
     here, world = probe(), world_from_environment(os.environ)
-    known = extensions()
+    # The batches bring their own size; for the plan it is enough that ranks share it evenly.
+    train = {"steps": steps, "global_batch": world.world_size}
+    values = {"name": "fit", "seed": seed, "train": train, "optim": {"warmup_steps": 0, **(optim or {})}}
+    resolved = from_values(values, "the call")
+    known, facts = extensions(plugins), replace(facts, family=None)  # its blocks and head are not ours to change
     fixed = dict(os.environ)  # there is a model, so torch is loaded
     made = resolve(pick(profile, here), here, facts, resolved.recipe, world, known.catalog, layers, fixed)
     return fit_model(model, objective, batches, resolved, made, here, world, known.catalog, run_dir, strict)

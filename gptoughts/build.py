@@ -16,7 +16,7 @@ from gptoughts.errors import GptoughtsError, LayerError
 from gptoughts.layer import Layer, Moment
 from gptoughts.models.family import Family, draw
 from gptoughts.objectives import Objective
-from gptoughts.plan import Plan
+from gptoughts.planner import Plan
 
 
 class Initialisation:

@@ -156,9 +156,9 @@ def _tokenize() -> click.Command:
     params = [
         _argument("source"),
         _option("--to", "out", required=True, metavar="DIR", help="folder for the shards"),
-        _option("--tokenizer", default="gpt2", help="bytes, chars, gpt2, or a tokenizer.json", metavar="NAME"),
+        _option("--tokenizer", help="bytes, chars, gpt2 (if not given), or a tokenizer.json", metavar="NAME"),
         _option("--train-bpe", type=click.IntRange(1), metavar="N", help="train a byte-level BPE of N tokens on the text"),
-        _option("--val-fraction", type=click.FloatRange(0, 1, max_open=True), default=0.01, help="share kept for validation"),
+        _option("--val-fraction", type=click.FloatRange(0, 1, max_open=True), default=0.05, help="share kept for validation"),
         _option("--val-from", type=click.Choice(["auto", "tail", "documents"]), default="auto", help="what validation takes"),
         _option("--text-key", default="text", help="field of a row that holds the text"),
         _option("--shard-tokens", type=click.IntRange(1), default=100_000_000, help="tokens per shard"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from time import perf_counter
 from typing import Any, Protocol
 
@@ -75,12 +76,14 @@ class Engine:
     counters: Counters = field(default_factory=Counters)
     _contexts: dict[str, list[Callable[..., AbstractContextManager[Any]]]] = field(init=False)
     _verbs: dict[str, Callable[..., Any]] = field(init=False)
+    _wrappers: dict[str, list[Callable[..., Any]]] = field(init=False)
 
     def __post_init__(self) -> None:
         self.bare = self.model
         self.blocks = self.family.blocks(self.model)
         self._contexts = {"forward_context": [], "eval_context": [], "grad_sync": []}
         self._verbs = {"backward": Tensor.backward, "clip": self._clip, "step": self._step, "materialise": self._materialise}
+        self._wrappers = {verb: [] for verb in self._verbs}
 
     # Verbs that are only wrapped.
 
@@ -111,30 +114,36 @@ class Engine:
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of `loss`, a scalar."""
-        self._verbs["backward"](loss)
+        self._verb("backward")(loss)
 
     def clip(self) -> Tensor:
         """Scale gradients to at most `optim.clip_norm`. Returns the norm before, on the device."""
-        return self._verbs["clip"]()
+        return self._verb("clip")()
 
     def step(self) -> bool:
         """Update the weights and clear gradients. Returns whether an update took place."""
-        return self._verbs["step"]()
+        return self._verb("step")()
 
     def materialise(self, source: Source) -> None:
         """Give every parameter that is still on meta memory and, from `source`, its value."""
-        self._verbs["materialise"](source)
+        self._verb("materialise")(source)
+
+    def _verb(self, verb: str) -> Callable[..., Any]:
+        function = self._verbs[verb]
+        for wrapper in reversed(self._wrappers[verb]):
+            function = partial(wrapper, function)
+        return function
 
     def replace(self, verb: str, function: Callable[..., Any]) -> Undo:
-        """Put `function` in the place of a verb. Returns the undo."""
+        """Put `function` in the place of a verb, inside whatever wraps it. Returns the undo."""
         before = self._verbs[verb]
         self._verbs[verb] = function
         return lambda: self._verbs.__setitem__(verb, before)
 
     def wrap(self, verb: str, wrapper: Callable[..., Any]) -> Undo:
-        """Put `wrapper(inner, *arguments)` around a verb. Returns the undo."""
-        inner = self._verbs[verb]
-        return self.replace(verb, lambda *arguments: wrapper(inner, *arguments))
+        """Put `wrapper(inner, *arguments)` around a verb, inside the wrappers already there. Returns the undo."""
+        self._wrappers[verb].append(wrapper)
+        return lambda: self._wrappers[verb].remove(wrapper)
 
     def settle(self) -> None:
         """Wait for the device to finish what was asked of it, so that the time belongs to the steps that asked."""

@@ -10,7 +10,7 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # the command line imports this module before it knows whether a plan is needed
-    from gptoughts.plan import Plan
+    from gptoughts.planner import Plan
 
 GUARD = "GPTOUGHTS_ENVIRONMENT_SET"
 """`PID:NAME,NAME`: the variables that gptoughts itself set, and the process that it started again with them."""

@@ -25,7 +25,7 @@ from gptoughts.machine import Machine, World
 from gptoughts.models.family import custom_family
 from gptoughts.objectives import Batch, Objective, Rows
 from gptoughts.optim import learning_rate
-from gptoughts.plan import Plan
+from gptoughts.planner import Plan
 from gptoughts.run import device_of
 from gptoughts.track.console import Silent
 from gptoughts.track.folder import run_folder

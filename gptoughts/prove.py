@@ -15,7 +15,7 @@ import torch
 from gptoughts.engine import Engine
 from gptoughts.errors import LayerError
 from gptoughts.layer import Evidence, Layer, Operator, Sight, Status
-from gptoughts.plan import Plan
+from gptoughts.planner import Plan
 
 COMPILED_REGION = "Torch-Compiled Region"
 

@@ -16,7 +16,7 @@ from gptoughts import checkpoint
 from gptoughts.config import Resolved
 from gptoughts.data.batches import Cursor
 from gptoughts.errors import CheckpointError, RunError
-from gptoughts.plan import Plan
+from gptoughts.planner import Plan
 from gptoughts.track.folder import RunFolder
 from gptoughts.trainer import Progress
 

@@ -33,7 +33,7 @@ from gptoughts.mfu import utilisation
 from gptoughts.models.family import family_of
 from gptoughts.models.gpt import GPT
 from gptoughts.objectives import OBJECTIVES, Objective
-from gptoughts.plan import Plan
+from gptoughts.planner import Plan
 from gptoughts.plugins import Extensions
 from gptoughts.track.console import Console, Silent, count
 from gptoughts.track.folder import RunFolder
@@ -136,7 +136,15 @@ class _Run:
         )
         order = self.order
         with built(
-            model, self.family, self.objective, self.recipe, order.plan, order.extensions.catalog, self.ranks, iter(batches), source
+            model,
+            self.family,
+            self.objective,
+            self.recipe,
+            order.plan,
+            order.extensions.catalog,
+            self.ranks,
+            iter(batches),
+            source,
         ) as engine:
             if origin is not None:
                 checkpoint.restore(engine, origin.folder)

@@ -18,7 +18,7 @@ from gptoughts.layers import CATALOG
 from gptoughts.machine import Machine, World, probe
 from gptoughts.models.family import FAMILIES
 from gptoughts.objectives import NextToken
-from gptoughts.plan import Plan, facts_for, resolve
+from gptoughts.planner import Plan, facts_for, resolve
 from gptoughts.profile import Match, Profile
 from gptoughts.trainer import Progress, advance
 

@@ -12,7 +12,17 @@ from pathlib import Path
 import pytest
 
 WORDS = "the cat sat on the mat and the dog sat on the log while it rained\n"
-FLAGS = ["--model.width", "32", "--model.heads", "2", "--model.depth", "2", "--data.sequence-length", "32", "--train.steps", "30", "--log.every", "10", "--eval.every", "15", "--sample.tokens", "8", "--save.every", "15"]
+FLAGS = [
+    "--model.width", "32",
+    "--model.heads", "2",
+    "--model.depth", "2",
+    "--data.sequence-length", "32",
+    "--train.steps", "30",
+    "--log.every", "10",
+    "--eval.every", "15",
+    "--sample.tokens", "8",
+    "--save.every", "15",
+]  # fmt: skip
 
 
 def gptoughts(*words: str, cwd: Path, given: str | None = None, **environment: str) -> subprocess.CompletedProcess[str]:

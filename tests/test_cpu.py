@@ -126,9 +126,7 @@ def test_cpuinfo_of_x86(tmp_path: Path) -> None:
     assert cpu.read_cpuinfo(root) == ("Some Xeon", ("avx2", "fma", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16"))
 
 
-@pytest.mark.parametrize(
-    ("part", "model"), [("0xd4f", "Neoverse-V2"), ("0xd40", "Neoverse-V1"), ("0xfff", os.uname().machine)]
-)
+@pytest.mark.parametrize(("part", "model"), [("0xd4f", "Neoverse-V2"), ("0xd40", "Neoverse-V1"), ("0xfff", os.uname().machine)])
 def test_cpuinfo_of_arm(tmp_path: Path, part: str, model: str) -> None:
     text = f"processor : 0\nFeatures : fp asimd asimdhp sve bf16 i8mm\nCPU implementer : 0x41\nCPU part : {part}\n"
     found = cpu.read_cpuinfo(tree(tmp_path, {"proc/cpuinfo": text}))

@@ -54,7 +54,19 @@ def test_a_run_under_torchrun_equals_a_run_alone(tmp_path: Path) -> None:
     text.write_text(
         "".join(f"line {number} of a text that repeats itself a little\n" for number in range(400)), encoding="utf-8"
     )
-    flags = ["-m", "gptoughts", "train", "shakespeare-char", "--train.steps", "4", "--log.every", "1", "--eval.every", "0", "--eval.batches", "2", "--sample.tokens", "4", "--model.width", "32", "--model.heads", "2", "--model.depth", "2", "--data.sequence-length", "32", "--layer.precision", "fp32"]
+    flags = [
+        "-m", "gptoughts", "train", "shakespeare-char",
+        "--train.steps", "4",
+        "--log.every", "1",
+        "--eval.every", "0",
+        "--eval.batches", "2",
+        "--sample.tokens", "4",
+        "--model.width", "32",
+        "--model.heads", "2",
+        "--model.depth", "2",
+        "--data.sequence-length", "32",
+        "--layer.precision", "fp32",
+    ]  # fmt: skip
     rows = {}
     for ranks in (1, 2):
         place = tmp_path / f"run{ranks}"

@@ -65,9 +65,7 @@ def test_peaks_are_printed_once_for_equal_gpus_and_for_each_kind() -> None:
     assert sum("dense peaks" in line for line in text(diagnose(box("h100x8"), ROOT))) == 1
     assert sum("dense peaks" in line for line in text(diagnose(box("mixed"), ROOT))) == 2
     machine = box("h100")
-    sliced = dataclasses.replace(
-        machine, gpus=(dataclasses.replace(machine.gpus[0], name="NVIDIA H20", memory_bytes=None),)
-    )
+    sliced = dataclasses.replace(machine, gpus=(dataclasses.replace(machine.gpus[0], name="NVIDIA H20", memory_bytes=None),))
     lines = "\n".join(text(diagnose(sliced, ROOT)))
     assert "peaks n/a" in lines and "n/a, 700 W" in lines
     assert diagnose(sliced, ROOT).to_json()["peaks"] == [None]
@@ -183,9 +181,7 @@ def test_on_this_machine_as_text_and_as_json(tmp_path: Path) -> None:
     assert Machine.from_json(value["machine"])
 
 
-def test_exit_code_without_torch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_exit_code_without_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "path", [str(tmp_path)])  # no package's metadata lies there
     assert command.doctor(False) == 1
     assert "next: pip install 'gptoughts[train]'" in capsys.readouterr().out

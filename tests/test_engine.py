@@ -58,13 +58,14 @@ def test_contexts_nest_in_the_order_in_which_they_were_pushed() -> None:
 def test_a_replaced_verb_is_called_and_put_back() -> None:
     engine = bare()
     before = dict(engine._verbs)
-    undo = engine.replace("step", lambda: False)
     back = engine.wrap("step", lambda inner: not inner())
+    undo = engine.replace("step", lambda: False)  # a later slot's replacement stays inside an earlier slot's wrapper
     assert engine.step() is True
     back()
     assert engine.step() is False
     undo()
     assert engine._verbs == before
+    assert not any(engine._wrappers.values())
 
 
 def test_materialise_fills_ties_and_buffers() -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from gptoughts.environment import GUARD, in_effect, lacking
 from gptoughts.machine import probe
-from gptoughts.plan import Plan
+from gptoughts.planner import Plan
 from tests.test_plan import planned
 
 CORES = probe().cpu.usable_cores

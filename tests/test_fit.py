@@ -22,7 +22,7 @@ from gptoughts.layers import CATALOG
 from gptoughts.loading import load
 from gptoughts.machine import World, read
 from gptoughts.objectives import NextToken
-from gptoughts.plan import resolve
+from gptoughts.planner import resolve
 from gptoughts.profile import pick
 
 MACHINES = sorted((Path(__file__).parent / "machines").glob("*.json"))
@@ -154,13 +154,7 @@ def test_a_layer_that_cannot_apply_is_refused_by_name() -> None:
     assert "try: without --layer.attention" in str(error.value)
 
 
-def with_gpus_marked(path: Path) -> Any:
-    """The profiles for GPUs list no attention that a module of one's own could have."""
-    missing = pytest.mark.xfail(raises=PlanError, reason='no "math" in the slot attention of the profiles for GPUs')
-    return pytest.param(path, id=path.stem, marks=missing if read(path).gpus else ())
-
-
-@pytest.mark.parametrize("path", map(with_gpus_marked, MACHINES))
+@pytest.mark.parametrize("path", MACHINES, ids=lambda path: path.stem)
 def test_every_machine_has_a_plan_for_a_model_of_ones_own(path: Path) -> None:
     recipe = from_values({"name": "fit", "train": {"steps": 3}}, "the test").recipe
     machine = read(path)
@@ -250,6 +244,5 @@ def test_numpy_batches_and_a_second_epoch() -> None:
     assert fitted.progress.cursor == 5 and len(fitted.losses) == 5
 
 
-@pytest.mark.xfail(raises=TypeError, reason="the module gptoughts.plan takes the place of the function once it is imported")
 def test_plan_is_a_function_however_often_it_is_asked_for() -> None:
     assert gptoughts.plan("quickstart").layers == gptoughts.plan("quickstart").layers

@@ -22,7 +22,7 @@ from gptoughts.layer import Case, Kind, Status
 from gptoughts.layers import CATALOG
 from gptoughts.layers.precision_fp8_te import apply, verify
 from gptoughts.machine import World, read
-from gptoughts.plan import facts_for
+from gptoughts.planner import facts_for
 from tests.engines import FAMILIES_UNDER_TEST, engine_of, plan_of, recipe_of, steps, watched
 
 LAYER = CATALOG["fp8-te"]

@@ -109,9 +109,7 @@ def test_labels(stem: str, label: str, least: tuple[int, int] | None) -> None:
 def test_the_least_file_by_hand() -> None:
     cpu = {"model": "some CPU", "usable_cores": 4, "logical_cores": 8}
     gpu = {"index": 0, "name": "NVIDIA L4", "compute_capability": [8, 9], "power_limit_watts": 72}
-    machine = Machine.from_json(
-        {"gpus": [gpu], "cpu": cpu, "memory_bytes": None, "system": "linux", "python": "3.12.1"}
-    )
+    machine = Machine.from_json({"gpus": [gpu], "cpu": cpu, "memory_bytes": None, "system": "linux", "python": "3.12.1"})
     assert machine.gpus[0].power_limit_watts == 72.0
     assert machine.packages == {} and machine.notes == ()
 

@@ -17,7 +17,7 @@ from gptoughts.facts import UNKNOWN
 from gptoughts.layer import REPLACED_VERBS, SLOTS, Kind, Layer, Option, Reason, active
 from gptoughts.layers import CATALOG
 from gptoughts.machine import Machine, World, read
-from gptoughts.plan import Plan, facts_for, resolve, vocabulary_of
+from gptoughts.planner import Plan, facts_for, resolve, vocabulary_of
 from gptoughts.profile import Match, Profile, Want, names, pick
 from tests.golden_files import ROOT, compare
 

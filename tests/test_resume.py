@@ -272,7 +272,7 @@ def test_a_disk_that_is_full_loses_nothing(finished: Path, tmp_path: Path, monke
     monkeypatch.setattr(checkpoint, "_sync", full)
     writer = checkpoint.Writer(place, keep=3, keep_best=False)
     writer.save(checkpoint.Snapshot(41, {"model": {}}, {"state.json": "{}"}, {}))
-    with pytest.raises(CheckpointError, match="No space left on device.*\n.*the one before is whole"):
+    with pytest.raises(CheckpointError, match=r"No space left on device.*\n.*the one before is whole"):
         writer.wait()
     assert {path.name for path in place.glob("step-*")} == before
     assert checkpoint.newest(place)[0] == place / "step-000040"

@@ -48,9 +48,7 @@ def bench_batches(
     return {**shape, "dtype": "uint16", "rounds": rounds, **spread("mtok_per_second", rates)}
 
 
-def bench_tokenise(
-    source: str = "python-stdlib", tokenizer: str = "gpt2", repeat: int = 4, rounds: int = 5
-) -> dict[str, Any]:
+def bench_tokenise(source: str = "python-stdlib", tokenizer: str = "gpt2", repeat: int = 4, rounds: int = 5) -> dict[str, Any]:
     """Whole tokenising runs, from documents in memory to synced shards, in turns with raw tiktoken's `encode_ordinary`.
 
     The corpus is `source`, `repeat` times. `tokenizer` is gpt2, bpe (4096 ids) or a file or folder that tiktoken can run.

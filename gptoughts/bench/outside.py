@@ -14,7 +14,7 @@ from gptoughts.trainer import Progress, StepStats, train
 
 if TYPE_CHECKING:
     from gptoughts.bench.step import Subject
-    from gptoughts.plan import Plan
+    from gptoughts.planner import Plan
 
 WARM, STEPS = 10, 500
 VERBS = ("next_batch", "backward", "clip", "step")

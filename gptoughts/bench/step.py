@@ -37,7 +37,7 @@ from gptoughts.length import Length
 from gptoughts.mfu import utilisation
 from gptoughts.models.family import family_of
 from gptoughts.objectives import NextToken
-from gptoughts.plan import Plan
+from gptoughts.planner import Plan
 from gptoughts.run import device_of
 from gptoughts.track.console import Silent
 from gptoughts.track.jsonl import Jsonl

@@ -137,7 +137,9 @@ def lacking(requirements: tuple[str, ...], packages: dict[str, str]) -> list[str
 
 def _within(version: str, requirement: str) -> bool:
     """Whether `version` keeps every `>=` and `<` bound of `requirement`, compared by the numbers of its release."""
-    return all((_release(version) >= _release(bound)) == (sign == ">=") for sign, bound in re.findall(r"(>=|<)([\d.]+)", requirement))
+    return all(
+        (_release(version) >= _release(bound)) == (sign == ">=") for sign, bound in re.findall(r"(>=|<)([\d.]+)", requirement)
+    )
 
 
 def _release(version: str) -> tuple[int, ...]:

@@ -47,6 +47,7 @@ def perplexity(checkpoint: str, data: str | None, split: str, batch: int, as_jso
         return 0
     print(f"{loaded.folder}, step {loaded.step}, split {split} of {shards.folder}: {labels:,} labels")
     print(
-        f"loss {loss:.4f} nats per token, perplexity {math.exp(loss):.2f}, {loss / math.log(2):.3f} bits per token; unigram entropy {unigram:.4f}"
+        f"loss {loss:.4f} nats per token, perplexity {math.exp(loss):.2f}, {loss / math.log(2):.3f} bits per token; "
+        f"unigram entropy {unigram:.4f}"
     )
     return 0

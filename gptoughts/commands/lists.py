@@ -8,7 +8,7 @@ from gptoughts.errors import ConfigError, PlanError, nearest
 from gptoughts.layer import SLOTS, Case, Kind, Layer
 from gptoughts.layers import CATALOG
 from gptoughts.machine import World, probe
-from gptoughts.plan import facts_for
+from gptoughts.planner import facts_for
 
 
 def recipes(name: str | None) -> int:

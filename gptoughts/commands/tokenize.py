@@ -45,9 +45,7 @@ def tokenize(
     size = f", {read['bytes'] / 1e6:.1f} MB" if read["bytes"] is not None else ""
     skipped = f", {read['empty_rows']} empty rows passed over" if read["empty_rows"] else ""
     print(f"source     {read['spec']}  ({read['files']} files{size}{skipped})")
-    print(
-        f"tokenizer  {index.tokenizer['kind']}  {index.vocab_size} ids, {index.dtype}, run by {index.tokenizer['engine']}"
-    )
+    print(f"tokenizer  {index.tokenizer['kind']}  {index.vocab_size} ids, {index.dtype}, run by {index.tokenizer['engine']}")
     total = sum(split.tokens for split in index.splits.values())
     for name, split in index.splits.items():
         shards = f"{len(split.shards)} shard{'s' if len(split.shards) != 1 else ''}"

@@ -156,7 +156,8 @@ def eval_batches(
 ) -> Iterator[Batch]:
     """This rank's rows of the whole split in order, each sample once; shapes stay constant, rows that fill up are ignored.
 
-    `limit` takes that many global batches, spread evenly over the split. Every rank gets the same number of batches. Raises DataError as `Batches` does,
+    `limit` takes that many global batches, spread evenly over the split.
+    Every rank gets the same number of batches. Raises DataError as `Batches` does,
     but takes a split shorter than one batch.
     """
     check_stream(stream, sequence_length, vocab_size)

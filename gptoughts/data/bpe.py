@@ -62,12 +62,8 @@ def gpt2_from_folder(folder: Path) -> dict[str, Any] | None:
                 vocab = json.loads(vocab_file.read_text(encoding="utf-8"))
                 lines = merges_file.read_text(encoding="utf-8").split("\n")
             except ValueError as error:
-                raise DataError(
-                    f"{folder}: {vocab_name} or {merges_name} cannot be read ({first_line(error)})"
-                ) from None
-            merges = [
-                line.rstrip("\r").split(" ") for line in lines if line.strip() and not line.startswith("#version")
-            ]
+                raise DataError(f"{folder}: {vocab_name} or {merges_name} cannot be read ({first_line(error)})") from None
+            merges = [line.rstrip("\r").split(" ") for line in lines if line.strip() and not line.startswith("#version")]
             if not isinstance(vocab, dict) or any(len(merge) != 2 for merge in merges):
                 raise DataError(
                     f"{merges_file}: not a list of merges, two tokens a line; give the files that GPT-2 was published with"
@@ -107,9 +103,7 @@ def merges_of(ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
             joins = [ranks.get(parts[i] + parts[i + 1], rank) for i in range(len(parts) - 1)]
             best = min(range(len(joins)), key=joins.__getitem__)
             if joins[best] >= rank:
-                raise DataError(
-                    f"tiktoken's GPT-2 file holds a token that no merge makes ({token!r}); delete its cache"
-                )
+                raise DataError(f"tiktoken's GPT-2 file holds a token that no merge makes ({token!r}); delete its cache")
             parts[best : best + 2] = [parts[best] + parts[best + 1]]
         if len(parts) == 2:
             yield parts[0], parts[1]
@@ -158,8 +152,7 @@ def tiktoken_ranks(spec: dict[str, Any]) -> dict[bytes, int] | None:
     """Token bytes to id where tiktoken's merge rule (lowest id first) is this tokenizer's rule too; None where it is not."""
     model, added = spec["model"], spec.get("added_tokens") or []
     plain = not any(
-        model.get(key)
-        for key in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
+        model.get(key) for key in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
     )
     if not splits_like_gpt2(spec) or not plain or not all(token.get("special") for token in added):
         return None
@@ -186,6 +179,4 @@ def tiktoken_encoding(spec: dict[str, Any], eot_id: int) -> Any | None:
     import tiktoken
     from tiktoken_ext.openai_public import r50k_pat_str
 
-    return tiktoken.Encoding(
-        "gptoughts", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: eot_id}
-    )
+    return tiktoken.Encoding("gptoughts", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: eot_id})

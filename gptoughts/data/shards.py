@@ -62,8 +62,7 @@ class Index:
     def fingerprint(self) -> str:
         """Digest of the tokens and their tokenizer, wherever the folder lies: what a cursor belongs to."""
         shards = {
-            name: [(shard.file, shard.tokens, shard.sha256) for shard in split.shards]
-            for name, split in self.splits.items()
+            name: [(shard.file, shard.tokens, shard.sha256) for shard in split.shards] for name, split in self.splits.items()
         }
         facts = [self.dtype, self.vocab_size, self.eot_id, self.tokenizer["hash"], sorted(shards.items())]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
@@ -98,9 +97,7 @@ class Index:
             )
             index.check(path)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(
-                f"{path}: damaged ({type(error).__name__}: {error}); tokenise again with --overwrite"
-            ) from None
+            raise DataError(f"{path}: damaged ({type(error).__name__}: {error}); tokenise again with --overwrite") from None
         return index
 
     def check(self, path: Path) -> None:
@@ -125,12 +122,7 @@ class Index:
 def npy_header(dtype: np.dtype[Any], length: int) -> bytes:
     """The 128 bytes before the data of a 1-D `.npy` file (format 1.0); always this long, so that it can be written last."""
     text = f"{{'descr': '{dtype.newbyteorder('<').str}', 'fortran_order': False, 'shape': ({length},), }}"
-    return (
-        b"\x93NUMPY\x01\x00"
-        + (HEADER_BYTES - 10).to_bytes(2, "little")
-        + text.ljust(HEADER_BYTES - 11).encode()
-        + b"\n"
-    )
+    return b"\x93NUMPY\x01\x00" + (HEADER_BYTES - 10).to_bytes(2, "little") + text.ljust(HEADER_BYTES - 11).encode() + b"\n"
 
 
 def sha256_of(path: Path) -> str:
@@ -233,9 +225,7 @@ class Shards:
         """The tokens of `train` or `val`. Raises DataError where this folder has no such split."""
         if name not in self.index.splits:
             there = ", ".join(self.index.splits)
-            raise DataError(
-                f"{self.folder}: no split {name!r}; splits here: {there}; tokenise with a val_fraction above 0"
-            )
+            raise DataError(f"{self.folder}: no split {name!r}; splits here: {there}; tokenise with a val_fraction above 0")
         return Stream(self.folder, name, self.index)
 
     def documents(self, name: str, shard: int) -> np.ndarray:
@@ -271,14 +261,10 @@ def check_size(path: Path, expected: int) -> None:
     try:
         size = os.stat(path).st_size
     except OSError:
-        raise DataError(
-            f"{path}: missing, though {INDEX} lists it; restore it, or tokenise again with --overwrite"
-        ) from None
+        raise DataError(f"{path}: missing, though {INDEX} lists it; restore it, or tokenise again with --overwrite") from None
     if size != expected:
         what = "truncated" if size < expected else "longer than it was"
-        raise DataError(
-            f"{path}: {what} ({size} bytes, {expected} expected); restore it, or tokenise again with --overwrite"
-        )
+        raise DataError(f"{path}: {what} ({size} bytes, {expected} expected); restore it, or tokenise again with --overwrite")
 
 
 def open_array(path: Path, length: int, dtype: np.dtype[Any]) -> np.ndarray:

@@ -201,9 +201,7 @@ class Job:
             return journal
         others = sorted(entry.name for entry in self.folder.iterdir() if not is_ours(entry.name))
         if others:
-            raise DataError(
-                f"{self.folder}: not empty (holds {others[0]!r}) and no tokenised folder; name a new folder"
-            )
+            raise DataError(f"{self.folder}: not empty (holds {others[0]!r}) and no tokenised folder; name a new folder")
         return None
 
     def write_journal(self, pieces: int, writers: dict[str, SplitWriter]) -> None:
@@ -251,18 +249,14 @@ class Job:
         """Raises DataError that says how the folder's settings differ from those asked for."""
         asked = asdict(self.settings)
         differing = [
-            f"{key} is {there.get(key)!r} there, {value!r} asked"
-            for key, value in asked.items()
-            if there.get(key) != value
+            f"{key} is {there.get(key)!r} there, {value!r} asked" for key, value in asked.items() if there.get(key) != value
         ]
         if differing:
             raise self.other_settings("; ".join(differing))
 
     def other_settings(self, reason: str) -> DataError:
         """The error for a folder that is not the one asked for."""
-        return DataError(
-            f"{self.folder}: made with other settings ({reason}); type --overwrite, or name another folder"
-        )
+        return DataError(f"{self.folder}: made with other settings ({reason}); type --overwrite, or name another folder")
 
 
 def document_pieces(split: str, document: Document, tokenizer: Tokenizer) -> Iterator[Piece]:

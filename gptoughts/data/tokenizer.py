@@ -190,15 +190,11 @@ class JsonTokenizer(Tokenizer):
         self.vocab_size = max([*vocab.values(), *added.values()], default=-1) + 1
         eot = next((table[name] for table in (added, vocab) for name in END_OF_TEXT_NAMES if name in table), None)
         if eot is None:
-            raise DataError(
-                f"{origin}: cannot tell the end-of-text token; it needs one of {', '.join(END_OF_TEXT_NAMES)}"
-            )
+            raise DataError(f"{origin}: cannot tell the end-of-text token; it needs one of {', '.join(END_OF_TEXT_NAMES)}")
         self.eot_id = int(eot)
         self.encoding: Any = None
         self._library: Any = None
-        self._bytes = (
-            self._byte_table(vocab, added) if (self.spec.get("decoder") or {}).get("type") == "ByteLevel" else None
-        )
+        self._bytes = self._byte_table(vocab, added) if (self.spec.get("decoder") or {}).get("type") == "ByteLevel" else None
 
     @staticmethod
     def _byte_table(vocab: dict[str, int], added: dict[str, int]) -> dict[int, bytes]:
@@ -236,10 +232,7 @@ class JsonTokenizer(Tokenizer):
         encoded = self.library.encode_batch_fast(list(texts), add_special_tokens=False)
         batch = [np.array(one.ids, dtype=np.uint32).astype(self.dtype) for one in encoded]
         # A Unigram or WordLevel model can find the end-of-text token in the text by itself, as an ordinary piece.
-        return [
-            self._without_eot(text) if (ids == self.eot_id).any() else ids
-            for text, ids in zip(texts, batch, strict=True)
-        ]
+        return [self._without_eot(text) if (ids == self.eot_id).any() else ids for text, ids in zip(texts, batch, strict=True)]
 
     def _without_eot(self, text: str) -> np.ndarray:
         """The ids of a text that spells the end-of-text token, which is cut after its first character wherever it stands."""

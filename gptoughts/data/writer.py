@@ -27,9 +27,7 @@ class SplitWriter:
     `state()` and `resume(state)` carry a position over a kill: the bytes in the end are those of an unbroken run.
     """
 
-    def __init__(
-        self, folder: Path, split: str, dtype: np.dtype[Any], vocab_size: int, eot_id: int, shard_tokens: int
-    ) -> None:
+    def __init__(self, folder: Path, split: str, dtype: np.dtype[Any], vocab_size: int, eot_id: int, shard_tokens: int) -> None:
         self.folder, self.split, self.dtype = folder, split, dtype
         self.eot_id, self.shard_tokens = eot_id, shard_tokens
         self.finished: list[Shard] = []
@@ -94,9 +92,7 @@ class SplitWriter:
         documents = np.concatenate(starts)
         docs = npy_header(np.dtype(np.int64), len(documents)) + documents.astype("<i8").tobytes()
         names = (self.path(index).name, self.path(index, ".docs.npy").name)
-        shard = Shard(
-            names[0], tokens, len(documents), max_id, digest.hexdigest(), names[1], hashlib.sha256(docs).hexdigest()
-        )
+        shard = Shard(names[0], tokens, len(documents), max_id, digest.hexdigest(), names[1], hashlib.sha256(docs).hexdigest())
         return shard, documents
 
     def state(self) -> dict[str, int]:
@@ -110,14 +106,9 @@ class SplitWriter:
         count, tokens = state["shards"], state["tokens_open"]
         for index in range(count):
             if not self.path(index).exists():
-                raise DataError(
-                    f"{self.path(index)}: missing, though {JOURNAL} counts it; start again with --overwrite"
-                )
+                raise DataError(f"{self.path(index)}: missing, though {JOURNAL} counts it; start again with --overwrite")
             shard, _ = self.read_back(index, self.path(index))
-            if (
-                not self.path(index, ".docs.npy").exists()
-                or sha256_of(self.path(index, ".docs.npy")) != shard.docs_sha256
-            ):
+            if not self.path(index, ".docs.npy").exists() or sha256_of(self.path(index, ".docs.npy")) != shard.docs_sha256:
                 raise DataError(f"{self.path(index, '.docs.npy')}: missing or damaged; start again with --overwrite")
             self.finished.append(shard)
         open_shard = self.path(count, ".npy.part")

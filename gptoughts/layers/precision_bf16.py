@@ -9,10 +9,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from gptoughts.layer import Case, Engine, Evidence, Layer, Options, Reason, Sight, active, cannot, inactive, would_not_pay
+from gptoughts.layer import (
+    Case,
+    Engine,
+    Evidence,
+    Layer,
+    Options,
+    Reason,
+    Sight,
+    active,
+    cannot,
+    inactive,
+    unproven,
+    would_not_pay,
+)
 
 BF16_CPU = ("avx512_bf16", "amx_bf16", "bf16")
-MATMULS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
+MATMULS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::convolution")
 SMALLEST_CPU_WIDTH = 256
 
 
@@ -47,7 +60,7 @@ def apply(engine: Engine, options: Options) -> Iterator[None]:
 
 
 def verify(engine: Engine, sight: Sight, options: Options) -> Evidence:
-    """The dtypes that went into every matmul of the watched step."""
+    """The dtypes that went into every matmul and convolution of the watched step."""
     low = full = 0
     for name in MATMULS:
         operator = sight.operators.get(name)
@@ -55,7 +68,9 @@ def verify(engine: Engine, sight: Sight, options: Options) -> Evidence:
             floating = [dtype for dtype in dtypes if dtype in ("c10::BFloat16", "float", "c10::Half")]
             low += calls * all(dtype == "c10::BFloat16" for dtype in floating)
             full += calls * any(dtype == "float" for dtype in floating)
-    if full or not low:
+    if not low and not full:
+        return unproven("the step ran no matmul and no convolution")
+    if full:
         return inactive(f"{full} of {low + full} matmuls took float32", bf16=low, fp32=full)
     return active(f"all {low} matmuls took bf16", bf16=low, fp32=full)
 

@@ -48,11 +48,9 @@ def fits(case: Case, options: Options) -> Iterator[Reason]:
         return
     if facts.projections not in (None, "linear"):
         yield cannot(f"needs nn.Linear projections, {facts.family} uses {facts.projections}")
-    if options["scaling"] == "mxfp8" and least is not None and least < (10, 0):
-        yield cannot(
-            f"scaling mxfp8 needs compute capability 10.0, found {least[0]}.{least[1]}",
-            remedy="--layer.precision.scaling current",
-        )
+    if options["scaling"] == "mxfp8" and least is not None and not (10, 0) <= least < (12, 0):
+        found = f"{least[0]}.{least[1]}"
+        yield cannot(f"scaling mxfp8 needs compute capability 10.x, found {found}", remedy="--layer.precision.scaling current")
     if facts.width is not None and facts.width % MULTIPLE:
         yield cannot(f"needs widths divisible by {MULTIPLE}, the model has {facts.width}")
     tokens = case.rank_sequences * (facts.sequence_length or 0)

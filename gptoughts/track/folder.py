@@ -43,7 +43,9 @@ class RunFolder:
         """Let others in. A folder that this run made and wrote nothing into goes with it."""
         if self._lock is None:
             return
-        if [path.name for path in self.out.iterdir() if path != self.checkpoints] == [".lock"] and not any(self.checkpoints.iterdir()):
+        if [path.name for path in self.out.iterdir() if path != self.checkpoints] == [".lock"] and not any(
+            self.checkpoints.iterdir()
+        ):
             (self.out / ".lock").unlink()
             for empty in (self.checkpoints, self.out):
                 empty.rmdir()

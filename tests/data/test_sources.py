@@ -165,9 +165,7 @@ def test_the_hub_without_a_network_is_one_line(monkeypatch: pytest.MonkeyPatch) 
     assert "the Hugging Face hub gave no dataset of this name (Couldn't reach" in message
 
 
-@pytest.mark.parametrize(
-    ("name", "package", "extra"), [("a.parquet", "pyarrow", "hf"), ("a.jsonl.zst", "zstandard", "train")]
-)
+@pytest.mark.parametrize(("name", "package", "extra"), [("a.parquet", "pyarrow", "hf"), ("a.jsonl.zst", "zstandard", "train")])
 def test_a_missing_package_names_its_extra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, package: str, extra: str
 ) -> None:

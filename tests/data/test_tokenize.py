@@ -314,9 +314,7 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        with pytest.raises(
-            DataError, match=r"cannot be written \(No space left on device; what is there stays: run again"
-        ):
+        with pytest.raises(DataError, match=r"cannot be written \(No space left on device; what is there stays: run again"):
             tokenise(str(tmp_path / "c.jsonl"), "bytes", tmp_path / "o", **arguments)
     tokenise(str(tmp_path / "c.jsonl"), "bytes", tmp_path / "o", **arguments)
     tokenise(str(tmp_path / "c.jsonl"), "bytes", tmp_path / "whole", **arguments)
@@ -363,10 +361,7 @@ def test_prepare_tokenises_once_into_the_cache(tmp_path: Path, capsys: pytest.Ca
     assert prepare(data) == folder and digest(folder) == before
     assert capsys.readouterr().err == ""
     assert prepare(DataConfig(path=str(folder))) == folder
-    assert (
-        prepare(DataConfig(path=str(source), tokenizer="chars", cache=str(tmp_path / "cache"), val_fraction=0.2))
-        != folder
-    )
+    assert prepare(DataConfig(path=str(source), tokenizer="chars", cache=str(tmp_path / "cache"), val_fraction=0.2)) != folder
     source.write_text("other text for the cache " * 20)
     assert prepare(data) != folder
     assert prepare(data, tmp_path / "here") == tmp_path / "here"

@@ -157,7 +157,7 @@ def formula(job: dict[str, Any], here: Any) -> str:
     """MFU's formula and constant, or why there is none."""
     from gptoughts.api import decide
     from gptoughts.mfu import utilisation
-    from gptoughts.plan import facts_for
+    from gptoughts.planner import facts_for
 
     recipe = decide(job["recipe"], fields=job["fields"], machine=here).resolved.recipe
     return utilisation(facts_for(recipe), here, 1)[1]

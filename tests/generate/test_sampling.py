@@ -21,9 +21,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 @settings(max_examples=200, deadline=None)
 @given(rows, settings_drawn, st.integers(1, 50))
-def test_candidates_are_the_likeliest_and_a_distribution(
-    row: list[float], drawn: tuple[float, int, float], limit: int
-) -> None:
+def test_candidates_are_the_likeliest_and_a_distribution(row: list[float], drawn: tuple[float, int, float], limit: int) -> None:
     temperature, top_k, top_p = drawn
     ids, probabilities = candidates(torch.tensor(row), temperature, top_k, top_p, limit)
     assert 1 <= len(ids) == len(probabilities) <= min(top_k or 50, limit, len(row))

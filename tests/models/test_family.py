@@ -49,16 +49,12 @@ def test_draw_is_the_same_on_other_instruction_sets(instructions: str) -> None:
     """torch's own fp32 normals are not: they differ between AVX2 and none."""
     here = draw(7, "blocks.0.mlp.up.weight", (300, 70), Initial("normal", 0.02)).numpy().tobytes()
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": instructions}
-    done = subprocess.run(
-        [sys.executable, "-c", HASH_OF_DRAW], env=environment, check=True, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", HASH_OF_DRAW], env=environment, check=True, capture_output=True, text=True)
     assert done.stdout.strip() == hashlib.sha256(here).hexdigest()
 
 
 def test_initial_weights_have_the_papers_spread(make_model: MakeModel) -> None:
-    model = make_model(
-        rows=512, sequence_length=64, depth=8, width=128, norm="layernorm", positions="learned", bias=True
-    )
+    model = make_model(rows=512, sequence_length=64, depth=8, width=128, norm="layernorm", positions="learned", bias=True)
     residual = 0.02 / 16**0.5
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):

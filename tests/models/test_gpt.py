@@ -162,10 +162,7 @@ def test_loss_is_a_sum_over_labels_that_count(make_model: MakeModel, form: dict[
     labels[0, 3:9] = -100
     logits = model(tokens)
     expected = sum(
-        -logits[row, at].log_softmax(-1)[labels[row, at]]
-        for row in range(2)
-        for at in range(16)
-        if labels[row, at] >= 0
+        -logits[row, at].log_softmax(-1)[labels[row, at]] for row in range(2) for at in range(16) if labels[row, at] >= 0
     )
     torch.testing.assert_close(model(tokens, labels), expected)
     assert model(tokens, torch.full_like(labels, -100)).item() == 0
@@ -229,9 +226,7 @@ def test_names_on_disk(make_model: MakeModel) -> None:
 def test_gradients_reach_every_parameter(make_model: MakeModel, form: dict[str, Any]) -> None:
     model = make_model(tied=False, **form)
     model(ids(2, 16), ids(2, 16, seed=1)).backward()
-    assert [
-        name for name, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.any()
-    ] == []
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.any()] == []
 
 
 def test_config_with_swiglu_rounds_its_inner_width() -> None:
