@@ -6,6 +6,7 @@ A machine file is the JSON of `Machine`, so that a plan can be made for hardware
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import types
 import typing
@@ -136,12 +137,17 @@ def read(path: str | Path) -> Machine:
 def installed_packages() -> tuple[dict[str, str], list[str]]:
     """Versions of the distributions of interest by their metadata, importing none, and notes on those that are broken.
 
+    `c++` is the compiler that torch.compile finds on a CPU, by its command instead of a version.
+
     torch is given as `torch.__version__` would say, with its build (`+cpu`, `+cu130`) that its metadata may leave out.
     """
     from importlib import metadata
 
     found: dict[str, str] = {}
     notes: list[str] = []
+    compiler = next((name for name in (os.environ.get("CXX"), "g++", "clang++") if name and shutil.which(name)), None)
+    if compiler is not None:
+        found["c++"] = compiler
     for name in DISTRIBUTIONS:
         try:
             distribution = metadata.distribution(name)

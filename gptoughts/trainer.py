@@ -106,7 +106,8 @@ def call_back(engine: Engine, progress: Progress, stats: StepStats, callbacks: S
         progress = replace(progress, seconds=progress.seconds + perf_counter() - began)
     for callback in due:
         callback.run(engine, progress, stats, last)
-        engine.model.train()
+        if callback.touches_weights:
+            engine.model.train()
     return progress
 
 

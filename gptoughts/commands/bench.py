@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from gptoughts.api import decide
-from gptoughts.commands.train import _needs_torch as needs_torch
+from gptoughts.commands.train import needs_torch
 from gptoughts.commands.train import put_environment_in_place
 
 SAME_MEASUREMENT = ("what", "recipe", "plan", "model")

@@ -31,7 +31,7 @@ def train(
 ) -> int:
     """Train; returns the exit code: 0, or 128 + the signal that ended the run early."""
     setting = decide(recipe, profile, fields, layers, plugin)
-    _needs_torch()
+    needs_torch()
     put_environment_in_place(setting)
     if setting.world.rank == 0:
         print(setting.plan.table(), flush=True)
@@ -52,7 +52,7 @@ def put_environment_in_place(setting: Setting) -> list[str]:
     return list(setting.plan.notes)
 
 
-def _needs_torch() -> None:
+def needs_torch() -> None:
     from importlib.util import find_spec
 
     missing = [package for package in ("torch", "numpy", "safetensors", "tokenizers") if find_spec(package) is None]

@@ -41,7 +41,7 @@ def fits(case: Case, options: Options) -> Iterator[Reason]:
     elif case.facts.width is not None and case.facts.width < SMALLEST_CPU_WIDTH:
         yield would_not_pay(
             f"width {case.facts.width} is below {SMALLEST_CPU_WIDTH}, where casts cost what matmuls save on a CPU",
-            "docs/measurements/cpu/step.json",
+            "docs/measurements/cpu/widths.json",
         )
 
 
@@ -84,4 +84,5 @@ LAYER = Layer(
     fits=fits,
     wraps=("forward_context", "eval_context"),
     changes_numerics=True,
+    measured="docs/measurements/cpu/widths.json on a CPU; not measured on a GPU",
 )
