@@ -224,6 +224,18 @@ def test_a_broken_launch_names_its_variables(environment: dict[str, str], said: 
     assert said in str(caught.value)
 
 
+def test_the_compiler_that_torch_would_find_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "c++" not in installed_packages()[0]
+    for name in ("clang++", "g++", "mine++"):
+        (tmp_path / name).write_text("#!/bin/sh\n")
+        (tmp_path / name).chmod(0o755)
+    assert installed_packages()[0]["c++"] == "g++"
+    monkeypatch.setenv("CXX", "mine++")
+    assert installed_packages()[0]["c++"] == "mine++"
+
+
 def test_packages_come_from_metadata(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def package(name: str, metadata: str | None) -> None:
         folder = tmp_path / f"{name}.dist-info"
@@ -238,6 +250,8 @@ def test_packages_come_from_metadata(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch/version.py").write_text("__version__ = '2.13.0+cu130'\ncuda = '13.0'\n")
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
     found, notes = installed_packages()
     assert found == {"torch": "2.13.0+cu130", "transformer-engine-torch": "2.8.0"}
     assert len(notes) == 1 and "deepspeed" in notes[0]

@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from gptoughts.api import decide
-from gptoughts.commands.train import needs_torch
-from gptoughts.commands.train import put_environment_in_place
+from gptoughts.commands.train import needs_torch, put_environment_in_place
 
 SAME_MEASUREMENT = ("what", "recipe", "plan", "model")
 """A run in a file of measurements is replaced by a later one that has these in common with it."""

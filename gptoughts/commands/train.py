@@ -53,6 +53,7 @@ def put_environment_in_place(setting: Setting) -> list[str]:
 
 
 def needs_torch() -> None:
+    """Raise ConfigError, with the line to type, where a package that training needs is not installed."""
     from importlib.util import find_spec
 
     missing = [package for package in ("torch", "numpy", "safetensors", "tokenizers") if find_spec(package) is None]
