@@ -78,7 +78,9 @@ def decide(
     # Torch reads its variables once: where it is loaded, only what is in effect counts. A machine file is only planned for.
     fixed = dict(os.environ) if "torch" in sys.modules and machine is None else None
     facts = facts_for(resolved.recipe)
-    made = resolve(chosen, here, facts, resolved.recipe, world, known.catalog, layers, fixed)
+    made = resolve(
+        chosen, here, facts, resolved.recipe, world, known.catalog, layers, fixed, dict(os.environ) if machine is None else None
+    )
     return Setting(resolved, here, world, known, made if machine is not None else in_effect(made, os.environ), seconds)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -30,6 +31,10 @@ class Initialisation:
         assert self._family.initial is not None
         return draw(self._seed, name, shape, self._family.initial(name, shape, self._config))
 
+    def buffer(self, name: str) -> Tensor | None:
+        """Buffers stay as they were built."""
+        return None
+
     def unused(self) -> list[str]:
         """Nothing is left over: values are drawn when asked for."""
         return []
@@ -45,6 +50,10 @@ class AsTheyAre:
         """The value that the parameter had."""
         return self._values.get(name)
 
+    def buffer(self, name: str) -> Tensor | None:
+        """Buffers stay as they were built."""
+        return None
+
     def unused(self) -> list[str]:
         """Nothing is left over."""
         return []
@@ -54,6 +63,12 @@ def meta_model(recipe: Recipe, family: Family, rows: int) -> nn.Module:
     """The recipe's model without memory, over `rows` embedding rows."""
     with torch.device("meta"):
         return family.build(recipe.model, rows, recipe.data.sequence_length)
+
+
+def seed_generators(seed: int, rank: int, step: int) -> None:
+    """Seed torch's generators, which only dropout draws from: a pure function of the recipe's seed, the rank and the step."""
+    digest = hashlib.sha256(f"{seed}:{rank}:{step}".encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 @contextmanager

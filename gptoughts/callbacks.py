@@ -45,6 +45,7 @@ class Log:
     """Rows of loss, rate and speed. Values are read one logged step later than they were made, so nobody waits for the device."""
 
     touches_weights = False
+    on_stop = True
     period: int
     sinks: list[Jsonl]
     console: Console
@@ -124,6 +125,7 @@ class Evaluate:
     """Validation loss, on the weights of this step, in the precision that training evaluates in."""
 
     touches_weights = True
+    on_stop = False
     period: int
     batches: Callable[[], Iterable[Mapping[str, Any]]]
     sinks: list[Jsonl]
@@ -149,6 +151,7 @@ class Sample:
     """A short text by the model as it is now."""
 
     touches_weights = True
+    on_stop = False
     period: int
     write: Callable[[Engine], str]
     console: Console
@@ -170,6 +173,7 @@ class Save:
     """A checkpoint, written while training goes on; the last one is waited for."""
 
     touches_weights = True
+    on_stop = True
     period: int
     writer: Writer | None
     """None on ranks that do not write."""

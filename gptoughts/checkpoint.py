@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import random
 import shutil
@@ -28,6 +29,9 @@ from gptoughts.errors import CheckpointError
 
 FORMAT = 1
 TEMPORARY = ".writing-"
+REPLACED = ".replaced-"
+DROPPED = ".dropped-"
+ABANDONED = "abandoned-"
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ def snapshot(
     weights |= {name: _host(buffer) for name, buffer in _persistent_buffers(engine)}
     moments, numbers = _optimizer_state(engine)
     extras, plain = _extras(engine)
-    generators, words = _generators()
+    generators, words = _generators(engine.device)
     written = {"format": FORMAT, "step": step, "run": dict(state), "optimizer": numbers, "layers": plain, "generators": words}
     return Snapshot(
         step,
@@ -107,10 +111,10 @@ def _extras(engine: Engine) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, plain
 
 
-def _generators() -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _generators(device: torch.device) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors = {"generator/torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        tensors |= {f"generator/cuda.{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
+    if device.type == "cuda":
+        tensors["generator/cuda"] = torch.cuda.get_rng_state(device)
     kind, keys, position, has_gauss, gauss = np.random.get_state()
     version, internal, gauss_next = random.getstate()
     words = {
@@ -132,10 +136,11 @@ def restore(engine: Engine, folder: Path) -> dict[str, Any]:
         prefix = f"layer/{layer}/"
         mine = {key.removeprefix(prefix): value for key, value in kept.items() if key.startswith(prefix)}
         stateful.load_state_dict({**mine, **state["layers"].get(layer, {})})
+    if not engine.ranks.first:
+        return dict(state["run"])  # the first rank's generators were saved; the others were seeded by rank and step
     torch.set_rng_state(kept["generator/torch"])
-    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        if f"generator/cuda.{index}" in kept:
-            torch.cuda.set_rng_state(kept[f"generator/cuda.{index}"], index)
+    if engine.device.type == "cuda" and "generator/cuda" in kept:
+        torch.cuda.set_rng_state(kept["generator/cuda"], engine.device)
     kind, keys, position, has_gauss, gauss = state["generators"]["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, gauss))
     version, internal, gauss_next = state["generators"]["python"]
@@ -182,6 +187,10 @@ class Weights:
         self._left.discard(name)
         return self._file.get_tensor(name)
 
+    def buffer(self, name: str) -> Tensor | None:
+        """The saved value of a persistent buffer, or None."""
+        return self.tensor(name, torch.Size())
+
     def unused(self) -> list[str]:
         """Names that nobody asked for."""
         return sorted(self._left)
@@ -222,9 +231,14 @@ def write(snapshot: Snapshot, folder: Path) -> Path:
     _reopen(temporary, snapshot)
     (temporary / "manifest.json").write_text(json.dumps({"format": FORMAT, "files": manifest}, indent=1), encoding="utf-8")
     _sync(temporary / "manifest.json")
+    for inner in (path for path in temporary.rglob("*") if path.is_dir()):
+        _sync(inner)
     _sync(temporary)
-    replaced = folder / f"{TEMPORARY}old-{final.name}"
-    if final.exists():  # the same step again, after a resume from an older one
+    replaced = folder / f"{REPLACED}{final.name}"
+    if (
+        final.exists()
+    ):  # the same step again, after a resume from an older one; `clean` brings it back if a kill falls in between
+        shutil.rmtree(replaced, ignore_errors=True)
         final.rename(replaced)
     temporary.rename(final)
     _sync(folder)
@@ -293,7 +307,11 @@ def damage(folder: Path) -> str:
 def all_steps(folder: Path) -> list[Path]:
     """Checkpoints of a run, newest first, whole or not."""
     found = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdigit()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+    return sorted(found, key=_step_of, reverse=True)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def newest(folder: Path) -> tuple[Path | None, list[str]]:
@@ -353,15 +371,26 @@ class Writer:
     def _write(self, snapshot: Snapshot, val_loss: float | None) -> None:
         try:
             path = write(snapshot, self.folder)
+            self._set_aside(path)
             self._note_best(path, val_loss)
             self._drop_old()
         except BaseException as error:
             self._error = error
 
+    def _set_aside(self, written: Path) -> None:
+        """Checkpoints of later steps are damaged, or of a branch that was left: resuming must not find them, and nothing is lost."""
+        for path in all_steps(self.folder):
+            if _step_of(path) > _step_of(written):
+                aside = path.with_name(f"{ABANDONED}{path.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)
+
     def _note_best(self, path: Path, val_loss: float | None) -> None:
-        if val_loss is None:
+        if val_loss is None or not math.isfinite(val_loss):
             return
         before = best(self.folder)
+        if before is not None and not (self.folder / before[0]).is_dir():
+            before = None
         if before is None or val_loss < before[1]:
             _point(self.folder / "best", json.dumps({"checkpoint": path.name, "val_loss": val_loss}))
 
@@ -369,7 +398,7 @@ class Writer:
         chosen = best(self.folder) if self._keep_best else None
         for path in all_steps(self.folder)[self._keep :]:
             if chosen is None or path.name != chosen[0]:
-                doomed = path.with_name(f"{TEMPORARY}old-{path.name}")
+                doomed = path.with_name(f"{DROPPED}{path.name}")
                 path.rename(doomed)  # first out of sight, so that a kill leaves no half checkpoint under a good name
                 shutil.rmtree(doomed)
 
@@ -384,8 +413,12 @@ def best(folder: Path) -> tuple[str, float] | None:
 
 
 def clean(folder: Path) -> None:
-    """Remove what a killed writer left behind."""
-    for path in folder.glob(f"{TEMPORARY}*"):
+    """Remove what a killed writer left behind, and bring back what it was about to replace."""
+    for path in folder.glob(f"{REPLACED}*"):
+        final = path.with_name(path.name.removeprefix(REPLACED))
+        if not final.exists():
+            path.rename(final)
+    for path in [*folder.glob(f"{TEMPORARY}*"), *folder.glob(f"{REPLACED}*"), *folder.glob(f"{DROPPED}*")]:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:

@@ -64,6 +64,29 @@ class Ranks:
             raise RunError(f"ranks disagree on {what}; rank {self.world.rank} has:\n{text}")
 
 
+class Vote:
+    """Asks every step whether any rank says yes, and hears the answer one step later, so that nobody waits for the device."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._asked: tuple[Tensor, torch.cuda.Event | None] | None = None
+
+    def heard(self, mine: bool) -> bool:
+        """Cast this step's vote; the outcome of the step before, the same on every rank."""
+        total = self._ranks.sum(float(mine))
+        before, answer = self._asked, total.to("cpu", non_blocking=True)
+        arrived = None
+        if total.is_cuda:
+            arrived = torch.cuda.Event()
+            arrived.record()
+        self._asked = (answer, arrived)
+        if before is None:
+            return False
+        if before[1] is not None:
+            before[1].synchronize()
+        return bool(before[0].item() > 0)
+
+
 @contextmanager
 def started(world: World, device: torch.device) -> Iterator[Ranks]:
     """The process group for as long as the block lasts; nothing where there is one process."""

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
@@ -31,6 +32,9 @@ class Source(Protocol):
     def tensor(self, name: str, shape: torch.Size) -> Tensor | None:
         """The full value of the parameter `name`, or None where this source has none."""
 
+    def buffer(self, name: str) -> Tensor | None:
+        """The value of the persistent buffer `name`, or None where this source leaves it as it was built."""
+
     def unused(self) -> list[str]:
         """Names that the source holds and nobody asked for."""
 
@@ -52,6 +56,8 @@ class Counters:
     micro_batches: int = 0
     updates: int = 0
     data_wait_seconds: float = 0.0
+    marks: Counter[str] = field(default_factory=Counter)
+    """Calls of what a layer put in place, by the layer's name."""
 
 
 @dataclass
@@ -195,6 +201,11 @@ class Engine:
                 if value.shape != parameter.shape:
                     raise RunError(f"{name}: the source has shape {tuple(value.shape)}, the model {tuple(parameter.shape)}")
                 parameter.copy_(value)
+            kept = self.bare.state_dict().keys()
+            for name, buffer in self.bare.named_buffers():
+                saved = source.buffer(name) if name in kept else None
+                if saved is not None:
+                    buffer.copy_(saved)
         problems = [f"not written by any source: {', '.join(unwritten)}"] if unwritten else []
         problems += [f"held by the source and not used: {', '.join(source.unused())}"] if source.unused() else []
         if problems:
@@ -202,22 +213,13 @@ class Engine:
 
 
 def allocate(model: nn.Module, device: torch.device) -> None:
-    """Give memory on `device` to every parameter that is on meta. Real ones are moved, never overwritten; ties by identity stay ties."""
+    """Give memory on `device` to every parameter that is on meta; move real tensors there, keeping their values, ties and identity."""
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
-        for name, parameter in list(module._parameters.items()):
-            if parameter is None:
-                continue
-            if id(parameter) not in made:
-                value = torch.empty_like(parameter, device=device) if parameter.is_meta else parameter.detach().to(device)
-                made[id(parameter)] = (
-                    parameter if _in_place(parameter, device) else nn.Parameter(value, parameter.requires_grad)
-                )
-            module._parameters[name] = made[id(parameter)]
-        for name, buffer in list(module._buffers.items()):
-            if buffer is not None and not buffer.is_meta:
-                module._buffers[name] = buffer.to(device)
-
-
-def _in_place(parameter: nn.Parameter, device: torch.device) -> bool:
-    return parameter.device.type == device.type and not parameter.is_meta
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                if id(parameter) not in made:
+                    made[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device=device), parameter.requires_grad)
+                module._parameters[name] = made[id(parameter)]
+    # Torch's own way to move a module: recurrent layers keep flat views of their weights that only this refreshes.
+    model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))

@@ -32,7 +32,9 @@ class Sight:
     step_seconds: float
     data_wait_seconds: float
     memcpy_streams: int = 0
-    """CUDA streams that copied from host to device."""
+    """CUDA streams that copied from host to device and ran no kernel."""
+    marks: Mapping[str, int] = field(default_factory=dict)
+    """Calls of what layers put in place, by the layer's name."""
 
     def calls(self, *fragments: str) -> int:
         """Calls of all operators whose name contains one of the fragments."""

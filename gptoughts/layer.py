@@ -163,6 +163,8 @@ class Case:
     recipe: Recipe
     world: World
     chosen: Mapping[str, Choice] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Variables that are set here, and that a layer must not overrule; empty for a machine that is not here."""
     micro_batch: Mapping[str, Any] = field(default_factory=dict)
     """Options of the layer that the micro-batch slot would like first; that slot comes last, and memory depends on it."""
 
@@ -227,6 +229,8 @@ class Layer:
     """For a slot, the layers of which one must be chosen there."""
     changes_numerics: bool = False
     repeatable: bool = True
+    repeatable_on_gpu: bool = True
+    """False where its kernels add in no fixed order, as most attention backwards do."""
     warm_steps: int = 0
     """Updates before the layer does its real work, so that the watched step comes after them."""
     permanent: str = ""

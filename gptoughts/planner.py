@@ -140,17 +140,19 @@ def resolve(
     catalog: Catalog,
     flags: Mapping[str, Any] | None = None,
     fixed_environment: Mapping[str, str] | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> Plan:
     """The plan of `profile` for this machine, model, recipe and world.
 
     `fixed_environment` is given where torch is loaded already: a layer that needs other variables than those is unmet.
+    `environment` holds the variables of a process on this machine, for layers that must respect what the user set.
 
     Slots in order take the first layer that pays, where layers are demanded else the first that can run; then clashes and needs over the
     whole plan strike one layer at a time. A strike falls on the later slot, or on the earlier where the later has no other layer.
     Raises PlanError with every slot that has no layer left, ConfigError for layers or options that do not exist.
     """
     wants = wanted(profile, catalog, flags or {})
-    case = Case(machine, facts, recipe, world, micro_batch=wants["microbatch"][0].options)
+    case = Case(machine, facts, recipe, world, environment=environment or {}, micro_batch=wants["microbatch"][0].options)
     _one_gpu_per_rank(case)
     struck: dict[tuple[str, str], Reason] = {}
     while True:
@@ -162,6 +164,10 @@ def resolve(
             return _finish(profile, case, tried.choices, catalog)
         slot, reason = strike
         struck[slot, tried.choices[slot].layer] = reason
+
+
+def _repeats(layer: Layer, case: Case) -> bool:
+    return layer.repeatable and (layer.repeatable_on_gpu or not case.on_gpu)
 
 
 def _one_gpu_per_rank(case: Case) -> None:
@@ -321,6 +327,6 @@ def _finish(profile: Profile, case: Case, choices: Mapping[str, Choice], catalog
         choices=tuple(choices[slot] for slot in SLOTS),
         environment=environment,
         notes=tuple(notes),
-        not_repeatable=tuple(choice.layer for choice in choices.values() if not catalog[choice.layer].repeatable),
+        not_repeatable=tuple(choice.layer for choice in choices.values() if not _repeats(catalog[choice.layer], case)),
         facts={key: value for key, value in vars(case.facts).items() if value is not None},
     )

@@ -46,6 +46,7 @@ class _Trace:
     kernels: Counter[str] = field(default_factory=Counter)
     regions: int = 0
     copy_streams: set[int] = field(default_factory=set)
+    kernel_streams: set[int] = field(default_factory=set)
 
 
 def warm_steps(plan: Plan, catalog: Mapping[str, Layer]) -> int:
@@ -55,12 +56,12 @@ def warm_steps(plan: Plan, catalog: Mapping[str, Layer]) -> int:
 
 def watch(engine: Engine, one_step: Callable[[], None]) -> Sight:
     """Run one real training step under the profiler. Returns what was seen; whether it made an update stands in it."""
-    sums, counted, began = checksums(engine), vars(engine.counters).copy(), perf_counter()
+    sums, counted, marks = checksums(engine), vars(engine.counters).copy(), engine.counters.marks.copy()
     with _profiled(engine) as trace:
+        began = perf_counter()
         one_step()
-        if engine.device.type == "cuda":
-            torch.cuda.synchronize(engine.device)
-    seconds = perf_counter() - began
+        engine.settle()
+        seconds = perf_counter() - began
     counters = engine.counters
     moved = any(before != after for before, after in zip(sums, checksums(engine), strict=True))
     return Sight(
@@ -73,7 +74,8 @@ def watch(engine: Engine, one_step: Callable[[], None]) -> Sight:
         weights_moved=moved,
         step_seconds=seconds,
         data_wait_seconds=counters.data_wait_seconds - counted["data_wait_seconds"],
-        memcpy_streams=len(trace.copy_streams),
+        memcpy_streams=len(trace.copy_streams - trace.kernel_streams),
+        marks=dict(counters.marks - marks),
     )
 
 
@@ -108,8 +110,9 @@ def _read(events: Iterable[Any], trace: _Trace) -> None:
                 trace.dtypes[name][tuple(event.dtypes())] += 1
         elif name.startswith("Memcpy HtoD"):
             trace.copy_streams.add(event.device_resource_id())
-        else:
+        elif not name.startswith(("Memcpy", "Memset")):
             trace.kernels[name] += 1
+            trace.kernel_streams.add(event.device_resource_id())
 
 
 def evidence(engine: Engine, plan: Plan, catalog: Mapping[str, Layer], sight: Sight) -> list[Seen]:
@@ -119,10 +122,15 @@ def evidence(engine: Engine, plan: Plan, catalog: Mapping[str, Layer], sight: Si
     ]
 
 
+def failures(seen: list[Seen], strict: bool = False) -> list[Seen]:
+    """The lines that stop a run: inactive ones, and with `strict` unproven ones."""
+    failing = [Status.INACTIVE, Status.UNPROVEN] if strict else [Status.INACTIVE]
+    return [line for line in seen if line.evidence.status in failing]
+
+
 def demand(seen: list[Seen], strict: bool = False) -> None:
     """Raise LayerError for every layer that was planned and not active; `strict` stops on unproven ones too."""
-    failing = [Status.INACTIVE, Status.UNPROVEN] if strict else [Status.INACTIVE]
-    lines = [f"  {line.slot}={line.layer}: {line.evidence.text}" for line in seen if line.evidence.status in failing]
+    lines = [f"  {line.slot}={line.layer}: {line.evidence.text}" for line in failures(seen, strict)]
     if lines:
         raise LayerError(
             "planned and not active in the watched step\n"

@@ -14,19 +14,19 @@ from typing import Any
 import torch
 
 from gptoughts import checkpoint, prove, resume
-from gptoughts.build import Initialisation, built, meta_model
+from gptoughts.build import Initialisation, built, meta_model, seed_generators
 from gptoughts.callbacks import Evaluate, Log, Sample, Save
-from gptoughts.config import Recipe, Resolved
+from gptoughts.config import Resolved
 from gptoughts.data.batches import Batches, eval_batches
 from gptoughts.data.shards import Shards
 from gptoughts.data.tokenize import prepare
-from gptoughts.distributed import Ranks, started
+from gptoughts.distributed import Ranks, Vote, started
 from gptoughts.engine import Engine
-from gptoughts.errors import ConfigError, nearest
+from gptoughts.errors import ConfigError, LayerError, PlanError, nearest
 from gptoughts.facts import embedding_rows
 from gptoughts.facts import of as facts_of
 from gptoughts.generate.autoregressive import generate
-from gptoughts.layer import Sight
+from gptoughts.layer import Sight, unproven
 from gptoughts.length import Length
 from gptoughts.machine import Machine, World
 from gptoughts.mfu import utilisation
@@ -74,9 +74,14 @@ class Outcome:
 
 
 def device_of(machine: Machine, world: World) -> torch.device:
-    """This rank's GPU, or the CPU where the plan was made for one. Raises RuntimeError through torch where CUDA is broken."""
+    """This rank's GPU, or the CPU where the plan was made for one. Raises PlanError where this torch cannot use the GPU."""
     if not machine.gpus:
         return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise PlanError(
+            f"the plan is for {machine.label()} and torch {torch.__version__} sees no GPU\n"
+            "  try: gptoughts doctor, which names the build that fits the driver, or CUDA_VISIBLE_DEVICES= to train on the CPU"
+        )
     device = torch.device("cuda", world.local_rank)
     torch.cuda.set_device(device)
     return device
@@ -84,25 +89,20 @@ def device_of(machine: Machine, world: World) -> torch.device:
 
 def execute(order: Order) -> Outcome:
     """Run to the end, to a signal or to an error. Everything that was reached is on disk afterwards."""
-    recipe = order.resolved.recipe
-    with started(order.world, device_of(order.machine, order.world)) as ranks:
-        console = order.console if ranks.first else Silent()
-        ranks.same("the plan", order.plan.digest())
-        if ranks.first:
+    device = device_of(order.machine, order.world)
+    try:
+        if order.world.rank == 0:
             order.folder.lock()
-        try:
-            shards = _open_data(recipe, ranks)
+        # Before ranks meet: reading a large text may take longer than they would wait for each other. One tokenises, a lock
+        # makes the others on its box wait, and boxes without a shared disk each make their own.
+        shards = Shards.open(prepare(order.resolved.recipe.data))
+        with started(order.world, device) as ranks:
+            console = order.console if ranks.first else Silent()
+            ranks.same("the plan", order.plan.digest())
+            ranks.same("the recipe", order.resolved.to_toml())
             return _Run(order, ranks, shards, console).execute()
-        finally:
-            order.folder.release()
-
-
-def _open_data(recipe: Recipe, ranks: Ranks) -> Shards:
-    """The first rank tokenises; the others wait and then find the result."""
-    if ranks.first:
-        prepare(recipe.data)
-    ranks.barrier()
-    return Shards.open(prepare(recipe.data))
+    finally:
+        order.folder.release()
 
 
 class _Run:
@@ -120,6 +120,8 @@ class _Run:
         self.length = Length(self.recipe, ranks, len(shards.split("train")))
         self.objective = self._objective()
         self.signal: int | None = None
+        self.stopped = False
+        self.vote = Vote(ranks)
         self.seen: tuple[prove.Seen, ...] = ()
 
     def execute(self) -> Outcome:
@@ -128,6 +130,8 @@ class _Run:
         if origin is not None:
             resume.check_shape(origin, now)
         progress = origin.progress if origin else Progress()
+        self.ranks.same("data and checkpoint", f"{self.shards.fingerprint} at step {progress.step}")
+        seed_generators(self.recipe.seed, self.order.world.rank, progress.step)
         batches = self._batches(progress)
         self._record_start(origin, skipped, now)
         model = meta_model(self.recipe, self.family, self.rows)
@@ -226,7 +230,7 @@ class _Run:
         callbacks: list[Callback] = [log, *([evaluate] if evaluate else []), save, sample]
         try:
             progress = self._watched(engine, progress, callbacks)
-            if self.signal is None:
+            if not self.stopped:
                 progress = train(engine, progress, self.length.finished, self.length.rate, callbacks, self._stop)
         finally:
             if writer is not None:
@@ -234,8 +238,10 @@ class _Run:
             for sink in sinks:
                 sink.close()
         if self.ranks.first:
+            if not self.seen:
+                self._say_unwatched()
             draw_losses(self.out / "metrics.jsonl", self.out / "loss.png", self.order.folder.name)
-        newest = checkpoint.newest(self.order.folder.checkpoints)[0]
+        newest = checkpoint.newest(self.order.folder.checkpoints)[0] if self.ranks.first else None
         return self._outcome(progress, evaluate.result if evaluate else None, newest, sample.text)
 
     def _watched(self, engine: Engine, progress: Progress, callbacks: list[Callback]) -> Progress:
@@ -244,9 +250,8 @@ class _Run:
         progress = train(
             engine, progress, self.length.finished, self.length.rate, callbacks, self._stop, pause=lambda now: now.step >= warm
         )
-        if self.length.finished(progress) or self.signal is not None:
+        if self.length.finished(progress) or self.stopped:
             return progress
-
         while True:
             held: list[Any] = []
             sight = prove.watch(engine, lambda: held.extend(advance(engine, progress, self.length.rate)))  # noqa: B023
@@ -254,7 +259,7 @@ class _Run:
             stopped = self._stop(progress)
             if sight.updated:
                 self._judge(engine, progress, sight)
-            progress = call_back(engine, progress, stats, callbacks, last=stopped or self.length.finished(progress))
+            progress = call_back(engine, progress, stats, callbacks, self.length.finished(progress), stopped)
             if sight.updated or stopped:
                 return progress
 
@@ -265,13 +270,26 @@ class _Run:
             record = {"step": progress.step, "attempt": self.attempt, "layers": [line.to_json() for line in seen]}
             (self.out / "evidence.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         self.console.say(f"watched step {progress.step}\n{prove.table(seen)}")
+        mine = prove.failures(seen, self.order.strict)
+        if self.ranks.any(bool(mine)) and not mine:
+            raise LayerError("a planned layer was not active on another rank; its own message names it")
         prove.demand(seen, self.order.strict)
         self.seen = tuple(seen)
 
+    def _say_unwatched(self) -> None:
+        """A run that ended before its watched step proved nothing, and says so."""
+        layers = [
+            prove.Seen(choice.slot, choice.layer, unproven("the run ended before a step could be watched")).to_json()
+            for choice in self.order.plan.choices
+        ]
+        record = {"step": None, "attempt": self.attempt, "layers": layers}
+        (self.out / "evidence.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        self.console.say("note: the run ended before a step could be watched; no layer was proven")
+
     def _stop(self, progress: Progress) -> bool:
-        if self.ranks.size == 1:
-            return self.signal is not None
-        return progress.step % 10 == 0 and self.ranks.any(self.signal is not None)
+        """Whether a signal reached any rank: the same answer on all of them, for several ranks one step late."""
+        self.stopped = self.signal is not None if self.ranks.size == 1 else self.vote.heard(self.signal is not None)
+        return self.stopped
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
@@ -342,4 +360,13 @@ class _Run:
     ) -> Outcome:
         splits = self.shards.index.splits
         entropy = splits["val"].unigram_entropy if "val" in splits else None
-        return Outcome(progress, evaluated[1] if evaluated else None, entropy, sample, saved, self.out, self.seen, self.signal)
+        return Outcome(
+            progress,
+            evaluated[1] if evaluated else None,
+            entropy,
+            sample,
+            saved,
+            self.out,
+            self.seen,
+            self.signal if self.stopped else None,
+        )

@@ -48,6 +48,8 @@ class Callback(Protocol):
 
     touches_weights: bool
     """Whether it reads the model, and so must wait for the device; the wait is counted to the steps."""
+    on_stop: bool
+    """Whether it runs when a signal ends the run: whoever sent it may kill within seconds."""
 
     def due(self, step: int, last: bool) -> bool:
         """Whether to run after update `step`."""
@@ -64,7 +66,8 @@ def train_step(engine: Engine, rate: float) -> StepStats:
     """
     batch, cursor = engine.next_batch()
     weight = engine.ranks.sum(engine.objective.weight(batch))
-    scale = engine.ranks.size / weight.clamp(min=1.0)
+    # A weight of 0 is an error that the log names; here it must only not poison the weights before it is read.
+    scale = engine.ranks.size / torch.where(weight > 0, weight, torch.ones_like(weight))
     micro_batches = engine.micro_batches(batch)
     loss_sum = torch.zeros((), device=engine.device)
     for index, micro_batch in enumerate(micro_batches):
@@ -97,9 +100,12 @@ def advance(engine: Engine, progress: Progress, schedule: Callable[[Progress], f
     return reached, stats
 
 
-def call_back(engine: Engine, progress: Progress, stats: StepStats, callbacks: Sequence[Callback], last: bool) -> Progress:
+def call_back(
+    engine: Engine, progress: Progress, stats: StepStats, callbacks: Sequence[Callback], last: bool, stopped: bool = False
+) -> Progress:
     """Run the callbacks that are due after this step; the model is in training mode afterwards."""
-    due = [callback for callback in callbacks if callback.due(progress.step, last)]
+    last = last or stopped
+    due = [callback for callback in callbacks if callback.due(progress.step, last) and (callback.on_stop or not stopped)]
     if any(callback.touches_weights for callback in due):
         began = perf_counter()
         engine.settle()
@@ -128,7 +134,7 @@ def train(
     while not (finished(progress) or pause(progress)):
         progress, stats = advance(engine, progress, schedule)
         stopped = stop(progress)
-        progress = call_back(engine, progress, stats, callbacks, last=stopped or finished(progress))
+        progress = call_back(engine, progress, stats, callbacks, finished(progress), stopped)
         if stopped:
             break
     return progress

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 
 from gptoughts import prove
@@ -21,6 +23,11 @@ from gptoughts.objectives import NextToken
 from gptoughts.planner import Plan, facts_for, resolve
 from gptoughts.profile import Match, Profile
 from gptoughts.trainer import Progress, advance
+
+NEEDS_INDUCTOR = pytest.mark.skipif(
+    " " in sys.prefix, reason="torch's inductor does not quote paths for the linker, and this environment's path holds a space"
+)
+"""For tests that compile with inductor."""
 
 ROWS, LENGTH, BATCH = 128, 32, 4
 FAMILIES_UNDER_TEST = {

@@ -29,7 +29,7 @@ def said(line: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
     """Exit code, standard output and standard error of a command line; MACHINES stands for the folder of fake machines."""
     code = 0
     try:
-        main(shlex.split(line.replace("MACHINES", str(MACHINES))))
+        main([word.replace("MACHINES", str(MACHINES)) for word in shlex.split(line)])
     except SystemExit as left:
         code = int(left.code or 0)
     told = capsys.readouterr()
@@ -124,9 +124,8 @@ def test_bad_data_is_an_error_of_the_data(
     text = here / "text.txt"
     if content is not None:
         text.write_bytes(content)
-    line = (
-        f"train shakespeare-char --data.path {text} --data.cache {here / 'cache'} --run-dir {here / 'run'} --layer.host system"
-    )
+    places = shlex.join(["--data.path", f"{text}", "--data.cache", f"{here / 'cache'}", "--run-dir", f"{here / 'run'}"])
+    line = f"train shakespeare-char {places} --layer.host system"
     code, _, err = said(line, capsys)
     last = err.splitlines()[-1]
     assert code == 2 and last.startswith("DataError: ") and words in last and "Traceback" not in err

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import textwrap
@@ -101,12 +102,15 @@ def shell(tmp_path: Path, cache: Path) -> tuple[Path, dict[str, str]]:
     for name in ("docs", "examples", "launch", "profiles", "tests", "README.md"):
         (here / name).symlink_to(ROOT / name)
     program = programs / "gptoughts"
-    program.write_text(
-        f"#!{sys.executable}\nimport sys\nsys.path.insert(0, {str(ROOT)!r})\n"
+    started = tmp_path / "started.py"
+    started.write_text(
+        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n"
         "from tests.test_docs import shortened\nfrom gptoughts.cli import main\n"
-        "sys.argv[1:] = shortened(sys.argv[1:])\nmain()\n",
+        "sys.argv = ['gptoughts', *shortened(sys.argv[1:])]\nmain()\n",
         encoding="utf-8",
     )
+    # By way of sh, because the first line of a script cannot name an interpreter whose path holds a space.
+    program.write_text(f'#!/bin/sh\nexec {shlex.join([sys.executable, str(started)])} "$@"\n', encoding="utf-8")
     program.chmod(0o755)
     environment = {
         **os.environ,
@@ -145,10 +149,11 @@ def test_write_a_layer_is_the_example_and_its_control_says_no(shell: tuple[Path,
     assert shown == written, "put together, the blocks of docs/write-a-layer.md are examples/gc_freeze.py"
 
     here, environment = shell
-    line = ["train", "quickstart", "--plugin", "examples/gc_freeze.py", "--layer.host"]
+    # By its path: where a name cannot be started, the next of PATH is, which here would be gptoughts at full size.
+    line = [str(here.parent / "programs" / "gptoughts"), "train", "quickstart", "--plugin", "examples/gc_freeze.py"]
     for layer, code, word in (("gc-freeze", 0, "active"), ("gc-control", 3, "inactive")):
         done = subprocess.run(
-            ["gptoughts", *line, layer, "--run", layer],
+            [*line, "--layer.host", layer, "--run", layer],
             check=False,
             cwd=here,
             env=environment,

@@ -90,6 +90,9 @@ class Partial:
             return None
         return torch.zeros(3) if self.shape else torch.zeros(shape)
 
+    def buffer(self, name: str) -> None:
+        return None
+
     def unused(self) -> list[str]:
         return [self.extra] if self.extra else []
 

@@ -178,7 +178,7 @@ def test_without_fp8_kernels_the_proof_says_no() -> None:
     with converted(recipe_of("modern")) as engine:
         proof = verify(engine, watched(engine), LAYER.read_options({}, "the test"))
     assert proof.status is Status.INACTIVE
-    assert proof.text == "9 of 9 sites, 0 FP8 kernels"
+    assert proof.text == "9 of 9 sites, 0 FP8 matmuls for 12 projections"
 
 
 def test_the_scale_history_survives_a_checkpoint(tmp_path: Any) -> None:

@@ -19,7 +19,7 @@ from gptoughts.layers import CATALOG
 from gptoughts.machine import World, probe
 from gptoughts.models.family import FAMILIES, custom_family
 from gptoughts.planner import facts_for
-from tests.engines import FAMILIES_UNDER_TEST, ROWS, engine_of, plan_of, recipe_of, steps, watched
+from tests.engines import FAMILIES_UNDER_TEST, NEEDS_INDUCTOR, ROWS, engine_of, plan_of, recipe_of, steps, watched
 
 OPTIONS = {"microbatch": {"microbatch.sequences": 2}, "host": {"host.threads": 1}, "loss": {"loss.tokens": 32}}
 OPTIMISATIONS = [layer for layer in CATALOG.values() if not layer.baseline]
@@ -45,7 +45,20 @@ def refusals(layer: Layer, family: str) -> list[str]:
 
 def applicable() -> list[Any]:
     rows = [(layer, family) for layer in OPTIMISATIONS for family in FAMILIES_UNDER_TEST if layer.name not in TWO_RANKS]
-    return [pytest.param(layer, family, id=f"{layer.name}-{family}") for layer, family in rows if not refusals(layer, family)]
+    return [
+        pytest.param(layer, family, id=f"{layer.name}-{family}", marks=marks(layer.name))
+        for layer, family in rows
+        if not refusals(layer, family)
+    ]
+
+
+def marks(name: str) -> list[pytest.MarkDecorator]:
+    return [NEEDS_INDUCTOR] if name == "compile-blocks" else []
+
+
+def named(name: str) -> Any:
+    """The name of a layer as a parameter, skipped where the layer cannot work."""
+    return pytest.param(name, marks=marks(name))
 
 
 def test_every_slot_has_a_baseline_and_names_are_unique_keys() -> None:
@@ -181,7 +194,7 @@ def without_block(layer: str, engine: Any) -> None:
         raise AssertionError(layer)
 
 
-@pytest.mark.parametrize("name", ["sdpa", "recompute-blocks", "compile-blocks", "bf16"])
+@pytest.mark.parametrize("name", [named(name) for name in ("sdpa", "recompute-blocks", "compile-blocks", "bf16")])
 def test_a_block_left_out_is_noticed(name: str) -> None:
     layer, recipe = CATALOG[name], recipe_of("modern")
     torch._dynamo.reset()
@@ -218,7 +231,7 @@ def test_a_planned_layer_that_was_not_seen_stops_the_run() -> None:
 TOLERANCE = {"bf16": (2e-2, 0.995), "compile-blocks": (1e-4, 0.99999), "sdpa": (1e-5, 0.999999), "fused-ce": (1e-5, 0.999999)}
 
 
-@pytest.mark.parametrize("name", sorted(TOLERANCE))
+@pytest.mark.parametrize("name", [named(name) for name in sorted(TOLERANCE)])
 def test_a_layer_that_changes_numerics_stays_near_the_baseline(name: str) -> None:
     """Loss within the first tolerance, gradient direction (cosine) above the second, with ragged labels."""
     layer, recipe = CATALOG[name], recipe_of("modern")

@@ -85,6 +85,7 @@ class _Laps:
     """A callback that splits each step's time. The median of the rest is what counts: other programs interrupt a step now and then."""
 
     touches_weights = False
+    on_stop = True
 
     def __init__(self, clock: _Clock) -> None:
         self._clock, self._inside, self._began = clock, 0.0, perf_counter()

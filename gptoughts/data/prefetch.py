@@ -68,7 +68,8 @@ class Prefetcher(Iterator[tuple[dict[str, Tensor], Any]]):
         if self._stream is None:
             return to_device(batch, self._device), cursor, None
         with torch.cuda.stream(self._stream):
-            pinned = {key: as_tensor(value).pin_memory() for key, value in batch.items()}
+            hosted = {key: as_tensor(value) for key, value in batch.items()}
+            pinned = {key: value if value.is_cuda else value.pin_memory() for key, value in hosted.items()}
             moved = {key: value.to(self._device, non_blocking=True) for key, value in pinned.items()}
             event = torch.cuda.Event()
             event.record(self._stream)

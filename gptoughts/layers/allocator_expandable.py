@@ -20,6 +20,10 @@ def fits(case: Case, options: Options) -> Iterator[Reason]:
     """Only Linux maps device memory this way."""
     if case.machine.system != "linux":
         yield cannot(f"needs Linux, found {case.machine.system}")
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        value = case.environment.get(name)
+        if value is not None and SETTING not in value:
+            yield cannot(f"{name}={value} was set by you and wins", remedy=f"unset {name}, or add {SETTING}")
 
 
 def environment(case: Case, options: Options) -> Mapping[str, str]:

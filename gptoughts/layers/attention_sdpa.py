@@ -41,6 +41,10 @@ def attend(query, key, value, causal: bool):  # type: ignore[no-untyped-def]  # 
     from torch.nn.functional import scaled_dot_product_attention
 
     grouped = query.shape[1] != key.shape[1]
+    if grouped and query.is_cuda and query.dtype is torch.float32:
+        # On CUDA only flash attention takes grouped heads, and it wants half precision; copied heads keep float32 on a fused kernel.
+        copies = query.shape[1] // key.shape[1]
+        key, value, grouped = key.repeat_interleave(copies, dim=1), value.repeat_interleave(copies, dim=1), False
     if causal and query.shape[2] != key.shape[2]:
         rows, columns = query.shape[2], key.shape[2]
         mask = torch.ones(rows, columns, dtype=torch.bool, device=query.device).tril(columns - rows)
@@ -74,4 +78,5 @@ LAYER = Layer(
     verify=verify,
     fits=fits,
     changes_numerics=True,
+    repeatable_on_gpu=False,
 )

@@ -7,9 +7,11 @@ compiled is an error, not a slow path.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
+from gptoughts.errors import LayerError
 from gptoughts.facts import flops_per_token
 from gptoughts.layer import Case, Engine, Evidence, Layer, Options, Reason, Sight, active, cannot, inactive, would_not_pay
 
@@ -59,12 +61,37 @@ def _run_seconds(case: Case) -> float | None:
 
 @contextmanager
 def apply(engine: Engine, options: Options) -> Iterator[None]:
-    """Compile each block in place, which keeps parameter names as they are."""
+    """Compile each block in place, which keeps parameter names as they are. What the compiler cannot do is told in one message."""
     for block in engine.blocks.values():
         block.compile(fullgraph=True, dynamic=False)
+    undo = [engine.wrap_context(verb, _compiling) for verb in ("forward_context", "eval_context")]
+    undo.append(engine.wrap("backward", _backward))  # the backward's graph is compiled when it is first needed
     yield
+    for back in undo:
+        back()
     for block in engine.blocks.values():
         block._compiled_call_impl = None
+
+
+@contextmanager
+def _compiling() -> Iterator[None]:
+    from torch._dynamo.exc import TorchDynamoException
+
+    try:
+        yield
+    except TorchDynamoException as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        told = next(
+            (line for line in reversed(lines) if "error" in line.lower() and "TORCH" not in line), lines[0] if lines else ""
+        )
+        raise LayerError(
+            f"compile=compile-blocks: the compiler failed: {type(error).__name__}: {told[:300]}\n  try: --layer.compile eager"
+        ) from error
+
+
+def _backward(inner: Callable[[Any], None], loss: Any) -> None:
+    with _compiling():
+        inner(loss)
 
 
 def verify(engine: Engine, sight: Sight, options: Options) -> Evidence:
@@ -84,6 +111,7 @@ LAYER = Layer(
     apply=apply,
     verify=verify,
     fits=fits,
+    wraps=("forward_context", "eval_context", "backward"),
     changes_numerics=True,
     warm_steps=1,
     measured="docs/measurements/cpu/widths.json on a CPU; not measured on a GPU",

@@ -59,9 +59,11 @@ def apply(engine: Engine, options: Options) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(_asked())
     undo = _bind(os.environ.get("GPTOUGHTS_NUMA_NODE"))
-    yield
-    undo()
-    torch.set_num_threads(before)
+    try:
+        yield
+    finally:
+        undo()
+        torch.set_num_threads(before)
 
 
 def _asked() -> int:
@@ -75,11 +77,11 @@ def _bind(node: str | None) -> Any:
     cores = before & _cores_of(int(node))
     if cores:
         os.sched_setaffinity(0, cores)
-    _memory_policy(_PREFERRED, 1 << int(node))
+    _prefer_memory_of(1 << int(node))
 
     def undo() -> None:
         os.sched_setaffinity(0, before)
-        _memory_policy(_DEFAULT, 0)
+        _prefer_memory_of(0)
 
     return undo
 
@@ -90,13 +92,21 @@ def _cores_of(node: int) -> set[int]:
     return {core for part in parts for core in range(int(part[0]), int(part[-1]) + 1)}
 
 
-def _memory_policy(mode: int, nodes: int) -> None:
+def _prefer_memory_of(nodes: int) -> bool:
+    """Prefer memory of the nodes in the bit mask, or of any where it is 0. False where containers forbid the call."""
     if _SET_MEMPOLICY is None:
-        return
+        return False
     mask = ctypes.c_ulong(nodes)
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.syscall(_SET_MEMPOLICY, mode, ctypes.byref(mask) if nodes else None, 64 if nodes else 0) != 0:
-        raise OSError(ctypes.get_errno(), "set_mempolicy")
+    mode, words = (_PREFERRED, (ctypes.byref(mask), 64)) if nodes else (_DEFAULT, (None, 0))
+    return bool(ctypes.CDLL(None, use_errno=True).syscall(_SET_MEMPOLICY, mode, *words) == 0)
+
+
+def _memory_is_preferred(node: int) -> bool:
+    if _GET_MEMPOLICY is None:
+        return False
+    mode, mask = ctypes.c_int(), ctypes.c_ulong()
+    failed = ctypes.CDLL(None, use_errno=True).syscall(_GET_MEMPOLICY, ctypes.byref(mode), ctypes.byref(mask), 64, None, 0)
+    return not failed and mode.value == _PREFERRED and bool(mask.value & (1 << node))
 
 
 def verify(engine: Engine, sight: Sight, options: Options) -> Evidence:
@@ -109,7 +119,12 @@ def verify(engine: Engine, sight: Sight, options: Options) -> Evidence:
     node = os.environ.get("GPTOUGHTS_NUMA_NODE")
     if node is not None and hasattr(os, "sched_getaffinity") and not os.sched_getaffinity(0) <= _cores_of(int(node)):
         return inactive(f"runs on cores outside NUMA node {node}", threads=threads)
-    return active(f"{threads} threads" + (f" on NUMA node {node}" if node else ""), threads=threads)
+    if node is None:
+        return active(f"{threads} threads", threads=threads)
+    memory = (
+        "memory preferred there" if _memory_is_preferred(int(node)) else "memory not bound: set_mempolicy is not permitted here"
+    )
+    return active(f"{threads} threads on NUMA node {node}, {memory}", threads=threads)
 
 
 LAYER = Layer(

@@ -11,7 +11,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from gptoughts.layer import Case, Engine, Evidence, Layer, Option, Options, Reason, Sight, active, inactive, would_not_pay
+from gptoughts.layer import (
+    Case,
+    Engine,
+    Evidence,
+    Layer,
+    Option,
+    Options,
+    Reason,
+    Sight,
+    active,
+    inactive,
+    unproven,
+    would_not_pay,
+)
 
 
 def fits(case: Case, options: Options) -> Iterator[Reason]:
@@ -43,6 +56,8 @@ def verify(engine: Engine, sight: Sight, options: Options) -> Evidence:
     share = sight.data_wait_seconds / sight.step_seconds if sight.step_seconds else 0.0
     if not served:
         return inactive("the watched batch was not read ahead")
+    if engine.device.type == "cuda" and not sight.kernels:
+        return unproven(f"{served} batches read ahead; the profiler saw no kernel, so no stream can be told", served=served)
     if engine.device.type == "cuda" and sight.memcpy_streams < 1:
         return inactive("no copy from host to device on a side stream in the watched step", wait=share)
     return active(

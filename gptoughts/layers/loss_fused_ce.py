@@ -7,6 +7,7 @@ recomputed in the backward. Source of the figures: Liger-Kernel's published benc
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -53,17 +54,16 @@ def apply(engine: Engine, options: Options) -> Iterator[None]:
     """Give the head the sliced loss."""
     head = engine.family.head(engine.bare)
     before = head.loss
-    head.loss = SlicedCrossEntropy(options["tokens"])
+    head.loss = SlicedCrossEntropy(options["tokens"], engine.counters.marks)
     yield
     head.loss = before
 
 
 class SlicedCrossEntropy:
-    """Summed cross-entropy over slices of tokens; counts its calls, so that a step can be asked whether it ran."""
+    """Summed cross-entropy over slices of tokens; marks its calls, so that a step can be asked whether it ran."""
 
-    def __init__(self, tokens: int) -> None:
-        self.tokens = tokens
-        self.calls = 0
+    def __init__(self, tokens: int, marks: Counter[str]) -> None:
+        self.tokens, self.marks = tokens, marks
 
     def __call__(self, hidden, weight, labels):  # type: ignore[no-untyped-def]  # tensors: torch is not known at this floor
         """Loss sum of hidden B T C against labels B T with the head's weight V C; labels of -100 count for nothing."""
@@ -71,9 +71,12 @@ class SlicedCrossEntropy:
         from torch.nn import functional
         from torch.utils.checkpoint import checkpoint
 
-        self.calls += 1
+        self.marks["fused-ce"] += 1
         rows, wanted = hidden.flatten(0, -2), labels.long().flatten()
         if hidden.is_cuda and hasattr(torch.nn, "LinearCrossEntropyOptions"):
+            if torch.is_autocast_enabled("cuda"):  # torch's operator is opaque to autocast, so its rule is applied here
+                low = torch.get_autocast_dtype("cuda")
+                rows, weight = rows.to(low), weight.to(low)
             options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=self.tokens)
             return functional.linear_cross_entropy(
                 rows, weight.to(rows.dtype), wanted, reduction="sum", ignore_index=-100, options=options
@@ -91,12 +94,11 @@ class SlicedCrossEntropy:
 
 
 def verify(engine: Engine, sight: Sight, options: Options) -> Evidence:
-    """The head holds the sliced loss and called it; no operator of the step saw logits of all tokens."""
-    loss = getattr(engine.family.head(engine.bare), "loss", None) if engine.family.head else None
-    calls = getattr(loss, "calls", 0)
-    if calls == 0:
-        return inactive("the head computed its loss over all logits at once")
-    return active(f"loss over slices of {options['tokens']} tokens, {calls} calls so far", calls=calls)
+    """Every micro-batch of the step had its loss from the slices."""
+    calls = sight.marks.get("fused-ce", 0)
+    if calls < sight.micro_batches:
+        return inactive(f"{calls} of {sight.micro_batches} losses over slices, the others over all logits at once", calls=calls)
+    return active(f"{calls} of {sight.micro_batches} losses over slices of {options['tokens']} tokens", calls=calls)
 
 
 LAYER = Layer(

@@ -25,7 +25,17 @@ from gptoughts.layer import (
 )
 
 BF16_CPU = ("avx512_bf16", "amx_bf16", "bf16")
-MATMULS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::convolution")
+# Where the two factors stand among the arguments: the others are sums, outputs and scalars.
+FACTORS = {
+    "aten::mm": slice(0, 2),
+    "aten::bmm": slice(0, 2),
+    "aten::convolution": slice(0, 2),
+    "aten::addmm": slice(1, 3),
+    "aten::addmm_": slice(1, 3),
+    "aten::_addmm_activation": slice(1, 3),
+    "aten::baddbmm": slice(1, 3),
+    "aten::baddbmm_": slice(1, 3),
+}
 SMALLEST_CPU_WIDTH = 256
 
 
@@ -62,12 +72,12 @@ def apply(engine: Engine, options: Options) -> Iterator[None]:
 def verify(engine: Engine, sight: Sight, options: Options) -> Evidence:
     """The dtypes that went into every matmul and convolution of the watched step."""
     low = full = 0
-    for name in MATMULS:
+    for name, place in FACTORS.items():
         operator = sight.operators.get(name)
         for dtypes, calls in operator.input_dtypes.items() if operator else ():
-            floating = [dtype for dtype in dtypes if dtype in ("c10::BFloat16", "float", "c10::Half")]
-            low += calls * all(dtype == "c10::BFloat16" for dtype in floating)
-            full += calls * any(dtype == "float" for dtype in floating)
+            factors = dtypes[place]
+            low += calls * all(dtype == "c10::BFloat16" for dtype in factors)
+            full += calls * any(dtype == "float" for dtype in factors)
     if not low and not full:
         return unproven("the step ran no matmul and no convolution")
     if full:

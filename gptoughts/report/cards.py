@@ -24,13 +24,19 @@ def _facts(layer: Layer) -> Iterator[str]:
         yield f"- verbs: {', '.join(verbs)}"
     for other, reason in layer.clashes.items():
         yield f"- clashes with {other}: {reason}"
-    yield f"- changes numerics: {'yes' if layer.changes_numerics else 'no'}; repeatable bit for bit: {'yes' if layer.repeatable else 'no'}"
+    yield f"- changes numerics: {'yes' if layer.changes_numerics else 'no'}; repeatable bit for bit: {_repeatable(layer)}"
     yield f"- undo: {layer.permanent or 'yes'}"
     for name, option in layer.options.items():
         choices = f", one of {', '.join(option.choices)}" if option.choices else ""
         flag = f"--layer.{layer.slot}.{name}".replace("_", "-")
         yield f"- option `{flag}`: {option.help} (default {'none' if option.default is None else option.default}{choices})"
     yield f"- measured: {layer.measured}"
+
+
+def _repeatable(layer: Layer) -> str:
+    if not layer.repeatable:
+        return "no"
+    return "yes" if layer.repeatable_on_gpu else "on a CPU; not on a GPU"
 
 
 def layers_page(catalog: Mapping[str, Layer]) -> str:

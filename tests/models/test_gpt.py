@@ -212,15 +212,15 @@ def test_dropout_acts_in_training_only(make_model: MakeModel) -> None:
 
 
 def test_names_on_disk(make_model: MakeModel) -> None:
-    block = ["norm1", "attention.qkv", "attention.out", "norm2", "mlp.up", "mlp.down"]
-    modules = ["embed", "positions", *[f"blocks.0.{name}" for name in block], "norm", "head"]
+    block = ["norm1", "attention.qkv", "attention.out", "norm2", "mlp.down"]
+    shared = ["embed", *[f"blocks.0.{name}" for name in block], "norm", "head"]
+    modules = [*shared, "positions", "blocks.0.mlp.up"]
     gpt2 = make_model(depth=1, norm="layernorm", positions="learned", mlp="gelu", qk_norm=False, bias=True)
     without_bias = {"embed", "positions", "head"}
     names = {f"{name}.{kind}" for name in modules for kind in ("weight", "bias")} - {f"{n}.bias" for n in without_bias}
     assert set(gpt2.state_dict()) == names
-    modern = {"blocks.0.attention.query_norm.weight", "blocks.0.attention.key_norm.weight", "blocks.0.mlp.gate_up.weight"}
-    expected = {f"{name}.weight" for name in modules if name != "positions"} | modern
-    assert set(make_model(depth=1).state_dict()) == expected
+    modern = [f"blocks.0.{name}" for name in ("attention.query_norm", "attention.key_norm", "mlp.gate_up")]
+    assert set(make_model(depth=1).state_dict()) == {f"{name}.weight" for name in [*shared, *modern]}
 
 
 def test_gradients_reach_every_parameter(make_model: MakeModel, form: dict[str, Any]) -> None:
@@ -230,4 +230,11 @@ def test_gradients_reach_every_parameter(make_model: MakeModel, form: dict[str, 
 
 
 def test_config_with_swiglu_rounds_its_inner_width() -> None:
-    assert GPT(ModelConfig(depth=1), 64, 8).blocks[0].mlp.up.out_features == 1024
+    mlp = GPT(ModelConfig(depth=1), 64, 8).blocks[0].mlp
+    assert (mlp.gate_up.out_features, mlp.down.in_features) == (2 * 1024, 1024)
+
+
+def test_swiglu_holds_the_gates_rows_first_then_ups(make_model: MakeModel) -> None:
+    mlp, x = larger(make_model(depth=1)).blocks[0].mlp, torch.randn(3, 32)
+    gate, up = mlp.gate_up.weight.split(mlp.down.in_features)
+    torch.testing.assert_close(mlp(x), (F.silu(x @ gate.T) * (x @ up.T)) @ mlp.down.weight.T)
