@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from gptoughts.config import Recipe, Resolved, from_values, load
 from gptoughts.environment import in_effect, lacking
 from gptoughts.errors import ConfigError, Mistakes
-from gptoughts.facts import UNKNOWN, ModelFacts
+from gptoughts.facts import UNKNOWN, ModelFacts, facts_for
 from gptoughts.machine import Machine, World, probe, read, world_from_environment
-from gptoughts.planner import Plan, facts_for, resolve
+from gptoughts.planner import Plan, resolve
 from gptoughts.plugins import Extensions, extensions
 from gptoughts.profile import pick
 from gptoughts.wants import wanted

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
-from gptoughts.config import ModelConfig
+from gptoughts.config import DataConfig, ModelConfig, Recipe
 from gptoughts.errors import ConfigError
 
 VOCAB_MULTIPLE = 64
@@ -85,6 +87,26 @@ def of(model: ModelConfig, sequence_length: int, vocab_size: int | None) -> Mode
         mlp=model.mlp,
         causal=True,
     )
+
+
+def facts_for(recipe: Recipe) -> ModelFacts:
+    """What the recipe alone tells of its model; sizes that follow from a text not read yet are None."""
+    model, data = recipe.model, recipe.data
+    if model.family == "gpt":
+        return of(model, data.sequence_length, vocabulary_of(data))
+    return ModelFacts(family=model.family, depth=model.depth, width=model.width, sequence_length=data.sequence_length)
+
+
+def vocabulary_of(data: DataConfig) -> int | None:
+    """Tokens of the recipe's tokenizer where they can be told without reading the text."""
+    index = Path(data.path).expanduser() / "index.json"
+    if index.is_file():
+        try:
+            size = json.loads(index.read_text(encoding="utf-8")).get("vocab_size")
+        except (OSError, ValueError, AttributeError):
+            return None  # whoever opens the folder says what is wrong with it
+        return size if isinstance(size, int) else None
+    return {"bytes": 257, "gpt2": 50257, "bpe": data.train_bpe}.get(data.tokenizer)
 
 
 def flops_per_token(facts: ModelFacts) -> int | None:

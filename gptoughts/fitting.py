@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from gptoughts import checkpoint, prove
+from gptoughts import checkpoint, prove, training_state
 from gptoughts.build import AsTheyAre, built
 from gptoughts.callbacks import Log
 from gptoughts.config import Recipe, Resolved
@@ -190,4 +190,4 @@ def _fit(
 def _save(engine: Engine, fitted: Fitted, checkpoints: Path) -> None:
     state = {"progress": {"step": fitted.progress.step}, "plan_digest": fitted.plan.digest()}
     documents = {"plan.json": json.dumps(fitted.plan.to_json(), indent=1)}
-    checkpoint.write(checkpoint.snapshot(engine, fitted.progress.step, state, documents, {}), checkpoints)
+    checkpoint.write(training_state.snapshot(engine, fitted.progress.step, state, documents, {}), checkpoints)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gptoughts import checkpoint
+from gptoughts import checkpoint, training_state
 from gptoughts.build import meta_model
 from gptoughts.config import Recipe, from_values
 from gptoughts.data.tokenizer import Tokenizer
@@ -75,7 +75,7 @@ def load(name: str, families: Mapping[str, Any] | None = None) -> Loaded:
         device,
         iter(()),
     )
-    engine.materialise(checkpoint.Weights(folder))
+    engine.materialise(training_state.Weights(folder))
     engine.bare.eval()
     if family.set_attention is not None:
         family.set_attention(engine.bare, attend)

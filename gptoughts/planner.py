@@ -10,13 +10,11 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
-from gptoughts.config import DataConfig, Recipe
+from gptoughts.config import Recipe
 from gptoughts.errors import ConfigError, PlanError
 from gptoughts.facts import ModelFacts
-from gptoughts.facts import of as facts_of
 from gptoughts.layer import SLOTS, Case, Choice, Kind, Layer, Reason, cannot
 from gptoughts.machine import Machine, World
 from gptoughts.profile import Profile, Want, pick
@@ -111,26 +109,6 @@ def _choice_json(choice: Choice) -> dict[str, Any]:
     }
 
 
-def facts_for(recipe: Recipe) -> ModelFacts:
-    """What the recipe alone tells of its model; sizes that follow from a text not read yet are None."""
-    model, data = recipe.model, recipe.data
-    if model.family == "gpt":
-        return facts_of(model, data.sequence_length, vocabulary_of(data))
-    return ModelFacts(family=model.family, depth=model.depth, width=model.width, sequence_length=data.sequence_length)
-
-
-def vocabulary_of(data: DataConfig) -> int | None:
-    """Tokens of the recipe's tokenizer where they can be told without reading the text."""
-    index = Path(data.path).expanduser() / "index.json"
-    if index.is_file():
-        try:
-            size = json.loads(index.read_text(encoding="utf-8")).get("vocab_size")
-        except (OSError, ValueError, AttributeError):
-            return None  # whoever opens the folder says what is wrong with it
-        return size if isinstance(size, int) else None
-    return {"bytes": 257, "gpt2": 50257, "bpe": data.train_bpe}.get(data.tokenizer)
-
-
 def resolve(
     profile: Profile,
     machine: Machine,
@@ -147,8 +125,8 @@ def resolve(
     `fixed_environment` is given where torch is loaded already: a layer that needs other variables than those is unmet.
     `environment` holds the variables of a process on this machine, for layers that must respect what the user set.
 
-    Slots in order take the first layer that pays, where layers are demanded else the first that can run; then clashes and needs over the
-    whole plan strike one layer at a time. A strike falls on the later slot, or on the earlier where the later has no other layer.
+    Slots in order take the first layer that pays, or of demanded ones the first that can run; then clashes and needs over the whole plan
+    strike one layer at a time, in the later slot, or in the earlier where the later has no other.
     Raises PlanError with every slot that has no layer left, ConfigError for layers or options that do not exist.
     """
     wants = wanted(profile, catalog, flags or {})

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import json
-import signal
-import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gptoughts import checkpoint, prove, resume
+from gptoughts import checkpoint, prove, resume, training_state
 from gptoughts.build import Initialisation, built, meta_model, seed_generators
 from gptoughts.callbacks import Evaluate, Log, Sample, Save
 from gptoughts.config import Resolved
 from gptoughts.data.batches import Batches, eval_batches
 from gptoughts.data.shards import Shards
 from gptoughts.data.tokenize import prepare
-from gptoughts.distributed import Ranks, Vote, started
+from gptoughts.distributed import Ranks, started
 from gptoughts.engine import Engine
 from gptoughts.errors import ConfigError, LayerError, PlanError, nearest
 from gptoughts.facts import embedding_rows
@@ -35,6 +32,7 @@ from gptoughts.models.gpt import GPT
 from gptoughts.objectives import OBJECTIVES, Objective
 from gptoughts.planner import Plan
 from gptoughts.plugins import Extensions
+from gptoughts.stopping import Stopper
 from gptoughts.track.console import Console, Silent, count
 from gptoughts.track.folder import RunFolder
 from gptoughts.track.jsonl import Jsonl, attempts
@@ -119,9 +117,7 @@ class _Run:
         self.family = order.extensions.families.get(self.recipe.model.family) or family_of(self.recipe.model.family)
         self.length = Length(self.recipe, ranks, len(shards.split("train")))
         self.objective = self._objective()
-        self.signal: int | None = None
-        self.stopped = False
-        self.vote = Vote(ranks)
+        self.stopper = Stopper(ranks)
         self.seen: tuple[prove.Seen, ...] = ()
 
     def execute(self) -> Outcome:
@@ -136,7 +132,9 @@ class _Run:
         self._record_start(origin, skipped, now)
         model = meta_model(self.recipe, self.family, self.rows)
         source = (
-            checkpoint.Weights(origin.folder) if origin else Initialisation(self.family, self.recipe.model, self.recipe.seed)
+            training_state.Weights(origin.folder)
+            if origin
+            else Initialisation(self.family, self.recipe.model, self.recipe.seed)
         )
         order = self.order
         with built(
@@ -151,11 +149,11 @@ class _Run:
             source,
         ) as engine:
             if origin is not None:
-                checkpoint.restore(engine, origin.folder)
+                training_state.restore(engine, origin.folder)
                 if self.length.finished(progress):
                     self.console.say(f"run {order.folder.name} is complete at step {progress.step}; for more: --train.steps N")
                     return self._outcome(progress, None, origin.folder)
-            with self._signals():
+            with self.stopper.listening():
                 return self._train(engine, progress, now)
 
     # Before the first step.
@@ -230,8 +228,8 @@ class _Run:
         callbacks: list[Callback] = [log, *([evaluate] if evaluate else []), save, sample]
         try:
             progress = self._watched(engine, progress, callbacks)
-            if not self.stopped:
-                progress = train(engine, progress, self.length.finished, self.length.rate, callbacks, self._stop)
+            if not self.stopper.stopped:
+                progress = train(engine, progress, self.length.finished, self.length.rate, callbacks, self.stopper.asked)
         finally:
             if writer is not None:
                 writer.wait()
@@ -248,15 +246,21 @@ class _Run:
         """Warm up, watch one real step, and stop the run where a planned layer was not seen."""
         warm = progress.step + prove.warm_steps(self.order.plan, self.order.extensions.catalog)
         progress = train(
-            engine, progress, self.length.finished, self.length.rate, callbacks, self._stop, pause=lambda now: now.step >= warm
+            engine,
+            progress,
+            self.length.finished,
+            self.length.rate,
+            callbacks,
+            self.stopper.asked,
+            pause=lambda now: now.step >= warm,
         )
-        if self.length.finished(progress) or self.stopped:
+        if self.length.finished(progress) or self.stopper.stopped:
             return progress
         while True:
             held: list[Any] = []
             sight = prove.watch(engine, lambda: held.extend(advance(engine, progress, self.length.rate)))  # noqa: B023
             progress, stats = held
-            stopped = self._stop(progress)
+            stopped = self.stopper.asked(progress)
             if sight.updated:
                 self._judge(engine, progress, sight)
             progress = call_back(engine, progress, stats, callbacks, self.length.finished(progress), stopped)
@@ -285,30 +289,6 @@ class _Run:
         record = {"step": None, "attempt": self.attempt, "layers": layers}
         (self.out / "evidence.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         self.console.say("note: the run ended before a step could be watched; no layer was proven")
-
-    def _stop(self, progress: Progress) -> bool:
-        """Whether a signal reached any rank: the same answer on all of them, for several ranks one step late."""
-        self.stopped = self.signal is not None if self.ranks.size == 1 else self.vote.heard(self.signal is not None)
-        return self.stopped
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """The first SIGINT or SIGTERM ends the run after the step, with a checkpoint; the second interrupts at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def note(number: int, frame: Any) -> None:
-            if self.signal is not None:
-                raise KeyboardInterrupt
-            self.signal = number
-
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     # What callbacks need.
 
@@ -351,7 +331,7 @@ class _Run:
             val_loss = newest[1] if newest and newest[0] == progress.step else None
             state = resume.state_of(progress, now, self.order.plan, self.attempt, val_loss)
             folders = {"tokenizer": self.shards.folder / "tokenizer"}
-            return checkpoint.snapshot(engine, progress.step, state, documents, folders)
+            return training_state.snapshot(engine, progress.step, state, documents, folders)
 
         return take
 
@@ -368,5 +348,5 @@ class _Run:
             saved,
             self.out,
             self.seen,
-            self.signal if self.stopped else None,
+            self.stopper.signal if self.stopper.stopped else None,
         )

@@ -15,12 +15,13 @@ from gptoughts.build import Initialisation, built, meta_model
 from gptoughts.config import Recipe, from_values
 from gptoughts.distributed import Ranks
 from gptoughts.engine import Engine
+from gptoughts.facts import facts_for
 from gptoughts.layer import Sight
 from gptoughts.layers import CATALOG
 from gptoughts.machine import Machine, World, probe
 from gptoughts.models.family import FAMILIES
 from gptoughts.objectives import NextToken
-from gptoughts.planner import Plan, facts_for, resolve
+from gptoughts.planner import Plan, resolve
 from gptoughts.profile import Match, Profile
 from gptoughts.trainer import Progress, advance
 

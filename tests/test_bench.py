@@ -46,6 +46,7 @@ def test_plain_loop_is_the_same_training(fields: dict[str, str], layers: dict[st
 
         class Losses:
             touches_weights = False
+            on_stop = True
 
             def due(self, step: int, last: bool) -> bool:
                 return True

@@ -17,12 +17,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from gptoughts import checkpoint
+from gptoughts import checkpoint, training_state
+from gptoughts.facts import facts_for
 from gptoughts.layer import Case, Kind, Status
 from gptoughts.layers import CATALOG
 from gptoughts.layers.precision_fp8_te import apply, verify
 from gptoughts.machine import World, read
-from gptoughts.planner import facts_for
 from tests.engines import FAMILIES_UNDER_TEST, engine_of, plan_of, recipe_of, steps, watched
 
 LAYER = CATALOG["fp8-te"]
@@ -187,12 +187,12 @@ def test_the_scale_history_survives_a_checkpoint(tmp_path: Any) -> None:
         steps(engine, 2)
         saved = {name: value.clone() for name, value in engine.extras["fp8-te"].state_dict().items()}
         documents = {"plan.json": "{}"}
-        folder = checkpoint.write(checkpoint.snapshot(engine, 2, {}, documents, {}), tmp_path)
+        folder = checkpoint.write(training_state.snapshot(engine, 2, {}, documents, {}), tmp_path)
     assert len(saved) == 9 * 2 * 2
     assert any(bool((value > 0).any()) for name, value in saved.items() if name.endswith("amax_history"))
     with converted(recipe, options) as engine:
         assert not engine.extras["fp8-te"].state_dict()
-        checkpoint.restore(engine, folder)
+        training_state.restore(engine, folder)
         restored = engine.extras["fp8-te"].state_dict()
     assert restored.keys() == saved.keys()
     assert all(torch.equal(restored[name], saved[name]) for name in saved)

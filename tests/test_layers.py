@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from gptoughts.build import meta_model
+from gptoughts.facts import facts_for
 from gptoughts.layer import Case, Kind, Layer, Status
 from gptoughts.layers import CATALOG
 from gptoughts.machine import World, probe
 from gptoughts.models.family import FAMILIES, custom_family
-from gptoughts.planner import facts_for
 from tests.engines import FAMILIES_UNDER_TEST, NEEDS_INDUCTOR, ROWS, engine_of, plan_of, recipe_of, steps, watched
 
 OPTIONS = {"microbatch": {"microbatch.sequences": 2}, "host": {"host.threads": 1}, "loss": {"loss.tokens": 32}}
@@ -73,13 +73,13 @@ def test_every_slot_has_a_baseline_and_names_are_unique_keys() -> None:
 def test_needs_are_answered_without_torch() -> None:
     program = (
         "import sys, pathlib\n"
-        "from gptoughts import config, machine\nfrom gptoughts import planner as plan\n"
+        "from gptoughts import config, machine\nfrom gptoughts import facts as known\n"
         "from gptoughts.layer import Case\n"
         "from gptoughts.layers import CATALOG\n"
         "recipe = config.load('gpt-1b').recipe\n"
         "for path in sorted(pathlib.Path('tests/machines').glob('*.json')):\n"
         "    for ranks in (1, 2):\n"
-        "        for facts in (plan.facts_for(recipe), plan.ModelFacts()):\n"
+        "        for facts in (known.facts_for(recipe), known.ModelFacts()):\n"
         "            case = Case(machine.read(path), facts, recipe, machine.World(0, 0, ranks, ranks))\n"
         "            for layer in CATALOG.values():\n"
         "                options = layer.read_options({}, 'the test')\n"

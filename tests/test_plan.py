@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from gptoughts.config import Recipe, load
 from gptoughts.errors import ConfigError, PlanError
-from gptoughts.facts import UNKNOWN
+from gptoughts.facts import UNKNOWN, facts_for, vocabulary_of
 from gptoughts.layer import REPLACED_VERBS, SLOTS, Kind, Layer, Option, Reason, active
 from gptoughts.layers import CATALOG
 from gptoughts.machine import Machine, World, read
-from gptoughts.planner import Plan, facts_for, resolve, vocabulary_of
+from gptoughts.planner import Plan, resolve
 from gptoughts.profile import Match, Profile, Want, names, pick
 from tests.golden_files import ROOT, compare
 

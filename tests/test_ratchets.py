@@ -21,11 +21,10 @@ VENDORS = ("transformer_engine", "flash_attn", "deepspeed", "wandb", "mpi4py", "
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "common", "manager", "misc"}
 MOST_LINES_OF_A_FILE = 330
 LONGER_FILES = {
-    "gptoughts/checkpoint.py": 395,
     "gptoughts/data/sources.py": 360,
     "gptoughts/data/tokenize.py": 360,
     "gptoughts/data/tokenizer.py": 370,
-    "gptoughts/run.py": 360,
+    "gptoughts/run.py": 352,
 }
 """Files that are longer, with their limits; these may only fall."""
 MOST_LINES_OF_A_FUNCTION = 60

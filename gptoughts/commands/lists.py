@@ -5,10 +5,10 @@ from __future__ import annotations
 from gptoughts import config, profile
 from gptoughts.api import default_recipe
 from gptoughts.errors import ConfigError, PlanError, nearest
+from gptoughts.facts import facts_for
 from gptoughts.layer import SLOTS, Case, Kind, Layer
 from gptoughts.layers import CATALOG
 from gptoughts.machine import World, probe
-from gptoughts.planner import facts_for
 
 
 def recipes(name: str | None) -> int:

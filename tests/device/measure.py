@@ -156,8 +156,8 @@ def child(job: dict[str, Any]) -> int:
 def formula(job: dict[str, Any], here: Any) -> str:
     """MFU's formula and constant, or why there is none."""
     from gptoughts.api import decide
+    from gptoughts.facts import facts_for
     from gptoughts.mfu import utilisation
-    from gptoughts.planner import facts_for
 
     recipe = decide(job["recipe"], fields=job["fields"], machine=here).resolved.recipe
     return utilisation(facts_for(recipe), here, 1)[1]

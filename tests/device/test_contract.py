@@ -18,12 +18,13 @@ from gptoughts.config import Recipe
 from gptoughts.distributed import Ranks
 from gptoughts.engine import Engine
 from gptoughts.errors import PlanError
+from gptoughts.facts import facts_for
 from gptoughts.layer import Layer, Sight, Status
 from gptoughts.layers import CATALOG
 from gptoughts.machine import World, probe
 from gptoughts.models.family import FAMILIES
 from gptoughts.objectives import NextToken
-from gptoughts.planner import Plan, facts_for, resolve
+from gptoughts.planner import Plan, resolve
 from gptoughts.profile import Match, Profile
 from gptoughts.trainer import Progress, advance
 
