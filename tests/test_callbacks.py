@@ -156,3 +156,31 @@ def test_a_terminal_gets_one_live_line_and_a_log_gets_lines() -> None:
 )
 def test_words_for_figures(made: str, expected: str) -> None:
     assert made == expected
+
+
+def test_a_weight_below_one_scales_the_gradient_as_it_scales_the_loss() -> None:
+    """An objective whose sum and weight shrink alike is the same objective."""
+
+    class Scaled:
+        def __init__(self, factor: float) -> None:
+            self.factor = factor
+
+        def __call__(self, model: Any, batch: Any) -> torch.Tensor:
+            return model(batch["input_ids"][:, :-1], labels=batch["input_ids"][:, 1:]) * self.factor
+
+        def weight(self, batch: Any) -> float:
+            return self.tokens(batch) * self.factor
+
+        def tokens(self, batch: Any) -> int:
+            return batch["input_ids"][:, 1:].numel()
+
+    recipe, norms = recipe_of("modern"), []
+    for factor in (1.0, 1e-4):
+        with engine_of(recipe, plan_of(recipe)) as engine:
+            engine.objective = Scaled(factor)
+            rows: list[dict[str, Any]] = []
+            log = log_to(rows)
+            log.start(Progress(), engine)
+            train(engine, Progress(), lambda now: now.step >= 1, lambda now: 1e-3, [log])
+            norms.append((rows[0]["train/loss"], rows[0]["train/grad_norm"]))
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)

@@ -90,3 +90,40 @@ def test_a_run_under_torchrun_equals_a_run_alone(tmp_path: Path) -> None:
         assert rows[2][step] == pytest.approx(loss, abs=2e-5)
     evidence = json.loads((tmp_path / "run2" / "evidence.json").read_text())
     assert next(line for line in evidence["layers"] if line["layer"] == "ddp")["status"] == "active"
+
+
+def test_a_signal_ends_all_ranks_at_one_step_with_a_checkpoint(tmp_path: Path) -> None:
+    """SIGTERM to the launcher reaches the ranks; they agree, save and leave, and the run goes on from there."""
+    import os
+    import signal
+    import time
+
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"line {number} of a text\n" for number in range(600)), encoding="utf-8")
+    words = [
+        "-m", "gptoughts", "train", "shakespeare-char", "--data.path", str(text), "--data.cache", str(tmp_path / "cache"),
+        "--train.steps", "4000", "--log.every", "1", "--eval.every", "0", "--save.every", "0", "--sample.tokens", "4",
+        "--model.width", "32", "--model.heads", "2", "--model.depth", "2", "--data.sequence-length", "32", "--run-dir", str(tmp_path / "run"),
+    ]  # fmt: skip
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *words]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while (
+        process.poll() is None
+        and time.monotonic() < deadline
+        and (not metrics.exists() or metrics.read_text().count("\n") < 20)
+    ):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=120)
+    assert "and saved; to go on" in said, said[-3000:]
+    latest = (tmp_path / "run" / "checkpoints" / "latest").read_text().strip()
+    reached = int(latest.removeprefix("step-"))
+    assert f"stopped at step {reached} and saved" in said
+    losses = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert max(row["step"] for row in losses) == reached
+    assert not any("eval/val_loss" in row for row in losses), "validation delayed the checkpoint"
