@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -254,7 +255,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(text: Path, finished: Path, tmp_path
     said, wrong = process.communicate(timeout=120)
     assert process.returncode == code, wrong
     assert "stopped at step" in said
-    assert f"--run-dir {place}" in said
+    assert f"--run-dir {shlex.quote(str(place))}" in said
     ran = run(text, place)
     assert ran.returncode == 0, ran.stderr
     assert losses(place) == losses(finished)

@@ -39,7 +39,7 @@ def test_rows_are_read_from_every_container(tmp_path: Path) -> None:
     import zstandard
 
     (tmp_path / "a.jsonl").write_bytes(jsonl())
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(jsonl()))
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(jsonl(), mtime=0))
     compress = zstandard.ZstdCompressor().compress
     (tmp_path / "a.jsonl.zst").write_bytes(compress(jsonl()[:20]) + compress(jsonl()[20:]))
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "a.parquet", row_group_size=2)
@@ -117,7 +117,7 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": ""}\n', "holds no text (1 empty rows)"),
         ("a.jsonl", b"\n\n", "holds no text"),
         ("a.jsonl.gz", b"not gzip", "a.jsonl.gz: damaged gzip"),
-        ("a.jsonl.gz", gzip.compress(jsonl())[:-9], "a.jsonl.gz: damaged gzip"),
+        ("a.jsonl.gz", gzip.compress(jsonl(), mtime=0)[:-9], "a.jsonl.gz: damaged gzip"),
         ("a.jsonl.zst", b"not zstd at all", "a.jsonl.zst: damaged zstd"),
         ("a.parquet", b"not parquet", "a.parquet: cannot be read as parquet"),
         ("state.json", b"{}", "cannot be read as a Hugging Face dataset"),
