@@ -218,7 +218,13 @@ def _bench() -> click.Command:
     group.add_command(
         RecipeVerb("step", params=own, callback=call_with_recipe("bench", "step"), help=text, context_settings=CONTEXT)
     )
-    data: list[click.Parameter] = [_option("--to", "out", metavar="FILE", help="write JSON to FILE")]
+    data: list[click.Parameter] = [
+        _option("--source", default="python-stdlib", metavar="PATH", help="text to tokenise"),
+        _option(
+            "--tokenizer", default="bpe", metavar="NAME", help="bpe (trained on the text), gpt2, or a folder with its files"
+        ),
+        _option("--to", "out", metavar="FILE", help="write JSON to FILE"),
+    ]
     group.add_command(
         Verb("data", params=data, callback=call("bench", "data"), help="Tokenising and batches.", context_settings=CONTEXT)
     )

@@ -132,3 +132,15 @@ def test_command_prints_the_table_and_keeps_the_figures(
     printed = capsys.readouterr().out
     assert "ours / plain" in printed and f"kept in {out}" in printed
     assert json.loads(out.read_text(encoding="utf-8"))["runs"][0]["recipe"] == "quickstart"
+
+
+def test_data_measures_any_text_without_a_network(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from gptoughts.commands.bench import data
+
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"line {number} of a text that is measured\n" for number in range(4000)), encoding="utf-8")
+    assert data(str(text), "bpe", str(tmp_path / "data.json")) == 0
+    said = capsys.readouterr().out
+    assert "mtok_per_second" in said
+    assert "one_process_to_tiktoken" in said
+    assert [run["what"] for run in json.loads((tmp_path / "data.json").read_text())["runs"]] == ["batches", "tokenise"]

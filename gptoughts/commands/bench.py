@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from gptoughts.api import decide
@@ -41,7 +42,7 @@ def step(
     return 0
 
 
-def data(out: str | None) -> int:
+def data(source: str, tokenizer: str, out: str | None) -> int:
     """Measure batches and tokenising; print the figures and, if asked, keep them."""
     needs_torch()
     from gptoughts.bench.data import bench_batches, bench_tokenise
@@ -49,7 +50,8 @@ def data(out: str | None) -> int:
     from gptoughts.machine import probe
 
     here = machine_figures(probe())
-    for what, measure in (("batches", bench_batches), ("tokenise", bench_tokenise)):
+    measures = (("batches", bench_batches), ("tokenise", partial(bench_tokenise, source, tokenizer)))
+    for what, measure in measures:
         figures = measure()
         print(what, *(f"  {name:<34} {value}" for name, value in figures.items()), sep="\n", flush=True)
         if out is not None:
