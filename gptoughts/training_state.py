@@ -65,12 +65,7 @@ def _optimizer_state(engine: Engine) -> tuple[dict[str, Tensor], dict[str, Any]]
                 tensors[place] = _host(value)
             else:
                 numbers[place] = value
-    groups = [
-        {key: value for key, value in group.items() if key not in ("params", "lr")}
-        | {"params": [names[id(p)] for p in group["params"]]}
-        for group in engine.optimizer.param_groups
-    ]
-    return tensors, {"values": numbers, "groups": groups}
+    return tensors, {"values": numbers}
 
 
 def _extras(engine: Engine) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -271,6 +271,19 @@ def test_one_big_batch_equals_accumulated_ones_with_ragged_labels(sequences: int
     assert (whole - accumulated).abs().max() < 1e-6
 
 
+def test_the_fused_update_moves_weights_as_the_plain_one_does() -> None:
+    """After three updates, within the last bits of float32."""
+    recipe, reached = recipe_of("modern"), []
+    for layer in ("plain", "fused"):
+        with engine_of(recipe, plan_of(recipe, {"optimizer": layer})) as engine:
+            before = [parameter.clone() for parameter in engine.parameters()]
+            steps(engine, 3)
+            assert not any(torch.equal(old, new) for old, new in zip(before, engine.parameters(), strict=True))
+            reached.append([parameter.detach().clone() for parameter in engine.parameters()])
+    for plain, fused in zip(*reached, strict=True):
+        assert (plain - fused).abs().max() < 1e-6
+
+
 def test_recomputation_gives_the_very_same_gradient() -> None:
     recipe = recipe_of("modern")
     assert torch.equal(gradient(recipe, {})[1], gradient(recipe, {"recompute": "recompute-blocks"})[1])
