@@ -91,6 +91,7 @@ def execute(order: Order) -> Outcome:
     try:
         if order.world.rank == 0:
             order.folder.lock()
+            checkpoint.clean(order.folder.checkpoints)  # a kill may have hidden one that was being replaced
         # Before ranks meet: reading a large text may take longer than they would wait for each other. One tokenises, a lock
         # makes the others on its box wait, and boxes without a shared disk each make their own.
         shards = Shards.open(prepare(order.resolved.recipe.data))
@@ -183,7 +184,6 @@ class _Run:
         self.attempt = attempts(metrics) + 1 if self.ranks.first else 1
         if not self.ranks.first:
             return
-        checkpoint.clean(self.order.folder.checkpoints)
         (self.out / "plan.json").write_text(json.dumps(self.order.plan.to_json(), indent=1) + "\n", encoding="utf-8")
         (self.out / "recipe.toml").write_text(self.order.resolved.to_toml(), encoding="utf-8")
         say = self.console.say
