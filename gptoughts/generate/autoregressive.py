@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Protocol, overload
 
 import torch
@@ -11,7 +10,46 @@ from torch import Tensor
 
 from gptoughts.errors import ConfigError, DataError
 from gptoughts.generate.sampling import check_sampling, sample
+from gptoughts.models.eager import eager_reading
 from gptoughts.models.gpt import GPT, KeyValueCache
+
+Read = Callable[[list[int]], Tensor]
+"""Takes the ids that follow those it took before; returns the logits (V) of the next one."""
+
+
+class Reader(Protocol):
+    """What generation needs of a model."""
+
+    sequence_length: int
+    """Tokens of context at most."""
+    vocab_size: int
+
+    def reading(self) -> Read:
+        """A fresh context."""
+
+
+class GPTReader:
+    """The native GPT with its key-value cache."""
+
+    def __init__(self, model: GPT) -> None:
+        self._model = model
+        self.sequence_length, self.vocab_size = model.sequence_length, model.vocab_size
+
+    def reading(self) -> Read:
+        """A fresh cache."""
+        cache, device = KeyValueCache(len(self._model.blocks), self.sequence_length), self._model.embed.weight.device
+        return lambda ids: self._model(torch.tensor([ids], device=device), cache=cache)[0, -1]  # V
+
+
+def reader_of(model: torch.nn.Module) -> Reader:
+    """The reader that a model brings as `reader()`, or ours for the native GPT. Raises ConfigError where there is none."""
+    if isinstance(model, GPT) and model.causal:
+        return GPTReader(model)
+    own: Callable[[], Reader] | None = getattr(model, "reader", None)
+    if own is not None:
+        return own()
+    raise ConfigError(f"a {type(model).__name__} does not write text token by token")
+
 
 OnText = Callable[[int, str], None]
 
@@ -32,16 +70,16 @@ class Tokenizer(Protocol):
 
 @overload
 def generate(
-    model: GPT, tokenizer: Tokenizer, prompts: list[str], max_new_tokens: int = ..., temperature: float = ...,
-    top_k: int = ..., top_p: float = ..., seed: int = ..., stop_at_eot: bool = ..., on_text: OnText | None = ...,
+    model: torch.nn.Module, tokenizer: Tokenizer, prompts: list[str], max_new_tokens: int = ..., temperature: float = ...,
+    top_k: int = ..., top_p: float = ..., seed: int = ..., stop_at_eot: bool = ..., on_text: OnText | None = ..., stops: Collection[int] = ...,
 ) -> list[str]: ...  # fmt: skip
 @overload
 def generate(
-    model: GPT, tokenizer: Tokenizer, prompts: list[list[int]], max_new_tokens: int = ..., temperature: float = ...,
-    top_k: int = ..., top_p: float = ..., seed: int = ..., stop_at_eot: bool = ..., on_text: OnText | None = ...,
+    model: torch.nn.Module, tokenizer: Tokenizer, prompts: list[list[int]], max_new_tokens: int = ..., temperature: float = ...,
+    top_k: int = ..., top_p: float = ..., seed: int = ..., stop_at_eot: bool = ..., on_text: OnText | None = ..., stops: Collection[int] = ...,
 ) -> list[list[int]]: ...  # fmt: skip
 def generate(
-    model: GPT,
+    model: torch.nn.Module,
     tokenizer: Tokenizer,
     prompts: list[str] | list[list[int]],
     max_new_tokens: int = 128,
@@ -51,11 +89,13 @@ def generate(
     seed: int = 0,
     stop_at_eot: bool = True,
     on_text: OnText | None = None,
+    stops: Collection[int] = (),
 ) -> list[str] | list[list[int]]:
     """Continue each prompt by at most `max_new_tokens`; returns the continuations alone, text for text and ids for ids.
 
     Prompts are written one after the other, each with a generator of its own from `seed`: what a prompt gets does not
-    depend on its neighbours. An empty prompt starts from end-of-text; `stop_at_eot` ends at it and leaves it out.
+    depend on its neighbours. An empty prompt starts from end-of-text; `stop_at_eot` ends at it and leaves it out, and so
+    do the ids in `stops`, such as a chat's end of turn.
     `on_text(index of the prompt, piece)` receives text as soon as its characters are complete.
 
     A prompt longer than the context keeps its last tokens. Once the context is full, the newest half of it is read
@@ -65,16 +105,17 @@ def generate(
     check_sampling(temperature, top_k, top_p)
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens = {max_new_tokens} must be at least 1")
-    limit = min(tokenizer.vocab_size, model.vocab_size)
+    reader = reader_of(model)
+    limit = min(tokenizer.vocab_size, reader.vocab_size)
     starts = [_start(tokenizer, prompt, limit) for prompt in prompts]
     written: list[list[int]] = []
-    with _reading(model):
+    with eager_reading(model):
         for index, start in enumerate(starts):
             generator = torch.Generator("cpu").manual_seed(seed)
             stream = _Stream(tokenizer, index, on_text)
-            for logits in _next_logits(model, start, stream.ids):
+            for logits in _next_logits(reader, start, stream.ids):
                 token = sample(logits, temperature, top_k, top_p, generator, limit)
-                if stop_at_eot and token == tokenizer.eot_id:
+                if (stop_at_eot and token == tokenizer.eot_id) or token in stops:
                     break
                 stream.add(token)
                 if len(stream.ids) == max_new_tokens:
@@ -98,29 +139,17 @@ def _start(tokenizer: Tokenizer, prompt: str | Sequence[int], limit: int) -> lis
     return ids
 
 
-def _next_logits(model: GPT, start: list[int], written: list[int]) -> Iterator[Tensor]:
+def _next_logits(reader: Reader, start: list[int], written: list[int]) -> Iterator[Tensor]:
     """Logits (V) of the token that follows `start` and `written`, again after each token that the caller adds there."""
-    length, device = model.sequence_length, model.embed.weight.device
-    cache = KeyValueCache(len(model.blocks), length)
-    unread = start[-length:]
+    length, used = reader.sequence_length, 0
+    read, unread = reader.reading(), start[-reader.sequence_length :]
     while True:
-        if cache.used + len(unread) > length:
-            unread = (start + written)[-max(1, length // 2) :]
-            cache = KeyValueCache(len(model.blocks), length)
-        yield model(torch.tensor([unread], device=device), cache=cache)[0, -1]  # V
+        if used + len(unread) > length:
+            unread, used = (start + written)[-max(1, length // 2) :], 0
+            read = reader.reading()
+        used += len(unread)
+        yield read(unread)
         unread = written[-1:]
-
-
-@contextmanager
-def _reading(model: GPT) -> Iterator[None]:
-    """Evaluation mode, no gradients, and eager blocks: each new length would otherwise be compiled once more."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        model.train(training)
 
 
 class _Stream:

@@ -35,21 +35,31 @@ def apply(engine: Engine, options: Options) -> Iterator[None]:
     undo()
 
 
-def attend(query, key, value, causal: bool):  # type: ignore[no-untyped-def]  # tensors: torch is not known at this floor
-    """Attention over query B H T D and key, value B K S D with K heads shared by groups. Causal: queries are the last T positions."""
+def attend(query, key, value, causal: bool, mask=None, scale: float | None = None):  # type: ignore[no-untyped-def]  # torch is not known here
+    """Attention over query B H T D, key B K S D, value B K S E with K heads shared by groups. Causal: queries are the last T positions.
+
+    `mask` (bool, broadcastable to B 1 T S, True = may attend) says everything; `causal` is then not applied.
+    """
     import torch
     from torch.nn.functional import scaled_dot_product_attention
 
     grouped = query.shape[1] != key.shape[1]
-    if grouped and query.is_cuda and query.dtype is torch.float32:
-        # On CUDA only flash attention takes grouped heads, and it wants half precision; copied heads keep float32 on a fused kernel.
+    if grouped and query.is_cuda and (query.dtype is torch.float32 or mask is not None):
+        # On CUDA only flash attention takes grouped heads, in half precision and without a mask; copied heads keep the rest fused.
         copies = query.shape[1] // key.shape[1]
         key, value, grouped = key.repeat_interleave(copies, dim=1), value.repeat_interleave(copies, dim=1), False
-    if causal and query.shape[2] != key.shape[2]:
+    if mask is None and causal and query.shape[2] != key.shape[2]:
         rows, columns = query.shape[2], key.shape[2]
         mask = torch.ones(rows, columns, dtype=torch.bool, device=query.device).tril(columns - rows)
-        return scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=grouped)
-    return scaled_dot_product_attention(query, key, value, is_causal=causal, enable_gqa=grouped)
+    narrow = value.shape[3] < query.shape[3]
+    width = value.shape[3]
+    if narrow:
+        # Flash attention wants one head width, and latent attention has narrower values: zeros behind them add nothing.
+        value = torch.nn.functional.pad(value, (0, query.shape[3] - width))
+    mixed = scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=causal and mask is None, scale=scale, enable_gqa=grouped
+    )
+    return mixed[..., :width] if narrow else mixed
 
 
 def verify(engine: Engine, sight: Sight, options: Options) -> Evidence:

@@ -37,17 +37,35 @@ def _one_process(case: Case, options: Options) -> Iterator[Reason]:
         )
 
 
+def _length_is_known(case: Case, options: Options) -> Iterator[Reason]:
+    train = case.recipe.train
+    if case.recipe.optim.name == "ademamix" and train.steps is None and train.tokens is None:
+        yield cannot(
+            "optim.name = ademamix raises alpha and beta3 over the run and must know its length in updates",
+            "--train.steps N or --train.tokens N",
+        )
+
+
 @contextmanager
 def _plain_optimizer(engine: Engine, options: Options) -> Iterator[None]:
-    from gptoughts.optim import adamw
+    from gptoughts.optimisers import attached
 
-    before, engine.optimizer = engine.optimizer, adamw(engine.bare, engine.recipe.optim, foreach=False, fused=False)
-    yield
-    engine.optimizer = before
+    with attached(engine, "plain"):
+        yield
 
 
-def _moved(engine: Engine, sight: Sight, options: Options) -> Evidence:
-    return active("weights moved") if sight.weights_moved else inactive("no weight moved in the watched step")
+def _all_updated(engine: Engine, sight: Sight, options: Options) -> Evidence:
+    """The recipe's optimiser has a memory of every parameter, no fused update ran, and weights moved."""
+    from gptoughts.optimisers import covered
+
+    name = engine.recipe.optim.name
+    known, given = covered(engine.optimizer) if engine.optimizer else (0, 0)
+    fused = sight.calls("_fused_adam")
+    if not sight.weights_moved:
+        return inactive(f"no weight moved in the watched step of {name}")
+    if not known or fused:
+        return inactive(f"{name}: memory of {known} of {given} parameters, {fused} fused updates", known=known, fused=fused)
+    return active(f"{name}: memory of {known} of {given} parameters, weights moved", known=known)
 
 
 @contextmanager
@@ -80,7 +98,15 @@ KEEP = _baseline("recompute", "keep", "Keeps every activation for the backward."
 RESIDENT = _baseline("offload", "resident", "Activations stay on the device.")
 EAGER = _baseline("compile", "eager", "Operators run one by one as Python reaches them.")
 SINGLE = _baseline("parallel", "single", "One process.", fits=_one_process)
-PLAIN = _baseline("optimizer", "plain", "AdamW, one parameter and one operator at a time.", _plain_optimizer, _moved)
+PLAIN = _baseline(
+    "optimizer",
+    "plain",
+    "The optimiser that the recipe names, one parameter and one operator at a time.",
+    _plain_optimizer,
+    _all_updated,
+    fits=_length_is_known,
+    wraps=("eval_context",),
+)
 WITH_WEIGHTS = _baseline("optimizer_offload", "with-weights", "Optimiser state lies beside the weights.")
 AFTER_CLIP = _baseline("update", "after-clip", "All gradients, then clipping, then one update.")
 DIRECT = _baseline("loader", "direct", "Reads and copies a batch when the step asks for it.", _direct, moment=Moment.REAL)

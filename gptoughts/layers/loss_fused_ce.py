@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from gptoughts.errors import LayerError
 from gptoughts.layer import (
     Case,
     Engine,
@@ -36,6 +37,12 @@ def fits(case: Case, options: Options) -> Iterator[Reason]:
     if facts.family is None:
         yield cannot("needs a model of a known family; a module of your own computes its loss itself")
         return
+    if case.recipe.objective == "question-answering":
+        yield cannot("question answering has no logits over the vocabulary")
+        return
+    if facts.head == "own":
+        yield cannot(f"{facts.family} does more than one product between hidden states and logits")
+        return
     if facts.vocab_size is None or facts.sequence_length is None:
         yield would_not_pay("the vocabulary is not known before the text is read", "logits cannot be weighed")
         return
@@ -51,7 +58,11 @@ def fits(case: Case, options: Options) -> Iterator[Reason]:
 
 @contextmanager
 def apply(engine: Engine, options: Options) -> Iterator[None]:
-    """Give the head the sliced loss."""
+    """Give the head the sliced loss. Raises LayerError where the model turned out to have no head to be replaced."""
+    if engine.family.head is None:
+        raise LayerError(
+            f"loss=fused-ce: {engine.family.name} makes its logits itself and offers no head\n  try: --layer.loss full-ce"
+        )
     head = engine.family.head(engine.bare)
     before = head.loss
     head.loss = SlicedCrossEntropy(options["tokens"], engine.counters.marks)
@@ -65,15 +76,19 @@ class SlicedCrossEntropy:
     def __init__(self, tokens: int, marks: Counter[str]) -> None:
         self.tokens, self.marks = tokens, marks
 
-    def __call__(self, hidden, weight, labels):  # type: ignore[no-untyped-def]  # tensors: torch is not known at this floor
-        """Loss sum of hidden B T C against labels B T with the head's weight V C; labels of -100 count for nothing."""
+    def __call__(self, hidden, weight, labels, reduction: str = "sum"):  # type: ignore[no-untyped-def]  # torch is not known here
+        """Loss sum of hidden B T C against labels B T with the head's weight V C; labels of -100 count for nothing.
+
+        A scalar, or with reduction "rows" one sum per row, B.
+        """
         import torch
         from torch.nn import functional
         from torch.utils.checkpoint import checkpoint
 
         self.marks["fused-ce"] += 1
         rows, wanted = hidden.flatten(0, -2), labels.long().flatten()
-        if hidden.is_cuda and hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        by_row = reduction == "rows"
+        if hidden.is_cuda and not by_row and hasattr(torch.nn, "LinearCrossEntropyOptions"):
             if torch.is_autocast_enabled("cuda"):  # torch's operator is opaque to autocast, so its rule is applied here
                 low = torch.get_autocast_dtype("cuda")
                 rows, weight = rows.to(low), weight.to(low)
@@ -83,14 +98,17 @@ class SlicedCrossEntropy:
             )
 
         def of_slice(part, aim):  # type: ignore[no-untyped-def]
-            return functional.cross_entropy(functional.linear(part, weight).float(), aim, ignore_index=-100, reduction="sum")
+            logits = functional.linear(part, weight).float()
+            return functional.cross_entropy(logits, aim, ignore_index=-100, reduction="none" if by_row else "sum")
 
-        total = torch.zeros((), device=hidden.device)
-        for part, aim in zip(rows.split(self.tokens), wanted.split(self.tokens), strict=True):
-            total = total + (
-                checkpoint(of_slice, part, aim, use_reentrant=False) if torch.is_grad_enabled() else of_slice(part, aim)
-            )
-        return total
+        slices = zip(rows.split(self.tokens), wanted.split(self.tokens), strict=True)
+        losses = (
+            checkpoint(of_slice, part, aim, use_reentrant=False) if torch.is_grad_enabled() else of_slice(part, aim)
+            for part, aim in slices
+        )
+        if by_row:
+            return torch.cat(list(losses)).view(labels.shape).sum(dim=-1)
+        return sum(losses, start=torch.zeros((), device=hidden.device))
 
 
 def verify(engine: Engine, sight: Sight, options: Options) -> Evidence:

@@ -8,20 +8,26 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from gptoughts.layer import Engine, Evidence, Layer, Options, Sight, active, inactive
+from gptoughts.layer import Case, Engine, Evidence, Layer, Options, Reason, Sight, active, cannot, inactive
 
 FUSED = "aten::_fused_adamw_"
 UNFUSED = ("aten::addcdiv_", "aten::_foreach_addcdiv_")
 
 
+def fits(case: Case, options: Options) -> Iterator[Reason]:
+    """AdamW only."""
+    name = case.recipe.optim.name
+    if name != "adamw":
+        yield cannot(f"torch fuses AdamW, and optim.name is {name}", "--layer.optimizer plain")
+
+
 @contextmanager
 def apply(engine: Engine, options: Options) -> Iterator[None]:
     """Build AdamW with torch's fused implementation over the recipe's groups."""
-    from gptoughts.optim import adamw
+    from gptoughts.optimisers import attached
 
-    before, engine.optimizer = engine.optimizer, adamw(engine.bare, engine.recipe.optim, fused=True)
-    yield
-    engine.optimizer = before
+    with attached(engine, "fused"):
+        yield
 
 
 def verify(engine: Engine, sight: Sight, options: Options) -> Evidence:
@@ -41,5 +47,6 @@ LAYER = Layer(
     card=__doc__ or "",
     apply=apply,
     verify=verify,
+    fits=fits,
     changes_numerics=True,
 )

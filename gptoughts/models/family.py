@@ -9,6 +9,7 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -42,8 +43,8 @@ class Family:
     retie            makes each alias the owner's Parameter again
     buffers          (model, device) -> writes the buffers that no checkpoint holds
     attentions       model -> {name: attention module}
-    set_attention    (model, function) -> undo; function(query, key, value, causal) as `gpt.math_attention`
-    head             model -> the module called as head(hidden, labels) -> loss sum, with a replaceable `loss`
+    set_attention    (model, function) -> undo; function is an `attention.AttentionFunction`
+    head             model -> the module called as head(hidden, labels, reduction) -> loss, with a replaceable `loss`
     initial          (name, full shape, config) -> how that parameter begins
     sites            model -> places that a fused norm-and-projection module can take over
     """
@@ -142,10 +143,11 @@ def _gpt_set_attention(model: nn.Module, function: AttentionFunction) -> Undo:
     return undo
 
 
-FAMILIES: dict[str, Family] = {
-    "gpt": Family(
-        name="gpt",
-        build=GPT,
+def native(name: str, causal: bool) -> Family:
+    """The family of the native GPT, looking back only (gpt) or both ways (llada: the mask predictor of Nie et al. 2025)."""
+    return Family(
+        name=name,
+        build=partial(GPT, causal=causal),
         blocks=_gpt_blocks,
         tied=_gpt_tied,
         retie=lambda model: _gpt(model).tie(),
@@ -155,8 +157,10 @@ FAMILIES: dict[str, Family] = {
         head=lambda model: _gpt(model).head,
         initial=gpt_initial,
         sites=gpt_sites,
-    ),
-}
+    )
+
+
+FAMILIES: dict[str, Family] = {"gpt": native("gpt", causal=True), "llada": native("llada", causal=False)}
 
 
 def family_of(name: str) -> Family:

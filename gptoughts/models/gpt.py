@@ -2,6 +2,8 @@
 
     tokens -> embed (+ positions) -> depth x [ norm, attention, add; norm, mlp, add ] -> norm -> head -> loss or logits
 
+The arithmetic of attention and of rotary positions is in `attention.py`.
+With `causal=False` each token attends to all of its document: the mask predictor of masked diffusion (LLaDA).
 Shapes stand behind the lines: B sequences, T new tokens, S tokens to attend to (S > T with a cache), C width,
 H query heads, K key-value heads, D head width, V rows of the embedding.
 
@@ -10,7 +12,7 @@ Two things are plain attributes, to be replaced by whoever has something faster:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Literal, Protocol
 
 import torch
 import torch.nn as nn
@@ -18,9 +20,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gptoughts.config import ModelConfig
+from gptoughts.models.attention import AttentionFunction, document_mask, math_attention, rotary_tables, rotate
 
-AttentionFunction = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
-LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
+Reduction = Literal["sum", "rows"]
+
+
+class LossFunction(Protocol):
+    """loss(hidden B T C, weight V C, labels B T, reduction) -> summed cross-entropy: a scalar, or with "rows" B sums."""
+
+    def __call__(self, hidden: Tensor, weight: Tensor, labels: Tensor, reduction: Reduction = "sum") -> Tensor: ...
+
 
 NORM_EPSILON = 1e-5  # GPT-2's and Llama's
 IGNORED_LABEL = -100
@@ -56,26 +65,6 @@ def make_norm(config: ModelConfig) -> nn.Module:
 def make_dropout(config: ModelConfig) -> nn.Module:
     """Dropout, or nothing at all where its rate is 0."""
     return nn.Dropout(config.dropout) if config.dropout else nn.Identity()
-
-
-# --- positions
-
-
-def rotary_tables(length: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every position and frequency, fp32, each T D/2 (Su et al. 2021, RoFormer).
-
-    Worked out in fp64 on the CPU: at position 100,000 an fp32 angle is off by up to a hundredth of a radian.
-    """
-    where = device if device.type == "meta" else torch.device("cpu")
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.float64, device=where) / head_dim  # D/2
-    angle = torch.arange(length, dtype=torch.float64, device=where)[:, None] * theta**-exponent  # T D/2
-    return angle.cos().float().to(device), angle.sin().float().to(device)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn pairs of channels by their position's angle: channel i with i + D/2 (Llama's order, not interleaved)."""
-    first, second = x.float().chunk(2, dim=-1)  # B H T D/2
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).type_as(x)  # B H T D
 
 
 # --- key-value cache
@@ -115,29 +104,12 @@ class BlockCache:
 # --- attention
 
 
-def math_attention(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
-    """Attention as in Vaswani et al. 2017, with an fp32 softmax: slow, exact, the reference for every faster one.
-
-    query B H T D, key and value B K S D with K dividing H (Ainslie et al. 2023: query head h reads key head h*K//H).
-    Causal with T < S: the queries are the last T positions. Returns B H T D in the values' dtype.
-    """
-    B, H, T, D = query.shape
-    K, S = key.shape[1], key.shape[2]
-    G = H // K  # query heads that share one key head; they are stacked along T, so keys are never copied
-    scores = query.reshape(B, K, G * T, D) @ key.transpose(-2, -1)  # B K GT S
-    scores = scores.float().view(B, K, G, T, S) * D**-0.5
-    if causal:
-        future = torch.ones(T, S, dtype=torch.bool, device=query.device).triu(S - T + 1)
-        scores = scores.masked_fill(future, float("-inf"))
-    share = scores.softmax(dim=-1).to(value.dtype).view(B, K, G * T, S)
-    return (share @ value).view(B, H, T, D)
-
-
 class Attention(nn.Module):
-    """Causal self-attention with one fused projection for queries, keys and values, in this order."""
+    """Self-attention with one fused projection for queries, keys and values, in this order."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, causal: bool = True) -> None:
         super().__init__()
+        self.causal = causal
         self.head_dim = config.head_dim
         self.heads = (config.heads, config.key_value_heads, config.key_value_heads)
         self.qkv = nn.Linear(config.width, sum(self.heads) * config.head_dim, bias=config.bias)
@@ -147,7 +119,9 @@ class Attention(nn.Module):
         self.key_norm = RMSNorm(config.head_dim, eps=NORM_EPSILON) if config.qk_norm else nn.Identity()
         self.attend: AttentionFunction = math_attention
 
-    def forward(self, x: Tensor, cos: Tensor | None, sin: Tensor | None, cache: BlockCache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor | None, sin: Tensor | None, cache: BlockCache | None = None, mask: Tensor | None = None
+    ) -> Tensor:
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, -1, self.head_dim)  # B T H+2K D
         query, key, value = qkv.split(self.heads, dim=2)
@@ -158,7 +132,10 @@ class Attention(nn.Module):
             query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         if cache is not None:
             key, value = cache.extend(key, value)  # B K S D
-        mixed = self.attend(query, key, value, True)  # B H T D
+        if mask is None:
+            mixed = self.attend(query, key, value, self.causal)  # B H T D
+        else:
+            mixed = self.attend(query, key, value, self.causal, mask)
         return self.out(mixed.transpose(1, 2).reshape(B, T, C))
 
 
@@ -200,23 +177,31 @@ class Block(nn.Module):
     one graph for all. An integer that differed would build one each, and leave blocks eager once its cache is full.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, causal: bool = True) -> None:
         super().__init__()
         self.norm1 = make_norm(config)
-        self.attention = Attention(config)
+        self.attention = Attention(config, causal)
         self.norm2 = make_norm(config)
         self.mlp = SwiGLU(config) if config.mlp == "swiglu" else GELU(config)
         self.dropout = make_dropout(config)
 
-    def forward(self, x: Tensor, cos: Tensor | None, sin: Tensor | None, cache: BlockCache | None = None) -> Tensor:
-        x = x + self.dropout(self.attention(self.norm1(x), cos, sin, cache))  # B T C
+    def forward(
+        self, x: Tensor, cos: Tensor | None, sin: Tensor | None, cache: BlockCache | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        x = x + self.dropout(self.attention(self.norm1(x), cos, sin, cache, mask))  # B T C
         return x + self.dropout(self.mlp(self.norm2(x)))
 
 
-def full_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """The sum of the cross-entropies over all labels but -100, in fp32, from all B T V logits: the reference."""
+def full_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, reduction: Reduction = "sum") -> Tensor:
+    """The sum of the cross-entropies over all labels but -100, in fp32, from all B T V logits: the reference.
+
+    A `LossFunction`: a scalar, or with reduction "rows" one sum per row, B.
+    """
     logits = F.linear(hidden, weight).float().flatten(0, -2)  # BT V
-    return F.cross_entropy(logits, labels.long().flatten(), ignore_index=IGNORED_LABEL, reduction="sum")
+    wanted = labels.long().flatten()
+    if reduction == "sum":
+        return F.cross_entropy(logits, wanted, ignore_index=IGNORED_LABEL, reduction="sum")
+    return F.cross_entropy(logits, wanted, ignore_index=IGNORED_LABEL, reduction="none").view(labels.shape).sum(dim=-1)
 
 
 class Head(nn.Module):
@@ -229,16 +214,17 @@ class Head(nn.Module):
         self.weight = nn.Parameter(torch.empty(vocab_size, config.width).normal_(std=0.02))
         self.loss: LossFunction = full_cross_entropy
 
-    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Logits B T V, or with labels (B T, already shifted, -100 ignored) the summed loss, a scalar."""
+    def forward(self, hidden: Tensor, labels: Tensor | None = None, reduction: Reduction = "sum") -> Tensor:
+        """Logits B T V, or with labels (B T, already shifted, -100 ignored) the summed loss, a scalar or B "rows"."""
         if labels is None:
             return F.linear(hidden, self.weight)
-        return self.loss(hidden, self.weight, labels)
+        return self.loss(hidden, self.weight, labels, reduction)
 
 
 class GPT(nn.Module):
     """A decoder-only transformer (Radford et al. 2019), pre-norm, over `vocab_size` embedding rows.
 
+    With `causal=False` an encoder with a language model's head (Nie et al. 2025, LLaDA), which has no cache.
     Dropout stands where GPT-2 has it, behind the embedding and on both residual branches, but not on attention
     probabilities: the fused kernels that replace `attend` have none. May be built under `torch.device("meta")`;
     `build_buffers` then belongs after the weights were allocated.
@@ -247,15 +233,16 @@ class GPT(nn.Module):
     cos: Tensor | None
     sin: Tensor | None
 
-    def __init__(self, config: ModelConfig, vocab_size: int, sequence_length: int) -> None:
+    def __init__(self, config: ModelConfig, vocab_size: int, sequence_length: int, causal: bool = True) -> None:
         super().__init__()
         self.config = config
+        self.causal = causal
         self.vocab_size = vocab_size
         self.sequence_length = sequence_length
         self.embed = nn.Embedding(vocab_size, config.width)
         self.positions = nn.Embedding(sequence_length, config.width) if config.positions == "learned" else None
         self.dropout = make_dropout(config)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(Block(config, causal) for _ in range(config.depth))
         self.norm = make_norm(config)
         self.head = Head(config, vocab_size)
         self.tie()
@@ -274,23 +261,51 @@ class GPT(nn.Module):
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+        positions: Tensor | None = None,
+        reduction: Reduction = "sum",
+    ) -> Tensor:
         """Logits B T V of integer `input_ids` B T; with `labels` (B T, shifted, -100 ignored) the summed loss instead.
 
-        With a cache the tokens continue those it holds. Raises ValueError beyond `sequence_length` tokens.
+        `positions` (B T, integer) count inside each document of a row, and a 0 begins one: tokens see no other document.
+        Without them a row is one document. With a cache the tokens continue those it holds. `reduction` "rows" gives
+        one sum per row, B. Raises ValueError beyond `sequence_length` tokens, for a position that has no table row
+        (told on the CPU only: on a GPU the look-up itself fails), and for a cache where none can be.
         """
         start = cache.used if cache is not None else 0
         end = start + input_ids.shape[1]
         if end > self.sequence_length:
             raise ValueError(f"{end} tokens are more than the model's sequence_length of {self.sequence_length}")
+        if cache is not None and (positions is not None or not self.causal):
+            raise ValueError("a cache continues one document per row, in a model that only looks back")
         x = self.embed(input_ids.long())  # B T C
-        if self.positions is not None:
-            x = x + self.positions(torch.arange(start, end, device=x.device))
-        x = self.dropout(x)
+        mask = None
         cos = self.cos[start:end] if self.cos is not None else None  # T D/2
         sin = self.sin[start:end] if self.sin is not None else None
+        if positions is not None:
+            self._check(positions)
+            mask = document_mask(positions, self.causal)  # once for all blocks
+            cos = self.cos[positions].unsqueeze(1) if self.cos is not None else None  # B 1 T D/2
+            sin = self.sin[positions].unsqueeze(1) if self.sin is not None else None
+        if self.positions is not None:
+            x = x + self.positions(torch.arange(start, end, device=x.device) if positions is None else positions)
+        x = self.dropout(x)
         for index, block in enumerate(self.blocks):
-            x = block(x, cos, sin, cache.blocks[index] if cache is not None else None)
+            x = block(x, cos, sin, cache.blocks[index] if cache is not None else None, mask)
         if cache is not None:
             cache.used = end
-        return self.head(self.norm(x), labels)
+        return self.head(self.norm(x), labels, reduction)
+
+    def _check(self, positions: Tensor) -> None:
+        if (
+            positions.is_cpu and positions.numel() and not torch.compiler.is_compiling()
+        ):  # elsewhere it would wait for the device
+            least, most = (int(value) for value in positions.aminmax())
+            if least < 0 or most >= self.sequence_length:
+                raise ValueError(
+                    f"positions {least} to {most} are not all in the model's sequence_length of {self.sequence_length}"
+                )

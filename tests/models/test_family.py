@@ -146,7 +146,7 @@ def test_set_attention_reaches_every_block_and_undoes(make_model: MakeModel) -> 
 
 
 def test_unknown_family_offers_the_nearest() -> None:
-    with pytest.raises(ConfigError, match=r"'gtp' is unknown; known: gpt \(did you mean 'gpt'\?\)"):
+    with pytest.raises(ConfigError, match=r"'gtp' is unknown; known: gpt, llada.* \(did you mean 'gpt'\?\)"):
         family_of("gtp")
     with pytest.raises(TypeError, match="given a Linear"):
         GPT_FAMILY.blocks(nn.Linear(1, 1))

@@ -172,7 +172,7 @@ def test_loss_is_replaceable_and_takes_any_integers(make_model: MakeModel) -> No
     model = make_model()
     tokens, labels = ids(2, 16).to(torch.int32), ids(2, 16, seed=1).to(torch.int32)
     before = model(tokens, labels)
-    model.head.loss = lambda hidden, weight, targets: 2 * full_cross_entropy(hidden, weight, targets)
+    model.head.loss = lambda hidden, weight, targets, reduction: 2 * full_cross_entropy(hidden, weight, targets, reduction)
     torch.testing.assert_close(model(tokens.to(torch.uint16), labels), 2 * before)
 
 
