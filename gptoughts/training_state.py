@@ -1,15 +1,19 @@
 """Everything that a resumed run needs, between the engine and a checkpoint: weights, optimiser, generators, layers' memory.
 
 Tensors go to safetensors under flattened names; numbers, tuples and None to JSON. No pickle.
+
+Both directions happen inside `eval_context`: a checkpoint's weights are those that evaluation sees. Where an optimiser trains others, it
+keeps them in its state there, so they are saved and come back with it.
 """
 
 from __future__ import annotations
 
 import json
 import random
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,21 +23,46 @@ from torch import Tensor
 from gptoughts.checkpoint import FORMAT, Snapshot, read_state
 from gptoughts.engine import Engine
 from gptoughts.errors import CheckpointError
+from gptoughts.optim import GROUP_STATE
+
+Which = Literal["all", "trained"]
+"""Which weights a checkpoint holds. `trained` leaves frozen ones out, which an adapter's base brings again."""
 
 
 def snapshot(
-    engine: Engine, step: int, state: Mapping[str, Any], documents: Mapping[str, str], folders: Mapping[str, Path]
+    engine: Engine,
+    step: int,
+    state: Mapping[str, Any],
+    documents: Mapping[str, str],
+    folders: Mapping[str, Path],
+    weights: Which = "all",
 ) -> Snapshot:
-    """Copy weights, optimiser, generators and layers' memory. `state` is the caller's own JSON, kept under `run`."""
-    weights = {name: _host(parameter) for name, parameter in engine.bare.named_parameters()}
-    weights |= {name: _host(buffer) for name, buffer in _persistent_buffers(engine)}
-    moments, numbers = _optimizer_state(engine)
+    """Copy weights, optimiser, generators and layers' memory. `state` is the caller's own JSON, kept under `run`.
+
+    Persistent buffers are held in either case: they may change without a gradient.
+    """
+    with torch.no_grad(), engine.eval_context():
+        held = {
+            name: _host(parameter)
+            for name, parameter in engine.bare.named_parameters()
+            if weights == "all" or parameter.requires_grad
+        }
+        held |= {name: _host(buffer) for name, buffer in _persistent_buffers(engine)}
+        moments, numbers = _optimizer_state(engine)
     extras, plain = _extras(engine)
     generators, words = _generators(engine.device)
-    written = {"format": FORMAT, "step": step, "run": dict(state), "optimizer": numbers, "layers": plain, "generators": words}
+    written = {
+        "format": FORMAT,
+        "step": step,
+        "weights": weights,
+        "run": dict(state),
+        "optimizer": numbers,
+        "layers": plain,
+        "generators": words,
+    }
     return Snapshot(
         step,
-        {"model": weights, "optimizer": moments, "state": {**extras, **generators}},
+        {"model": held, "optimizer": moments, "state": {**extras, **generators}},
         {**documents, "state.json": json.dumps(written, indent=1)},
         folders,
     )
@@ -65,7 +94,15 @@ def _optimizer_state(engine: Engine) -> tuple[dict[str, Tensor], dict[str, Any]]
                 tensors[place] = _host(value)
             else:
                 numbers[place] = value
-    return tensors, {"values": numbers}
+    groups = [{key: group[key] for key in GROUP_STATE if key in group} for group in engine.optimizer.param_groups]
+    return tensors, {"values": numbers, "groups": groups, "made_by": _made_by(engine)}
+
+
+def _made_by(engine: Engine) -> dict[str, Any]:
+    """What must be the same for a state to fit: the optimiser, what computes it, and what its shapes depend on."""
+    optim = engine.recipe.optim
+    shape = {"rank": optim.rank} if optim.name == "apollo" else {}
+    return {"name": optim.name, "class": type(engine.optimizer).__name__, **shape}
 
 
 def _extras(engine: Engine) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -99,7 +136,8 @@ def restore(engine: Engine, folder: Path) -> dict[str, Any]:
     Weights came earlier, through `materialise(Weights(folder))`. Raises CheckpointError where the optimiser does not fit.
     """
     state = read_state(folder)
-    _restore_optimizer(engine, _tensors(folder / "optimizer.safetensors"), state["optimizer"], folder)
+    with torch.no_grad(), engine.eval_context():
+        _restore_optimizer(engine, _tensors(folder / "optimizer.safetensors"), state["optimizer"], folder)
     kept = _tensors(folder / "state.safetensors")
     for layer, stateful in engine.extras.items():
         prefix = f"layer/{layer}/"
@@ -120,26 +158,46 @@ def restore(engine: Engine, folder: Path) -> dict[str, Any]:
 def _restore_optimizer(engine: Engine, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any], folder: Path) -> None:
     if engine.optimizer is None or not numbers:
         return
-    held = {place.rpartition("/")[0] for place in [*tensors, *numbers["values"]]}
+    _check_maker(engine, numbers, folder)
+    saved: dict[str, dict[str, Any]] = defaultdict(dict)
+    for place, value in [*numbers["values"].items(), *tensors.items()]:
+        name, _, key = place.rpartition("/")
+        saved[name][key] = value
     here = _names(engine)
-    missing = held - set(here.values())
+    missing = set(saved) - set(here.values())
     if missing:
         raise CheckpointError(f"{folder}: the optimiser holds {', '.join(sorted(missing)[:5])}, which this model does not have")
     for group in engine.optimizer.param_groups:
         for parameter in group["params"]:
-            name = here[id(parameter)]
-            values = {
-                place.rpartition("/")[2]: value
-                for place, value in numbers["values"].items()
-                if place.rpartition("/")[0] == name
-            }
-            for place, tensor in tensors.items():
-                if place.rpartition("/")[0] == name:
-                    # Fused AdamW keeps its step counter on the device, the plain loop on the host.
-                    on_host = tensor.dim() == 0 and not group.get("fused")
-                    values[place.rpartition("/")[2]] = tensor if on_host else tensor.to(parameter.device)
+            values = saved.get(here[id(parameter)])
             if values:
-                engine.optimizer.state[parameter] = values
+                engine.optimizer.state[parameter] = {
+                    key: _placed(key, value, group, parameter.device) for key, value in values.items()
+                }
+    for group, kept in zip(engine.optimizer.param_groups, numbers.get("groups", []), strict=False):
+        group.update(kept)
+
+
+def _check_maker(engine: Engine, numbers: Mapping[str, Any], folder: Path) -> None:
+    """Raise CheckpointError where another optimiser wrote the state; a checkpoint from before there were others names none."""
+    assert engine.optimizer is not None
+    now, groups = _made_by(engine), len(engine.optimizer.param_groups)
+    differing = [f"  {key}: {old} | {now.get(key)}" for key, old in numbers.get("made_by", {}).items() if old != now.get(key)]
+    if not differing and len(numbers.get("groups", [])) not in (0, groups):
+        differing = [f"  parameter groups: {len(numbers['groups'])} | {groups}"]
+    if differing:
+        raise CheckpointError(
+            f"{folder} holds the state of another optimiser (checkpoint | now)\n"
+            + "\n".join(differing)
+            + "\n  try: --run NAME to start a new run"
+        )
+
+
+def _placed(key: str, value: Any, group: Mapping[str, Any], device: torch.device) -> Any:
+    """`value` where its optimiser looks for it: torch's plain AdamW keeps its counter on the host, the fused one on the device."""
+    if not isinstance(value, Tensor) or (key == "step" and value.dim() == 0 and not group.get("fused")):
+        return value
+    return value.to(device)
 
 
 class Weights:

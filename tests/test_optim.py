@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gptoughts.errors import ConfigError
 from gptoughts.models.family import FAMILIES
 from gptoughts.optim import adamw, groups, learning_rate, set_rate
 from gptoughts.recipe import OptimConfig
@@ -37,7 +38,7 @@ def test_frozen_parameters_are_left_out_and_a_wholly_frozen_model_is_an_error() 
     model.bias.requires_grad_(False)
     assert [len(group["params"]) for group in groups(model, OptimConfig())] == [1]
     model.weight.requires_grad_(False)
-    with pytest.raises(ValueError, match="no parameter that wants a gradient"):
+    with pytest.raises(ConfigError, match="no parameter that wants a gradient"):
         groups(model, OptimConfig())
 
 
