@@ -105,7 +105,7 @@ class Batches:
     def __iter__(self) -> Iterator[tuple[Batch, Cursor]]:
         """Walks on from the cursor that was given; each call starts there again."""
         consumed, rows = self.cursor.samples, self.end_row - self.first_row
-        ahead = max(1, ORDER_CHUNK // rows)
+        ahead = max(1, min(ORDER_CHUNK // rows, self.samples_per_epoch // self.global_batch))
         while True:
             self.stream.check_sizes()
             samples = self.order(consumed, ahead)
