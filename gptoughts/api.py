@@ -17,6 +17,7 @@ from gptoughts.machine import Machine, World, probe, read, world_from_environmen
 from gptoughts.planner import Plan, resolve
 from gptoughts.plugins import Extensions, extensions
 from gptoughts.profile import pick
+from gptoughts.settle import settled
 from gptoughts.wants import wanted
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ def decide(
         world = world or (_ranks(ranks, here) if ranks and here else world_from_environment(os.environ))
     with mistakes.gathered():
         resolved = _recipe(recipe, fields, here)
+        resolved = None if resolved is None else settled(resolved)
     with mistakes.gathered():
         chosen = None if here is None else pick(profile, here)
         if chosen and known:

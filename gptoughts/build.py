@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gptoughts.balance import balanced
 from gptoughts.config import ModelConfig, Recipe
 from gptoughts.distributed import Ranks
 from gptoughts.engine import Engine, Source
@@ -89,6 +90,11 @@ def built(
     """
     engine = Engine(model, family, objective, recipe, ranks, ranks.device, batches)
     with ExitStack() as stack:
+        if recipe.model.family == "hf":  # dense models come back as they are
+            # Under an adapter the base stays as it is, its routing bias with it: an adapter's folder could not hold a moved one.
+            fixed = {"bias_rate": 0.0} if recipe.adapter.kind != "none" else {}
+            engine.objective, undo = balanced(engine, objective, recipe.experts.model_copy(update=fixed))
+            stack.callback(undo)
         for moment in Moment:
             if moment is Moment.REAL:
                 engine.materialise(source)

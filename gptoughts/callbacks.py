@@ -38,6 +38,8 @@ class _Pending:
     tokens: int
     seconds: float
     waited: float
+    meters: tuple[str, ...] = ()
+    """Names of the objective's own figures; their sums, then their weights, stand behind the first three values."""
 
 
 @dataclass
@@ -67,7 +69,10 @@ class Log:
         """Queue this step's values; write those that have arrived."""
         before, waited = self._before or (Progress(), 0.0)
         loss_sum = engine.ranks.sum(stats.loss_sum)
+        meters = take_meters(engine)
+        own = engine.ranks.sum(torch.stack([part for pair in meters.values() for part in pair])) if meters else None
         values = torch.stack([loss_sum, stats.weight, stats.grad_norm.float()])
+        values = values if own is None else torch.cat([values, own.float()])
         host = values.to("cpu", non_blocking=True)
         arrived = None
         if values.is_cuda:
@@ -76,7 +81,9 @@ class Log:
         wait = engine.counters.data_wait_seconds
         seconds = progress.seconds - before.seconds
         self._pending.append(
-            _Pending(host, arrived, progress, stats.rate, progress.tokens - before.tokens, seconds, wait - waited)
+            _Pending(
+                host, arrived, progress, stats.rate, progress.tokens - before.tokens, seconds, wait - waited, tuple(meters)
+            )
         )
         self._before = (progress, wait)
         while self._pending and (last or self._ready(self._pending[0])):
@@ -88,7 +95,7 @@ class Log:
     def _write(self, pending: _Pending) -> None:
         if pending.arrived is not None:
             pending.arrived.synchronize()
-        loss_sum, weight, grad_norm = pending.values.tolist()
+        loss_sum, weight, grad_norm, *own = pending.values.tolist()
         progress = pending.progress
         if weight == 0:
             raise RunError(f"step {progress.step}: none of its labels counts, up to data cursor {progress.cursor}")
@@ -110,6 +117,8 @@ class Log:
             "perf/mfu": mfu,
             "perf/data_wait": pending.waited / pending.seconds if pending.seconds > 0 else 0.0,
         }
+        pairs = zip(pending.meters, own[::2], own[1::2], strict=True)
+        row |= {f"train/{name}": total / share for name, total, share in pairs if share}
         for sink in self.sinks:
             sink.log(progress.step, row)
         of = f"/{self.total_steps}" if self.total_steps else ""
@@ -120,9 +129,21 @@ class Log:
         )
 
 
+def take_meters(engine: Engine) -> dict[str, tuple[Tensor, Tensor]]:
+    """The objective's own figures since they were last taken, each a sum and a weight on the device; they start again at zero."""
+    meters = getattr(engine.objective, "meters", None)
+    if not meters:
+        return {}
+    taken = {name: (total.clone(), weight.clone()) for name, (total, weight) in meters.items()}
+    for pair in meters.values():
+        for part in pair:
+            part.zero_()
+    return taken
+
+
 @dataclass
 class Evaluate:
-    """Validation loss, on the weights of this step, in the precision that training evaluates in."""
+    """Validation loss, on the weights of this step, in the precision that training evaluates in, and the task's own scores."""
 
     touches_weights = True
     on_stop = False
@@ -130,8 +151,31 @@ class Evaluate:
     batches: Callable[[], Iterable[Mapping[str, Any]]]
     sinks: list[Jsonl]
     console: Console
+    patience: int = 0
+    """Validations without a better one after which the run ends; 0 never ends it."""
+    scores: Callable[[Engine, int], Mapping[str, float]] | None = None
+    """Figures of the task; `f1`, more being better, stands for the loss where the best validation is looked for."""
     result: tuple[int, float] | None = None
     """Step and loss of the newest validation."""
+    mark: tuple[int, float] | None = None
+    """Step and figure by which the best checkpoint is told, the least being best."""
+    figures: Mapping[str, float] = field(default_factory=dict)
+    _best: float = math.inf
+    _stale: int = 0
+    _ended: int | None = None
+
+    def memory(self) -> dict[str, Any]:
+        """What a resumed run must know of the validations before it."""
+        return {"best": self._best if math.isfinite(self._best) else None, "stale": self._stale, "ended": self._ended}
+
+    def recall(self, memory: Mapping[str, Any]) -> None:
+        """Take back what `memory` gave."""
+        self._best = math.inf if memory.get("best") is None else memory["best"]
+        self._stale, self._ended = memory.get("stale", 0), memory.get("ended")
+
+    def exhausted(self, progress: Progress) -> bool:
+        """Whether patience ended before this step. One more step is made then, so that the last one is a whole one with its callbacks."""
+        return self._ended is not None and progress.step > self._ended
 
     def due(self, step: int, last: bool) -> bool:
         """Each `period` steps and at the last."""
@@ -140,10 +184,24 @@ class Evaluate:
     def run(self, engine: Engine, progress: Progress, stats: StepStats, last: bool) -> None:
         """Validate and write a row."""
         loss, labels = mean_loss(engine, self.batches())  # type: ignore[arg-type]
+        take_meters(engine)  # what validation added is not training's
+        self.figures = self.scores(engine, progress.step) if self.scores else {}
         self.result = (progress.step, loss)
+        self.mark = (progress.step, -self.figures["f1"] if self.figures else loss)
+        row = {"eval/val_loss": loss, "eval/labels": labels, **{f"eval/{name}": value for name, value in self.figures.items()}}
         for sink in self.sinks:
-            sink.log(progress.step, {"eval/val_loss": loss, "eval/labels": labels, "train/tokens": progress.tokens})
-        self.console.say(f"step {progress.step}  validation loss {loss:.4f} over {count(labels)} tokens")
+            sink.log(progress.step, {**row, "train/tokens": progress.tokens})
+        told = "".join(f"  {name} {value:.2f}" for name, value in self.figures.items())
+        self.console.say(f"step {progress.step}  validation loss {loss:.4f} over {count(labels)} labels{told}")
+        self._judge(progress.step, last)
+
+    def _judge(self, step: int, last: bool) -> None:
+        assert self.mark is not None
+        better = self.mark[1] < self._best
+        self._best, self._stale = min(self._best, self.mark[1]), 0 if better else self._stale + 1
+        if self.patience and self._stale >= self.patience and self._ended is None and not last:
+            self._ended = step
+            self.console.say(f"step {step}  no better validation in {self._stale}: the run ends (eval.patience)")
 
 
 @dataclass

@@ -63,6 +63,7 @@ def write(snapshot: Snapshot, folder: Path) -> Path:
     for stem, tensors in snapshot.tensors.items():
         save_file(dict(tensors), temporary / f"{stem}.safetensors", metadata={"format": "pt"})
     for name, text in snapshot.documents.items():
+        (temporary / name).parent.mkdir(exist_ok=True)
         (temporary / name).write_text(text, encoding="utf-8")
     for name, source in snapshot.folders.items():
         shutil.copytree(source, temporary / name)

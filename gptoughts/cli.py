@@ -89,7 +89,9 @@ def verbs() -> Verbs:
             ["--version"], is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Print the version."
         )
     )
-    for command in (_train(), _plan(), *_lists(), _tokenize(), _generate(), _eval(), _bench(), _doctor()):
+    for command in (
+        _train(), _plan(), *_lists(), _tokenize(), _data(), _generate(), _export(), _eval(), _bench(), _doctor(),
+    ):  # fmt: skip
         group.add_command(command)
     return group
 
@@ -180,29 +182,65 @@ def _generate() -> click.Command:
             "--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, help="keep the likeliest tokens of this share"
         ),
         _option("--seed", type=click.IntRange(0), default=0, help="seed of the draws"),
+        _option("--chat", is_flag=True, help="each prompt is a user's turn, put into the tokenizer's chat template"),
+        _option("--base", metavar="PATH", help="model under an adapter, where the adapter's own note of it does not hold"),
+        _option("--steps", type=click.IntRange(1), help="diffusion: denoising steps; the recipe's if not given"),
+        _option("--block-length", type=click.IntRange(1), help="diffusion: tokens per block, written left to right"),
+        _option("--remasking", type=click.Choice(["low-confidence", "random"]), help="diffusion: what stays masked longer"),
+        _option("--guidance", type=click.FloatRange(0), help="diffusion: classifier-free guidance"),
+        _option(
+            "--memory", metavar="GIB", type=click.FloatRange(0, min_open=True), help="a model that is larger goes to --offload"
+        ),
+        _option("--offload", metavar="DIR", help="keep what does not fit in memory in DIR (accelerate)"),
     ]
-    text = "Write text with CHECKPOINT: a run's name, its folder, or one checkpoint."
+    text = "Write text with CHECKPOINT: a run's name, its folder, one checkpoint, an exported folder or an adapter."
     return Verb("generate", params=params, callback=call("generate", "generate"), help=text, context_settings=CONTEXT)
 
 
-def _eval() -> click.Command:
-    group = Verbs("eval", help="Evaluate a checkpoint.", context_settings=CONTEXT)
-    params = [
-        _argument("checkpoint"),
-        _option("--data", metavar="PATH", help="text or tokenised folder; the run's own validation split if not given"),
-        _option("--split", default="val", help="split of the tokenised folder"),
-        _option("--batch", type=click.IntRange(1), default=16, help="sequences per forward"),
-        _option("--json", "as_json", is_flag=True, help="print JSON"),
-    ]
+def _data() -> click.Command:
+    group = Verbs("data", help="Look at what a recipe would train on.", context_settings=CONTEXT)
+    own = [*_recipe_options()[:1], _option("--count", type=click.IntRange(1), default=3, help="samples to show")]
+    text = "Print samples as they are trained on, decoded, with the learnt tokens marked."
     group.add_command(
-        Verb(
-            "perplexity",
-            params=params,
-            callback=call("evaluate", "perplexity"),
-            help="Loss and perplexity over a whole split.",
-            context_settings=CONTEXT,
-        )
+        RecipeVerb("show", params=own, callback=call_with_recipe("data", "show"), help=text, context_settings=CONTEXT)
     )
+    return group
+
+
+def _export() -> click.Command:
+    params: list[click.Parameter] = [
+        _argument("checkpoint"),
+        _option("--to", "out", required=True, metavar="DIR", help="folder to write"),
+        _option("--base", metavar="PATH", help="model under an adapter, where the adapter's own note of it does not hold"),
+        _option("--adapter-only", is_flag=True, help="write the adapter as it is (peft opens it) instead of merging it"),
+        _option(
+            "--text", metavar="FILE", help="text to compare logits on; a passage of this Python's own licence if not given"
+        ),
+    ]
+    text = "Write CHECKPOINT as a folder that transformers opens, and check that it gives the same logits."
+    return Verb("export", params=params, callback=call("export", "export"), help=text, context_settings=CONTEXT)
+
+
+def _eval() -> click.Command:
+    group = Verbs("eval", help="Evaluate a checkpoint or an exported folder.", context_settings=CONTEXT)
+    data = _option("--data", metavar="PATH", help="text or tokenised folder; the run's own validation split if not given")
+    split = _option("--split", default="val", help="split of the tokenised folder")
+    batch = _option("--batch", type=click.IntRange(1), default=16, help="sequences per forward")
+    length = _option("--length", type=click.IntRange(1), help="tokens of context; the run's own if not given")
+    as_json = _option("--json", "as_json", is_flag=True, help="print JSON")
+    draws = _option("--draws", type=click.IntRange(1), default=128, help="maskings per window")
+    limit = _option("--windows", type=click.IntRange(1), help="windows of the split, spread over it; all if not given")
+    questions = _option("--data", metavar="FILE", help="SQuAD JSON; the run's own validation questions if not given")
+    threshold = _option("--threshold", type=float, help="lead that no answer needs to be left unanswered")
+    out = _option("--to", "out", metavar="DIR", help="write predictions into DIR")
+    kinds: dict[str, tuple[list[click.Parameter], str]] = {
+        "perplexity": ([data, split, batch, length, as_json], "Loss and perplexity over a whole split."),
+        "likelihood": ([data, split, batch, length, draws, limit, as_json], "Likelihood bound of a masked-diffusion model."),
+        "squad": ([questions, threshold, batch, out, as_json], "Exact match and F1 of a question-answering model."),
+    }
+    for name, (options, text) in kinds.items():
+        params = [_argument("checkpoint"), *options]
+        group.add_command(Verb(name, params=params, callback=call("evaluate", name), help=text, context_settings=CONTEXT))
     return group
 
 

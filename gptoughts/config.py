@@ -53,6 +53,10 @@ class Resolved:
         """Every leaf by its dotted key."""
         return _flatten(self.recipe.model_dump())
 
+    def given(self, key: str) -> bool:
+        """Whether somebody wrote the value of `key`, in a file, a flag or a call."""
+        return key in self.sources
+
     def to_toml(self) -> str:
         """The recipe as TOML that `gptoughts train FILE` reads, each line with its source. Unset values are written as "none"."""
         lines, table = [], ""

@@ -21,22 +21,12 @@ from gptoughts.config import Recipe
 from gptoughts.distributed import Ranks
 from gptoughts.errors import RunError
 from gptoughts.models.family import Family
+from gptoughts.models.source import Source
 from gptoughts.objectives import Batch, Objective
 
+__all__ = ["Counters", "Engine", "Source", "Stateful", "Undo", "allocate"]
+
 Undo = Callable[[], None]
-
-
-class Source(Protocol):
-    """Where the values of parameters come from: initialisation, a checkpoint, a converted model."""
-
-    def tensor(self, name: str, shape: torch.Size) -> Tensor | None:
-        """The full value of the parameter `name`, or None where this source has none."""
-
-    def buffer(self, name: str) -> Tensor | None:
-        """The value of the persistent buffer `name`, or None where this source leaves it as it was built."""
-
-    def unused(self) -> list[str]:
-        """Names that the source holds and nobody asked for."""
 
 
 class Stateful(Protocol):

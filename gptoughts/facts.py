@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from gptoughts import hf_facts
 from gptoughts.config import DataConfig, ModelConfig, Recipe
 from gptoughts.errors import ConfigError
 
@@ -18,6 +19,7 @@ class ModelFacts:
 
     `vocab_size` is the number of embedding rows (padding included), `hidden` the inner width of the MLP,
     `embedding_parameters` the token embedding and the learned positions, `parameters` everything, a tied weight once.
+    `active_parameters` is what one token meets: fewer than all where experts are chosen, else None or the same.
     """
 
     family: str | None = None
@@ -36,6 +38,12 @@ class ModelFacts:
     norm: str | None = None
     mlp: str | None = None
     causal: bool | None = None
+    active_parameters: int | None = None
+    experts: int | None = None  # of one layer
+    experts_per_token: int | None = None
+    max_positions: int | None = None  # longest sequence that the model has positions for
+    attention_width: int | None = None  # heads x width of one head, where that is not the model's width
+    head: str | None = None  # "linear" (logits are hidden x weight) or "own" (the model does more)
 
 
 UNKNOWN = ModelFacts()  # a model of the user's own
@@ -85,14 +93,22 @@ def of(model: ModelConfig, sequence_length: int, vocab_size: int | None) -> Mode
         tied=model.tied,
         norm=model.norm,
         mlp=model.mlp,
-        causal=True,
+        causal=model.family != "llada",
     )
+
+
+def of_hf(model: ModelConfig, sequence_length: int) -> ModelFacts:
+    """The facts of the Hugging Face model that `model` names, from its config.json. Raises ConfigError where that cannot be read."""
+    rows = None if model.path else model.vocab_size
+    return ModelFacts(**hf_facts.fields_of(hf_facts.read_config(model), sequence_length, rows))
 
 
 def facts_for(recipe: Recipe) -> ModelFacts:
     """What the recipe alone tells of its model; sizes that follow from a text not read yet are None."""
     model, data = recipe.model, recipe.data
-    if model.family == "gpt":
+    if model.family == "hf":
+        return of_hf(model, data.sequence_length)
+    if model.family in ("gpt", "llada"):
         return of(model, data.sequence_length, vocabulary_of(data))
     return ModelFacts(family=model.family, depth=model.depth, width=model.width, sequence_length=data.sequence_length)
 
@@ -112,8 +128,9 @@ def vocabulary_of(data: DataConfig) -> int | None:
 def flops_per_token(facts: ModelFacts) -> int | None:
     """Floating-point operations of one trained token, forward and backward: 6 N + 12 L C T; None if a size is unknown.
 
-    N counts the weights that are multiplied: all parameters less the tables that are only looked up. Learned positions
-    never count (as in nanoGPT); the token embedding counts once where it is also the head and not at all where the
+    N counts the weights that a token is multiplied with: all parameters (of experts the chosen ones) less the tables that
+    are only looked up. Learned positions never count (as in nanoGPT); the token embedding counts once where it is also the
+    head and not at all where the
     head has a weight of its own, so a tied and an untied model that do the same work get the same figure. The second
     term is attention's two products over the whole T x T square: the causal half is not subtracted and recomputation
     not added. Source: Chowdhery et al. 2022, PaLM, appendix B (https://arxiv.org/abs/2204.02311).
@@ -123,8 +140,8 @@ def flops_per_token(facts: ModelFacts) -> int | None:
     if facts.depth is None or facts.width is None or facts.sequence_length is None:
         return None
     shared_with_head = facts.vocab_size * facts.width if facts.tied else 0
-    multiplied = facts.parameters - facts.embedding_parameters + shared_with_head
-    return 6 * multiplied + 12 * facts.depth * facts.width * facts.sequence_length
+    multiplied = (facts.active_parameters or facts.parameters) - facts.embedding_parameters + shared_with_head
+    return 6 * multiplied + 12 * facts.depth * (facts.attention_width or facts.width) * facts.sequence_length
 
 
 def _embedding_parameters(model: ModelConfig, rows: int, sequence_length: int) -> int:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import math
 
 from gptoughts.config import Recipe
-from gptoughts.data.batches import samples_in
 from gptoughts.distributed import Ranks
 from gptoughts.optim import learning_rate
 from gptoughts.trainer import Progress
 
 
 class Length:
-    """A run's length. `steps` is None where the recipe counts hours; then ranks agree on the time, since clocks differ."""
+    """A run's length. `steps` is None where the recipe counts hours; then ranks agree on the time, since clocks differ.
 
-    def __init__(self, recipe: Recipe, ranks: Ranks, train_tokens: int) -> None:
+    `samples` make one epoch.
+    """
+
+    def __init__(self, recipe: Recipe, ranks: Ranks, samples: int) -> None:
         self._recipe, self._ranks = recipe, ranks
-        self.steps = _steps(recipe, train_tokens)
+        self.steps = _steps(recipe, samples)
         self._limit_seconds = (recipe.train.hours or 0.0) * 3600
 
     def finished(self, progress: Progress) -> bool:
@@ -41,10 +43,10 @@ class Length:
         return progress.seconds / progress.step * (self.steps - progress.step) if progress.step else None
 
 
-def _steps(recipe: Recipe, train_tokens: int) -> int | None:
+def _steps(recipe: Recipe, samples: int) -> int | None:
     length, per_step, sequence_length = recipe.train, recipe.train.global_batch, recipe.data.sequence_length
     if length.tokens is not None:
         return math.ceil(length.tokens / (per_step * sequence_length))
     if length.epochs is not None:
-        return max(1, math.ceil(length.epochs * samples_in(train_tokens, sequence_length) / per_step))
+        return max(1, math.ceil(length.epochs * samples / per_step))
     return length.steps

@@ -1,27 +1,28 @@
-"""A checkpoint as a model to read and write with: for generation and evaluation, without a plan."""
+"""A trained model to read and write with, without a plan: a checkpoint of ours, an exported folder, or an adapter beside its base."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from gptoughts import checkpoint, training_state
+from gptoughts import checkpoint
+from gptoughts.assembly import Parts, first_weights, parts_of, resumed_weights
 from gptoughts.build import meta_model
 from gptoughts.config import Recipe, from_values
-from gptoughts.data.tokenizer import Tokenizer
+from gptoughts.data.tokenizer import Tokenizer, bpe_from_files
 from gptoughts.distributed import Ranks
-from gptoughts.engine import Engine
-from gptoughts.errors import CheckpointError, ConfigError, nearest
+from gptoughts.engine import Engine, Source
+from gptoughts.errors import CheckpointError, nearest
 from gptoughts.layers.attention_sdpa import attend
 from gptoughts.machine import World
-from gptoughts.models.family import family_of
-from gptoughts.objectives import OBJECTIVES
+from gptoughts.settle import settled
 
 
 @dataclass(frozen=True)
@@ -32,17 +33,26 @@ class Loaded:
     tokenizer: Tokenizer
     recipe: Recipe
     folder: Path
-    step: int
+    step: int | None
+    """None where the folder does not say."""
+    parts: Parts
 
     @property
     def model(self) -> nn.Module:
         """The model, in evaluation mode."""
         return self.engine.bare
 
+    @property
+    def mask_id(self) -> int | None:
+        """The mask of a model that denoises."""
+        return self.parts.mask_id
+
 
 def find(name: str) -> Path:
-    """The checkpoint that a user means: a path, or the name of a run under checkpoints/. Raises CheckpointError."""
-    path = Path(name)
+    """The folder that a user means: a checkpoint, an exported folder, or the name of a run under checkpoints/. Raises CheckpointError."""
+    path = Path(name).expanduser()
+    if is_exported(path):
+        return path
     if path.exists():
         return checkpoint.locate(path)
     run = Path("checkpoints") / name
@@ -52,36 +62,103 @@ def find(name: str) -> Path:
     raise CheckpointError(f"no run or checkpoint {name!r}{nearest(name, known)}; runs here: {', '.join(known) or 'none'}")
 
 
-def load(name: str, families: Mapping[str, Any] | None = None) -> Loaded:
-    """Open a checkpoint on the GPU if there is one, else on the CPU. Raises CheckpointError, ConfigError."""
+def is_exported(path: Path) -> bool:
+    """Whether a folder is one that Hugging Face tools open: a model or an adapter, and no checkpoint of ours."""
+    there = any((path / name).is_file() for name in ("config.json", "adapter_config.json"))
+    return there and not (path / "state.json").is_file()
+
+
+Attend = Literal["fused", "written out"]
+
+
+def load(name: str, families: Mapping[str, Any] | None = None, base: str | None = None, attention: Attend = "fused") -> Loaded:
+    """Open a checkpoint or an exported folder on the GPU if there is one, else on the CPU.
+
+    `attention` written out is slower, and the same arithmetic as that of any other program that writes it out.
+
+    `base` is the model of an adapter whose own note of it does not hold here. Raises CheckpointError, ConfigError.
+    """
     folder = find(name)
+    if is_exported(folder):
+        recipe, step = exported_recipe(folder, base), None
+        tokenizer: Tokenizer = bpe_from_files(recipe.data.tokenizer)
+    else:
+        recipe, step = trained_recipe(folder, base)
+        tokenizer = Tokenizer.load(folder / "tokenizer")
+    adapter = folder if (folder / "adapter_config.json").is_file() else None
+    parts = parts_of(recipe, tokenizer, families or {}, {}, adapter)
+    model = meta_model(recipe, parts.family, parts.rows)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    source = (
+        first_weights(recipe, parts, model, device, adapter)
+        if is_exported(folder)
+        else resumed_weights(recipe, parts, model, device, folder)
+    )
+    return Loaded(reading_engine(recipe, parts, model, device, source, attention), tokenizer, recipe, folder, step, parts)
+
+
+def trained_recipe(folder: Path, base: str | None) -> tuple[Recipe, int]:
+    """The recipe and the step of a checkpoint of ours."""
     state = checkpoint.read_state(folder)
     try:
         values = dict(state["run"]["circumstances"]["recipe"])
     except KeyError:
         raise CheckpointError(f"{folder} holds a model that `fit` trained; only its own code can build it") from None
-    rows = values.pop("rows")
+    values.pop("rows")
+    if (folder / "base").is_dir() and values.get("adapter.kind", "none") == "none":
+        # Its weights lie in the checkpoint, and so does the config that they go with: the model they began from may be gone.
+        values |= {"model.path": None, "model.config": str(folder / "base")}
+    if base is not None:
+        values["model.path"] = base
     recipe = from_values({key: value for key, value in values.items() if value is not None}, str(folder)).recipe
-    family = (families or {}).get(recipe.model.family) or family_of(recipe.model.family)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if recipe.objective not in OBJECTIVES:
-        raise ConfigError(f"{folder} was trained with the objective {recipe.objective!r} of a plugin")
+    return recipe, state["step"]
+
+
+def exported_recipe(folder: Path, base: str | None) -> Recipe:
+    """The recipe that describes a folder of Hugging Face's layout."""
+    path = str(folder)
+    values: dict[str, Any] = {"name": folder.name, "train.steps": 1, "data.sequence_length": 1}
+    adapter = folder / "adapter_config.json"
+    if adapter.is_file():
+        noted = json.loads(adapter.read_text(encoding="utf-8"))
+        path = base or noted.get("base_model_name_or_path") or ""
+        if not path:
+            raise CheckpointError(f"{adapter} does not name its base model\n  try: --base FOLDER")
+    values["model.path"] = path
+    recipe = settled(from_values(values, path)).recipe
+    changes: dict[str, Any] = {"data": recipe.data.model_copy(update={"sequence_length": positions_of(recipe)})}
+    if recipe.model.family == "llada":
+        changes["objective"] = "masked-diffusion"
+    return recipe.model_copy(update=changes)
+
+
+def positions_of(recipe: Recipe) -> int:
+    """The longest context of the recipe's model, by its config."""
+    from gptoughts import hf_facts
+
+    return hf_facts.max_positions(hf_facts.read_config(recipe.model)) or 4096
+
+
+def reading_engine(
+    recipe: Recipe, parts: Parts, model: nn.Module, device: torch.device, source: Source, attention: Attend
+) -> Engine:
+    """The model with its weights, in evaluation mode, with fused attention where its family offers its own for replacement."""
     engine = Engine(
-        meta_model(recipe, family, rows),
-        family,
-        OBJECTIVES[recipe.objective](),
+        model,
+        parts.family,
+        parts.objective,
         recipe,
         Ranks(World(), device),
         device,
         iter(()),
     )
-    engine.materialise(training_state.Weights(folder))
+    engine.materialise(source)
     engine.bare.eval()
-    if family.set_attention is not None:
-        family.set_attention(engine.bare, attend)
+    if attention == "fused" and parts.family.set_attention is not None:
+        parts.family.set_attention(engine.bare, attend)
     if device.type == "cuda" and torch.cuda.is_bf16_supported():
         engine.wrap_context("eval_context", _bf16)
-    return Loaded(engine, Tokenizer.load(folder / "tokenizer"), recipe, folder, state["step"])
+    return engine
 
 
 def _bf16() -> AbstractContextManager[Any]:

@@ -6,7 +6,7 @@ The one place that shifts labels is here: batches carry them aligned with `input
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
 
@@ -29,14 +29,28 @@ class Objective(Protocol):
         """Positions that the model computes, for throughput."""
 
 
+def preparing(objective: Objective, purpose: Literal["training", "validation"]) -> Callable[..., Any] | None:
+    """What an objective does to a batch on the host before it travels, as `(batch, sample positions) -> batch`; None where nothing.
+
+    Objectives that draw, such as masked diffusion, offer `prepare`; with `prepare_validation` the draws of validation are their own.
+    """
+    own = getattr(objective, "prepare_validation", None) if purpose == "validation" else None
+    chosen: Callable[..., Any] | None = own or getattr(objective, "prepare", None)
+    return chosen
+
+
 class NextToken:
     """Predict each token from those before it."""
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Summed cross-entropy in nats over `input_ids` B T+1 (and `labels` B T+1, where some are ignored)."""
+        """Summed cross-entropy in nats over `input_ids` B T+1 (and `labels` B T+1, where some are ignored).
+
+        `positions` B T+1, where given, restart at 0 with each document of a packed row.
+        """
         input_ids = batch["input_ids"]
         labels = batch.get("labels", input_ids)
-        return model(input_ids[:, :-1], labels=labels[:, 1:])
+        packed = {"positions": batch["positions"][:, :-1]} if "positions" in batch else {}
+        return model(input_ids[:, :-1], labels=labels[:, 1:], **packed)
 
     def weight(self, batch: Batch) -> Tensor | float:
         """Number of labels that count."""

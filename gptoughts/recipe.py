@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from gptoughts.optim_rules import problems
+
 
 def _integral(value: Any) -> Any:
     """1e9 is a whole number to everyone but a type checker."""
@@ -35,9 +37,19 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    """The native GPT. The defaults are its modern form; GPT-2 is the same file with other words."""
+    """A native model by its sizes, or a Hugging Face one by its folder. The defaults are the modern GPT; GPT-2 is the same with other words."""
 
-    family: str = Field("gpt", description="model family: gpt, or one that a plugin brings")
+    family: str = Field(
+        "gpt", description="gpt, llada, hf (taken where path or config names a Hugging Face model), or one that a plugin brings"
+    )
+    path: str | None = Field(
+        None,
+        description="pretrained weights: a folder, a hub name, a .gguf file, or package:NAME for a Python package with one",
+    )
+    config: str | None = Field(
+        None, description="random weights of the model that a config.json describes: a file, a folder, or a shipped name"
+    )
+    remote_code: str | None = Field(None, description="hub name of a model whose own code may run; it must be model.path")
     depth: Positive = Field(6, description="number of blocks")
     width: Positive = Field(384, description="size of the hidden state")
     heads: Positive = Field(6, description="attention heads")
@@ -101,6 +113,17 @@ class DataConfig(Section):
     )
     tokenizer: str = Field("bpe", description="bytes, chars, gpt2, bpe (trained on the text), or a tokenizer.json")
     train_bpe: Positive | None = Field(4096, description="vocabulary of the BPE that tokenizer = bpe trains")
+    format: Literal["text", "chat", "squad"] = Field(
+        "text", description="text, chat (JSONL of messages, or of prompt and response), or squad (questions about contexts)"
+    )
+    val_path: str | None = Field(None, description="chat, squad: a file for validation; if not set val_fraction of the rows")
+    packing: bool = Field(True, description="chat: several conversations per row, which do not see each other")
+    template: str | None = Field(None, description="chat: chatml, plain, or a Jinja file; if not set the tokenizer's own")
+    train_on: Literal["answers", "all"] = Field("answers", description="chat: which tokens are learnt")
+    too_long: Literal["error", "drop", "cut"] = Field(
+        "error", description="chat: conversations longer than sequence_length; drop leaves them out, cut learns their beginning"
+    )
+    stride: Count = Field(128, description="squad: tokens that windows of a long context share")
     text_key: str = Field("text", description="field of a .jsonl, .parquet or dataset row that holds the text")
     sequence_length: Positive = Field(256, description="tokens of context per sample")
     val_fraction: Share = Field(0.05, description="share of the text kept for validation")
@@ -113,17 +136,31 @@ class DataConfig(Section):
 class OptimConfig(Section):
     """Optimiser, schedule and clipping."""
 
-    name: Literal["adamw"] = Field("adamw", description="optimiser")
+    name: Literal["adamw", "muon", "lion", "apollo", "apollo-mini", "ademamix", "schedule-free"] = Field(
+        "adamw", description="optimiser"
+    )
     learning_rate: Annotated[float, Field(gt=0)] = Field(1e-3, description="peak learning rate")
     min_learning_rate: Annotated[float, Field(ge=0)] = Field(1e-4, description="learning rate at the end of the decay")
     schedule: Literal["cosine", "linear", "wsd", "constant"] = Field("cosine", description="shape after the warm-up")
     warmup_steps: Count = Field(100, description="updates of linear warm-up")
     decay_fraction: Annotated[float, Field(gt=0, le=1)] = Field(0.2, description="share of the run that wsd decays in")
-    beta1: Share = Field(0.9, description="AdamW first-moment decay")
-    beta2: Share = Field(0.95, description="AdamW second-moment decay")
-    epsilon: Annotated[float, Field(gt=0)] = Field(1e-8, description="AdamW epsilon")
+    beta1: Share = Field(0.9, description="first-moment decay")
+    beta2: Share = Field(0.95, description="second-moment decay")
+    beta3: Share = Field(0.9999, description="ademamix: decay of its slow first moment")
+    alpha: Annotated[float, Field(ge=0)] = Field(5.0, description="ademamix: weight of its slow first moment")
+    momentum: Share = Field(0.95, description="muon: momentum")
+    rank: Positive = Field(256, description="apollo: rank of the projected gradient; apollo-mini has 1")
+    projection_gap: Positive = Field(200, description="apollo: updates between new projections")
+    epsilon: Annotated[float, Field(gt=0)] = Field(1e-8, description="epsilon")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.1, description="decay of weights with two or more dimensions")
     clip_norm: Annotated[float, Field(ge=0)] = Field(1.0, description="largest gradient norm; 0 does not clip")
+
+    @model_validator(mode="after")
+    def keys_are_heard(self) -> OptimConfig:
+        """The optimiser uses what was written, and the schedule is one that it can follow."""
+        for text, keys in problems(self):
+            raise Disagreement(text, *keys)
+        return self
 
 
 LENGTHS = ("steps", "tokens", "epochs", "hours")
@@ -154,6 +191,41 @@ class EvalConfig(Section):
 
     every: Count = Field(250, description="steps between validations; 0: only at the end")
     batches: Count = Field(20, description="global batches per validation, spread over the split; 0: all")
+    patience: Count = Field(0, description="stop after that many validations without a better one; 0: never")
+
+
+class AdapterConfig(Section):
+    """A few trained weights beside frozen ones (peft)."""
+
+    kind: Literal["none", "lora", "rslora", "dora", "pissa"] = Field("none", description="none trains all weights")
+    rank: Positive = Field(16, description="inner width of the adapter")
+    alpha: Annotated[float, Field(gt=0)] = Field(32.0, description="scale: alpha / rank, rslora alpha / sqrt(rank)")
+    dropout: Share = Field(0.0, description="dropout before the adapter")
+    targets: str = Field("all-linear", description="all-linear (head left out), or names of projections, comma-separated")
+    base: Literal["full", "nf4"] = Field("full", description="precision of the frozen weights; nf4 (QLoRA) needs bitsandbytes")
+
+
+class DiffusionConfig(Section):
+    """Masked diffusion: the noise that is learnt from, and how text is written."""
+
+    epsilon: Annotated[float, Field(gt=0, lt=1)] = Field(1e-3, description="least share of masked tokens")
+    crop: Annotated[float, Field(ge=0, le=1)] = Field(0.01, description="share of samples cut to a random length")
+    mask_token: str | None = Field(None, description="the tokenizer's mask token; if not set it is looked for, else added")
+    steps: Positive = Field(128, description="denoising steps of a sample")
+    block_length: Positive | None = Field(None, description="tokens per block, written left to right; if not set one block")
+    remasking: Literal["low-confidence", "random"] = Field("low-confidence", description="which tokens stay masked longer")
+    guidance: Annotated[float, Field(ge=0)] = Field(0.0, description="classifier-free guidance; 0 has none")
+
+
+class ExpertsConfig(Section):
+    """Balance of a mixture-of-experts model."""
+
+    balance_weight: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="weight of the balance loss; if not set what the model's config says, else 0"
+    )
+    bias_rate: Annotated[float, Field(ge=0)] = Field(
+        1e-3, description="step of the balancing bias after each update, where the router has one"
+    )
 
 
 class SampleConfig(Section):
@@ -186,11 +258,17 @@ class Recipe(Section):
     name: str = Field(description="the recipe's name")
     note: str = Field("", description="what it is for")
     seed: Count = Field(1337, description="seed of initialisation, order and every other draw")
-    objective: str = Field("next-token", description="what is learnt: next-token, or one that a plugin brings")
+    objective: str = Field(
+        "next-token",
+        description="what is learnt: next-token, masked-diffusion, question-answering, or one that a plugin brings",
+    )
     model: ModelConfig = Field(default_factory=ModelConfig)
     data: DataConfig = Field(default_factory=DataConfig)
     optim: OptimConfig = Field(default_factory=OptimConfig)
     train: TrainConfig
+    adapter: AdapterConfig = Field(default_factory=AdapterConfig)
+    diffusion: DiffusionConfig = Field(default_factory=DiffusionConfig)
+    experts: ExpertsConfig = Field(default_factory=ExpertsConfig)
     eval: EvalConfig = Field(default_factory=EvalConfig)
     sample: SampleConfig = Field(default_factory=SampleConfig)
     save: SaveConfig = Field(default_factory=SaveConfig)

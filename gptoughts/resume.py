@@ -88,11 +88,17 @@ def circumstances(resolved: Resolved, plan: Plan, rows: int) -> dict[str, Any]:
 
 def check_shape(origin: Origin, now: Mapping[str, Any]) -> None:
     """Raise CheckpointError where the checkpoint's model is not the one that was asked for."""
-    shape = ["rows", *(key for key in now["recipe"] if key.startswith("model.") and key != "model.dropout")]
+    apart = ("model.dropout", "model.path", "model.config", "model.remote_code")  # where weights began is not what they are
+    shape = ["rows", *(key for key in now["recipe"] if key.startswith("model.") and key not in apart)]
+    shape += [f"adapter.{key}" for key in ("kind", "rank", "alpha", "targets", "base")]
+    shape += ["seed"] if now["recipe"].get("adapter.kind") == "pissa" else []  # its base is split by draws
     if now["recipe"].get("model.positions") == "learned":
         shape.append("data.sequence_length")
     old = origin.state["circumstances"]["recipe"]
-    differing = [f"  {key}: {old.get(key)} | {now['recipe'][key]}" for key in shape if old.get(key) != now["recipe"][key]]
+    # A key that the checkpoint's version did not have is taken as it is now.
+    differing = [
+        f"  {key}: {old[key]} | {now['recipe'][key]}" for key in shape if key in old and old[key] != now["recipe"][key]
+    ]
     if differing:
         raise CheckpointError(
             f"{origin.folder} holds another model (checkpoint | now)\n"
@@ -118,7 +124,14 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def state_of(progress: Progress, now: Mapping[str, Any], plan: Plan, attempt: int, val_loss: float | None) -> dict[str, Any]:
+def state_of(
+    progress: Progress,
+    now: Mapping[str, Any],
+    plan: Plan,
+    attempt: int,
+    val_loss: float | None,
+    validations: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """What a checkpoint keeps beside tensors."""
     return {
         "progress": {
@@ -131,4 +144,5 @@ def state_of(progress: Progress, now: Mapping[str, Any], plan: Plan, attempt: in
         "plan_digest": plan.digest(),
         "attempt": attempt,
         "val_loss": val_loss,
+        "validations": dict(validations or {}),
     }

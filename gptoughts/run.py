@@ -11,25 +11,21 @@ from typing import Any
 import torch
 
 from gptoughts import checkpoint, prove, resume, training_state
-from gptoughts.build import Initialisation, built, meta_model, seed_generators
+from gptoughts.assembly import Parts, described, first_weights, kept_documents, parts_of, resumed_weights
+from gptoughts.build import built, meta_model, seed_generators
 from gptoughts.callbacks import Evaluate, Log, Sample, Save
 from gptoughts.config import Resolved
-from gptoughts.data.batches import Batches, eval_batches
-from gptoughts.data.shards import Shards
-from gptoughts.data.tokenize import prepare
+from gptoughts.data.corpus import Corpus, TableCorpus, opened, prepared, prepared_validation
+from gptoughts.data.marking import first_rows, said, shown
 from gptoughts.distributed import Ranks, started
 from gptoughts.engine import Engine
-from gptoughts.errors import ConfigError, LayerError, PlanError, nearest
-from gptoughts.facts import embedding_rows
-from gptoughts.facts import of as facts_of
-from gptoughts.generate.autoregressive import generate
+from gptoughts.errors import LayerError, PlanError
+from gptoughts.evals import squad
 from gptoughts.layer import Sight, unproven
 from gptoughts.length import Length
 from gptoughts.machine import Machine, World
 from gptoughts.mfu import utilisation
-from gptoughts.models.family import family_of
-from gptoughts.models.gpt import GPT
-from gptoughts.objectives import OBJECTIVES, Objective
+from gptoughts.objectives import preparing
 from gptoughts.planner import Plan
 from gptoughts.plugins import Extensions
 from gptoughts.stopping import Stopper
@@ -38,6 +34,10 @@ from gptoughts.track.folder import RunFolder
 from gptoughts.track.jsonl import Jsonl, attempts
 from gptoughts.track.picture import draw_losses
 from gptoughts.trainer import Callback, Progress, advance, call_back, train
+from gptoughts.writing import check_sampling, write
+
+SHOWN_SAMPLES = 3
+"""Rows of chat and questions that a run prints before it trains on them."""
 
 
 @dataclass(frozen=True)
@@ -94,12 +94,12 @@ def execute(order: Order) -> Outcome:
             checkpoint.clean(order.folder.checkpoints)  # a kill may have hidden one that was being replaced
         # Before ranks meet: reading a large text may take longer than they would wait for each other. One tokenises, a lock
         # makes the others on its box wait, and boxes without a shared disk each make their own.
-        shards = Shards.open(prepare(order.resolved.recipe.data))
+        corpus = opened(order.resolved.recipe)
         with started(order.world, device) as ranks:
             console = order.console if ranks.first else Silent()
             ranks.same("the plan", order.plan.digest())
             ranks.same("the recipe", order.resolved.to_toml())
-            return _Run(order, ranks, shards, console).execute()
+            return _Run(order, ranks, corpus, console).execute()
     finally:
         order.folder.release()
 
@@ -107,46 +107,47 @@ def execute(order: Order) -> Outcome:
 class _Run:
     """The parts of one run that its steps share."""
 
-    def __init__(self, order: Order, ranks: Ranks, shards: Shards, console: Console) -> None:
-        self.order, self.ranks, self.shards, self.console = order, ranks, shards, console
+    def __init__(self, order: Order, ranks: Ranks, corpus: Corpus, console: Console) -> None:
+        self.order, self.ranks, self.corpus, self.console = order, ranks, corpus, console
         self.recipe, self.out = order.resolved.recipe, order.folder.out
-        self.tokenizer = shards.tokenizer()
-        rows = embedding_rows(self.recipe.model, self.tokenizer.vocab_size)
-        assert rows is not None
-        self.rows = rows
-        self.facts = facts_of(self.recipe.model, self.recipe.data.sequence_length, self.tokenizer.vocab_size)
-        self.family = order.extensions.families.get(self.recipe.model.family) or family_of(self.recipe.model.family)
-        self.length = Length(self.recipe, ranks, len(shards.split("train")))
-        self.objective = self._objective()
+        extensions = order.extensions
+        self.parts: Parts = parts_of(self.recipe, corpus.tokenizer, extensions.families, extensions.objectives)
+        if self.parts.mask_id is not None:  # a sample that cannot be written is told before hours of training
+            check_sampling(self.recipe)
+        self.length = Length(self.recipe, ranks, corpus.samples)
         self.stopper = Stopper(ranks)
         self.seen: tuple[prove.Seen, ...] = ()
 
     def execute(self) -> Outcome:
-        now = resume.circumstances(self.order.resolved, self.order.plan, self.rows)
+        now = resume.circumstances(self.order.resolved, self.order.plan, self.parts.rows)
         origin, skipped = resume.find(self.order.folder, self.order.resume)
         if origin is not None:
             resume.check_shape(origin, now)
         progress = origin.progress if origin else Progress()
-        self.ranks.same("data and checkpoint", f"{self.shards.fingerprint} at step {progress.step}")
+        self.ranks.same("data and checkpoint", f"{self.corpus.fingerprint} at step {progress.step}")
         seed_generators(self.recipe.seed, self.order.world.rank, progress.step)
         batches = self._batches(progress)
         self._record_start(origin, skipped, now)
-        model = meta_model(self.recipe, self.family, self.rows)
+        parts, order, device = self.parts, self.order, self.ranks.device
+        model = meta_model(self.recipe, parts.family, parts.rows)
         source = (
-            training_state.Weights(origin.folder)
+            resumed_weights(self.recipe, parts, model, device, origin.folder)
             if origin
-            else Initialisation(self.family, self.recipe.model, self.recipe.seed)
+            else first_weights(self.recipe, parts, model, device)
         )
-        order = self.order
+        for note in getattr(source, "notes", ()):
+            self.console.say(f"note: {note}")
+        if parts.base is not None:
+            self.console.say(described(model))
         with built(
             model,
-            self.family,
-            self.objective,
+            parts.family,
+            parts.objective,
             self.recipe,
             order.plan,
             order.extensions.catalog,
             self.ranks,
-            iter(batches),
+            batches,
             source,
         ) as engine:
             if origin is not None:
@@ -155,28 +156,16 @@ class _Run:
                     self.console.say(f"run {order.folder.name} is complete at step {progress.step}; for more: --train.steps N")
                     return self._outcome(progress, None, origin.folder)
             with self.stopper.listening():
-                return self._train(engine, progress, now)
+                validations = origin.state.get("validations", {}) if origin else {}
+                return self._train(engine, progress, now, validations)
 
     # Before the first step.
 
-    def _objective(self) -> Objective:
-        known = {**OBJECTIVES, **self.order.extensions.objectives}
-        name = self.recipe.objective
-        if name not in known:
-            raise ConfigError(f"objective = {name!r} is unknown{nearest(name, known)}; known: {', '.join(known)}")
-        return known[name]()
-
-    def _batches(self, progress: Progress) -> Batches:
-        world = self.order.world
-        return Batches(
-            self.shards.split("train"),
-            self.recipe.data.sequence_length,
-            self.recipe.train.global_batch,
-            self.recipe.seed,
-            world.rank,
-            world.world_size,
-            progress.cursor,
-            vocab_size=self.rows,
+    def _batches(self, progress: Progress) -> Iterator[Any]:
+        world, parts = self.order.world, self.parts
+        read = self.corpus.train(self.recipe, world.rank, world.world_size, progress.cursor, parts.rows)
+        return prepared(
+            read, preparing(parts.objective, "training"), self.recipe.train.global_batch, world.rank, world.world_size
         )
 
     def _record_start(self, origin: resume.Origin | None, skipped: list[str], now: Mapping[str, Any]) -> None:
@@ -187,10 +176,13 @@ class _Run:
         (self.out / "plan.json").write_text(json.dumps(self.order.plan.to_json(), indent=1) + "\n", encoding="utf-8")
         (self.out / "recipe.toml").write_text(self.order.resolved.to_toml(), encoding="utf-8")
         say = self.console.say
-        parameters = f"{count(self.facts.parameters)} parameters" if self.facts.parameters else "parameters n/a"
-        say(
-            f"model {self.facts.family}, {parameters}; data {self.shards.folder}: {count(len(self.shards.split('train')))} tokens"
-        )
+        facts, corpus = self.parts.facts, self.corpus
+        parameters = f"{count(facts.parameters)} parameters" if facts.parameters else "parameters n/a"
+        say(f"model {facts.family}, {parameters}; data {corpus.folder}: {count(corpus.train_tokens)} tokens")
+        if isinstance(corpus, TableCorpus):
+            for number, row in enumerate(first_rows(corpus, self.recipe, SHOWN_SAMPLES), 1):
+                say(f"--- sample {number}: {said(row)}\n{shown(corpus.tokenizer, row, self.console.style)}")
+            say("---")
         for line in skipped:
             say(f"note: {line}")
         if origin is not None:
@@ -205,11 +197,11 @@ class _Run:
 
     # Training.
 
-    def _train(self, engine: Engine, progress: Progress, now: Mapping[str, Any]) -> Outcome:
+    def _train(self, engine: Engine, progress: Progress, now: Mapping[str, Any], validations: Mapping[str, Any]) -> Outcome:
         sinks = [Jsonl(self.out / "metrics.jsonl", self.attempt)] if self.ranks.first else []
         evaluate = (
-            Evaluate(self.recipe.eval.every, self._eval_batches, sinks, self.console)
-            if "val" in self.shards.index.splits
+            Evaluate(self.recipe.eval.every, self._eval_batches, sinks, self.console, self.recipe.eval.patience, self._scores())
+            if self.corpus.validates
             else None
         )
         sample = Sample(self.recipe.sample.every, self._write_sample, self.console)
@@ -218,18 +210,24 @@ class _Run:
             if self.ranks.first
             else None
         )
-        evaluated = (lambda: evaluate.result) if evaluate else (lambda: None)
-        take = self._take(now, evaluated)
-        save = Save(self.recipe.save.every, writer, take, evaluated)
-        mfu, formula = utilisation(self.facts, self.order.machine, self.ranks.size)
+        if evaluate is not None:
+            evaluate.recall(validations)
+        save = Save(
+            self.recipe.save.every, writer, self._take(now, evaluate), (lambda: evaluate.mark) if evaluate else (lambda: None)
+        )
+
+        def finished(reached: Progress) -> bool:
+            return self.length.finished(reached) or (evaluate is not None and evaluate.exhausted(reached))
+
+        mfu, formula = utilisation(self.parts.facts, self.order.machine, self.ranks.size)
         self.console.say(formula)
         log = Log(self.recipe.log.every, sinks, self.console, mfu, self.length.steps, self.length.remaining)
         log.start(progress, engine)
         callbacks: list[Callback] = [log, *([evaluate] if evaluate else []), save, sample]
         try:
-            progress = self._watched(engine, progress, callbacks)
+            progress = self._watched(engine, progress, callbacks, finished)
             if not self.stopper.stopped:
-                progress = train(engine, progress, self.length.finished, self.length.rate, callbacks, self.stopper.asked)
+                progress = train(engine, progress, finished, self.length.rate, callbacks, self.stopper.asked)
         finally:
             if writer is not None:
                 writer.wait()
@@ -242,19 +240,21 @@ class _Run:
         newest = checkpoint.newest(self.order.folder.checkpoints)[0] if self.ranks.first else None
         return self._outcome(progress, evaluate.result if evaluate else None, newest, sample.text)
 
-    def _watched(self, engine: Engine, progress: Progress, callbacks: list[Callback]) -> Progress:
+    def _watched(
+        self, engine: Engine, progress: Progress, callbacks: list[Callback], finished: Callable[[Progress], bool]
+    ) -> Progress:
         """Warm up, watch one real step, and stop the run where a planned layer was not seen."""
         warm = progress.step + prove.warm_steps(self.order.plan, self.order.extensions.catalog)
         progress = train(
             engine,
             progress,
-            self.length.finished,
+            finished,
             self.length.rate,
             callbacks,
             self.stopper.asked,
             pause=lambda now: now.step >= warm,
         )
-        if self.length.finished(progress) or self.stopper.stopped:
+        if finished(progress) or self.stopper.stopped:
             return progress
         while True:
             held: list[Any] = []
@@ -263,7 +263,7 @@ class _Run:
             stopped = self.stopper.asked(progress)
             if sight.updated:
                 self._judge(engine, progress, sight)
-            progress = call_back(engine, progress, stats, callbacks, self.length.finished(progress), stopped)
+            progress = call_back(engine, progress, stats, callbacks, finished(progress), stopped)
             if sight.updated or stopped:
                 return progress
 
@@ -293,57 +293,50 @@ class _Run:
     # What callbacks need.
 
     def _eval_batches(self) -> Iterator[Any]:
-        world, recipe = self.order.world, self.recipe
-        return eval_batches(
-            self.shards.split("val"),
-            recipe.data.sequence_length,
-            recipe.train.global_batch,
-            world.rank,
-            world.world_size,
-            recipe.eval.batches or None,
-            vocab_size=self.rows,
-        )
+        world, parts = self.order.world, self.parts
+        read = self.corpus.validation(self.recipe, world.rank, world.world_size, parts.rows)
+        prepare = preparing(parts.objective, "validation")
+        return prepared_validation(read, prepare, self.recipe.train.global_batch, world.rank, world.world_size)
 
     def _write_sample(self, engine: Engine) -> str:
-        if not self.ranks.first or not isinstance(engine.bare, GPT):
+        if not self.ranks.first or self.recipe.objective == "question-answering":
             return ""
-        ask = self.recipe.sample
+        prompt = self.recipe.sample.prompt
         # Every length of text would be another graph, so compiled blocks run as they were written.
         with engine.eval_context(), torch.compiler.set_stance("force_eager"):
-            written = generate(
-                engine.bare,
-                self.tokenizer,
-                [ask.prompt],
-                ask.tokens,
-                ask.temperature,
-                ask.top_k,
-                seed=self.recipe.seed,
-            )
-        return ask.prompt + written[0]
+            written = write(engine.bare, self.corpus.tokenizer, [prompt], self.recipe, self.parts.mask_id)
+        return prompt + written[0]
 
-    def _take(
-        self, now: Mapping[str, Any], evaluated: Callable[[], tuple[int, float] | None]
-    ) -> Callable[..., checkpoint.Snapshot]:
+    def _scores(self) -> Callable[[Engine, int], Mapping[str, float]] | None:
+        """The task's own figures on the validation split, where it has some."""
+        corpus = self.corpus
+        if not isinstance(corpus, TableCorpus) or corpus.questions is None:
+            return None
+        table, questions = corpus.tables["val"], corpus.questions
+        return lambda engine, step: squad.evaluate(engine, table, questions, out=self.out)
+
+    def _take(self, now: Mapping[str, Any], evaluate: Evaluate | None) -> Callable[..., checkpoint.Snapshot]:
         documents = {"plan.json": json.dumps(self.order.plan.to_json(), indent=1), "recipe.toml": self.order.resolved.to_toml()}
+        documents |= kept_documents(self.recipe)
+        weights: training_state.Which = "all" if self.recipe.adapter.kind == "none" else "trained"
 
         def take(engine: Engine, progress: Progress) -> checkpoint.Snapshot:
-            newest = evaluated()
+            newest = evaluate.result if evaluate else None
             val_loss = newest[1] if newest and newest[0] == progress.step else None
-            state = resume.state_of(progress, now, self.order.plan, self.attempt, val_loss)
-            folders = {"tokenizer": self.shards.folder / "tokenizer"}
-            return training_state.snapshot(engine, progress.step, state, documents, folders)
+            memory = evaluate.memory() if evaluate else {}
+            state = resume.state_of(progress, now, self.order.plan, self.attempt, val_loss, memory)
+            folders = {"tokenizer": self.corpus.tokenizer_folder}
+            return training_state.snapshot(engine, progress.step, state, documents, folders, weights)
 
         return take
 
     def _outcome(
         self, progress: Progress, evaluated: tuple[int, float] | None, saved: Path | None, sample: str = ""
     ) -> Outcome:
-        splits = self.shards.index.splits
-        entropy = splits["val"].unigram_entropy if "val" in splits else None
         return Outcome(
             progress,
             evaluated[1] if evaluated else None,
-            entropy,
+            self.corpus.unigram_entropy,
             sample,
             saved,
             self.out,

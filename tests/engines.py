@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,11 +23,14 @@ from gptoughts.facts import facts_for
 from gptoughts.layer import Sight
 from gptoughts.layers import CATALOG
 from gptoughts.machine import Machine, World, probe
-from gptoughts.models.family import FAMILIES
-from gptoughts.objectives import NextToken
+from gptoughts.masked_diffusion import MaskedDiffusion
+from gptoughts.models.family import FAMILIES, Family
+from gptoughts.objectives import NextToken, Objective
 from gptoughts.planner import Plan, resolve
 from gptoughts.profile import Match, Profile
+from gptoughts.question_answering import QuestionAnswering
 from gptoughts.trainer import Progress, advance
+from tests.models.hf_configs import write_config
 
 NEEDS_INDUCTOR = pytest.mark.skipif(
     " " in sys.prefix, reason="torch's inductor does not quote paths for the linker, and this environment's path holds a space"
@@ -36,15 +43,35 @@ FAMILIES_UNDER_TEST = {
     "gpt2": {
         "depth": 3, "width": 64, "heads": 4, "norm": "layernorm", "positions": "learned", "mlp": "gelu", "qk_norm": False, "bias": True,
     },
+    "llada": {"family": "llada", "depth": 3, "width": 64, "heads": 4},
+    "llama": {"family": "hf", "config": "llama"},
+    "deepseek": {"family": "hf", "config": "deepseek_v3"},
+    "bert": {"family": "hf", "config": "bert"},
 }  # fmt: skip
+OBJECTIVE_OF = {"llada": "masked-diffusion", "bert": "question-answering"}
+
+
+@cache
+def config_folder(kind: str) -> str:
+    """A folder with the config.json of a tiny model of transformers."""
+    return str(write_config(Path(tempfile.mkdtemp(prefix="gptoughts-test-")) / kind, kind))
 
 
 def recipe_of(family: str = "modern", **more: Any) -> Recipe:
     """A recipe of a few thousand parameters."""
+    model = dict(FAMILIES_UNDER_TEST[family])
+    if "config" in model:
+        model["config"] = config_folder(model["config"])
+    objective = OBJECTIVE_OF.get(family, "next-token")
     values = {
         "name": "tiny",
-        "model": {**FAMILIES_UNDER_TEST[family], "vocab_size": ROWS},
-        "data": {"sequence_length": LENGTH, "tokenizer": "chars"},
+        "objective": objective,
+        "model": {**model, "vocab_size": ROWS},
+        "data": {
+            "sequence_length": LENGTH,
+            "tokenizer": "chars",
+            "format": "squad" if objective == "question-answering" else "text",
+        },
         "train": {"steps": 100_000, "global_batch": BATCH},
         "optim": {"warmup_steps": 0, "learning_rate": 1e-3},
     }
@@ -59,13 +86,56 @@ def plan_of(
     return resolve(bare, machine or probe(), facts_for(recipe), recipe, world or World(), CATALOG, layers)
 
 
+def family_for(recipe: Recipe) -> Family:
+    """The recipe's family, native or of transformers."""
+    if recipe.model.family != "hf":
+        return FAMILIES[recipe.model.family]
+    from gptoughts.models.hf import hf_family
+
+    return hf_family(recipe.model, "question-answering" if recipe.objective == "question-answering" else "causal")
+
+
+def objective_for(recipe: Recipe) -> Objective:
+    """The recipe's objective; the last id is the mask."""
+    if recipe.objective == "masked-diffusion":
+        return MaskedDiffusion(recipe.diffusion, recipe.seed, ROWS - 1, ROWS - 2)
+    return QuestionAnswering() if recipe.objective == "question-answering" else NextToken()
+
+
 def random_batches(recipe: Recipe, ragged: bool = False, seed: int = 0) -> Iterator[tuple[dict[str, torch.Tensor], int]]:
-    """Endless batches; ragged ones ignore a different number of labels in every row."""
+    """Endless batches for the recipe's objective; ragged ones count a different number of labels in every row."""
+    batches = _random_text(recipe, ragged, seed)
+    if recipe.objective == "question-answering":
+        batches = _random_questions(recipe, seed)
+    if recipe.objective == "masked-diffusion":
+        objective, count = objective_for(recipe), recipe.train.global_batch
+        for batch, number in batches:
+            host = {key: value.numpy() for key, value in batch.items()}
+            noised = objective.prepare(host, np.arange((number - 1) * count, number * count))
+            yield {key: torch.from_numpy(np.asarray(value)) for key, value in noised.items()}, number
+    yield from batches
+
+
+def _random_questions(recipe: Recipe, seed: int) -> Iterator[tuple[dict[str, torch.Tensor], int]]:
     generator = torch.Generator().manual_seed(seed)
-    number = 0
+    rows, number = recipe.train.global_batch, 0
     while True:
         number += 1
-        ids = torch.randint(0, ROWS, (recipe.train.global_batch, LENGTH + 1), generator=generator)
+        ids = torch.randint(0, ROWS, (rows, LENGTH), generator=generator)
+        lengths = torch.randint(LENGTH // 2, LENGTH + 1, (rows, 1), generator=generator)
+        mask = torch.arange(LENGTH) < lengths
+        starts = torch.randint(0, LENGTH // 2, (rows,), generator=generator)
+        types = (torch.arange(LENGTH) > 8).long().expand(rows, -1)
+        yield {"input_ids": ids, "token_types": types, "mask": mask, "starts": starts, "ends": starts}, number
+
+
+def _random_text(recipe: Recipe, ragged: bool, seed: int) -> Iterator[tuple[dict[str, torch.Tensor], int]]:
+    generator = torch.Generator().manual_seed(seed)
+    number = 0
+    ids_below = ROWS - 2 if recipe.objective == "masked-diffusion" else ROWS
+    while True:
+        number += 1
+        ids = torch.randint(0, ids_below, (recipe.train.global_batch, LENGTH + 1), generator=generator)
         batch = {"input_ids": ids}
         if ragged:
             kept = torch.randint(1, LENGTH, (recipe.train.global_batch, 1), generator=generator)
@@ -76,12 +146,12 @@ def random_batches(recipe: Recipe, ragged: bool = False, seed: int = 0) -> Itera
 @contextmanager
 def engine_of(recipe: Recipe, plan: Plan, batches: Iterator[Any] | None = None, ranks: Ranks | None = None) -> Iterator[Engine]:
     """The engine of `plan` on this CPU."""
-    family = FAMILIES[recipe.model.family]
+    family = family_for(recipe)
     model = meta_model(recipe, family, ROWS)
     source = Initialisation(family, recipe.model, recipe.seed)
     here = ranks or Ranks(World(), torch.device("cpu"))
     stream = batches or random_batches(recipe)
-    with built(model, family, NextToken(), recipe, plan, CATALOG, here, stream, source) as engine:
+    with built(model, family, objective_for(recipe), recipe, plan, CATALOG, here, stream, source) as engine:
         yield engine
 
 

@@ -18,8 +18,19 @@ from gptoughts.facts import facts_for
 from gptoughts.layer import Case, Kind, Layer, Status
 from gptoughts.layers import CATALOG
 from gptoughts.machine import World, probe
-from gptoughts.models.family import FAMILIES, custom_family
-from tests.engines import FAMILIES_UNDER_TEST, NEEDS_INDUCTOR, ROWS, engine_of, plan_of, recipe_of, steps, watched
+from gptoughts.models.family import custom_family
+from tests.engines import (
+    FAMILIES_UNDER_TEST,
+    NEEDS_INDUCTOR,
+    ROWS,
+    engine_of,
+    family_for,
+    objective_for,
+    plan_of,
+    recipe_of,
+    steps,
+    watched,
+)
 
 OPTIONS = {"microbatch": {"microbatch.sequences": 2}, "host": {"host.threads": 1}, "loss": {"loss.tokens": 32}}
 OPTIMISATIONS = [layer for layer in CATALOG.values() if not layer.baseline]
@@ -112,7 +123,8 @@ def fingerprint(engine: Any) -> dict[str, Any]:
         "forwards": {name: module.__dict__.get("forward") for name, module in model.named_modules()},
         "compiled": {name: getattr(module, "_compiled_call_impl", None) for name, module in model.named_modules()},
         "attend": [getattr(module, "attend", None) for module in model.modules()],
-        "loss": model.head.loss,
+        "loss": engine.family.head(model).loss if engine.family.head else None,
+        "attention": getattr(getattr(getattr(model, "inner", None), "config", None), "_attn_implementation", None),
         "verbs": set(engine._verbs),
         "wrappers": {verb: list(wrappers) for verb, wrappers in engine._wrappers.items()},
         "contexts": {verb: list(factories) for verb, factories in engine._contexts.items()},
@@ -129,14 +141,13 @@ def fingerprint(engine: Any) -> dict[str, Any]:
 def pristine(family: str) -> dict[str, Any]:
     from gptoughts.distributed import Ranks
     from gptoughts.engine import Engine
-    from gptoughts.objectives import NextToken
 
     recipe = recipe_of(family)
-    port = FAMILIES["gpt"]
+    port = family_for(recipe)
     engine = Engine(
         meta_model(recipe, port, ROWS),
         port,
-        NextToken(),
+        objective_for(recipe),
         recipe,
         Ranks(World(), torch.device("cpu")),
         torch.device("cpu"),

@@ -29,10 +29,13 @@ class Settings:
     fused_optimizer: bool = True
 
 
-def sdpa(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
+def sdpa(
+    query: Tensor, key: Tensor, value: Tensor, causal: bool, mask: Tensor | None = None, scale: float | None = None
+) -> Tensor:
     """Torch's own attention."""
     grouped = query.shape[1] != key.shape[1]
-    return functional.scaled_dot_product_attention(query, key, value, is_causal=causal, enable_gqa=grouped)
+    causal = causal and mask is None
+    return functional.scaled_dot_product_attention(query, key, value, mask, is_causal=causal, scale=scale, enable_gqa=grouped)
 
 
 def plain_loop(

@@ -19,23 +19,19 @@ import torch
 
 from gptoughts import prove
 from gptoughts.api import Setting
+from gptoughts.assembly import first_weights, parts_of
 from gptoughts.bench.figures import machine_figures, paired, spread
 from gptoughts.bench.outside import outside_verbs
 from gptoughts.bench.plain import Settings, plain_loop
-from gptoughts.build import Initialisation, built, meta_model
+from gptoughts.build import built, meta_model
 from gptoughts.callbacks import Log
 from gptoughts.config import Recipe
-from gptoughts.data.batches import Batches
-from gptoughts.data.shards import Shards
-from gptoughts.data.tokenize import prepare
+from gptoughts.data.corpus import opened
 from gptoughts.distributed import Ranks
 from gptoughts.engine import Engine
 from gptoughts.errors import ConfigError
-from gptoughts.facts import embedding_rows
-from gptoughts.facts import of as facts_of
 from gptoughts.length import Length
 from gptoughts.mfu import utilisation
-from gptoughts.models.family import family_of
 from gptoughts.objectives import NextToken
 from gptoughts.planner import Plan
 from gptoughts.run import device_of
@@ -75,15 +71,17 @@ class Subject:
             raise ConfigError("bench step runs in one process; start it without torchrun")
         if self.recipe.objective != "next-token":
             raise ConfigError(f"bench step compares next-token training; the recipe's objective is {self.recipe.objective!r}")
-        self.family = family_of(self.recipe.model.family)
-        self.shards = Shards.open(prepare(self.recipe.data))
-        vocabulary = self.shards.tokenizer().vocab_size
-        rows = embedding_rows(self.recipe.model, vocabulary)
-        assert rows is not None
-        self.rows = rows
-        self.facts = facts_of(self.recipe.model, self.recipe.data.sequence_length, vocabulary)
+        if self.recipe.optim.name != "adamw" or self.recipe.model.path or self.recipe.adapter.kind != "none":
+            raise ConfigError(
+                "bench step compares AdamW from random weights; leave optim.name, model.path and adapter.kind out"
+            )
+        if self.recipe.data.format != "text":
+            raise ConfigError(f"bench step reads text; the recipe's data.format is {self.recipe.data.format!r}")
+        self.corpus = opened(self.recipe)
+        self.parts = parts_of(self.recipe, self.corpus.tokenizer, setting.extensions.families, setting.extensions.objectives)
+        self.facts, self.rows = self.parts.facts, self.parts.rows
         self.ranks = Ranks(setting.world, device_of(setting.machine, setting.world))
-        self.length = Length(self.recipe, self.ranks, len(self.shards.split("train")))
+        self.length = Length(self.recipe, self.ranks, self.corpus.samples)
         self.mfu = utilisation(self.facts, setting.machine, 1)
 
     @property
@@ -93,9 +91,7 @@ class Subject:
 
     def batches(self, recipe: Recipe) -> Iterator[Any]:
         """The recipe's batches from the start, for one variant."""
-        stream, train_config = self.shards.split("train"), recipe.train
-        length = recipe.data.sequence_length
-        return iter(Batches(stream, length, train_config.global_batch, recipe.seed, vocab_size=self.rows))
+        return self.corpus.train(recipe, 0, 1, None, self.rows)
 
     def settled(self) -> None:
         """Wait for the device."""
@@ -105,10 +101,12 @@ class Subject:
     @contextmanager
     def engine(self, recipe: Recipe, plan: Plan) -> Iterator[Engine]:
         """An engine of its own with the plan's layers."""
-        model = meta_model(recipe, self.family, self.rows)
-        source = Initialisation(self.family, recipe.model, recipe.seed)
+        model = meta_model(recipe, self.parts.family, self.rows)
+        source = first_weights(recipe, self.parts, model, self.ranks.device)
         catalog = self.setting.extensions.catalog
-        with built(model, self.family, NextToken(), recipe, plan, catalog, self.ranks, self.batches(recipe), source) as engine:
+        with built(
+            model, self.parts.family, NextToken(), recipe, plan, catalog, self.ranks, self.batches(recipe), source
+        ) as engine:
             yield engine
 
 
@@ -215,7 +213,7 @@ def _plain(subject: Subject, settings: Settings) -> Run:
         return subject.length.rate(Progress(step=step))
 
     recipe = subject.recipe
-    return plain_loop(recipe, subject.family, subject.rows, subject.batches(recipe), subject.ranks.device, settings, rate)
+    return plain_loop(recipe, subject.parts.family, subject.rows, subject.batches(recipe), subject.ranks.device, settings, rate)
 
 
 def _in_float32(run: Run) -> Run:

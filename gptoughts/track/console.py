@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 
 class Console:
@@ -13,6 +14,11 @@ class Console:
         self._stream = stream or sys.stdout
         self._live = self._stream.isatty()
         self._open = False
+
+    @property
+    def style(self) -> Literal["colour", "brackets"]:
+        """How marked text is shown: in colour on a terminal that wants it, else in brackets."""
+        return "colour" if self._live and "NO_COLOR" not in os.environ else "brackets"
 
     def say(self, text: str) -> None:
         """A line that stays."""

@@ -1,0 +1,283 @@
+"""A trained model as a folder that transformers opens, with proof: it is opened again and must give the same logits.
+
+The folder gets its name only after that. Where the proof fails, or the layout cannot hold the model, nothing is left.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gptoughts import hf_facts
+from gptoughts.config import Recipe
+from gptoughts.data.tokenizer import JsonTokenizer, Tokenizer
+from gptoughts.errors import CheckpointError, ConfigError
+from gptoughts.models import gpt2_layout, llama_layout
+from gptoughts.models.gpt import GPT
+
+MOST_TOKENS = 512
+LARGEST_SHARE = 1e-3
+"""Largest difference of two logits, as a share of the largest logit: a hundred times what other kernels in float32 make."""
+LARGEST_KL = 1e-5
+
+
+@dataclass(frozen=True)
+class Proof:
+    """How the opened folder compares with the model, over `tokens` of text."""
+
+    max_difference: float
+    largest: float
+    kl: float
+    tokens: int
+
+    @property
+    def holds(self) -> bool:
+        """Whether they are the same model. Not a number is not."""
+        return self.max_difference <= LARGEST_SHARE * max(1.0, self.largest) and self.kl <= LARGEST_KL
+
+    def __str__(self) -> str:
+        return (
+            f"logits over {self.tokens} tokens: largest difference {self.max_difference:.2g} (logits up to {self.largest:.3g}), "
+            f"mean KL {self.kl:.2g} nats"
+        )
+
+
+def export_checkpoint(
+    checkpoint: str, out: str, base: str | None = None, adapter_only: bool = False, text: str | None = None
+) -> str:
+    """Write the folder `out` from a checkpoint, a run or an adapter, and check it. Returns what to print. Raises CheckpointError."""
+    from gptoughts.loading import load
+
+    loaded = load(checkpoint, base=base)
+    passage = _passage(text)
+    if adapter_only:
+        return _adapter(loaded, Path(out))
+    proof, notes = export(loaded.model, loaded.recipe, loaded.tokenizer, Path(out), passage, loaded.folder)
+    return "\n".join([f"wrote {out}", *notes, str(proof)])
+
+
+def export(
+    model: nn.Module, recipe: Recipe, tokenizer: Tokenizer, out: Path, text: str, origin: Path | None = None
+) -> tuple[Proof, list[str]]:
+    """Write `model` to `out`, open it again and compare logits on `text`. Returns the proof and remarks.
+
+    `origin` is the checkpoint's folder, for the small files that it kept of its base. Raises ConfigError where no layout can
+    hold the model, CheckpointError where `out` is taken or the opened folder is another model.
+    """
+    ids = _ids(text, tokenizer, model, recipe)
+    model.eval()
+    with torch.no_grad():
+        ours = _logits(model, ids)
+    with _fresh(out) as folder:
+        if recipe.model.family == "hf":
+            write: Callable[..., list[str]] = _write_hf
+        elif isinstance(model, GPT) and model.causal:
+            write = _write_native
+        else:
+            raise ConfigError(
+                f"a {type(model).__name__} of the family {recipe.model.family} has no layout that transformers opens"
+            )
+        notes = write(model, recipe, tokenizer, folder, origin)
+        notes += _write_tokenizer(tokenizer, folder, origin, recipe, text)
+        theirs = _reopened(folder, ids, recipe, next(model.parameters()).device)
+        proof = compare(ours, theirs)
+        if not proof.holds:
+            raise CheckpointError(f"{out} would not be the same model, so nothing was written: {proof}")
+    return proof, notes
+
+
+# --- proof
+
+
+def compare(ours: Tensor, theirs: Tensor) -> Proof:
+    """The differences of two models' logits over the same tokens, the last dimension a distribution."""
+    if ours.shape != theirs.shape:
+        raise CheckpointError(f"the opened folder gives logits {tuple(theirs.shape)}, the model {tuple(ours.shape)}")
+    ours, theirs = ours.double().cpu(), theirs.double().cpu()
+    p, q = ours.log_softmax(-1), theirs.log_softmax(-1)
+    kl = float((p.exp() * (p - q)).sum(-1).mean())
+    return Proof(float((ours - theirs).abs().max()), float(ours.abs().max()), abs(kl), ours.shape[:-1].numel())
+
+
+def _logits(model: nn.Module, ids: Tensor) -> Tensor:
+    found = model(ids.to(next(model.parameters()).device))
+    return found.transpose(1, 2) if found.shape[-1] == 2 else found  # of an answer: a distribution over places
+
+
+def _reopened(folder: Path, ids: Tensor, recipe: Recipe, device: torch.device) -> Tensor:
+    import transformers
+
+    answers = recipe.objective == "question-answering"
+    loader = transformers.AutoModelForQuestionAnswering if answers else transformers.AutoModelForCausalLM
+    try:
+        model: Any = loader.from_pretrained(folder, dtype=torch.float32, local_files_only=True, attn_implementation="eager")
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise CheckpointError(f"transformers cannot open what was written: {error}") from error
+    with torch.no_grad():
+        found = model.to(device).eval()(input_ids=ids.to(device))
+    return torch.stack((found.start_logits, found.end_logits), dim=1) if answers else found.logits
+
+
+def _passage(file: str | None) -> str:
+    if file is not None:
+        try:
+            return Path(file).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--text {file}: cannot be read ({error})") from None
+    for place in (Path(os.__file__).parent / "LICENSE.txt", Path(sys.base_prefix) / "LICENSE.txt"):
+        if place.is_file():
+            return place.read_text(encoding="utf-8")
+    return f"{sys.copyright}\n{os.__doc__}"
+
+
+def _ids(text: str, tokenizer: Tokenizer, model: nn.Module, recipe: Recipe) -> Tensor:
+    length = min(MOST_TOKENS, getattr(model, "sequence_length", MOST_TOKENS))
+    ids = [int(index) for index in tokenizer.encode(text)[:length]]
+    if len(ids) < 2:
+        raise ConfigError("the text to compare logits on has fewer than two tokens; give a longer one with --text")
+    return torch.tensor([ids])
+
+
+# --- folders
+
+
+@contextmanager
+def _fresh(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that gets its name where the block ends well, and vanishes where it does not."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"{out} is there already and not empty; give another folder")
+    partial = out.parent / f".{out.name}.partial-{os.getpid()}"
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        if out.is_dir():
+            out.rmdir()
+        partial.rename(out)
+    except OSError as error:
+        raise CheckpointError(f"{out} cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_hf(model: nn.Module, recipe: Recipe, tokenizer: Tokenizer, folder: Path, origin: Path | None) -> list[str]:
+    """The transformers model with our values, which are shared and not copied, through its own `save_pretrained`."""
+    from gptoughts.models.hf_config import whole_model
+
+    values = _values(model, recipe)
+    theirs = whole_model(
+        recipe.model, "question-answering" if recipe.objective == "question-answering" else "causal", _rows(values, model)
+    )
+    state = theirs.state_dict()
+    tied = theirs.get_expanded_tied_weights_keys(all_submodels=True)
+    missing, extra = sorted(state.keys() - values.keys() - tied.keys()), sorted(values.keys() - state.keys())
+    if missing or extra:
+        raise CheckpointError(f"the model is not the one of its config.json; missing: {missing[:8]}, not of it: {extra[:8]}")
+    theirs.load_state_dict(values, strict=False, assign=True)
+    theirs.tie_weights()
+    theirs.save_pretrained(folder)
+    kept = _kept(origin, recipe)
+    if "generation_config.json" in kept:
+        (folder / "generation_config.json").write_text(kept["generation_config.json"], encoding="utf-8")
+    return []
+
+
+def _values(model: nn.Module, recipe: Recipe) -> dict[str, Tensor]:
+    if recipe.adapter.kind != "none":
+        from gptoughts.models.adapter import merge  # imports peft
+
+        return merge(model)
+    return {name: value.detach() for name, value in model.state_dict().items()}
+
+
+def _rows(values: Mapping[str, Tensor], model: nn.Module) -> int:
+    inner: Any = model.inner
+    weight = inner.get_input_embeddings().weight
+    return int(weight.shape[0])
+
+
+def _kept(origin: Path | None, recipe: Recipe) -> dict[str, str]:
+    """Small files of the base: those that the checkpoint kept, else those of the folder that the recipe names."""
+    folder = None if origin is None else origin / "base"
+    if folder is not None and folder.is_dir():
+        return {path.name: path.read_text(encoding="utf-8") for path in folder.iterdir() if path.is_file()}
+    return hf_facts.documents(recipe.model) if recipe.model.path else {}
+
+
+def _write_native(model: nn.Module, recipe: Recipe, tokenizer: Tokenizer, folder: Path, origin: Path | None) -> list[str]:
+    """The native GPT as GPT-2, Llama or Qwen3, whichever has its form."""
+    from safetensors.torch import save_file
+
+    assert isinstance(model, GPT)
+    config, rows = model.config, model.vocab_size
+    try:
+        gpt2_layout.require_gpt2_form(config)
+    except ConfigError as not_gpt2:
+        if llama_layout.problems(config):
+            differs = ", ".join(llama_layout.problems(config))
+            raise ConfigError(f"no layout holds this model.\n  {not_gpt2}\n  those of Llama and Qwen3: {differs}") from None
+    else:
+        gpt2_layout.save_hf(model, None, folder, tokenizer.eot_id)
+        return ["layout: gpt2"]
+    content = llama_layout.to_hf_config(config, rows, model.sequence_length, tokenizer.eot_id)
+    state = {
+        name: tensor.detach().cpu().contiguous()
+        for name, tensor in llama_layout.to_hf_state(config, model.state_dict()).items()
+    }
+    (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    return [f"layout: {content['model_type']}"]
+
+
+def _write_tokenizer(tokenizer: Tokenizer, folder: Path, origin: Path | None, recipe: Recipe, text: str) -> list[str]:
+    """tokenizer.json and what transformers wants beside it; read back and compared on `text`."""
+    if not isinstance(tokenizer, JsonTokenizer):
+        return [
+            f"tokenizer: {tokenizer.kind} has no form that transformers reads; ids are as in {origin or 'the run'}/tokenizer"
+        ]
+    import transformers
+
+    (folder / "tokenizer.json").write_bytes(tokenizer.canonical)
+    kept = _kept(origin, recipe) if recipe.model.family == "hf" else {}
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
+        if name in kept:
+            (folder / name).write_text(kept[name], encoding="utf-8")
+    if "tokenizer_config.json" not in kept:
+        end = next(
+            (t["content"] for t in json.loads(tokenizer.canonical).get("added_tokens", []) if t["id"] == tokenizer.eot_id), None
+        )
+        words = {"tokenizer_class": "PreTrainedTokenizerFast", **({"eos_token": end, "bos_token": end} if end else {})}
+        (folder / "tokenizer_config.json").write_text(json.dumps(words, indent=2) + "\n", encoding="utf-8")
+    sample = text[:4000]
+    wanted = [int(index) for index in tokenizer.encode(sample)]
+    for loader in (transformers.AutoTokenizer, transformers.PreTrainedTokenizerFast):
+        read = loader.from_pretrained(folder, local_files_only=True)(sample, add_special_tokens=False)["input_ids"]
+        if list(read) == wanted:
+            other = loader is not transformers.AutoTokenizer
+            # For some model types transformers puts its own splitting of words in the place of the file's.
+            return [
+                f"tokenizer: open it with PreTrainedTokenizerFast; AutoTokenizer changes it for {recipe.model.family}"
+            ] * other
+    raise CheckpointError("the written tokenizer gives other ids than the one that the model was trained with")
+
+
+def _adapter(loaded: Any, out: Path) -> str:
+    """The adapter alone, as peft opens it."""
+    if loaded.recipe.adapter.kind == "none":
+        raise ConfigError("--adapter-only: this model has no adapter; leave the flag out")
+    from gptoughts.assembly import base_record
+    from gptoughts.models.adapter_folder import save_adapter
+
+    task = "QUESTION_ANS" if loaded.recipe.objective == "question-answering" else "CAUSAL_LM"
+    with _fresh(out) as folder:
+        save_adapter(loaded.model, loaded.recipe.adapter, folder, base_record(loaded.recipe), None, task)
+    return f"wrote {out}: the adapter alone; its base is {base_record(loaded.recipe).path}"

@@ -1,0 +1,96 @@
+"""What a recipe leaves open is settled by the model that it names: its family, its sizes, its tokenizer. Loads no torch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from gptoughts import hf_facts, llada_config
+from gptoughts.config import Resolved
+from gptoughts.errors import ConfigError, listed
+from gptoughts.recipe import ModelConfig, Recipe
+
+SIZES = (
+    "depth", "width", "heads", "kv_heads", "hidden", "norm", "positions", "mlp", "qk_norm", "tied", "bias", "rope_theta", "dropout",
+)  # fmt: skip
+"""Keys of [model] that describe a native model; a Hugging Face model has its own in its config.json."""
+
+
+def settled(resolved: Resolved) -> Resolved:
+    """`resolved` with family, sizes and tokenizer from `model.path` or `model.config` where nobody gave them.
+
+    Raises ConfigError where keys contradict the named model, or each other.
+    """
+    recipe = resolved.recipe
+    problems = _contradictions(recipe, resolved)
+    if problems:
+        raise listed(f"recipe {recipe.name} cannot be used", problems)
+    if recipe.objective == "masked-diffusion" and recipe.data.format == "chat":  # a row has one noise level and one answer
+        resolved = _with(resolved, {"data.packing": False}, "objective masked-diffusion")
+        recipe = resolved.recipe
+    if recipe.model.path is None and recipe.model.config is None:
+        return resolved
+    config = hf_facts.read_config(recipe.model)
+    named = "model.path" if recipe.model.path else "model.config"
+    native = config.get("model_type") == "llada" or recipe.model.family == "llada"
+    changes: dict[str, Any] = {"model.family": "llada" if native else "hf"}
+    if native:
+        changes |= {f"model.{key}": value for key, value in llada_config.sizes(config).items()}
+    else:
+        _check_sizes(recipe.model, named)
+    if recipe.model.path and not resolved.given("data.tokenizer"):
+        changes["data.tokenizer"] = str(hf_facts.tokenizer_folder(recipe.model))
+    hf_facts.check_length(config, recipe.data.sequence_length, named)
+    return _with(resolved, changes, named)
+
+
+def _contradictions(recipe: Recipe, resolved: Resolved) -> list[str]:
+    model, problems = recipe.model, []
+    if model.path and model.config:
+        problems.append("model: give path (pretrained weights) or config (random weights), not both")
+    if model.family == "hf" and not (model.path or model.config):
+        problems.append("model.family hf: needs model.path (a folder or a hub name) or model.config (a config.json)")
+    if model.family == "gpt" and resolved.given("model.family") and (model.path or model.config):
+        problems.append("model.family gpt: native models take no model.path or model.config; leave the family out")
+    if recipe.objective == "masked-diffusion" and model.family == "gpt" and not model.path:
+        problems.append('objective masked-diffusion: reads both ways; set model.family = "llada"')
+    if recipe.objective == "next-token" and model.family == "llada":
+        problems.append('model.family llada: sees the tokens that it would predict; set objective = "masked-diffusion"')
+    if (recipe.objective == "question-answering") != (recipe.data.format == "squad"):
+        problems.append(
+            f"objective {recipe.objective} does not go with data.format {recipe.data.format}; squad and question-answering do"
+        )
+    if recipe.data.format == "squad" and not model.path:
+        problems.append("data.format squad: needs model.path, the folder of an encoder such as BERT")
+    if recipe.data.format == "chat" and recipe.data.tokenizer in ("bytes", "chars", "gpt2", "bpe") and not model.path:
+        problems.append(
+            "data.format chat: needs a tokenizer with turns; give model.path or data.tokenizer, a folder with tokenizer.json"
+        )
+    if model.path and resolved.given("data.tokenizer") and recipe.data.tokenizer in ("bytes", "chars", "bpe"):
+        problems.append(
+            f"data.tokenizer {recipe.data.tokenizer} ({resolved.sources['data.tokenizer']}): pretrained weights know the ids of their "
+            "own tokenizer only; leave it out, or set it to none to take the model's"
+        )
+    if recipe.adapter.kind == "none" and recipe.adapter.base != "full":
+        problems.append("adapter.base nf4: quantised weights cannot be trained; give adapter.kind too, such as lora")
+    return problems
+
+
+def _check_sizes(model: ModelConfig, named: str) -> None:
+    default = ModelConfig()
+    changed = [f"model.{key}" for key in SIZES if getattr(model, key) != getattr(default, key)]
+    if changed:
+        raise ConfigError(
+            f"{', '.join(changed)}: the sizes of a Hugging Face model stand in {named}'s config.json; change them there"
+        )
+
+
+def _with(resolved: Resolved, changes: dict[str, Any], source: str) -> Resolved:
+    tables: dict[str, dict[str, Any]] = {}
+    for key, value in changes.items():
+        table, _, leaf = key.rpartition(".")
+        if not resolved.given(key) or key == "model.family":
+            tables.setdefault(table, {})[leaf] = value
+    sections = {table: getattr(resolved.recipe, table).model_copy(update=leaves) for table, leaves in tables.items()}
+    sources = {f"{table}.{leaf}": source for table, leaves in tables.items() for leaf in leaves}
+    return replace(resolved, recipe=resolved.recipe.model_copy(update=sections), sources={**resolved.sources, **sources})

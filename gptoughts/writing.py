@@ -1,0 +1,69 @@
+"""Text from any trained model: token by token where it predicts the next one, by denoising where it fills masks."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from torch import nn
+
+from gptoughts.config import Recipe
+from gptoughts.generate import autoregressive, diffusion
+from gptoughts.generate.autoregressive import OnText, Tokenizer
+
+
+def write(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    prompts: list[str] | list[list[int]],
+    recipe: Recipe,
+    mask_id: int | None,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    on_text: OnText | None = None,
+    stops: Collection[int] = (),
+) -> list[str]:
+    """A continuation, as text, of each prompt, a text or ids, by the recipe's [sample] table, for masked diffusion by [diffusion] as well.
+
+    `seed` is the recipe's where it is not given. `on_text` receives text as it is written; denoised text comes as a whole. Ids in
+    `stops` end a text, as end-of-text does.
+    """
+    ask, draw = recipe.sample, recipe.seed if seed is None else seed
+    if mask_id is None:
+        continued: list[Any] = autoregressive.generate(
+            model, tokenizer, prompts, ask.tokens, ask.temperature, ask.top_k, top_p, draw, on_text=on_text, stops=stops
+        )
+        return [text if isinstance(text, str) else tokenizer.decode(text) for text in continued]
+    noise = recipe.diffusion
+    denoised: list[Any] = diffusion.generate(
+        model,
+        tokenizer,
+        prompts,
+        mask_id,
+        max_new_tokens=ask.tokens,
+        steps=noise.steps,
+        block_length=noise.block_length,
+        remasking=noise.remasking,
+        temperature=ask.temperature,
+        guidance=noise.guidance,
+        seed=draw,
+    )
+    written = [text if isinstance(text, str) else tokenizer.decode(text) for text in denoised]
+    for index, text in enumerate(written):
+        if on_text is not None:
+            on_text(index, text)
+    return written
+
+
+def check_sampling(recipe: Recipe) -> None:
+    """Raise ConfigError where [sample] and [diffusion] ask for steps or blocks that do not divide, or do not fit the context."""
+    ask, noise = recipe.sample, recipe.diffusion
+    diffusion.check(
+        ask.tokens,
+        noise.steps,
+        noise.block_length,
+        noise.remasking,
+        ask.temperature,
+        noise.guidance,
+        recipe.data.sequence_length,
+    )
