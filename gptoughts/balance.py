@@ -85,6 +85,11 @@ class Balanced:
         meter(self.meters, "balance_loss", term.detach() * weight, weight)
         return loss + self.coefficient * weight * term if self.coefficient else loss
 
+    def listing(self) -> tuple[Tensor, Callable[[Sequence[float]], dict[str, list[int]]]] | None:
+        """Load of every expert since the last call, on the device, and what makes a row of metrics.jsonl of it; None where nothing ran."""
+        percentages = self.experts.percentages()
+        return None if percentages is None else (percentages, self.experts.row)
+
     def weight(self, batch: Batch) -> Tensor | float:
         """The objective's weight."""
         return self.objective.weight(batch)

@@ -39,7 +39,9 @@ class _Pending:
     seconds: float
     waited: float
     meters: tuple[str, ...] = ()
-    """Names of the objective's own figures; their sums, then their weights, stand behind the first three values."""
+    """Names of the objective's own figures; their sums and weights stand behind the first three values."""
+    listed: Callable[[list[float]], dict[str, Any]] | None = None
+    """What makes entries of the row of the values that stand last, such as the load of each expert."""
 
 
 @dataclass
@@ -73,6 +75,8 @@ class Log:
         own = engine.ranks.sum(torch.stack([part for pair in meters.values() for part in pair])) if meters else None
         values = torch.stack([loss_sum, stats.weight, stats.grad_norm.float()])
         values = values if own is None else torch.cat([values, own.float()])
+        listing = getattr(engine.objective, "listing", lambda: None)()
+        values = values if listing is None else torch.cat([values, listing[0]])
         host = values.to("cpu", non_blocking=True)
         arrived = None
         if values.is_cuda:
@@ -82,7 +86,15 @@ class Log:
         seconds = progress.seconds - before.seconds
         self._pending.append(
             _Pending(
-                host, arrived, progress, stats.rate, progress.tokens - before.tokens, seconds, wait - waited, tuple(meters)
+                host,
+                arrived,
+                progress,
+                stats.rate,
+                progress.tokens - before.tokens,
+                seconds,
+                wait - waited,
+                tuple(meters),
+                listing[1] if listing else None,
             )
         )
         self._before = (progress, wait)
@@ -117,8 +129,10 @@ class Log:
             "perf/mfu": mfu,
             "perf/data_wait": pending.waited / pending.seconds if pending.seconds > 0 else 0.0,
         }
-        pairs = zip(pending.meters, own[::2], own[1::2], strict=True)
+        count_own = 2 * len(pending.meters)
+        pairs = zip(pending.meters, own[:count_own:2], own[1:count_own:2], strict=True)
         row |= {f"train/{name}": total / share for name, total, share in pairs if share}
+        row |= pending.listed(own[count_own:]) if pending.listed else {}
         for sink in self.sinks:
             sink.log(progress.step, row)
         of = f"/{self.total_steps}" if self.total_steps else ""

@@ -22,7 +22,7 @@ from gptoughts import hf_facts
 from gptoughts.config import Recipe
 from gptoughts.data.tokenizer import JsonTokenizer, Tokenizer
 from gptoughts.errors import CheckpointError, ConfigError
-from gptoughts.models import gpt2_layout, llama_layout
+from gptoughts.models import gpt2_layout, llada_layout, llama_layout
 from gptoughts.models.gpt import GPT
 
 MOST_TOKENS = 512
@@ -62,17 +62,26 @@ def export_checkpoint(
     passage = _passage(text)
     if adapter_only:
         return _adapter(loaded, Path(out))
-    proof, notes = export(loaded.model, loaded.recipe, loaded.tokenizer, Path(out), passage, loaded.folder)
+    proof, notes = export(
+        loaded.model, loaded.recipe, loaded.tokenizer, Path(out), passage, loaded.folder, getattr(loaded, "mask_id", None)
+    )
     return "\n".join([f"wrote {out}", *notes, str(proof)])
 
 
 def export(
-    model: nn.Module, recipe: Recipe, tokenizer: Tokenizer, out: Path, text: str, origin: Path | None = None
+    model: nn.Module,
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    out: Path,
+    text: str,
+    origin: Path | None = None,
+    mask_id: int | None = None,
 ) -> tuple[Proof, list[str]]:
     """Write `model` to `out`, open it again and compare logits on `text`. Returns the proof and remarks.
 
-    `origin` is the checkpoint's folder, for the small files that it kept of its base. Raises ConfigError where no layout can
-    hold the model, CheckpointError where `out` is taken or the opened folder is another model.
+    `origin` is the checkpoint's folder, for the small files that it kept of its base; `mask_id` the mask of a model that denoises
+    (LLaDA in its published layout; transformers needs code of that model to open it, so ours reads it back). Raises
+    ConfigError where no layout can hold the model, CheckpointError where `out` is taken or the opened folder is another model.
     """
     ids = _ids(text, tokenizer, model, recipe)
     model.eval()
@@ -83,6 +92,14 @@ def export(
             write: Callable[..., list[str]] = _write_hf
         elif isinstance(model, GPT) and model.causal:
             write = _write_native
+        elif isinstance(model, GPT) and mask_id is not None:
+            llada_layout.save(model.state_dict(), model.config, folder, model.sequence_length, mask_id, tokenizer.eot_id)
+            proof = compare(ours, _read_back(model, folder, ids))
+            if not proof.holds:
+                raise CheckpointError(f"{out} would not be the same model, so nothing was written: {proof}")
+            if isinstance(tokenizer, JsonTokenizer):
+                (folder / "tokenizer.json").write_bytes(tokenizer.canonical)
+            return proof, ["layout: llada"]
         else:
             raise ConfigError(
                 f"a {type(model).__name__} of the family {recipe.model.family} has no layout that transformers opens"
@@ -117,15 +134,30 @@ def _logits(model: nn.Module, ids: Tensor) -> Tensor:
 def _reopened(folder: Path, ids: Tensor, recipe: Recipe, device: torch.device) -> Tensor:
     import transformers
 
+    from gptoughts.models.hf_config import quiet
+
     answers = recipe.objective == "question-answering"
     loader = transformers.AutoModelForQuestionAnswering if answers else transformers.AutoModelForCausalLM
     try:
-        model: Any = loader.from_pretrained(folder, dtype=torch.float32, local_files_only=True, attn_implementation="eager")
+        with quiet():
+            model: Any = loader.from_pretrained(folder, dtype=torch.float32, local_files_only=True, attn_implementation="eager")
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise CheckpointError(f"transformers cannot open what was written: {error}") from error
     with torch.no_grad():
         found = model.to(device).eval()(input_ids=ids.to(device))
     return torch.stack((found.start_logits, found.end_logits), dim=1) if answers else found.logits
+
+
+def _read_back(model: GPT, folder: Path, ids: Tensor) -> Tensor:
+    """Logits of the native model with the weights that a folder of LLaDA's layout holds."""
+    source, read = llada_layout.load(folder), GPT(model.config, model.vocab_size, model.sequence_length, causal=False)
+    with torch.no_grad():
+        for name, parameter in read.named_parameters():
+            value = source.tensor(name, parameter.shape)
+            if value is None:
+                raise CheckpointError(f"{name} is not in what was written")
+            parameter.copy_(value)
+        return _logits(read.to(next(model.parameters()).device).eval(), ids)
 
 
 def _passage(file: str | None) -> str:
@@ -171,7 +203,7 @@ def _fresh(out: Path) -> Iterator[Path]:
 
 def _write_hf(model: nn.Module, recipe: Recipe, tokenizer: Tokenizer, folder: Path, origin: Path | None) -> list[str]:
     """The transformers model with our values, which are shared and not copied, through its own `save_pretrained`."""
-    from gptoughts.models.hf_config import whole_model
+    from gptoughts.models.hf_config import quiet, whole_model
 
     values = _values(model, recipe)
     theirs = whole_model(
@@ -184,7 +216,8 @@ def _write_hf(model: nn.Module, recipe: Recipe, tokenizer: Tokenizer, folder: Pa
         raise CheckpointError(f"the model is not the one of its config.json; missing: {missing[:8]}, not of it: {extra[:8]}")
     theirs.load_state_dict(values, strict=False, assign=True)
     theirs.tie_weights()
-    theirs.save_pretrained(folder)
+    with quiet():
+        theirs.save_pretrained(folder)
     kept = _kept(origin, recipe)
     if "generation_config.json" in kept:
         (folder / "generation_config.json").write_text(kept["generation_config.json"], encoding="utf-8")

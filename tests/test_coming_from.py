@@ -35,7 +35,18 @@ STANDS_FOR = {
 ELSEWHERE = {"hf": "a hub is not asked here; what it would bring is made below"}
 """First words of lines that are left out, and why."""
 
-TINY = ["--data.sequence-length", "32", "--train.global-batch", "4", "--eval.batches", "1", "--sample.tokens", "4"]
+TINY = [
+    "--data.sequence-length",
+    "32",
+    "--train.global-batch",
+    "4",
+    "--eval.batches",
+    "1",
+    "--sample.tokens",
+    "4",
+    "--layer.compile",
+    "eager",
+]
 NATIVE = ["--model.depth", "1", "--model.width", "64", "--model.heads", "2"]
 MIXTURE = {
     "hidden_size": 32, "intermediate_size": 64, "moe_intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -119,7 +130,7 @@ def make_encoder(folder: Path) -> None:
     )
     names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
     PreTrainedTokenizerFast(tokenizer_object=library, **names).save_pretrained(folder)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = BertConfig(vocab_size=library.get_vocab_size(), max_position_embeddings=64, **sizes)
     BertForQuestionAnswering(config).save_pretrained(folder)
 
@@ -168,7 +179,7 @@ def test_commands_of_the_page_run(section: str, toys: Path) -> None:
         words = [STANDS_FOR.get(word, word) for word in words]
         if words[0] == "torchrun":
             ranks, words = words[words.index("--nproc-per-node") + 1], words[words.index("-m") + 1 :]
-            planned = [*words[2:], "--data.tokenizer", "bytes", "--ranks", ranks, "--machine", "tests/machines/h100x8.json"]
+            planned = [*words[2:], "--ranks", ranks, "--machine", "tests/machines/h100x8.json"]
             planned += ["--model.path", "encoder", "--data.sequence-length", "48"] if "bert-squad" in words else []
             gptoughts(["plan", *without(planned, "--run")])
         elif "h100-fp8" in words:

@@ -107,6 +107,17 @@ def test_native_models_take_the_layout_of_their_form(model: dict[str, Any], kind
     assert sum(p.numel() for p in theirs.parameters()) == sum(p.numel() for p in made.parameters())
 
 
+def test_a_model_that_denoises_takes_its_published_layout(tmp_path: Path) -> None:
+    made, recipe = native(**{**FAMILIES_UNDER_TEST["modern"], "qk_norm": False})
+    both_ways = GPT(made.config, 128, LENGTH, causal=False)
+    both_ways.load_state_dict(made.state_dict())
+    with pytest.raises(ConfigError, match=r"no layout that transformers opens"):
+        exporting.export(both_ways, recipe, words(), tmp_path / "out", TEXT)
+    proof, notes = exporting.export(both_ways, recipe, words(), tmp_path / "out", TEXT, mask_id=127)
+    assert notes == ["layout: llada"] and proof.max_difference == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.json", "model.safetensors", "tokenizer.json"}
+
+
 def test_what_no_layout_holds(tmp_path: Path) -> None:
     made, recipe = native(**{**FAMILIES_UNDER_TEST["modern"], "positions": "learned"})
     with pytest.raises(ConfigError, match=r"no layout holds this model") as told:

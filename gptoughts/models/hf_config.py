@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForQuestionAnswering, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES
+from transformers.utils import logging
 
 from gptoughts.errors import ConfigError
 from gptoughts.hf_facts import folder_of, read_config
@@ -95,3 +98,17 @@ def whole_model(model: ModelConfig, task: Task, rows: int) -> Any:
     loader, words = model_class(task, model)
     with torch.device("meta"):
         return loader.from_config(config, attn_implementation="eager", dtype=torch.float32, **words)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' progress bars and its report of missing keys, where its caller judges what was found."""
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()

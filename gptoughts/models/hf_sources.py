@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.utils import logging
 
 from gptoughts.config import shown
 from gptoughts.errors import CheckpointError
 from gptoughts.hf_facts import folder_of
-from gptoughts.models.hf_config import Task, model_class, open_config
+from gptoughts.models.hf_config import Task, model_class, open_config, quiet
 from gptoughts.models.source import Source
 from gptoughts.recipe import ModelConfig
 
@@ -57,7 +56,7 @@ class Pretrained:
         quantised = _quantisation(self.folder)
         if quantised is not None:
             config.quantization_config = quantised
-        with _quiet():
+        with quiet():
             try:
                 return loader.from_pretrained(
                     self.folder, config=config, dtype=_precision(self.folder), local_files_only=True, use_safetensors=True,
@@ -138,20 +137,6 @@ def _torn(model: PreTrainedModel) -> list[str]:
         for alias, owner in mapping.items()
         if model.get_parameter(alias) is not model.get_parameter(owner)
     ]
-
-
-class _quiet:
-    """transformers' report of missing keys and its progress bar, for once not: what it says is judged here."""
-
-    def __enter__(self) -> None:
-        self.level, self.bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-        logging.set_verbosity(logging.CRITICAL)
-        logging.disable_progress_bar()
-
-    def __exit__(self, *error: object) -> None:
-        logging.set_verbosity(self.level)
-        if self.bar:
-            logging.enable_progress_bar()
 
 
 # --- what lies in the folder
