@@ -101,18 +101,34 @@ def _profiled(engine: Engine) -> Iterator[_Trace]:
 
 
 def _read(events: Iterable[Any], trace: _Trace) -> None:
+    operators = []
     for event in events:
         name = event.name()
         if event.device_type() == torch.autograd.DeviceType.CPU:
             trace.calls[name] += 1
             trace.regions += name.startswith(COMPILED_REGION)
-            if name.startswith("aten::"):
-                trace.dtypes[name][tuple(event.dtypes())] += 1
+            operators += [event] if name.startswith("aten::") else []
         elif name.startswith("Memcpy HtoD"):
             trace.copy_streams.add(event.device_resource_id())
         elif not name.startswith(("Memcpy", "Memset")):
             trace.kernels[name] += 1
             trace.kernel_streams.add(event.device_resource_id())
+    open_in: dict[int, list[Any]] = defaultdict(list)  # thread -> operators that have begun and not ended, outermost first
+    for event in sorted(operators, key=lambda event: event.start_ns()):
+        trace.dtypes[event.name()][tuple(event.dtypes())] += 1
+        _take_off_outer(event, open_in[event.start_thread_id()], trace)
+
+
+def _take_off_outer(event: Any, around: list[Any], trace: _Trace) -> None:
+    """An operator called from Python is recorded twice under autocast: with the inputs that it was given, and inside with those it
+    computed with. The inner one is what ran."""
+    name, began = event.name(), event.start_ns()
+    while around and around[-1].start_ns() + around[-1].duration_ns() <= began:
+        around.pop()
+    if around and around[-1].name() == name:
+        trace.calls[name] -= 1
+        trace.dtypes[name][tuple(around[-1].dtypes())] -= 1
+    around.append(event)
 
 
 def evidence(engine: Engine, plan: Plan, catalog: Mapping[str, Layer], sight: Sight) -> list[Seen]:

@@ -15,9 +15,7 @@ from torch import nn
 from gptoughts.balance import Balanced, balanced, counted
 from gptoughts.engine import Engine
 from gptoughts.errors import ConfigError, RunError
-from gptoughts.expert_precision import follow_autocast
 from gptoughts.layers import CATALOG
-from gptoughts.models.experts import stacks
 from gptoughts.recipe import ExpertsConfig
 from gptoughts.surgery import reroute
 from gptoughts.trainer import StepStats, train_step
@@ -311,24 +309,3 @@ def test_what_else_an_objective_offers_stays() -> None:
     assert wrapped.meters is objective.meters
     with pytest.raises(AttributeError):
         wrapped.nothing  # noqa: B018
-
-
-@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm", "eager"])
-def test_experts_follow_autocast(implementation: str) -> None:
-    model = mixture(implementation=implementation)
-    holder = next(iter(stacks(model).values()))
-    hidden, chosen = torch.randn(6, 32), torch.tensor([[0, 1], [1, 2], [2, 3], [3, 0], [0, 2], [1, 3]])
-    weights = torch.full((6, 2), 0.5)
-    full = holder(hidden, chosen, weights)
-    undo = follow_autocast(model)
-    assert torch.equal(holder(hidden, chosen, weights), full)
-    with torch.autocast("cpu", torch.bfloat16):
-        low = holder(hidden, chosen, weights)
-    assert low.dtype == torch.bfloat16
-    torch.testing.assert_close(low.float(), full, rtol=0.05, atol=0.02)
-    low.float().sum().backward()
-    assert all(one.grad.dtype == torch.float32 and one.grad.abs().sum() > 0 for one in holder.parameters())
-    undo()
-    with torch.autocast("cpu", torch.bfloat16):
-        after = holder(hidden, chosen, weights)
-    assert after.dtype == torch.float32

@@ -11,6 +11,7 @@ import os
 import re
 import shlex
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -93,7 +94,7 @@ def small(words: list[str]) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def toys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def toys(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with everything that the page's commands name."""
     here = tmp_path_factory.mktemp("toys")
     before, cache = Path.cwd(), os.environ.get("XDG_CACHE_HOME")

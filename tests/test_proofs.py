@@ -116,3 +116,22 @@ def test_a_side_stream_is_one_that_ran_no_kernel() -> None:
     )
     assert trace.copy_streams - trace.kernel_streams == {7}
     assert dict(trace.kernels) == {"gemm": 1}
+
+
+def test_an_operator_that_autocast_sends_on_is_counted_once_with_what_it_computed() -> None:
+    """GPT-2's projections in transformers call torch.addmm, which the profiler sees before and after autocast."""
+    from types import SimpleNamespace as Engine
+
+    from gptoughts import prove
+
+    x, weight, bias = torch.randn(4, 8), torch.randn(8, 8), torch.randn(8)
+
+    def product() -> None:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            torch.addmm(bias, x, weight)
+
+    with prove._profiled(Engine(device=torch.device("cpu"))) as trace:  # type: ignore[arg-type]
+        product()
+    assert trace.calls["aten::addmm"] == 1
+    kept = {dtypes[1:3]: count for dtypes, count in trace.dtypes["aten::addmm"].items() if count}
+    assert kept == {("c10::BFloat16", "c10::BFloat16"): 1}

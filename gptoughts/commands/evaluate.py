@@ -48,6 +48,42 @@ def perplexity(checkpoint: str, data: str | None, split: str, batch: int, length
     return 0
 
 
+def compare(
+    checkpoint: str, other: str, data: str, split: str, batch: int, length: int | None, windows: int | None, as_json: bool
+) -> int:
+    """Print how much better OTHER predicts the text than CHECKPOINT, with a 95 % bootstrap interval over paired windows."""
+    from gptoughts.data.batches import eval_batches
+    from gptoughts.errors import ConfigError, DataError
+    from gptoughts.evals.comparison import difference, window_losses
+    from gptoughts.loading import load
+
+    losses, hashes = [], []
+    for name in (checkpoint, other):
+        loaded = load(name)
+        if loaded.recipe.objective != "next-token":
+            raise ConfigError(f"{loaded.folder} learnt {loaded.recipe.objective}; only next-token models are compared")
+        corpus = corpus_of(loaded, data, split, length)
+        size = length or min(loaded.recipe.data.sequence_length, 1024)
+        stream = corpus.shards.split(split)
+        limit = None if windows is None else -(-windows // batch)
+        losses.append(
+            window_losses(loaded.engine, eval_batches(stream, size, batch, limit=limit, vocab_size=loaded.parts.rows))
+        )
+        hashes.append(loaded.tokenizer.hash)
+    if hashes[0] != hashes[1] or len(losses[0]) != len(losses[1]):
+        raise DataError(
+            f"{checkpoint} and {other} cut text into other tokens or windows; give --length, and models of one tokenizer"
+        )
+    found = difference(*losses)
+    if as_json:
+        print(json.dumps({"first": losses[0].mean(), "second": losses[1].mean(), **vars(found)}, indent=1))
+        return 0
+    print(f"{checkpoint}  {losses[0].mean():.4f} nats per token over {found.windows:,} windows of split {split} of {data}")
+    print(f"{other}  {losses[1].mean():.4f}")
+    print(f"difference  {found.mean:+.4f}, 95 % bootstrap interval {found.low:+.4f} to {found.high:+.4f}")
+    return 0
+
+
 def named(loaded: Loaded) -> str:
     """The checkpoint with its step, where it has one."""
     return f"{loaded.folder}, step {loaded.step}" if loaded.step is not None else str(loaded.folder)

@@ -29,6 +29,11 @@ def fits(case: Case, options: Options) -> Iterator[Reason]:
     if case.facts.family is None:
         yield cannot("needs a model of a known family, whose blocks are known to be one graph")
         return
+    version = case.machine.packages.get("transformers", "")
+    if facts.experts and not case.takes("precision", "bf16") and _older(version, (5, 23)):
+        # Only bf16 is one grouped product under the compiler there; float32 becomes a loop that is no single graph.
+        yield cannot(f"experts in float32 are not one graph with transformers {version}", remedy="--layer.precision bf16")
+        return
     if case.on_gpu:
         if "triton" not in case.machine.packages:
             yield cannot("needs the package triton, not installed", remedy="pip install triton")
@@ -57,6 +62,11 @@ def _run_seconds(case: Case) -> float | None:
     flops = flops_per_token(facts) or 72 * facts.depth * facts.width**2
     speed = CPU_FLOPS_PER_SECOND["bf16" if case.takes("precision", "bf16") else "fp32"]
     return flops * tokens / (speed * max(1, case.machine.cpu.usable_cores))
+
+
+def _older(version: str, than: tuple[int, int]) -> bool:
+    parts = version.split(".")[:2]
+    return len(parts) == 2 and all(part.isdigit() for part in parts) and (int(parts[0]), int(parts[1])) < than
 
 
 @contextmanager

@@ -35,6 +35,7 @@ FACTORS = {
     "aten::_addmm_activation": slice(1, 3),
     "aten::baddbmm": slice(1, 3),
     "aten::baddbmm_": slice(1, 3),
+    "aten::_grouped_mm": slice(0, 2),
 }
 SMALLEST_CPU_WIDTH = 256
 

@@ -49,6 +49,10 @@ def fits(case: Case, options: Options) -> Iterator[Reason]:
     if facts.family is None:
         yield cannot("needs a model of a known family, whose projections are known")
         return
+    if case.recipe.model.family == "hf" or case.recipe.adapter.kind != "none":
+        what = "an adapter's projections" if case.recipe.adapter.kind != "none" else "models of transformers"
+        yield cannot(f"fused modules are put into native models only so far, not into {what}")
+        return
     if facts.projections not in (None, "linear"):
         yield cannot(f"needs nn.Linear projections, {facts.family} uses {facts.projections}")
     if options["scaling"] == "mxfp8" and least is not None and not (10, 0) <= least < (12, 0):

@@ -175,18 +175,6 @@ def nudge(router: Router, load: Tensor, rate: float) -> None:
         bias.add_(rate * torch.sign(load.mean() - load).to(bias.dtype).view_as(bias))
 
 
-def stacks(model: nn.Module) -> dict[str, nn.Module]:
-    """Name -> module that holds the weights of a mixture's experts in tensors of three dimensions, for which a router was found."""
-    blocks = {name.rpartition(".")[0] for name in routers(model)}
-    return {
-        f"{name}.{child}" if name else child: block.get_submodule(child)
-        for name, block in model.named_modules()
-        if name in blocks
-        for child, _ in _holders(block)
-        if _stacked(block.get_submodule(child))
-    }
-
-
 # --- finding
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from gptoughts.errors import ConfigError
-from gptoughts.models.experts import balance, coefficient, described, measured, nudge, routers, stacks
+from gptoughts.models.experts import balance, coefficient, described, measured, nudge, routers
 from tests.mixtures import KINDS, WORDS, config, ids, mixture
 
 SIGMOID = {"deepseek_v3", "glm4_moe", "minimax_m2"}
@@ -49,7 +49,6 @@ def test_dense_models_have_none(kind: str) -> None:
         model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](num_hidden_layers=2))
     assert routers(model) == {}
     assert described({}) == "dense: no experts"
-    assert stacks(model) == {}
 
 
 def test_experts_in_the_config_and_none_in_the_model_is_an_error() -> None:
