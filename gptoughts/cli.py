@@ -238,9 +238,9 @@ def _eval() -> click.Command:
         "likelihood": ([data, split, batch, length, draws, limit, as_json], "Likelihood bound of a masked-diffusion model."),
         "squad": ([questions, threshold, batch, out, as_json], "Exact match and F1 of a question-answering model."),
     }
-    needed = _option("--data", required=True, metavar="PATH", help="text or tokenised folder")
+    needed = _option("--data", required=True, metavar="PATH", help="text that neither was trained on; all of it is used")
     kinds["compare"] = (
-        [_argument("other"), needed, split, batch, length, limit, as_json],
+        [_argument("other"), needed, batch, length, limit, as_json],
         "How much better OTHER predicts a text than CHECKPOINT, with an interval.",
     )
     for name, (options, text) in kinds.items():

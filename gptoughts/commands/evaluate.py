@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gptoughts.data.corpus import TextCorpus
@@ -48,10 +49,8 @@ def perplexity(checkpoint: str, data: str | None, split: str, batch: int, length
     return 0
 
 
-def compare(
-    checkpoint: str, other: str, data: str, split: str, batch: int, length: int | None, windows: int | None, as_json: bool
-) -> int:
-    """Print how much better OTHER predicts the text than CHECKPOINT, with a 95 % bootstrap interval over paired windows."""
+def compare(checkpoint: str, other: str, data: str, batch: int, length: int | None, windows: int | None, as_json: bool) -> int:
+    """Print how much better OTHER predicts the whole text than CHECKPOINT, with a 95 % bootstrap interval over paired windows."""
     from gptoughts.data.batches import eval_batches
     from gptoughts.errors import ConfigError, DataError
     from gptoughts.evals.comparison import difference, window_losses
@@ -62,9 +61,8 @@ def compare(
         loaded = load(name)
         if loaded.recipe.objective != "next-token":
             raise ConfigError(f"{loaded.folder} learnt {loaded.recipe.objective}; only next-token models are compared")
-        corpus = corpus_of(loaded, data, split, length)
         size = length or min(loaded.recipe.data.sequence_length, 1024)
-        stream = corpus.shards.split(split)
+        stream = corpus_of(loaded, data, "train", size, {"val_fraction": 0.0}).shards.split("train")
         limit = None if windows is None else -(-windows // batch)
         losses.append(
             window_losses(loaded.engine, eval_batches(stream, size, batch, limit=limit, vocab_size=loaded.parts.rows))
@@ -74,11 +72,11 @@ def compare(
         raise DataError(
             f"{checkpoint} and {other} cut text into other tokens or windows; give --length, and models of one tokenizer"
         )
-    found = difference(*losses)
+    found = difference(losses[0], losses[1])
     if as_json:
         print(json.dumps({"first": losses[0].mean(), "second": losses[1].mean(), **vars(found)}, indent=1))
         return 0
-    print(f"{checkpoint}  {losses[0].mean():.4f} nats per token over {found.windows:,} windows of split {split} of {data}")
+    print(f"{checkpoint}  {losses[0].mean():.4f} nats per token over {found.windows:,} windows of {data}")
     print(f"{other}  {losses[1].mean():.4f}")
     print(f"difference  {found.mean:+.4f}, 95 % bootstrap interval {found.low:+.4f} to {found.high:+.4f}")
     return 0
@@ -89,7 +87,9 @@ def named(loaded: Loaded) -> str:
     return f"{loaded.folder}, step {loaded.step}" if loaded.step is not None else str(loaded.folder)
 
 
-def corpus_of(loaded: Loaded, data: str | None, split: str, length: int | None) -> TextCorpus:
+def corpus_of(
+    loaded: Loaded, data: str | None, split: str, length: int | None, more: Mapping[str, Any] | None = None
+) -> TextCorpus:
     """The text that the checkpoint is evaluated on, cut by its own tokenizer. Raises DataError, ConfigError."""
     from gptoughts.data.corpus import text_corpus
     from gptoughts.errors import ConfigError, DataError, nearest
@@ -98,7 +98,7 @@ def corpus_of(loaded: Loaded, data: str | None, split: str, length: int | None) 
     if data is None and (loaded.step is None or settings.format != "text"):
         raise ConfigError(f"{loaded.folder} was not trained on text of its own\n  try: --data FILE")
     if data is not None:
-        settings = settings.model_copy(update={"path": data, "format": "text"})
+        settings = settings.model_copy(update={"path": data, "format": "text", **(more or {})})
         if settings.tokenizer != "gpt2" and loaded.step is not None:
             # New text is cut into tokens as the checkpoint was, whatever its own vocabulary would have been.
             settings = settings.model_copy(update={"tokenizer": str(loaded.folder / "tokenizer")})
