@@ -101,7 +101,7 @@ def _recipe(
         return load(default_recipe(here), fields) if here is not None else None
     if isinstance(recipe, str):
         return load(recipe, fields)
-    return from_values(recipe.model_dump() if isinstance(recipe, Recipe) else recipe, "the call", fields)
+    return from_values(recipe.model_dump(exclude_unset=True) if isinstance(recipe, Recipe) else recipe, "the call", fields)
 
 
 def plan(

@@ -57,7 +57,7 @@ def parts_of(
     """
     mask_id, words = None, tokenizer.vocab_size
     if recipe.objective == "masked-diffusion":
-        mask_id, _ = mask_token(tokenizer, recipe.diffusion.mask_token)
+        mask_id = mask_of(recipe, tokenizer)
         words = max(words, mask_id + 1)
     base = _family(recipe, families)
     family = base
@@ -77,6 +77,21 @@ def parts_of(
         rows, facts = wanted, facts_of(recipe.model, recipe.data.sequence_length, words)
     objective = _objective(recipe, mask_id, tokenizer, objectives)
     return Parts(family, objective, rows, facts, None if base is family else base, mask_id)
+
+
+def mask_of(recipe: Recipe, tokenizer: Tokenizer) -> int:
+    """The id of the mask: what pretrained weights were trained with, else the tokenizer's, else a new one. Raises ConfigError."""
+    asked = recipe.diffusion.mask_token
+    found, _ = mask_token(tokenizer, asked)
+    trained = hf_facts.read_config(recipe.model).get("mask_token_id") if recipe.model.path else None
+    if trained is None:
+        return found
+    if asked is not None and trained != found:
+        raise ConfigError(
+            f"diffusion.mask_token = {asked!r} is token {found}, and the weights of {recipe.model.path} know token {trained} as "
+            "their mask; leave it out"
+        )
+    return int(trained)
 
 
 def _family(recipe: Recipe, families: Mapping[str, Family]) -> Family:

@@ -180,12 +180,14 @@ class Evaluate:
 
     def memory(self) -> dict[str, Any]:
         """What a resumed run must know of the validations before it."""
-        return {"best": self._best if math.isfinite(self._best) else None, "stale": self._stale, "ended": self._ended}
+        best = self._best if math.isfinite(self._best) else None
+        return {"best": best, "stale": self._stale, "ended": self._ended, "patience": self.patience}
 
     def recall(self, memory: Mapping[str, Any]) -> None:
-        """Take back what `memory` gave."""
+        """Take back what `memory` gave. Another patience than it was made with begins anew."""
         self._best = math.inf if memory.get("best") is None else memory["best"]
-        self._stale, self._ended = memory.get("stale", 0), memory.get("ended")
+        if memory.get("patience") == self.patience:
+            self._stale, self._ended = memory.get("stale", 0), memory.get("ended")
 
     def exhausted(self, progress: Progress) -> bool:
         """Whether patience ended before this step. One more step is made then, so that the last one is a whole one with its callbacks."""

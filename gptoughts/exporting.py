@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from gptoughts import hf_facts
+from gptoughts.assembly import task_of
 from gptoughts.config import Recipe
 from gptoughts.data.tokenizer import JsonTokenizer, Tokenizer
 from gptoughts.errors import CheckpointError, ConfigError
@@ -29,6 +30,7 @@ MOST_TOKENS = 512
 LARGEST_SHARE = 1e-3
 """Largest difference of two logits, as a share of the largest logit: a hundred times what other kernels in float32 make."""
 LARGEST_KL = 1e-5
+TOKENIZER_TEXTS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
 @dataclass(frozen=True)
@@ -58,13 +60,16 @@ def export_checkpoint(
     """Write the folder `out` from a checkpoint, a run or an adapter, and check it. Returns what to print. Raises CheckpointError."""
     from gptoughts.loading import load
 
-    loaded = load(checkpoint, base=base)
-    passage = _passage(text)
+    loaded = load(checkpoint, base=base, attention="written out")  # as transformers computes where it is compared
+    passage = passage_of(text)
     if adapter_only:
-        return _adapter(loaded, Path(out))
-    proof, notes = export(
-        loaded.model, loaded.recipe, loaded.tokenizer, Path(out), passage, loaded.folder, getattr(loaded, "mask_id", None)
-    )
+        from gptoughts.export_adapter import export_adapter
+
+        proof, notes = export_adapter(loaded, Path(out), passage)
+    else:
+        proof, notes = export(
+            loaded.model, loaded.recipe, loaded.tokenizer, Path(out), passage, loaded.folder, getattr(loaded, "mask_id", None)
+        )
     return "\n".join([f"wrote {out}", *notes, str(proof)])
 
 
@@ -83,22 +88,22 @@ def export(
     (LLaDA in its published layout; transformers needs code of that model to open it, so ours reads it back). Raises
     ConfigError where no layout can hold the model, CheckpointError where `out` is taken or the opened folder is another model.
     """
-    ids = _ids(text, tokenizer, model, recipe)
+    ids = ids_of(text, tokenizer, model)
     model.eval()
     with torch.no_grad():
         ours = _logits(model, ids)
-    with _fresh(out) as folder:
+    with fresh(out) as folder:
         if recipe.model.family == "hf":
             write: Callable[..., list[str]] = _write_hf
         elif isinstance(model, GPT) and model.causal:
             write = _write_native
         elif isinstance(model, GPT) and mask_id is not None:
-            llada_layout.save(model.state_dict(), model.config, folder, model.sequence_length, mask_id, tokenizer.eot_id)
+            llada_layout.save(_values(model), model.config, folder, model.sequence_length, mask_id, tokenizer.eot_id)
             proof = compare(ours, _read_back(model, folder, ids))
-            if not proof.holds:
-                raise CheckpointError(f"{out} would not be the same model, so nothing was written: {proof}")
+            require(proof, out)
             if isinstance(tokenizer, JsonTokenizer):
                 (folder / "tokenizer.json").write_bytes(tokenizer.canonical)
+                _write_texts(folder, _trained_with(origin, {}))
             return proof, ["layout: llada"]
         else:
             raise ConfigError(
@@ -108,8 +113,7 @@ def export(
         notes += _write_tokenizer(tokenizer, folder, origin, recipe, text)
         theirs = _reopened(folder, ids, recipe, next(model.parameters()).device)
         proof = compare(ours, theirs)
-        if not proof.holds:
-            raise CheckpointError(f"{out} would not be the same model, so nothing was written: {proof}")
+        require(proof, out)
     return proof, notes
 
 
@@ -126,6 +130,12 @@ def compare(ours: Tensor, theirs: Tensor) -> Proof:
     return Proof(float((ours - theirs).abs().max()), float(ours.abs().max()), abs(kl), ours.shape[:-1].numel())
 
 
+def require(proof: Proof, out: Path) -> None:
+    """Raise CheckpointError where the folder is another model."""
+    if not proof.holds:
+        raise CheckpointError(f"{out} would not be the same model, so nothing was written: {proof}")
+
+
 def _logits(model: nn.Module, ids: Tensor) -> Tensor:
     found = model(ids.to(next(model.parameters()).device))
     return found.transpose(1, 2) if found.shape[-1] == 2 else found  # of an answer: a distribution over places
@@ -138,10 +148,13 @@ def _reopened(folder: Path, ids: Tensor, recipe: Recipe, device: torch.device) -
 
     answers = recipe.objective == "question-answering"
     loader = transformers.AutoModelForQuestionAnswering if answers else transformers.AutoModelForCausalLM
+    code = {"trust_remote_code": True} if recipe.model.remote_code else {}  # the same code, copied beside the weights
     try:
         with quiet():
-            model: Any = loader.from_pretrained(folder, dtype=torch.float32, local_files_only=True, attn_implementation="eager")
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+            model: Any = loader.from_pretrained(
+                folder, dtype=torch.float32, local_files_only=True, attn_implementation="eager", **code
+            )
+    except (OSError, ImportError, ValueError, RuntimeError, KeyError) as error:
         raise CheckpointError(f"transformers cannot open what was written: {error}") from error
     with torch.no_grad():
         found = model.to(device).eval()(input_ids=ids.to(device))
@@ -160,7 +173,8 @@ def _read_back(model: GPT, folder: Path, ids: Tensor) -> Tensor:
         return _logits(read.to(next(model.parameters()).device).eval(), ids)
 
 
-def _passage(file: str | None) -> str:
+def passage_of(file: str | None) -> str:
+    """The text that logits are compared on: the user's, else one that comes with Python. Raises ConfigError."""
     if file is not None:
         try:
             return Path(file).read_text(encoding="utf-8")
@@ -172,7 +186,8 @@ def _passage(file: str | None) -> str:
     return f"{sys.copyright}\n{os.__doc__}"
 
 
-def _ids(text: str, tokenizer: Tokenizer, model: nn.Module, recipe: Recipe) -> Tensor:
+def ids_of(text: str, tokenizer: Tokenizer, model: nn.Module) -> Tensor:
+    """The first tokens of `text`, one row, as many as the model has positions for. Raises ConfigError where there are too few."""
     length = min(MOST_TOKENS, getattr(model, "sequence_length", MOST_TOKENS))
     ids = [int(index) for index in tokenizer.encode(text)[:length]]
     if len(ids) < 2:
@@ -184,7 +199,7 @@ def _ids(text: str, tokenizer: Tokenizer, model: nn.Module, recipe: Recipe) -> T
 
 
 @contextmanager
-def _fresh(out: Path) -> Iterator[Path]:
+def fresh(out: Path) -> Iterator[Path]:
     """A folder beside `out` that gets its name where the block ends well, and vanishes where it does not."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} is there already and not empty; give another folder")
@@ -205,10 +220,9 @@ def _write_hf(model: nn.Module, recipe: Recipe, tokenizer: Tokenizer, folder: Pa
     """The transformers model with our values, which are shared and not copied, through its own `save_pretrained`."""
     from gptoughts.models.hf_config import quiet, whole_model
 
-    values = _values(model, recipe)
-    theirs = whole_model(
-        recipe.model, "question-answering" if recipe.objective == "question-answering" else "causal", _rows(values, model)
-    )
+    values = _values(model)
+    inner: Any = model.inner
+    theirs = whole_model(recipe.model, task_of(recipe), inner.get_input_embeddings().weight.shape[0])
     state = theirs.state_dict()
     tied = theirs.get_expanded_tied_weights_keys(all_submodels=True)
     missing, extra = sorted(state.keys() - values.keys() - tied.keys()), sorted(values.keys() - state.keys())
@@ -224,18 +238,13 @@ def _write_hf(model: nn.Module, recipe: Recipe, tokenizer: Tokenizer, folder: Pa
     return []
 
 
-def _values(model: nn.Module, recipe: Recipe) -> dict[str, Tensor]:
-    if recipe.adapter.kind != "none":
-        from gptoughts.models.adapter import merge  # imports peft
+def _values(model: nn.Module) -> dict[str, Tensor]:
+    """Weights by the names that the model has without an adapter; one that it has is merged."""
+    from gptoughts.models.adapter import adapter_layers, merge
 
+    if adapter_layers(model):
         return merge(model)
     return {name: value.detach() for name, value in model.state_dict().items()}
-
-
-def _rows(values: Mapping[str, Tensor], model: nn.Module) -> int:
-    inner: Any = model.inner
-    weight = inner.get_input_embeddings().weight
-    return int(weight.shape[0])
 
 
 def _kept(origin: Path | None, recipe: Recipe) -> dict[str, str]:
@@ -258,17 +267,35 @@ def _write_native(model: nn.Module, recipe: Recipe, tokenizer: Tokenizer, folder
         if llama_layout.problems(config):
             differs = ", ".join(llama_layout.problems(config))
             raise ConfigError(f"no layout holds this model.\n  {not_gpt2}\n  those of Llama and Qwen3: {differs}") from None
+        content = llama_layout.to_hf_config(config, rows, model.sequence_length, tokenizer.eot_id)
+        state = llama_layout.to_hf_state(config, _values(model))
     else:
-        gpt2_layout.save_hf(model, None, folder, tokenizer.eot_id)
-        return ["layout: gpt2"]
-    content = llama_layout.to_hf_config(config, rows, model.sequence_length, tokenizer.eot_id)
-    state = {
-        name: tensor.detach().cpu().contiguous()
-        for name, tensor in llama_layout.to_hf_state(config, model.state_dict()).items()
-    }
+        content, state = gpt2_layout.to_hf_gpt2(config, _values(model), tokenizer.eot_id)
     (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
     return [f"layout: {content['model_type']}"]
+
+
+def _trained_with(origin: Path | None, kept: Mapping[str, str]) -> dict[str, str]:
+    """The tokenizer's small files, those of the base overruled by the chat template that the run was trained with."""
+    texts = {name: kept[name] for name in TOKENIZER_TEXTS if name in kept}
+    own = None if origin is None else origin / "tokenizer"
+    if own is None or not (own / "chat_template.jinja").is_file():
+        return texts
+    texts["chat_template.jinja"] = (own / "chat_template.jinja").read_text(encoding="utf-8")
+    if (own / "tokenizer_config.json").is_file():
+        words = json.loads((own / "tokenizer_config.json").read_text(encoding="utf-8"))
+        base = json.loads(texts.get("tokenizer_config.json", "{}"))
+        base.pop("chat_template", None)
+        kind = base.get("tokenizer_class", words.get("tokenizer_class"))
+        texts["tokenizer_config.json"] = json.dumps({**base, **words, "tokenizer_class": kind}, indent=2) + "\n"
+    return texts
+
+
+def _write_texts(folder: Path, texts: Mapping[str, str]) -> None:
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
 
 
 def _write_tokenizer(tokenizer: Tokenizer, folder: Path, origin: Path | None, recipe: Recipe, text: str) -> list[str]:
@@ -280,10 +307,8 @@ def _write_tokenizer(tokenizer: Tokenizer, folder: Path, origin: Path | None, re
     import transformers
 
     (folder / "tokenizer.json").write_bytes(tokenizer.canonical)
-    kept = _kept(origin, recipe) if recipe.model.family == "hf" else {}
-    for name in ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
-        if name in kept:
-            (folder / name).write_text(kept[name], encoding="utf-8")
+    kept = _trained_with(origin, _kept(origin, recipe) if recipe.model.family == "hf" else {})
+    _write_texts(folder, kept)
     if "tokenizer_config.json" not in kept:
         end = next(
             (t["content"] for t in json.loads(tokenizer.canonical).get("added_tokens", []) if t["id"] == tokenizer.eot_id), None
@@ -301,16 +326,3 @@ def _write_tokenizer(tokenizer: Tokenizer, folder: Path, origin: Path | None, re
                 f"tokenizer: open it with PreTrainedTokenizerFast; AutoTokenizer changes it for {recipe.model.family}"
             ] * other
     raise CheckpointError("the written tokenizer gives other ids than the one that the model was trained with")
-
-
-def _adapter(loaded: Any, out: Path) -> str:
-    """The adapter alone, as peft opens it."""
-    if loaded.recipe.adapter.kind == "none":
-        raise ConfigError("--adapter-only: this model has no adapter; leave the flag out")
-    from gptoughts.assembly import base_record
-    from gptoughts.models.adapter_folder import save_adapter
-
-    task = "QUESTION_ANS" if loaded.recipe.objective == "question-answering" else "CAUSAL_LM"
-    with _fresh(out) as folder:
-        save_adapter(loaded.model, loaded.recipe.adapter, folder, base_record(loaded.recipe), None, task)
-    return f"wrote {out}: the adapter alone; its base is {base_record(loaded.recipe).path}"

@@ -24,6 +24,8 @@ PACKAGE = "package:"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 """What is fetched of a model on a hub: no pickles, no code."""
+CODE = ["*.py"]
+"""What is fetched besides where a recipe lets a model's own code run."""
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 DEEPEST = 3
 """Folders below a package that are searched for a model."""
@@ -43,6 +45,14 @@ def folder_of(name: str) -> Path:
     if path.suffix == ".gguf" or name.startswith((".", "/", "~")) or not HUB_NAME.fullmatch(name):
         raise ConfigError(f"model {name}: there is no such file or folder")
     return _from_hub(name)
+
+
+def folder_with_code(name: str) -> Path:
+    """`folder_of`, with the Python files of a model on a hub, which are fetched for nobody else. Raises ConfigError."""
+    folder = folder_of(name)
+    if name.startswith(PACKAGE) or Path(name).expanduser().exists() or any(folder.glob("*.py")):
+        return folder
+    return _fetched(name, [*FILES, *CODE])
 
 
 def _of_path(path: Path, what: str) -> Path:
@@ -129,9 +139,10 @@ def _alone(lock: Path) -> Iterator[None]:
 
 
 def _from_hub(name: str) -> Path:
-    held = _cached(name)
-    if held is not None:
-        return held
+    return _cached(name) or _fetched(name, FILES)
+
+
+def _fetched(name: str, files: list[str]) -> Path:
     if any(os.environ.get(word, "0").upper() in ("1", "ON", "YES", "TRUE") for word in OFFLINE):
         raise ConfigError(
             f"model {name}: neither a folder here nor whole in Hugging Face's cache, and HF_HUB_OFFLINE forbids to ask"
@@ -142,7 +153,7 @@ def _from_hub(name: str) -> Path:
     except ImportError:
         raise ConfigError(f"model {name}: to fetch it from a hub, pip install 'gptoughts[hf]'; or give a folder") from None
     try:
-        return Path(snapshot_download(name, allow_patterns=FILES))
+        return Path(snapshot_download(name, allow_patterns=files))
     except (OSError, ValueError, RuntimeError, HfHubHTTPError) as error:  # no network, no such model, gated, disk full
         said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ConfigError(f"model {name}: neither a folder here nor to be had from the hub: {said[:200]}") from None

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,16 +11,19 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from gptoughts import checkpoint
+from gptoughts import checkpoint, hf_facts
 from gptoughts.assembly import Parts, first_weights, parts_of, resumed_weights
 from gptoughts.build import meta_model
 from gptoughts.config import Recipe, from_values
 from gptoughts.data.tokenizer import Tokenizer, bpe_from_files
 from gptoughts.distributed import Ranks
 from gptoughts.engine import Engine, Source
-from gptoughts.errors import CheckpointError, nearest
+from gptoughts.errors import CheckpointError, ConfigError, LayerError, nearest
+from gptoughts.hub import folder_of
 from gptoughts.layers.attention_sdpa import attend
 from gptoughts.machine import World
+from gptoughts.models.adapter_folder import read_config as read_adapter
+from gptoughts.recipe import ModelConfig
 from gptoughts.settle import settled
 
 
@@ -97,6 +99,17 @@ def load(name: str, families: Mapping[str, Any] | None = None, base: str | None 
     return Loaded(reading_engine(recipe, parts, model, device, source, attention), tokenizer, recipe, folder, step, parts)
 
 
+def require_base(folder: Path, adapted: bool, base: str | None, noted: str | None) -> None:
+    """Raise ConfigError for a `base` of something that is no adapter, and for an adapter whose base is not where it was."""
+    if base is not None and not adapted:
+        raise ConfigError(f"--base {base}: {folder} is no adapter and holds all of its weights; leave the flag out")
+    if adapted and noted:
+        try:
+            folder_of(noted)
+        except ConfigError as error:
+            raise ConfigError(f"{error}\n  it is the base of the adapter in {folder}\n  try: --base FOLDER") from None
+
+
 def trained_recipe(folder: Path, base: str | None) -> tuple[Recipe, int]:
     """The recipe and the step of a checkpoint of ours."""
     state = checkpoint.read_state(folder)
@@ -105,9 +118,12 @@ def trained_recipe(folder: Path, base: str | None) -> tuple[Recipe, int]:
     except KeyError:
         raise CheckpointError(f"{folder} holds a model that `fit` trained; only its own code can build it") from None
     values.pop("rows")
-    if (folder / "base").is_dir() and values.get("adapter.kind", "none") == "none":
+    adapted = values.get("adapter.kind", "none") != "none"
+    if (folder / "base").is_dir() and not adapted and values.get("model.remote_code") is None:
         # Its weights lie in the checkpoint, and so does the config that they go with: the model they began from may be gone.
+        # Only code of its own does not: that stays where the recipe allowed it to run.
         values |= {"model.path": None, "model.config": str(folder / "base")}
+    require_base(folder, adapted, base, base or values.get("model.path"))
     if base is not None:
         values["model.path"] = base
     recipe = from_values({key: value for key, value in values.items() if value is not None}, str(folder)).recipe
@@ -120,22 +136,23 @@ def exported_recipe(folder: Path, base: str | None) -> Recipe:
     values: dict[str, Any] = {"name": folder.name, "train.steps": 1, "data.sequence_length": 1}
     adapter = folder / "adapter_config.json"
     if adapter.is_file():
-        noted = json.loads(adapter.read_text(encoding="utf-8"))
+        noted = read_adapter(folder)
         path = base or noted.get("base_model_name_or_path") or ""
         if not path:
             raise CheckpointError(f"{adapter} does not name its base model\n  try: --base FOLDER")
+    require_base(folder, adapter.is_file(), base, path)
     values["model.path"] = path
+    content = hf_facts.read_config(ModelConfig(path=path))
+    if any(str(name).endswith("ForQuestionAnswering") for name in content.get("architectures") or ()):
+        values |= {"objective": "question-answering", "data.format": "squad"}
+    if content["model_type"] == "llada":
+        values["objective"] = "masked-diffusion"
     recipe = settled(from_values(values, path)).recipe
-    changes: dict[str, Any] = {"data": recipe.data.model_copy(update={"sequence_length": positions_of(recipe)})}
-    if recipe.model.family == "llada":
-        changes["objective"] = "masked-diffusion"
-    return recipe.model_copy(update=changes)
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"sequence_length": positions_of(recipe)})})
 
 
 def positions_of(recipe: Recipe) -> int:
     """The longest context of the recipe's model, by its config."""
-    from gptoughts import hf_facts
-
     return hf_facts.max_positions(hf_facts.read_config(recipe.model)) or 4096
 
 
@@ -155,7 +172,8 @@ def reading_engine(
     engine.materialise(source)
     engine.bare.eval()
     if attention == "fused" and parts.family.set_attention is not None:
-        parts.family.set_attention(engine.bare, attend)
+        with suppress(LayerError):  # some models cannot have theirs replaced; nobody asked for it by name
+            parts.family.set_attention(engine.bare, attend)
     if device.type == "cuda" and torch.cuda.is_bf16_supported():
         engine.wrap_context("eval_context", _bf16)
     return engine

@@ -25,6 +25,8 @@ from gptoughts.recipe import DataConfig, DiffusionConfig
 MASK_NAMES = ("<|mdm_mask|>", "<|mask|>", "[MASK]", "<mask>", "<MASK>")
 """What tokenizers call a token that stands for a masked one, LLaDA's own name first."""
 
+END_MULTIPLE = 64
+"""Behind an answer, end-of-text is learnt up to the next multiple of this many tokens."""
 BUCKETS = 10
 TRAINING, VALIDATION = 1, 2  # streams of draws
 TIME, CROP, LENGTH, TOKENS = 0, 1, 2, 3  # places in a sample's stream: one each, and from TOKENS on one per token
@@ -87,18 +89,29 @@ def require_unpacked(data: DataConfig) -> None:
 
 def answer_padding(
     input_ids: np.ndarray, labels: np.ndarray, positions: np.ndarray, eot_id: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """(input_ids, labels) whose rows end in end-of-text that is learnt, where they ended in a document of padding.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(input_ids, labels, positions) whose rows have learnt end-of-text behind the answer, where a document of padding stood.
 
-    So the model learns where an answer ends, as in LLaDA, which fills up to the longest row of a batch; here to the row's
-    end, because a sample must not depend on its batch. Rows without an answer stay. Raises DataError for a packed row.
+    So the model learns where an answer ends, as in LLaDA, which fills up to the longest row of a batch; here to the next multiple
+    of END_MULTIPLE tokens, at least one, because a sample must not depend on its batch. What is left of a row stays a document of
+    padding: end-of-text up to a long row's end would be nearly all that is learnt. Rows without an answer stay.
+    Raises DataError for a packed row.
     """
     beyond = (positions == 0).cumsum(axis=1) > 1
     labelled = labels != IGNORED
     if (labelled & beyond).any():
         raise DataError("a row holds several conversations, masked diffusion learns one per row; type: --data.packing false")
-    filled = beyond & labelled.any(axis=1, keepdims=True)
-    return np.where(filled, input_ids.dtype.type(eot_id), input_ids), np.where(filled, eot_id, labels)
+    width = input_ids.shape[1]
+    place, length = np.arange(width), width - beyond.sum(axis=1, keepdims=True)
+    end = np.minimum((length // END_MULTIPLE + 1) * END_MULTIPLE, width)
+    answered = labelled.any(axis=1, keepdims=True)
+    filled = beyond & answered & (place < end)
+    joined = np.where(place < end, place, place - end).astype(positions.dtype)
+    return (
+        np.where(filled, input_ids.dtype.type(eot_id), input_ids),
+        np.where(filled, eot_id, labels),
+        np.where(answered, joined, positions),
+    )
 
 
 # --- the objective
@@ -111,7 +124,7 @@ class MaskedDiffusion:
               a stream is learnt once an epoch (but its very last, where that begins a window). `labels`, where given, say
               where the stream ended.
     answers   `input_ids`, `labels` rows x T: labelled tokens are masked, all others always shown. `positions` tell padding,
-              which becomes end-of-text that counts (`answer_padding`). A row's loss is divided by its labels.
+              the beginning of which becomes end-of-text that counts (`answer_padding`). A row's loss is divided by its labels.
 
     `meters` loss_t0 to loss_t9: nats per masked token of rows with p in [0, 0.1) to [0.9, 1]; their mean is near the loss.
     """
@@ -156,7 +169,9 @@ class MaskedDiffusion:
                 prepared["positions"] = np.where(counted, place, place - lengths[:, None])
             scale, weight = 1 / share, lengths
         else:
-            input_ids, counted = self._answers(batch)
+            input_ids, counted, positions = self._answers(batch)
+            if (positions == 0).sum() > len(positions):  # the rest of a row is a document of its own
+                prepared["positions"] = positions
             answer = counted.sum(axis=1)
             scale, weight = 1 / (share * np.maximum(answer, 1)), answer > 0
         if (input_ids == self.mask_id).any():
@@ -174,11 +189,12 @@ class MaskedDiffusion:
             "row_weight": weight.astype(np.float32),
         }
 
-    def _answers(self, batch: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    def _answers(self, batch: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         input_ids, labels = batch["input_ids"], batch["labels"]
-        if "positions" in batch:
-            input_ids, labels = answer_padding(input_ids, labels, batch["positions"], self.eot_id)
-        return input_ids, labels != IGNORED
+        if "positions" not in batch:
+            return input_ids, labels != IGNORED, np.broadcast_to(np.arange(input_ids.shape[1]), input_ids.shape)
+        input_ids, labels, positions = answer_padding(input_ids, labels, batch["positions"], self.eot_id)
+        return input_ids, labels != IGNORED, positions
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
         """The micro-batch's loss: for each row cross-entropy over p (answers: also over their length), summed."""

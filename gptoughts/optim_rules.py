@@ -46,3 +46,9 @@ def problems(config: Any) -> Iterator[tuple[str, tuple[str, ...]]]:
             f'schedule-free averages weights instead of lowering the rate, so schedule {config.schedule} cannot be; set schedule = "constant"',
             ("name", "schedule"),
         )
+    if config.schedule != "constant" and config.min_learning_rate > config.learning_rate:
+        yield (
+            f"min_learning_rate {config.min_learning_rate:g} is above learning_rate {config.learning_rate:g}, and the rate would rise; "
+            "lower it too",
+            ("learning_rate", "min_learning_rate"),
+        )

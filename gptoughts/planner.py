@@ -296,7 +296,7 @@ def _finish(profile: Profile, case: Case, choices: Mapping[str, Choice], catalog
         how = "; to train on the CPU: CUDA_VISIBLE_DEVICES= gptoughts train ..." if profile.match.gpu is False else ""
         notes.append(f"profile {profile.name} was made for other hardware: its [match] does not hold here{how}")
     if gpus > used:
-        everyone = f"torchrun --standalone --nproc-per-node {gpus} -m gptoughts train ..."
+        everyone = f"torchrun --standalone --nproc-per-node {gpus} -m gptoughts -- train ..."
         notes.append(f"{used} of {gpus} GPUs used; for all: {everyone}")
     return Plan(
         profile=profile.name,

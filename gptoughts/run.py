@@ -19,7 +19,7 @@ from gptoughts.data.corpus import Corpus, TableCorpus, opened, prepared, prepare
 from gptoughts.data.marking import first_rows, said, shown
 from gptoughts.distributed import Ranks, started
 from gptoughts.engine import Engine
-from gptoughts.errors import LayerError, PlanError
+from gptoughts.errors import ConfigError, DataError, LayerError, PlanError
 from gptoughts.evals import squad
 from gptoughts.layer import Sight, unproven
 from gptoughts.length import Length
@@ -69,6 +69,9 @@ class Outcome:
     evidence: tuple[prove.Seen, ...]
     stopped_by: int | None = None
     """The signal that ended it early."""
+    objective: str = "next-token"
+    prompt: str = ""
+    """What its samples began with."""
 
 
 def device_of(machine: Machine, world: World) -> torch.device:
@@ -112,8 +115,12 @@ class _Run:
         self.recipe, self.out = order.resolved.recipe, order.folder.out
         extensions = order.extensions
         self.parts: Parts = parts_of(self.recipe, corpus.tokenizer, extensions.families, extensions.objectives)
-        if self.parts.mask_id is not None:  # a sample that cannot be written is told before hours of training
+        # What cannot be is told before hours of training.
+        if self.parts.mask_id is not None:
             check_sampling(self.recipe)
+        if self.recipe.eval.patience and not corpus.validates:
+            raise ConfigError("eval.patience: there is no validation split; give data.val_fraction or data.val_path")
+        self.prompt = self._sample_prompt()
         self.length = Length(self.recipe, ranks, corpus.samples)
         self.stopper = Stopper(ranks)
         self.seen: tuple[prove.Seen, ...] = ()
@@ -130,6 +137,10 @@ class _Run:
         self._record_start(origin, skipped, now)
         parts, order, device = self.parts, self.order, self.ranks.device
         model = meta_model(self.recipe, parts.family, parts.rows)
+        if self.recipe.data.format == "chat" and self.recipe.data.packing and not getattr(model, "packs", True):
+            raise ConfigError(
+                f"{parts.facts.family}: this model does not keep conversations that share a row apart\n  try: --data.packing false"
+            )
         source = (
             resumed_weights(self.recipe, parts, model, device, origin.folder)
             if origin
@@ -150,13 +161,15 @@ class _Run:
             batches,
             source,
         ) as engine:
+            validations = origin.state.get("validations", {}) if origin else {}
             if origin is not None:
                 training_state.restore(engine, origin.folder)
-                if self.length.finished(progress):
-                    self.console.say(f"run {order.folder.name} is complete at step {progress.step}; for more: --train.steps N")
+                ended = validations.get("ended") is not None and validations.get("patience") == self.recipe.eval.patience
+                if self.length.finished(progress) or ended:
+                    more = "another --eval.patience" if ended else "--train.steps N"
+                    self.console.say(f"run {order.folder.name} is complete at step {progress.step}; for more: {more}")
                     return self._outcome(progress, None, origin.folder)
             with self.stopper.listening():
-                validations = origin.state.get("validations", {}) if origin else {}
                 return self._train(engine, progress, now, validations)
 
     # Before the first step.
@@ -301,11 +314,21 @@ class _Run:
     def _write_sample(self, engine: Engine) -> str:
         if not self.ranks.first or self.recipe.objective == "question-answering":
             return ""
-        prompt = self.recipe.sample.prompt
         # Every length of text would be another graph, so compiled blocks run as they were written.
         with engine.eval_context(), torch.compiler.set_stance("force_eager"):
-            written = write(engine.bare, self.corpus.tokenizer, [prompt], self.recipe, self.parts.mask_id)
-        return prompt + written[0]
+            written = write(engine.bare, self.corpus.tokenizer, [self.prompt], self.recipe, self.parts.mask_id)
+        return self.prompt + written[0]
+
+    def _sample_prompt(self) -> str:
+        """The recipe's prompt, or an empty one where nobody asked for the default and the tokenizer has no such character."""
+        prompt = self.recipe.sample.prompt
+        try:
+            self.corpus.tokenizer.encode(prompt)
+        except DataError as error:
+            if self.order.resolved.given("sample.prompt"):
+                raise ConfigError(f"sample.prompt = {prompt!r}: {error}") from None
+            return ""
+        return prompt
 
     def _scores(self) -> Callable[[Engine, int], Mapping[str, float]] | None:
         """The task's own figures on the validation split, where it has some."""
@@ -342,4 +365,6 @@ class _Run:
             self.out,
             self.seen,
             self.stopper.signal if self.stopper.stopped else None,
+            self.recipe.objective,
+            self.prompt,
         )

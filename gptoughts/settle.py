@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,7 @@ from gptoughts.errors import ConfigError, listed
 from gptoughts.recipe import ModelConfig, Recipe
 
 SIZES = (
-    "depth", "width", "heads", "kv_heads", "hidden", "norm", "positions", "mlp", "qk_norm", "tied", "bias", "rope_theta", "dropout",
+    "depth", "width", "heads", "kv_heads", "hidden", "norm", "positions", "mlp", "qk_norm", "tied", "bias", "rope_theta",
 )  # fmt: skip
 """Keys of [model] that describe a native model; a Hugging Face model has its own in its config.json."""
 
@@ -35,9 +36,12 @@ def settled(resolved: Resolved) -> Resolved:
     native = config.get("model_type") == "llada" or recipe.model.family == "llada"
     changes: dict[str, Any] = {"model.family": "llada" if native else "hf"}
     if native:
-        changes |= {f"model.{key}": value for key, value in llada_config.sizes(config).items()}
+        sizes = llada_config.sizes(config)
+        _check_native_sizes(resolved, sizes, named)
+        changes |= {f"model.{key}": value for key, value in sizes.items()}
     else:
         _check_sizes(recipe.model, named)
+    _check_direction(recipe, native, named)
     if recipe.model.path and not resolved.given("data.tokenizer"):
         changes["data.tokenizer"] = str(hf_facts.tokenizer_folder(recipe.model))
     hf_facts.check_length(config, recipe.data.sequence_length, named)
@@ -69,11 +73,56 @@ def _contradictions(recipe: Recipe, resolved: Resolved) -> list[str]:
     if model.path and resolved.given("data.tokenizer") and recipe.data.tokenizer in ("bytes", "chars", "bpe"):
         problems.append(
             f"data.tokenizer {recipe.data.tokenizer} ({resolved.sources['data.tokenizer']}): pretrained weights know the ids of their "
-            "own tokenizer only; leave it out, or set it to none to take the model's"
+            "own tokenizer only; leave it out of the recipe"
         )
     if recipe.adapter.kind == "none" and recipe.adapter.base != "full":
         problems.append("adapter.base nf4: quantised weights cannot be trained; give adapter.kind too, such as lora")
+    return [*problems, *_unheard(recipe)]
+
+
+def _unheard(recipe: Recipe) -> list[str]:
+    """Keys with other values than their defaults that nothing would listen to."""
+    data = recipe.data.format
+    tables = (
+        (recipe.adapter.kind == "none", "adapter", ("rank", "alpha", "dropout", "targets"), "needs adapter.kind, such as lora"),
+        (
+            recipe.objective != "masked-diffusion",
+            "diffusion",
+            tuple(type(recipe.diffusion).model_fields),
+            'needs objective = "masked-diffusion"',
+        ),
+        (recipe.model.family in ("gpt", "llada") and not (recipe.model.path or recipe.model.config), "experts", ("balance_weight", "bias_rate"),
+         "needs a model with experts (model.path or model.config)"),
+        (data != "chat", "data", ("packing", "template", "train_on", "too_long"), 'needs data.format = "chat"'),
+        (data != "squad", "data", ("stride",), 'needs data.format = "squad"'),
+        (data == "text", "data", ("val_path",), "text is divided by data.val_fraction; it serves chat and squad"),
+    )  # fmt: skip
+    problems = []
+    for deaf, table, keys, why in tables:
+        section = getattr(recipe, table)
+        fields = type(section).model_fields
+        changed = [f"{table}.{key}" for key in keys if getattr(section, key) != fields[key].default]
+        if deaf and changed:
+            problems.append(f"{', '.join(changed)}: has no effect here; {why}")
     return problems
+
+
+def _check_direction(recipe: Recipe, native: bool, named: str) -> None:
+    """Refuse to learn the next token with a model that sees it, and to fill masks with one that only looks back."""
+    if native and recipe.objective == "next-token":
+        raise ConfigError(f'{named}: a LLaDA model sees the tokens that it would predict; set objective = "masked-diffusion"')
+    if not native and recipe.objective == "masked-diffusion":
+        raise ConfigError(f'{named}: masked diffusion reads both ways, and this is no LLaDA; set objective = "next-token"')
+
+
+def _check_native_sizes(resolved: Resolved, sizes: Mapping[str, Any], named: str) -> None:
+    wrong = [
+        f"model.{key} = {getattr(resolved.recipe.model, key)} (config.json: {value})"
+        for key, value in sizes.items()
+        if resolved.given(f"model.{key}") and getattr(resolved.recipe.model, key) not in (value, None)
+    ]
+    if wrong:
+        raise ConfigError(f"{named}: the weights have other sizes than the recipe: {', '.join(wrong)}; leave them out")
 
 
 def _check_sizes(model: ModelConfig, named: str) -> None:

@@ -33,7 +33,7 @@ def write(
         continued: list[Any] = autoregressive.generate(
             model, tokenizer, prompts, ask.tokens, ask.temperature, ask.top_k, top_p, draw, on_text=on_text, stops=stops
         )
-        return [text if isinstance(text, str) else tokenizer.decode(text) for text in continued]
+        return _texts(tokenizer, prompts, continued)
     noise = recipe.diffusion
     denoised: list[Any] = diffusion.generate(
         model,
@@ -47,12 +47,28 @@ def write(
         temperature=ask.temperature,
         guidance=noise.guidance,
         seed=draw,
+        stops=stops,
     )
-    written = [text if isinstance(text, str) else tokenizer.decode(text) for text in denoised]
+    written = _texts(tokenizer, prompts, denoised)
     for index, text in enumerate(written):
         if on_text is not None:
             on_text(index, text)
     return written
+
+
+def _texts(tokenizer: Tokenizer, prompts: list[str] | list[list[int]], written: list[Any]) -> list[str]:
+    return [
+        new if isinstance(new, str) else autoregressive.continuation(tokenizer, [int(token) for token in before], new)
+        for before, new in zip(prompts, written, strict=True)
+    ]
+
+
+def room(model: nn.Module, recipe: Recipe, mask_id: int | None) -> int:
+    """How many tokens of a prompt the model reads; below 0 where even the new tokens of denoising exceed its context."""
+    if mask_id is None:
+        return autoregressive.reader_of(model).sequence_length
+    context: Any = model.sequence_length
+    return int(context) - recipe.sample.tokens
 
 
 def check_sampling(recipe: Recipe) -> None:

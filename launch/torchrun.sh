@@ -39,4 +39,4 @@ if [ -z "${OMP_NUM_THREADS:-}" ]; then
     [ "$share" -ge 1 ] || share=1
     export OMP_NUM_THREADS="$share"
 fi
-exec "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$ranks" -m gptoughts train "$@"
+exec "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$ranks" -m gptoughts -- train "$@"

@@ -45,7 +45,7 @@ BAD = [
     ("train quickstart --plugin none.py", ["--plugin none.py: no such file"]),
     ("train quickstart --batch_size 3 --lr=4", ["--batch_size: no such flag; here that is --train.global-batch", "--optim.learning-rate"]),
     ("train quickstart --use-fp8", ["here that is --profile h100-fp8, or --layer.precision fp8-te"]),
-    ("train --model_name gpt2", ["here that is RECIPE, the first word after train"]),
+    ("train --model_name gpt2", ["here that is --model.path (a folder, a hub name"]),
     ("train --depth 3 --model.dept 3", ["--depth: no such flag (did you mean --model.depth?)", "did you mean '--model.depth'?"]),
     ("train --optim.lr 3", ["--optim.lr: no such flag; here that is --optim.learning-rate"]),
     ("train --layer.precison bf16", ["--layer.precison: no such flag (did you mean '--layer.precision'?)"]),

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from gptoughts.config import Resolved, fields, from_values, load, recipe_names, type_word
 from gptoughts.errors import ConfigError
+from gptoughts.optim_rules import PARTIAL, USES
 from gptoughts.recipe import LENGTHS, leaf_types
 from gptoughts.words import FOREIGN, our_flag, ours
 
@@ -116,7 +117,7 @@ tokens = 1000
         "lr: no such key; here that is optim.learning_rate",
         "model: width 100 cannot be shared by 7 heads",
         "data.sequence_length: input should be a valid integer, here 'long'",
-        "trian.steps: no such key (did you mean 'train.steps'?)",
+        "trian.steps: no such key (did you mean 'train.steps' or 'diffusion.steps'?)",
         "train.batch_size: no such key; here that is train.global_batch",
         "train: give one of steps, tokens, epochs, hours; here: steps, tokens",
         "empty: no such key",
@@ -200,7 +201,8 @@ def recipes(draw: st.DrawFn) -> Resolved:
         "model.kv_heads": draw(st.sampled_from([None, 1, heads])),
         f"train.{draw(st.sampled_from(LENGTHS))}": draw(st.integers(1, 10**12)),
     }
-    free = [key for key in KINDS if key not in values and key.removeprefix("train.") not in LENGTHS]
+    unheard = {"optim.name", *(f"optim.{key}" for key in PARTIAL if key not in USES["adamw"])}
+    free = [key for key in KINDS if key not in values and key.removeprefix("train.") not in LENGTHS and key not in unheard]
     for key in draw(st.lists(st.sampled_from(free), unique=True)):
         values[key] = draw(value_of(KINDS[key]))
     sources = draw(st.dictionaries(st.sampled_from(list(KINDS)), st.text(), max_size=8))

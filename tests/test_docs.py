@@ -18,6 +18,7 @@ import shlex
 import subprocess
 import sys
 import textwrap
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -55,7 +56,10 @@ SMALL = {
 
 
 def shortened(words: list[str]) -> list[str]:
-    """`train` on a tiny model, with steps and periods that are given divided by 100; `bench` for two short rounds; the rest as it is."""
+    """`train` on a tiny model, with steps and periods that are given divided by 100; `bench` for two short rounds; the rest as it is.
+
+    A model that is named has its own sizes, a length that is given stays, and denoising keeps a context that holds its blocks.
+    """
     if words[:1] not in (["train"], ["bench"]):
         return words
     given = {word.lstrip("-").partition("=")[0].replace("_", "-") for word in words if word.startswith("--")}
@@ -67,8 +71,24 @@ def shortened(words: list[str]) -> list[str]:
         rounds = {"rounds": "2", "steps": "2"} if words[1] == "step" else {}
         small = rounds | ({key: SMALL[key] for key in SMALL if key.startswith(("model", "data"))} if rounds else {})
     else:
-        small = SMALL
+        small = fitting(words, given)
     return [*short, *(part for key, value in small.items() if key not in given for part in (f"--{key}", value))]
+
+
+def fitting(words: list[str], given: set[str]) -> dict[str, str]:
+    """What of `SMALL` suits a `train` line."""
+    file = ROOT / "gptoughts" / "recipes" / f"{words[1]}.toml"
+    recipe = tomllib.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    left_out = set()
+    if {"model.path", "model.config"} & given or {"path", "config"} & set(recipe.get("model", {})):
+        left_out |= {"model.depth", "model.width", "model.heads"}
+    if {"train.tokens", "train.epochs", "train.hours"} & given:
+        left_out.add("train.steps")
+    denoises = recipe.get("objective") == "masked-diffusion"
+    if denoises:
+        left_out.add("data.sequence-length")
+    small = {key: value for key, value in SMALL.items() if key not in left_out}
+    return {**small, "sample.tokens": "32", "diffusion.steps": "4"} if denoises else small
 
 
 # --- what stands in the pages

@@ -10,10 +10,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, logging
 
-from gptoughts import exporting
+import gptoughts
+from gptoughts import export_adapter, exporting
 from gptoughts.config import from_values
 from gptoughts.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer
 from gptoughts.errors import CheckpointError, ConfigError
+from gptoughts.loading import load
 from gptoughts.models.family import family_of, initialise
 from gptoughts.models.gpt import GPT
 from gptoughts.models.hf import hf_family
@@ -147,6 +149,118 @@ def test_a_taken_folder_a_short_text_and_bytes(tmp_path: Path) -> None:
         exporting.export(made, recipe, words(), tmp_path / "out", "the")
     _, notes = exporting.export(made, recipe, ByteTokenizer(), tmp_path / "out", TEXT)
     assert "bytes has no form that transformers reads" in notes[1] and not (tmp_path / "out" / "tokenizer.json").exists()
+
+
+# --- adapters, chat, other programs
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder to work in with a text and, under base/, a small Llama of transformers with a tokenizer of words."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    Path("text.txt").write_text(TEXT * 20)
+    tokenizer = words()
+    assert isinstance(tokenizer, JsonTokenizer)
+    (saved(tmp_path / "base", "llama") / "tokenizer.json").write_bytes(tokenizer.canonical)
+    return tmp_path
+
+
+def trained(run: str, **more: Any) -> Any:
+    values = {
+        "name": "tiny", "data.path": "text.txt", "data.sequence_length": LENGTH, "train.steps": 3, "train.global_batch": 4,
+        "optim.warmup_steps": 0, "optim.learning_rate": 0.02, "eval.batches": 1, "sample.tokens": 4, "adapter.rank": 4, **more,
+    }  # fmt: skip
+    return gptoughts.train(values, layers={"compile": "eager", "host": "system", "precision": "fp32"}, run=run)
+
+
+NATIVE = {"model.depth": 2, "model.width": 32, "model.heads": 2, "data.tokenizer": "bytes", "adapter.kind": "lora"}
+
+
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    [
+        ({}, "qwen3"),
+        ({"model.norm": "layernorm", "model.positions": "learned", "model.mlp": "gelu", "model.bias": True,
+          "model.qk_norm": False, "model.tied": True}, "gpt2"),
+        ({"model.family": "llada", "objective": "masked-diffusion", "diffusion.steps": 2}, "llada"),
+    ],
+)  # fmt: skip
+def test_an_adapter_over_a_native_model_is_merged_and_written_alone(
+    model: dict[str, Any], layout: str, here: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    trained("one", **NATIVE, **model)
+    logging.enable_progress_bar()
+    capfd.readouterr()
+    told = exporting.export_checkpoint("one", "out")
+    assert f"layout: {layout}" in told and "logits over" in told
+    assert capfd.readouterr().err == ""
+    assert not any("lora" in name for name in load_file("out/model.safetensors"))
+    assert "the adapter alone" in exporting.export_checkpoint("one", "alone", adapter_only=True)
+    assert all("lora" in name for name in load_file("alone/adapter_model.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "base"), [("lora", "full"), ("dora", "full"), ("pissa", "full"), ("lora", "nf4"), ("pissa", "nf4")]
+)
+def test_an_adapter_alone_is_what_peft_opens_and_merges_again(kind: str, base: str, here: Path) -> None:
+    peft = pytest.importorskip("peft")
+    trained("one", **{"model.path": "base", "adapter.kind": kind, "adapter.base": base})
+    told = exporting.export_checkpoint("one", "alone", adapter_only=True)
+    assert "logits over" in told and str(here / "base") in told
+    if base == "full":
+        opened = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("base"), "alone")
+        ids = torch.tensor([[1, 2, 3, 4]])
+        with torch.no_grad():
+            assert (opened(ids).logits - load("one").model(ids)).abs().max() < 1e-4
+        assert "logits over" in exporting.export_checkpoint("alone", "merged")
+        assert not any("lora" in name for name in load_file("merged/model.safetensors"))
+    with pytest.raises(ConfigError, match=r"in peft's layout already; copy it"):
+        exporting.export_checkpoint("alone", "again", adapter_only=True)
+    with pytest.raises(ConfigError, match=r"no adapter; leave the flag out"):
+        exporting.export_checkpoint("base", "again", adapter_only=True)
+    assert not Path("again").exists()
+
+
+def test_an_adapter_that_would_open_as_another_model_is_not_written(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained("one", **{"model.path": "base", "adapter.kind": "lora"})
+    real = export_adapter.save_adapter
+    monkeypatch.setattr(
+        export_adapter,
+        "save_adapter",
+        lambda model, config, *rest: real(model, config.model_copy(update={"alpha": config.alpha * 2}), *rest),
+    )
+    with pytest.raises(CheckpointError, match=r"would not be the same model, so nothing was written"):
+        exporting.export_checkpoint("one", "alone", adapter_only=True)
+    assert not Path("alone").exists()
+
+
+@pytest.mark.parametrize("kind", ["hf", "native", "llada"])
+def test_the_template_that_the_model_learnt_goes_with_it(kind: str, tmp_path: Path) -> None:
+    origin, out = tmp_path / "origin", tmp_path / "out"
+    for place, template in (("base", "OLD"), ("tokenizer", "NEW")):
+        (origin / place).mkdir(parents=True)
+        (origin / place / "chat_template.jinja").write_text(template)
+    (origin / "base" / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": "OLD", "model_max_length": 77}'
+    )
+    (origin / "tokenizer" / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}'
+    )
+    if kind == "hf":
+        folder = saved(tmp_path / "in", "llama")
+        recipe = recipe_of(folder)
+        with engine_of(recipe, hf_family(recipe.model), Pretrained(folder)) as engine:
+            exporting.export(engine.bare, recipe, words(), out, TEXT, origin)
+    else:
+        made, recipe = native(**{**FAMILIES_UNDER_TEST["modern"], "qk_norm": False})
+        if kind == "llada":
+            causal, made = made, GPT(made.config, 128, LENGTH, causal=False)
+            made.load_state_dict(causal.state_dict())
+        exporting.export(made, recipe, words(), out, TEXT, origin, 127 if kind == "llada" else None)
+    read = PreTrainedTokenizerFast.from_pretrained(out)
+    assert read.chat_template == "NEW" and read.eos_token == "<|endoftext|>"
+    assert kind != "hf" or read.model_max_length == 77
 
 
 def test_differences_are_measured() -> None:

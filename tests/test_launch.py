@@ -24,7 +24,7 @@ def stand_in(tmp_path: Path) -> Path:
     """An environment whose `python` writes its words into a file, says that everything is installed, and does nothing else."""
     binaries = tmp_path / "an environment" / "bin"
     binaries.mkdir(parents=True)
-    script = f'#!/bin/sh\nprintf "%s\\n" "$OMP_NUM_THREADS" "$@" "--" >> "{tmp_path}/words"\nexit 0\n'
+    script = f'#!/bin/sh\nprintf "%s\\n" "$OMP_NUM_THREADS" "$@" "-=-" >> "{tmp_path}/words"\nexit 0\n'
     for name in ("python", "lint-imports"):
         (binaries / name).write_text(script, encoding="utf-8")
         (binaries / name).chmod(0o755)
@@ -41,7 +41,7 @@ def run(script: str, *words: str, cwd: Path = ROOT, **environment: str) -> subpr
 def calls(stand_in: Path) -> list[list[str]]:
     """The words of every call of the stand-in's `python`; the first is OMP_NUM_THREADS."""
     text = (stand_in.parent / "words").read_text(encoding="utf-8")
-    return [call.split("\n") for call in text.removesuffix("\n--\n").split("\n--\n")]
+    return [call.split("\n") for call in text.removesuffix("\n-=-\n").split("\n-=-\n")]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -92,7 +92,7 @@ def test_torchrun_starts_the_ranks(stand_in: Path) -> None:
     assert done.returncode == 0, done.stderr
     words = calls(stand_in)[-1]
     assert words[0] == "3"
-    assert " ".join(words[1:]) == ("-m torch.distributed.run --standalone --nproc-per-node 2 -m gptoughts train quickstart")
+    assert " ".join(words[1:]) == ("-m torch.distributed.run --standalone --nproc-per-node 2 -m gptoughts -- train quickstart")
 
 
 def test_an_old_python_is_named(tmp_path: Path) -> None:

@@ -272,21 +272,46 @@ def chat(padded: bool = True) -> Batch:
 
 def test_padding_becomes_ends_that_count() -> None:
     batch = chat()
-    ids, labels = answer_padding(batch["input_ids"], batch["labels"], batch["positions"], EOT)
+    ids, labels, positions = answer_padding(batch["input_ids"], batch["labels"], batch["positions"], EOT)
     assert ids[0, 6:].tolist() == labels[0, 6:].tolist() == [EOT] * 4
     assert labels[0, :6].tolist() == batch["labels"][0, :6].tolist()
     assert (ids[1, 9], labels[1, 9]) == (EOT, EOT)
     assert np.array_equal(ids[2:], batch["input_ids"][2:]) and np.array_equal(labels[2:], batch["labels"][2:])
+    assert np.array_equal(positions[[0, 1, 3]], np.tile(np.arange(10), (3, 1)))  # one document: the ends belong to the answer
+    assert np.array_equal(positions[2], batch["positions"][2])
+
+
+@given(st.integers(1, 250), st.integers(250, 400))
+@settings(max_examples=40, deadline=None)
+def test_ends_are_learnt_up_to_a_multiple_and_the_rest_is_padding(length: int, width: int) -> None:
+    """However long the rows are: else nearly all that is learnt would be ends."""
+    place = np.arange(width)[None]
+    ids = np.where(place < length, 7, EOT)
+    labels = np.where((place < length) & (place >= length // 2), 7, IGNORED)
+    given_batch = {"input_ids": ids, "labels": labels, "positions": np.where(place < length, place, place - length)}
+    batch = objective(epsilon=1 - 1e-12, learns="answers").prepare(given_batch, np.arange(1))  # everything is masked
+    learnt = batch["labels"][0] != IGNORED
+    ends = int((batch["labels"][0] == EOT).sum())
+    assert 1 <= ends <= 64 or length == width
+    assert learnt.sum() == length - length // 2 + ends and learnt[: length + ends][length // 2 :].all()
+    assert (length + ends) % 64 == 0 or length + ends == width
+    if length + ends < width:
+        assert np.flatnonzero(batch["positions"][0] == 0).tolist() == [0, length + ends]
+        assert (batch["input_ids"][0, length + ends :] == EOT).all()
+    else:
+        assert "positions" not in batch
 
 
 def test_prompts_are_never_masked_and_answers_are() -> None:
     mine, batch = objective(learns="answers"), chat()
-    ids, labels = answer_padding(batch["input_ids"], batch["labels"], batch["positions"], EOT)
+    ids, labels, _ = answer_padding(batch["input_ids"], batch["labels"], batch["positions"], EOT)
     ever = np.zeros((4, 10), dtype=bool)
+    unanswered = np.array([[False], [False], [True], [False]])
     for number in range(200):
         prepared = mine.prepare(batch, number * 4 + np.arange(4))
         masked = prepared["input_ids"] == MASK
-        assert np.array_equal(prepared["labels"], np.where(masked, ids, IGNORED)) and "positions" not in prepared
+        assert np.array_equal(prepared["labels"], np.where(masked, ids, IGNORED))
+        assert np.array_equal(prepared["positions"], batch["positions"] * unanswered + np.arange(10) * ~unanswered)
         ever |= masked
     assert np.array_equal(ever, labels != IGNORED)
 

@@ -143,6 +143,27 @@ def test_settings_of_a_sample_that_cannot_be_written_stop_before_training(here: 
     assert not Path("checkpoints/odd").exists() or not any(Path("checkpoints/odd").glob("step-*"))
 
 
+def test_a_default_prompt_that_the_tokenizer_lacks_is_an_empty_one(here: Path) -> None:
+    Path("dna.txt").write_text("ACGT" * 2000, encoding="utf-8")
+    more = {"data.path": "dna.txt", "data.tokenizer": "chars"}
+    assert trained("llama", "dna", 1, **more).prompt == ""
+    with pytest.raises(ConfigError, match=r"sample.prompt = 'x': character 'x'"):
+        trained("llama", "dna2", 1, **more, **{"sample.prompt": "x"})
+
+
+def test_the_mask_of_pretrained_weights_is_theirs(here: Path) -> None:
+    from gptoughts.assembly import mask_of
+    from gptoughts.config import from_values
+    from gptoughts.data.tokenizer import ByteTokenizer
+
+    folder = here / "llada"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "llada", "mask_token_id": 5}), encoding="utf-8")
+    values = {"name": "x", "train.steps": 1, "objective": "masked-diffusion", "model.family": "llada"}
+    assert mask_of(from_values(values, "t").recipe, ByteTokenizer()) == 257
+    assert mask_of(from_values({**values, "model.path": str(folder)}, "t").recipe, ByteTokenizer()) == 5
+
+
 def test_experts_and_noise_are_logged(here: Path) -> None:
     trained("mixture", "mixture", 3)
     rows = read(here / "out" / "mixture" / "metrics.jsonl")
@@ -160,4 +181,10 @@ def test_patience_ends_a_run_and_the_last_step_is_a_whole_one(here: Path) -> Non
     outcome = trained("llama", "patient", 400, **{"optim.learning_rate": 0.5, "eval.every": 2, "eval.patience": 2})
     assert outcome.progress.step < 400
     assert outcome.checkpoint is not None and outcome.checkpoint.name == f"step-{outcome.progress.step:06d}"
+    evidence = (here / "out" / "patient" / "evidence.json").read_text(encoding="utf-8")
+    again = trained("llama", "patient", 400, **{"optim.learning_rate": 0.5, "eval.every": 2, "eval.patience": 2})
+    assert again.progress == outcome.progress
+    assert (here / "out" / "patient" / "evidence.json").read_text(encoding="utf-8") == evidence
+    on = trained("llama", "patient", outcome.progress.step + 3, **{"optim.learning_rate": 0.5, "eval.every": 2})
+    assert on.progress.step == outcome.progress.step + 3
     assert os.environ["XDG_CACHE_HOME"].startswith(str(here))

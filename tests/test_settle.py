@@ -72,13 +72,21 @@ def test_a_llada_folder_brings_the_sizes_of_the_native_model(tmp_path: Path) -> 
         ({"model.path": "P", "model.depth": 3}, "model.depth: the sizes of a Hugging Face model stand in"),
         ({"model.path": "P", "data.sequence_length": 65}, "positions for 64 tokens"),
         ({"model.path": "./not-here"}, "no such file or folder"),
+        ({"model.path": "P", "objective": "masked-diffusion"}, "this is no LLaDA"),
+        ({"model.path": "L"}, "sees the tokens that it would predict"),
+        ({"model.path": "L", "objective": "masked-diffusion", "model.heads": 8}, r"model.heads = 8 \(config.json: 4\)"),
+        ({"adapter.rank": 64}, "adapter.rank: has no effect here; needs adapter.kind"),
+        ({"diffusion.steps": 64}, "diffusion.steps: has no effect here"),
+        ({"experts.bias_rate": 0.1}, "experts.bias_rate: has no effect here"),
+        ({"data.template": "chatml", "data.val_path": "x"}, "data.template: has no effect here"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_contradictions(more: dict[str, Any], said: str, tmp_path: Path) -> None:
-    place = str(folder(tmp_path))
+    places = {"P": str(folder(tmp_path)), "L": str(folder(tmp_path / "llada"))}
+    (Path(places["L"]) / "config.json").write_text(json.dumps(LLADA), encoding="utf-8")
     with pytest.raises(ConfigError, match=said):
-        settled(recipe(**{key: place if value == "P" else value for key, value in more.items()}))
+        settled(recipe(**{key: places.get(str(value), value) for key, value in more.items()}))
 
 
 def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
@@ -86,6 +94,14 @@ def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
         settled(recipe(**{"model.family": "hf", "data.format": "squad", "adapter.base": "nf4"}))
     told = str(caught.value)
     assert all(part in told for part in ("needs model.path", "data.format squad", "adapter.kind"))
+
+
+def test_a_recipe_from_python_is_settled_as_one_from_a_file(tmp_path: Path) -> None:
+    from gptoughts.api import _recipe
+
+    given = recipe(**{"model.path": str(folder(tmp_path))}).recipe
+    resolved = _recipe(given, None, None)
+    assert resolved is not None and settled(resolved).recipe.model.family == "hf"
 
 
 def test_a_hub_name_without_network_is_one_line(tmp_path: Path) -> None:

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from gptoughts.data.corpus import TextCorpus
     from gptoughts.loading import Loaded
 
+LONGEST_WINDOW = 1024
+"""Tokens of context for a folder that names none of its own."""
+
 
 def perplexity(checkpoint: str, data: str | None, split: str, batch: int, length: int | None, as_json: bool) -> int:
     """Print nats per token, perplexity and bits per token over every label of the split."""
@@ -25,8 +28,12 @@ def perplexity(checkpoint: str, data: str | None, split: str, batch: int, length
         verb = {"masked-diffusion": "likelihood", "question-answering": "squad"}.get(loaded.recipe.objective)
         told = f"\n  try: gptoughts eval {verb}" if verb else ""
         raise ConfigError(f"{loaded.folder} learnt {loaded.recipe.objective}; perplexity belongs to next-token models{told}")
-    corpus = corpus_of(loaded, data, split, length)
-    sequence_length = length or loaded.recipe.data.sequence_length
+    most = loaded.recipe.data.sequence_length
+    if length is not None and length > most:
+        raise ConfigError(f"--length {length}: {loaded.folder} has a context of {most} tokens")
+    # A folder names the longest context that it has positions for; a whole row of logits of it would not fit.
+    sequence_length = length or (most if loaded.step is not None else min(most, LONGEST_WINDOW))
+    corpus = corpus_of(loaded, data, split, sequence_length)
     loaded.engine.micro_batch = batch
     stream = corpus.shards.split(split)
     loss, labels = mean_loss(loaded.engine, eval_batches(stream, sequence_length, batch, vocab_size=loaded.parts.rows))
@@ -61,7 +68,7 @@ def compare(checkpoint: str, other: str, data: str, batch: int, length: int | No
         loaded = load(name)
         if loaded.recipe.objective != "next-token":
             raise ConfigError(f"{loaded.folder} learnt {loaded.recipe.objective}; only next-token models are compared")
-        size = length or min(loaded.recipe.data.sequence_length, 1024)
+        size = length or min(loaded.recipe.data.sequence_length, LONGEST_WINDOW)
         stream = corpus_of(loaded, data, "train", size, {"val_fraction": 0.0}).shards.split("train")
         limit = None if windows is None else -(-windows // batch)
         losses.append(

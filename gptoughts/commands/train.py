@@ -76,7 +76,13 @@ def _report(outcome: Outcome, recipe: str | None, run_name: str | None, run_dir:
     print(f"run         {outcome.out}  (plan.json, evidence.json, metrics.jsonl, recipe.toml, loss.png)")
     print(f"checkpoint  {outcome.checkpoint or 'none'}")
     if outcome.checkpoint:
-        print(f"next        gptoughts generate {shlex.quote(str(outcome.checkpoint))} --prompt 'def '")
+        print(f"next        {_next(outcome, shlex.quote(str(outcome.checkpoint)))}")
+
+
+def _next(outcome: Outcome, checkpoint: str) -> str:
+    if outcome.objective == "question-answering":
+        return f"gptoughts eval squad {checkpoint}"
+    return f"gptoughts generate {checkpoint} --prompt {shlex.quote(outcome.prompt)}"
 
 
 def _without_place(words: list[str]) -> list[str]:

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
+
 from gptoughts.data.chat_tokenizer import ChatTokenizer
 from gptoughts.data.template import BEGIN_ANSWER, END_ANSWER, Message, stripped
 from gptoughts.errors import DataError
@@ -79,15 +81,50 @@ def compared(chat: ChatTokenizer, messages: Sequence[Message]) -> tuple[list[str
     texts = []
     while places:
         whole = spans[places[-1]].text
-        here = [place for place in places if whole.startswith(spans[place].text[: spans[place].end])]
+        here = [place for place in places if spans[place].opens(whole)]
         parts, done = [], 0
-        for place in here:
-            start, end = spans[place].start, spans[place].end
-            parts += [whole[done:start], BEGIN_ANSWER, whole[start:end], END_ANSWER]
-            done = end
+        for place, span in spans.items():
+            if place > places[-1] or not span.opens(whole):
+                continue
+            # An answer that another text teaches is cut off all the same, as it is in a prompt.
+            taught = span.end if place in here else span.start
+            parts += [whole[done : span.start], BEGIN_ANSWER, whole[span.start : taught], END_ANSWER]
+            done = taught
         texts.append("".join([*parts, whole[done:]]))
         places = [place for place in places if place not in here]
     return texts[::-1], sum(span.is_open for span in spans.values())
+
+
+def prompt(chat: ChatTokenizer, messages: Sequence[Message]) -> np.ndarray:
+    """The ids of a conversation that waits for an answer: those that stand before the answer where it is learnt."""
+    marked, _ = chat.protected(messages)
+    text = chat.template.render(marked, add_generation_prompt=True, tracking=chat.template.marks_answers)
+    if not chat.template.marks_answers:
+        parts, done = [], 0
+        for place, message in enumerate(marked):
+            if message["role"] != "assistant":
+                continue
+            try:
+                span = Span.of(chat, marked, place)
+            except DataError:  # A template that cannot be learnt from can be asked.
+                continue
+            if span.opens(text):
+                parts += [text[done : span.start], BEGIN_ANSWER, END_ANSWER]
+                done = span.start
+        text = "".join([*parts, text[done:]])
+    return chat.encode([text])[0].ids
+
+
+def stops(chat: ChatTokenizer) -> set[int]:
+    """The id that ends an answer by the template; none where it ends answers without a token, or does not allow to tell."""
+    try:
+        found = written(chat, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "answers")
+    except DataError:  # End-of-text still ends what such a template asks for.
+        return set()
+    if found.open_ends:
+        return set()
+    encoded = chat.encode(found.texts[-1:])[0]
+    return {int(encoded.ids[encoded.learnt][-1])}
 
 
 @dataclass(frozen=True)
@@ -98,6 +135,10 @@ class Span:
     start: int
     end: int
     is_open: bool
+
+    def opens(self, text: str) -> bool:
+        """Whether `text` begins with the conversation up to the answer's end."""
+        return text.startswith(self.text[: self.end])
 
     @staticmethod
     def of(chat: ChatTokenizer, messages: Sequence[Any], place: int) -> Span:

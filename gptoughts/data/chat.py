@@ -21,7 +21,7 @@ import numpy as np
 
 from gptoughts.config import DataConfig
 from gptoughts.data.answers import TrainOn, Written, written
-from gptoughts.data.chat_tokenizer import ChatTokenizer
+from gptoughts.data.chat_tokenizer import ChatTokenizer, Encoded
 from gptoughts.data.conversations import Conversation, Problem, chat_files, conversations
 from gptoughts.data.folder import locked
 from gptoughts.data.packing import Document, fill, laid_out, packed, single
@@ -32,7 +32,7 @@ from gptoughts.data.tokenizer import Tokenizer
 from gptoughts.data.writer import write_json
 from gptoughts.errors import DataError
 
-FORMAT, VERSION = "gptoughts-chat", 1
+FORMAT, VERSION = "gptoughts-chat", 2
 TODAY = datetime(2024, 7, 26)
 """What a template that writes the date is told: the same rows whenever they are made. It is the date that Llama's falls back to."""
 PROBLEMS_SHOWN = 20
@@ -62,7 +62,7 @@ def prepare_chat(
     """Tables `train` and, where there is any, `val`, of the conversations in `data.path`; made once, in `out` or in the cache.
 
     Rows have `input_ids`, `labels` and `positions`: sequence_length + 1 tokens for next-token, packed where `data.packing` says so;
-    sequence_length tokens and one conversation each for masked-diffusion, ending with its last answer, end-of-text behind it.
+    sequence_length tokens and one answer each for masked-diffusion, with the conversation up to it and nothing but padding behind.
     Validation is `data.val_path`, or the conversations whose content hashes below `data.val_fraction`, so that the same ones are
     kept out when rows are added. Safe from several processes at once. Raises DataError that lists the rows which cannot be used.
     """
@@ -102,7 +102,7 @@ class Maker:
         self.train_on: TrainOn = data.train_on
         self.packing = data.packing and shape == "next-token"
         # A model that reads both ways would see what stands behind its answer, and when it is asked nothing stands there.
-        self.cut_tail = shape == "masked-diffusion" and self.train_on == "answers"
+        self.one_each = shape == "masked-diffusion" and self.train_on == "answers"
         self.width = data.sequence_length + (shape == "next-token")
         self.files = {"train": chat_files(data.path)}
         if data.val_path is not None:
@@ -114,7 +114,7 @@ class Maker:
         files = {name: [sha256_of(path) for path in paths] for name, paths in self.files.items()}
         facts = [
             VERSION, files, self.chat.tokenizer.hash, self.chat.template.source, self.chat.template.tokens, TODAY.isoformat(),
-            self.width, self.packing, self.cut_tail, self.train_on, self.fraction, self.too_long,
+            self.width, self.packing, self.one_each, self.train_on, self.fraction, self.too_long,
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
@@ -188,9 +188,10 @@ class Maker:
                     problems.append(
                         f"{conversation.where}: its answer is no token of this tokenizer, so that nothing could be learnt"
                     )
-                    continue
-                end = int(np.flatnonzero(one.learnt)[-1]) + 1 if self.cut_tail else len(one.ids)
-                documents.append(Document(one.ids[:end], one.learnt[:end], conversation.where))
+                elif self.one_each:
+                    documents += each_answer(one, conversation.where)
+                else:
+                    documents.append(Document(one.ids, one.learnt, conversation.where))
             yield Row(hashlib.sha256(content).digest(), documents, found)
 
     def fitted(self, rows: Sequence[Row]) -> Split:
@@ -287,6 +288,14 @@ def divided(rows: Sequence[Row], fraction: float) -> dict[str, list[Row]]:
         "train": [row for row in rows if row.digest not in held],
         "val": [row for row in rows if row.digest in held],
     }
+
+
+def each_answer(encoded: Encoded, where: str) -> Iterator[Document]:
+    """A document for each stretch of learnt tokens: it ends there, and nothing else in it is learnt."""
+    edges = np.flatnonzero(np.diff(encoded.learnt.astype(np.int8), prepend=0, append=0))
+    for start, end in edges.reshape(-1, 2).tolist():
+        if end > 1:  # Nothing is learnt from the first token.
+            yield Document(encoded.ids[:end], np.arange(end) >= start, where)
 
 
 def stretches(learnt: np.ndarray) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -31,6 +31,15 @@ class Encoded:
 
     ids: np.ndarray
     learnt: np.ndarray
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Text for the library, of which the first `learnt` characters are learnt; `onwards`: it goes on in the middle of a text."""
+
+    text: str
+    learnt: int
+    onwards: bool
 
 
 class ChatTokenizer:
@@ -67,7 +76,7 @@ class ChatTokenizer:
         plain.encode_special_tokens = False
         expected = plain.encode(probe, add_special_tokens=False).ids
         plain.encode_special_tokens = True
-        if expected != library.encode(self._named(probe)[0], add_special_tokens=False).ids:
+        if expected != library.encode("".join(piece.text for piece in self._pieces(probe)), add_special_tokens=False).ids:
             raise DataError(f"{self.tokenizer.origin}: its special tokens cannot be told from text that spells them")
         return library
 
@@ -136,43 +145,60 @@ class ChatTokenizer:
         return match[0] if match else ""
 
     def encode(self, texts: Sequence[str]) -> list[Encoded]:
-        """The ids of rendered texts with their marks. No token is added: a text has the begin-of-text tokens that its template wrote."""
-        named = [self._named(text) for text in texts]
-        encodings = self.library.encode_batch([text for text, _ in named], add_special_tokens=False)
+        """The ids of rendered texts with their marks. No token is added: a text has the begin-of-text tokens that its template wrote.
+
+        No token reaches over the beginning of an answer: what stands before it has the ids that it has as a prompt.
+        """
+        plans = [self._pieces(text) for text in texts]
+        pieces = [piece for plan in plans for piece in plan]
+        found: dict[bool, Iterator[Any]] = {}
+        for onwards in {piece.onwards for piece in pieces}:
+            library = self.continuing if onwards else self.library
+            some = [piece.text for piece in pieces if piece.onwards == onwards]
+            found[onwards] = iter(library.encode_batch(some, add_special_tokens=False))
         out = []
-        for encoding, (_, spans) in zip(encodings, named, strict=True):
-            ids = np.array(encoding.ids, dtype=np.uint32).astype(self.tokenizer.dtype)
-            offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
-            learnt = np.zeros(len(ids), dtype=bool)
-            for start, end in spans:
-                learnt |= (offsets[:, 0] < end) & (np.maximum(offsets[:, 1], offsets[:, 0] + 1) > start)
-            out.append(Encoded(ids, learnt))
+        for plan in plans:
+            ids, learnt = [np.empty(0, dtype=np.uint32)], [np.empty(0, dtype=bool)]
+            for piece in plan:
+                encoding = next(found[piece.onwards])
+                ids.append(np.array(encoding.ids, dtype=np.uint32))
+                learnt.append(np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)[:, 0] < piece.learnt)
+            out.append(Encoded(np.concatenate(ids).astype(self.tokenizer.dtype), np.concatenate(learnt)))
         return out
 
-    def _named(self, text: str) -> tuple[str, list[tuple[int, int]]]:
-        """A rendered text as the library gets it, control tokens under their aliases, and where in it the answers lie."""
-        parts: list[str] = []
-        spans: list[tuple[int, int]] = []
-        done = length = begun = 0
+    @cached_property
+    def continuing(self) -> Any:
+        """The library's object for text that goes on: it puts no space in front, as those of SentencePiece's manners do. None
+        where the usual one puts none, either."""
+        spec = self.tokenizer.spec
+        parts = {name: unprefixed(spec.get(name)) for name in ("normalizer", "pre_tokenizer")}
+        return None if all(spec.get(name) == part for name, part in parts.items()) else aliased(self.tokenizer, self.control, parts)
+
+    def _pieces(self, text: str) -> list[Piece]:
+        """A rendered text as the library gets it, control tokens under their aliases, cut where answers begin."""
+        pieces: list[Piece] = []
+        written, learnt, done = "", 0, 0
         for match in self._scan.finditer(text):
-            part = text[done : match.start()]
+            written += text[done : match.start()]
             done = match.end()
             if match["control"] is not None:
-                part += alias(self.control[match["control"]])
+                written += alias(self.control[match["control"]])
             elif match["text"] is not None:
-                part += match["text"]
-            parts.append(part)
-            length += len(part)
-            if match["begin"] is not None:
-                begun = length
+                written += match["text"]
+            elif match["begin"] is not None:
+                pieces += self._cut(written, learnt, bool(pieces))
+                written, learnt = "", 0
             elif match["end"] is not None:
-                spans.append((begun, length))
-        return "".join([*parts, text[done:]]), spans
+                learnt = len(written)
+        return pieces + self._cut(written + text[done:], learnt, bool(pieces))
 
-    def prompt(self, messages: Sequence[Message]) -> np.ndarray:
-        """The ids of a conversation that waits for an answer."""
-        messages, _ = self.protected(messages)
-        return self.encode([self.template.render(messages, add_generation_prompt=True)])[0].ids
+    def _cut(self, text: str, learnt: int, onwards: bool) -> list[Piece]:
+        """A piece, in two where the library must be told that it goes on, which matters up to the first control token."""
+        cut = 0
+        if onwards and self.continuing is not None:
+            cut = text.find(ALIAS[0]) if ALIAS[0] in text else len(text)
+        both = Piece(text[:cut], learnt, True), Piece(text[cut:], learnt - cut, False)
+        return [piece for piece in both if piece.text]
 
 
 def alternatives(names: Mapping[str, int]) -> re.Pattern[str]:
@@ -194,9 +220,24 @@ def name_of(tokenizer: JsonTokenizer, index: int) -> str:
     return str(vocab[index][0]) if isinstance(vocab, list) else next(name for name, number in vocab.items() if number == index)
 
 
-def aliased(tokenizer: JsonTokenizer, control: Mapping[str, int]) -> Any:
-    """The library's tokenizer in which control tokens have no name but their alias."""
-    spec = dict(tokenizer.spec, truncation=None, padding=None, post_processor=None)
+def unprefixed(part: Any) -> Any:
+    """A normalizer or pre-tokenizer that puts nothing in front of a text."""
+    if not isinstance(part, dict):
+        return part
+    for name in ("normalizers", "pretokenizers"):
+        if name in part:
+            return dict(part, **{name: [unprefixed(one) for one in part[name] if one.get("type") != "Prepend"]})
+    if part.get("type") == "Prepend":
+        return None
+    if part.get("type") == "Metaspace":
+        kept = {key: value for key, value in part.items() if key != "add_prefix_space"}
+        return part if part.get("prepend_scheme") == "never" else dict(kept, prepend_scheme="never")
+    return dict(part, add_prefix_space=False) if part.get("add_prefix_space") else part
+
+
+def aliased(tokenizer: JsonTokenizer, control: Mapping[str, int], changes: Mapping[str, Any] | None = None) -> Any:
+    """The library's tokenizer, with other parts where `changes` has them, in which control tokens have no name but their alias."""
+    spec = dict(tokenizer.spec, **(changes or {}), truncation=None, padding=None, post_processor=None)
     known = {token["content"] for token in spec.get("added_tokens") or []}
     spec["added_tokens"] = [
         dict(token, content=alias(control[token["content"]]), special=True) if token["content"] in control else token

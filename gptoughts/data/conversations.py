@@ -7,6 +7,7 @@ with them `system`, where it is given. What else stands in a row, such as an id,
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ BESIDE = {"instruction": ("input", "context")}
 """What stands beside a question and belongs to it; it follows after an empty line, as in Alpaca."""
 UNREADABLE = ("tool_calls", "function_call", "tool_call_id", "weight", "images", "audio")
 """Keys of a message that would change what it says, and that are not supported."""
+SURROGATE = re.compile("[\ud800-\udfff]")
+"""Half a character of UTF-16, which JSON can spell; UTF-8, and so a tokenizer, has none."""
 NAMES_OF_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "ai": "assistant"}
 
 
@@ -159,6 +162,8 @@ def check_message(message: Mapping[str, Any], name: str, template: Template) -> 
     role, content = message.get("role"), message.get("content")
     if "role" not in message and "from" in message:
         raise DataError(f"{name} has from and value; rename them to role and content (human is user, gpt is assistant)")
+    if not isinstance(role, str):
+        raise DataError(f"{name}: role must be text, found {type(role).__name__}; roles are {', '.join(ROLES)}")
     if role not in ROLES:
         hint = f" (did you mean {NAMES_OF_ROLES[role]!r}?)" if role in NAMES_OF_ROLES else nearest(str(role), ROLES)
         raise DataError(f"{name}: unknown role {role!r}{hint}; roles are {', '.join(ROLES)}")
@@ -169,6 +174,9 @@ def check_message(message: Mapping[str, Any], name: str, template: Template) -> 
         raise DataError(f"{name}: content is a list of parts; only text is supported: join the parts into one text")
     if not isinstance(content, str):
         raise DataError(f"{name}: content must be text, found {type(content).__name__}")
+    broken = [key for key, value in message.items() if isinstance(value, str) and SURROGATE.search(value)]
+    if broken:
+        raise DataError(f"{name}: {broken[0]} holds half a surrogate pair, which is no character; remove it")
     if role in ("user", "assistant") and not content.strip():
         raise DataError(f"{name}: empty answer" if role == "assistant" else f"{name}: empty question")
     thought = [key for key in REASONING if message.get(key)]

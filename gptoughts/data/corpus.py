@@ -6,6 +6,7 @@ Whoever trains asks a corpus for batches, for its validation batches, for its to
 from __future__ import annotations
 
 import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -119,7 +120,8 @@ class TableCorpus(Corpus):
 def kept_tokenizer(tokenizer: Tokenizer, data: DataConfig) -> Path:
     """A folder with the tokenizer and its chat template alone, for checkpoints to copy: a model's own folder holds its weights, too."""
     template = ChatTokenizer.open(data.tokenizer, data.template).template if data.format == "chat" else None
-    said = hashlib.sha256((template.source if template else "").encode()).hexdigest()
+    facts = json.dumps([template.source, template.tokens], sort_keys=True) if template else ""
+    said = hashlib.sha256(facts.encode()).hexdigest()
     folder = cache_folder(data) / f"tokenizer-{tokenizer.hash[:16]}-{said[:8]}"
     with locked(folder):
         if not (folder / CARD).is_file():

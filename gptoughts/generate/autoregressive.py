@@ -52,6 +52,10 @@ def reader_of(model: torch.nn.Module) -> Reader:
 
 
 OnText = Callable[[int, str], None]
+INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+"""What a text ends with whose last character lacks bytes."""
+SEAM = 4
+"""Ids before new ones that are decoded with them."""
 
 
 class Tokenizer(Protocol):
@@ -112,7 +116,7 @@ def generate(
     with eager_reading(model):
         for index, start in enumerate(starts):
             generator = torch.Generator("cpu").manual_seed(seed)
-            stream = _Stream(tokenizer, index, on_text)
+            stream = _Stream(tokenizer, index, start, on_text)
             for logits in _next_logits(reader, start, stream.ids):
                 token = sample(logits, temperature, top_k, top_p, generator, limit)
                 if (stop_at_eot and token == tokenizer.eot_id) or token in stops:
@@ -123,7 +127,7 @@ def generate(
             stream.close()
             written.append(stream.ids)
     if prompts and isinstance(prompts[0], str):
-        return [tokenizer.decode(ids) if ids else "" for ids in written]
+        return [continuation(tokenizer, start, ids) for start, ids in zip(starts, written, strict=True)]
     return written
 
 
@@ -152,27 +156,47 @@ def _next_logits(reader: Reader, start: list[int], written: list[int]) -> Iterat
         unread = written[-1:]
 
 
-class _Stream:
-    """The ids written so far, and the text of them that has been passed on."""
+def continuation(tokenizer: Tokenizer, before: Sequence[int], ids: Sequence[int]) -> str:
+    """The text of `ids` as it follows that of `before`: where words carry the space in front of them, it depends on what was there."""
+    seam = _seam(tokenizer, before)
+    return tokenizer.decode([*seam, *ids])[len(_text(tokenizer, seam)) :] if ids else ""
 
-    def __init__(self, tokenizer: Tokenizer, index: int, on_text: OnText | None) -> None:
+
+def _seam(tokenizer: Tokenizer, before: Sequence[int]) -> list[int]:
+    """The last of `before`, with which new ids are decoded; none where they end within a character."""
+    seam = list(before[-SEAM:])
+    return [] if _text(tokenizer, seam).endswith(INCOMPLETE) else seam
+
+
+def _text(tokenizer: Tokenizer, ids: list[int]) -> str:
+    return tokenizer.decode(ids) if ids else ""
+
+
+class _Stream:
+    """The ids written so far, and their text, passed on as soon as its characters are complete."""
+
+    def __init__(self, tokenizer: Tokenizer, index: int, start: list[int], on_text: OnText | None) -> None:
         self.tokenizer, self.index, self.on_text = tokenizer, index, on_text
         self.ids: list[int] = []
-        self.passed_on = 0  # characters
+        self._shown = _seam(tokenizer, start)
+        """Ids whose text is out already; only the last ones, so that a token costs the same however long the text is."""
+        self._waiting: list[int] = []
 
     def add(self, token: int) -> None:
         self.ids.append(token)
         if self.on_text is not None:
-            text = self.tokenizer.decode(self.ids)
-            if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # the last character may lack bytes
-                self._pass_on(text)
+            self._waiting.append(token)
+            self._pass_on()
 
     def close(self) -> None:
-        if self.on_text is not None and self.ids:
-            self._pass_on(self.tokenizer.decode(self.ids))
+        if self.on_text is not None and self._waiting:
+            self._pass_on(last=True)
 
-    def _pass_on(self, text: str) -> None:
-        piece = text[self.passed_on :]
-        self.passed_on = len(text)
+    def _pass_on(self, last: bool = False) -> None:
+        text = self.tokenizer.decode([*self._shown, *self._waiting])
+        if text.endswith(INCOMPLETE) and not last:
+            return
+        piece = text[len(_text(self.tokenizer, self._shown)) :]
+        self._shown, self._waiting = [*self._shown, *self._waiting][-max(SEAM, len(self._waiting)) :], []
         if piece and self.on_text is not None:
             self.on_text(self.index, piece)

@@ -6,15 +6,16 @@ finished from left to right. There is no cache: every token sees every other one
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from gptoughts.errors import ConfigError, DataError, RunError
-from gptoughts.generate.autoregressive import Tokenizer
+from gptoughts.generate.autoregressive import Tokenizer, continuation
 from gptoughts.models.eager import eager_reading
 
 Remasking = Literal["low-confidence", "random"]
@@ -93,7 +94,7 @@ def check(
 def generate(
     model: Any, tokenizer: Tokenizer, prompts: list[str], mask_id: int, max_new_tokens: int = ..., steps: int = ...,
     block_length: int | None = ..., remasking: Remasking = ..., temperature: float = ..., guidance: float = ..., seed: int = ...,
-    stop_at_eot: bool = ..., on_step: OnStep | None = ...,
+    stop_at_eot: bool = ..., on_step: OnStep | None = ..., stops: Collection[int] = ...,
 ) -> list[str]: ...  # fmt: skip
 @overload
 def generate(
@@ -115,6 +116,7 @@ def generate(
     seed: int = 0,
     stop_at_eot: bool = True,
     on_step: OnStep | None = None,
+    stops: Collection[int] = (),
 ) -> list[str] | list[list[int]]:
     """Write `max_new_tokens` behind each prompt in `steps` steps; returns the new text alone, text for text, ids for ids.
 
@@ -123,7 +125,7 @@ def generate(
     Each step guesses every masked token of the block (with `temperature`, Gumbel noise in fp64 on the logits; 0 takes the
     likeliest) and keeps the guesses with most confidence, which is their probability before noise, or a number drawn for
     "random". `guidance` s moves logits away from those without the prompt: u + (s + 1) (c - u) (Ho and Salimans 2022).
-    The mask and rows that pad the vocabulary are never written. `stop_at_eot` cuts at the first end-of-text.
+    The mask and rows that pad the vocabulary are never written. `stop_at_eot` cuts at the first end-of-text, and so do the ids in `stops`.
 
     A prompt keeps its last tokens where it and the new ones exceed the context. What it gets depends on `seed` and on no
     neighbour: each has a generator of its own, and the padding of shorter prompts cannot be seen. (What no seed decides is an
@@ -146,10 +148,10 @@ def generate(
     with eager_reading(model):
         for first in range(0, len(starts), ROWS):
             written += sampler.write(starts[first : first + ROWS], max_new_tokens, seed, first, on_step)
-    if stop_at_eot and tokenizer.eot_id is not None:
-        written = [ids[: ids.index(tokenizer.eot_id)] if tokenizer.eot_id in ids else ids for ids in written]
+    ends = {*stops, *([tokenizer.eot_id] if stop_at_eot else [])}
+    written = [list(takewhile(lambda token: token not in ends, ids)) for ids in written]
     if prompts and isinstance(prompts[0], str):
-        return [tokenizer.decode(ids) if ids else "" for ids in written]
+        return [continuation(tokenizer, start, ids) for start, ids in zip(starts, written, strict=True)]
     return written
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from gptoughts.errors import ConfigError
+from gptoughts.errors import CheckpointError, ConfigError
 from gptoughts.generate.autoregressive import Read
 
 
@@ -52,7 +52,7 @@ class Offloaded(torch.nn.Module):
 
 
 def opened(folder: Path, memory_gib: float | None, offload: str | None) -> Offloaded:
-    """The model in `folder`, with at most `memory_gib` in each memory and the rest under `offload`. Raises ConfigError."""
+    """The model in `folder`, with at most `memory_gib` in each memory and the rest under `offload`. Raises ConfigError, CheckpointError."""
     from transformers import AutoModelForCausalLM
 
     gpus = list(range(torch.cuda.device_count()))
@@ -61,12 +61,13 @@ def opened(folder: Path, memory_gib: float | None, offload: str | None) -> Offlo
         Path(offload).mkdir(parents=True, exist_ok=True)
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            folder, device_map="auto", max_memory=limit, offload_folder=offload, local_files_only=True, dtype="auto"
-        )
-    except ValueError as error:
-        if "offload" not in str(error):
-            raise
-        raise ConfigError(
-            f"{folder}: does not fit the memory that was given\n  try: --offload DIR, a folder on a fast disk"
-        ) from None
+            folder, device_map="auto", max_memory=limit, offload_folder=offload, local_files_only=True, dtype="auto",
+            use_safetensors=True,
+        )  # fmt: skip
+    except (OSError, ImportError, ValueError, RuntimeError, KeyError) as error:
+        if isinstance(error, ValueError) and "offload" in str(error):
+            told = "does not fit the memory that was given\n  try: --offload DIR, a folder on a fast disk"
+            raise ConfigError(f"{folder}: {told}") from None
+        said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise CheckpointError(f"{folder}: cannot be opened: {said[:300]}") from error
     return Offloaded(model.eval())

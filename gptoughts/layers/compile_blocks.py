@@ -29,6 +29,9 @@ def fits(case: Case, options: Options) -> Iterator[Reason]:
     if case.facts.family is None:
         yield cannot("needs a model of a known family, whose blocks are known to be one graph")
         return
+    if case.recipe.model.family == "hf" and facts.depth == 1:
+        yield cannot("one block is no repeated one, and the rest of the model is not compiled")
+        return
     version = case.machine.packages.get("transformers", "")
     if facts.experts and not case.takes("precision", "bf16") and _older(version, (5, 23)):
         # Only bf16 is one grouped product under the compiler there; float32 becomes a loop that is no single graph.
@@ -42,7 +45,9 @@ def fits(case: Case, options: Options) -> Iterator[Reason]:
         yield cannot("needs a C++ compiler, found none", remedy="apt-get install g++")
         return
     seconds, gain = _run_seconds(case), CPU_GAIN.get(facts.norm or "", min(CPU_GAIN.values()))
-    if seconds is not None and seconds * gain < CPU_COMPILE_SECONDS:
+    if seconds is None:
+        yield would_not_pay("how long the run takes is not known before its data is read", MEASURED)
+    elif seconds * gain < CPU_COMPILE_SECONDS:
         yield would_not_pay(
             f"the run takes about {seconds:.0f} s here, of which compiled blocks save {100 * gain:.0f} %; "
             f"compilation takes about {CPU_COMPILE_SECONDS} s",

@@ -1,8 +1,9 @@
 """Cross-entropy a slice of the tokens at a time: the logits, vocabulary x tokens in float32, never exist as a whole.
 
 It is a tool for memory, not for speed: with 128 k words it saves most of the logits' bytes for about an eighth more time in the loss;
-with few words it only costs. Torch's own `linear_cross_entropy` runs where this torch has its chunked form, otherwise the slices are
-recomputed in the backward. Source of the figures: Liger-Kernel's published benchmark, A100, width 4096, vocabulary 128,256.
+with few words it only costs. Each slice's sum is float32 and its logits are computed again in the backward. Torch 2.13's own chunked
+`linear_cross_entropy` is not used: it returns and adds its sums in bf16. Source of the figures: Liger-Kernel's published benchmark, A100,
+width 4096, vocabulary 128,256.
 """
 
 from __future__ import annotations
@@ -88,14 +89,6 @@ class SlicedCrossEntropy:
         self.marks["fused-ce"] += 1
         rows, wanted = hidden.flatten(0, -2), labels.long().flatten()
         by_row = reduction == "rows"
-        if hidden.is_cuda and not by_row and hasattr(torch.nn, "LinearCrossEntropyOptions"):
-            if torch.is_autocast_enabled("cuda"):  # torch's operator is opaque to autocast, so its rule is applied here
-                low = torch.get_autocast_dtype("cuda")
-                rows, weight = rows.to(low), weight.to(low)
-            options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=self.tokens)
-            return functional.linear_cross_entropy(
-                rows, weight.to(rows.dtype), wanted, reduction="sum", ignore_index=-100, options=options
-            )
 
         def of_slice(part, aim):  # type: ignore[no-untyped-def]
             logits = functional.linear(part, weight).float()

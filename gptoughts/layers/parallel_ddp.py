@@ -17,7 +17,7 @@ def fits(case: Case, options: Options) -> Iterator[Reason]:
     """More than one rank, and a global batch that they can share evenly."""
     ranks = case.world.world_size
     if ranks == 1:
-        yield cannot("there is one process", remedy="torchrun --standalone --nproc-per-node N -m gptoughts train ...")
+        yield cannot("there is one process", remedy="torchrun --standalone --nproc-per-node N -m gptoughts -- train ...")
     elif case.recipe.train.global_batch % ranks:
         below = case.recipe.train.global_batch // ranks * ranks
         near = f"{below} or {below + ranks}" if below else f"{ranks}"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -122,6 +122,11 @@ def ported(family: Family, lora_config: Callable[[nn.Module], Any], base: Litera
 
     def build(config: ModelConfig, rows: int, length: int) -> nn.Module:
         model = family.build(config, rows, length)
+        if type(model).__name__ == "HFEncoder":  # its head for answers is drawn, and would stay as it was drawn
+            raise ConfigError(
+                "adapter.kind with objective question-answering: the head for answers is new and an adapter leaves it frozen\n"
+                "  try: leave adapter.kind out"
+            )
         wanted = lora_config(model)
         if base == "nf4":
             quantise(model, projections(family, model))
@@ -264,11 +269,8 @@ def first_value(name: str, shape: Sequence[int]) -> Initial | None:
 # --- what came out
 
 
-def merge(model: nn.Module) -> dict[str, Tensor]:
-    """The base's own names -> weights that compute what the adapted model computes, on the CPU. The model stays as it is.
-
-    A packed base is merged as it was trained on, after its rounding.
-    """
+def frozen_values(model: nn.Module) -> dict[str, Tensor]:
+    """The base's own names -> its weights as the adapter was trained over them (a packed base after its rounding), on the CPU."""
     kept = model.state_dict().keys()
     named = [*model.named_parameters(), *((name, buffer) for name, buffer in model.named_buffers() if name in kept)]
     packed = {name: module for name, module in model.named_modules() if isinstance(module, NF4Linear)}
@@ -280,6 +282,13 @@ def merge(model: nn.Module) -> dict[str, Tensor]:
     with torch.no_grad():
         for name, module in packed.items():
             values[f"{base_name(name)}.weight"] = (module.weight.t() if module.turned else module.weight).cpu()
+    return values
+
+
+def merge(model: nn.Module) -> dict[str, Tensor]:
+    """The base's own names -> weights that compute what the adapted model computes, on the CPU. The model stays as it is."""
+    values = frozen_values(model)
+    with torch.no_grad():
         for name, layer in adapter_layers(model).items():
             before = values[f"{name}.weight"]
             turned = is_turned(layer.base_layer)
@@ -318,8 +327,3 @@ def summary(model: nn.Module) -> str:
     if experts:
         lines.append(f"  not adapted, experts in one tensor: {', '.join(sorted(experts))}")
     return "\n".join(lines)
-
-
-def trained_values(model: nn.Module) -> Mapping[str, Tensor]:
-    """Name in the model -> trained value, on the CPU."""
-    return {name: value.detach().cpu() for name, value in model.named_parameters() if is_trained(name)}

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gptoughts.errors import CheckpointError
-from gptoughts.models.adapter import NAME, adapter_layers, base_name, is_trained, peft, ported, trained_values
+from gptoughts.models.adapter import NAME, adapter_layers, base_name, is_trained, peft, ported
 from gptoughts.models.adapter_source import AdapterSource
 from gptoughts.models.family import Family
 from gptoughts.models.quantised import is_turned
@@ -139,7 +139,7 @@ def save_adapter(
     PiSSA's base is not the published one, so its adapter is written as the LoRA of twice the rank that stands for the difference
     (as peft converts it); that needs the `source` the model was filled from. The file is read back before this returns.
     """
-    values = dict(trained_values(model))
+    values = {name: value.detach().cpu() for name, value in model.named_parameters() if is_trained(name)}
     rank, alpha = config.rank, config.alpha
     if config.kind == "pissa":
         if source is None:

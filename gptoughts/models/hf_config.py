@@ -14,7 +14,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging
 
 from gptoughts.errors import ConfigError
-from gptoughts.hf_facts import folder_of, read_config
+from gptoughts.hf_facts import read_config
+from gptoughts.hub import folder_with_code
 from gptoughts.recipe import ModelConfig
 
 Task = Literal["causal", "question-answering"]
@@ -71,7 +72,13 @@ def _remote(model: ModelConfig) -> PretrainedConfig:
         raise ConfigError(
             f"model.remote_code = {model.remote_code!r}: its code runs only where model.path names the same model"
         )
-    return AutoConfig.from_pretrained(folder_of(model.path), local_files_only=True, trust_remote_code=True)
+    folder = folder_with_code(model.path)
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=True)
+    except (OSError, ImportError, ValueError, KeyError, AttributeError) as error:  # a file, a package or a class is not there
+        raise ConfigError(
+            f"model.remote_code = {model.remote_code!r}: its code cannot be used: {_first_line(error)}"
+        ) from error
 
 
 def _set_dropout(config: PretrainedConfig, rate: float) -> list[str]:

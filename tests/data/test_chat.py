@@ -15,7 +15,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from gptoughts.data.answers import written
+from gptoughts.data.answers import prompt, stops, written
 from gptoughts.data.batches import IGNORED
 from gptoughts.data.chat import PROBLEMS_SHOWN, prepare_chat
 from gptoughts.data.chat_tokenizer import ChatTokenizer
@@ -77,8 +77,9 @@ def test_ids_are_those_of_transformers(
     messages, one = chat(pairs), chats[family]
     ids = one.encode(written(one, messages, "all").texts)[0].ids.tolist()
     assert ids == oracles[family].apply_chat_template(messages, return_dict=True)["input_ids"]
-    prompt = oracles[family].apply_chat_template(messages[:-1], return_dict=True, add_generation_prompt=True)["input_ids"]
-    assert one.prompt(messages[:-1]).tolist() == prompt
+    # Answers in a prompt keep the ids that they were learnt with, so only questions are compared.
+    asked = oracles[family].apply_chat_template(messages[:1], return_dict=True, add_generation_prompt=True)["input_ids"]
+    assert prompt(one, messages[:1]).tolist() == asked
 
 
 @settings(max_examples=40, deadline=None)
@@ -191,10 +192,10 @@ def test_rewritten_history_gets_a_text_for_each_answer(family: str, chats: dict[
     assert len(found.texts) == 2 and found.answers == 2
     for number, encoded in enumerate(one.encode(found.texts)):
         whole = one.encode([one.template.render(messages[: 2 * number + 2])])[0].ids.tolist()
-        prompt = one.prompt(messages[: 2 * number + 1]).tolist()
+        asked = prompt(one, messages[: 2 * number + 1]).tolist()
         # What is learnt stands behind exactly what the model will be given.
         assert (
-            encoded.ids.tolist() == whole and encoded.ids[: encoded.learnt.argmax()].tolist() == prompt == whole[: len(prompt)]
+            encoded.ids.tolist() == whole and encoded.ids[: encoded.learnt.argmax()].tolist() == asked == whole[: len(asked)]
         )
     assert [text.count("<think>") for text in learnt_texts(one, messages)] == [1, 1]
 
@@ -250,6 +251,54 @@ def test_built_in_templates(folders: dict[str, Path]) -> None:
     assert learnt_texts(ChatTokenizer.open(folders["chatml"], "chatml"), chat([("a", "b")])) == ["b<|im_end|>"]
     with pytest.raises(DataError, match="has no chat template"):
         ChatTokenizer.open(bpe_from_files(str(folders["chatml"])))
+
+
+PLAIN = {"plain": "chatml", "plain-sentencepiece": "mistral"}
+"""The built-in template, whose prompt ends with a space, with two kinds of tokenizer."""
+
+
+@pytest.fixture(scope="module")
+def every(chats: dict[str, ChatTokenizer], folders: dict[str, Path]) -> dict[str, ChatTokenizer]:
+    return chats | {name: ChatTokenizer.open(folders[family], "plain") for name, family in PLAIN.items()}
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *PLAIN])
+@settings(max_examples=15, deadline=None)
+@given(pairs=turns)
+def test_a_prompt_begins_the_ids_that_are_learnt(
+    family: str, every: dict[str, ChatTokenizer], pairs: list[tuple[str, str]]
+) -> None:
+    one, messages = every[family], chat(pairs)
+    found = [part.ids.tolist() for part in one.encode(written(one, messages, "answers").texts)]
+    for place in range(1, len(messages), 2):
+        asked = prompt(one, messages[:place]).tolist()
+        assert any(ids[: len(asked)] == asked for ids in found), place
+
+
+def test_no_token_reaches_into_an_answer(every: dict[str, ChatTokenizer]) -> None:
+    for name in PLAIN:
+        assert learnt_texts(every[name], chat([("a", "the fox")]))[0].startswith("the fox")
+    # Behind a seam, SentencePiece's kind puts no second space, and behind a control token it still puts its own.
+    one, oracle = every["mistral"], every["mistral"].tokenizer.library
+    encoded = one.encode(written(one, chat([("a", "dog"), ("the fox", "dog")]), "answers").texts)[0]
+    text = oracle.decode(encoded.ids.tolist(), skip_special_tokens=False).replace("<unk>", "NS")
+    assert text == "<s> [INST] a [/INST] dog</s> [INST] the fox [/INST] dog</s>"
+
+
+@pytest.mark.parametrize(
+    ("family", "ending"),
+    [("chatml", "<|im_end|>"), ("tagged", "<|im_end|>"), ("llama3", "<|eot_id|>"), ("mistral", "</s>"), ("qwen", "<|im_end|>"),
+     ("plain", "<|im_end|>")],
+)  # fmt: skip
+def test_an_answers_end_stops_it(family: str, ending: str, every: dict[str, ChatTokenizer]) -> None:
+    assert stops(every[family]) == {every[family].special[ending]}
+
+
+def test_a_template_without_ends_stops_nothing(folders: dict[str, Path]) -> None:
+    for number, source in enumerate(("{% for m in messages %}{{ m.content }}\n{% endfor %}", "{{ messages | length }}x")):
+        path = folders["chatml"] / f"endless{number}.jinja"
+        path.write_text(source)
+        assert stops(ChatTokenizer.open(folders["chatml"], str(path))) == set()
 
 
 # --- data sets
@@ -329,6 +378,24 @@ def test_settings_and_content_have_tables_of_their_own(tmp_path: Path, folders: 
     assert prepare_chat(config(path, sequence_length=200), folders["chatml"])["train"].fingerprint != base.fingerprint
 
 
+def test_denoising_learns_each_answer_without_what_follows(tmp_path: Path, folders: dict[str, Path]) -> None:
+    one, messages = ChatTokenizer.open(folders["chatml"]), chat([("two plus two", "four"), ("three", "the fox")])
+    path = write(tmp_path / "chat.jsonl", [{"messages": messages}])
+    table = prepare_chat(
+        config(path, sequence_length=100, val_fraction=0.0), folders["chatml"], shape="masked-diffusion"
+    )["train"]
+    assert len(table) == 2 and table.facts["conversations"] == 1 and table.facts["answers"] == 2
+    for turn in (1, 3):
+        asked = prompt(one, messages[:turn]).tolist()
+        row = next(row for row, ids in enumerate(table.arrays["input_ids"]) if (table.arrays["labels"][row] >= 0).argmax() == len(asked))
+        learnt = table.arrays["labels"][row] != IGNORED
+        end = len(asked) + learnt.sum()
+        assert table.arrays["input_ids"][row, : len(asked)].tolist() == asked and learnt[len(asked) : end].all()
+        text = one.tokenizer.library.decode(table.arrays["input_ids"][row, len(asked) : end].tolist(), skip_special_tokens=False)
+        assert text == messages[turn]["content"] + "<|im_end|>"
+        assert table.arrays["positions"][row, end] == 0  # padding
+
+
 def test_validation_stays_what_it_was_when_rows_are_added(tmp_path: Path, folders: dict[str, Path]) -> None:
     path = write(tmp_path / "chat.jsonl", some(30))
     before = prepare_chat(config(path, sequence_length=200), folders["chatml"])
@@ -400,6 +467,9 @@ BAD = {
     '{"question": "a", "answer": "b", "context": "c"}': "would be left out",
     '{"prompt": ["a"], "response": "b"}': "prompt must be text, found list",
     '{"prompt": "a", "response": "b", "tools": [1]}': "has tools",
+    '{"messages": [{"role": ["user"], "content": "a"}]}': "message 1: role must be text, found list",
+    '{"prompt": "a", "response": "b \\ud83d"}': "message 2: content holds half a surrogate pair",
+    '{"prompt": "a", "response": "b", "system": "\\ude00"}': "message 1: content holds half a surrogate pair",
 }
 
 
