@@ -175,7 +175,9 @@ def _generate() -> click.Command:
     params: list[click.Parameter] = [
         _argument("checkpoint"),
         _option("--prompt", multiple=True, help="start of the text; several times for several; - reads standard input"),
-        _option("--tokens", type=click.IntRange(1), default=200, help="tokens to write at most"),
+        _option(
+            "--tokens", type=click.IntRange(1), help="tokens to write at most; if not given 200, by diffusion the recipe's"
+        ),
         _option("--temperature", type=click.FloatRange(0), default=0.8, help="0 takes the likeliest token"),
         _option("--top-k", type=click.IntRange(0), default=50, help="0 keeps every token"),
         _option(

@@ -1,4 +1,4 @@
-"""A trained adapter alone as a folder that peft opens, with proof: opened over its base it gives the logits of the model."""
+"""A trained model as a folder for others, by name: whole and merged, or its adapter alone as peft opens it, with proof of equal logits."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from gptoughts.assembly import base_record, base_weights, first_weights, parts_o
 from gptoughts.build import meta_model
 from gptoughts.engine import Source
 from gptoughts.errors import CheckpointError, ConfigError
-from gptoughts.exporting import Proof, compare, fresh, ids_of, require
-from gptoughts.loading import Loaded, reading_engine
+from gptoughts.exporting import Proof, compare, export, fresh, ids_of, passage_of, require
+from gptoughts.loading import Loaded, load, reading_engine
 from gptoughts.models.adapter import NAME, adapter_layers, frozen_values, peft
 from gptoughts.models.adapter_folder import AdapterFolder, save_adapter
 from gptoughts.models.adapter_source import AdapterSource
@@ -37,6 +37,21 @@ class Held:
     def unused(self) -> list[str]:
         """Nothing: a tied weight may stand under two names."""
         return []
+
+
+def export_checkpoint(
+    checkpoint: str, out: str, base: str | None = None, adapter_only: bool = False, text: str | None = None
+) -> str:
+    """Write the folder `out` from a checkpoint, a run or an adapter, and check it. Returns what to print. Raises CheckpointError."""
+    loaded = load(checkpoint, base=base, attention="written out")  # as transformers computes where it is compared
+    passage = passage_of(text)
+    if adapter_only:
+        proof, notes = export_adapter(loaded, Path(out), passage)
+    else:
+        proof, notes = export(
+            loaded.model, loaded.recipe, loaded.tokenizer, Path(out), passage, loaded.folder, getattr(loaded, "mask_id", None)
+        )
+    return "\n".join([f"wrote {out}", *notes, str(proof)])
 
 
 def export_adapter(loaded: Loaded, out: Path, text: str) -> tuple[Proof, list[str]]:

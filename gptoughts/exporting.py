@@ -54,25 +54,6 @@ class Proof:
         )
 
 
-def export_checkpoint(
-    checkpoint: str, out: str, base: str | None = None, adapter_only: bool = False, text: str | None = None
-) -> str:
-    """Write the folder `out` from a checkpoint, a run or an adapter, and check it. Returns what to print. Raises CheckpointError."""
-    from gptoughts.loading import load
-
-    loaded = load(checkpoint, base=base, attention="written out")  # as transformers computes where it is compared
-    passage = passage_of(text)
-    if adapter_only:
-        from gptoughts.export_adapter import export_adapter
-
-        proof, notes = export_adapter(loaded, Path(out), passage)
-    else:
-        proof, notes = export(
-            loaded.model, loaded.recipe, loaded.tokenizer, Path(out), passage, loaded.folder, getattr(loaded, "mask_id", None)
-        )
-    return "\n".join([f"wrote {out}", *notes, str(proof)])
-
-
 def export(
     model: nn.Module,
     recipe: Recipe,

@@ -19,7 +19,7 @@ from gptoughts.data.tokenizer import Tokenizer, bpe_from_files
 from gptoughts.distributed import Ranks
 from gptoughts.engine import Engine, Source
 from gptoughts.errors import CheckpointError, ConfigError, LayerError, nearest
-from gptoughts.hub import folder_of
+from gptoughts.hub import PACKAGE, folder_of
 from gptoughts.layers.attention_sdpa import attend
 from gptoughts.machine import World
 from gptoughts.models.adapter_folder import read_config as read_adapter
@@ -52,7 +52,7 @@ class Loaded:
 
 def find(name: str) -> Path:
     """The folder that a user means: a checkpoint, an exported folder, or the name of a run under checkpoints/. Raises CheckpointError."""
-    path = Path(name).expanduser()
+    path = folder_of(name) if name.startswith(PACKAGE) else Path(name).expanduser()
     if is_exported(path):
         return path
     if path.exists():

@@ -10,16 +10,15 @@ from typing import Any
 
 import torch
 
-from gptoughts import checkpoint, prove, resume, training_state
-from gptoughts.assembly import Parts, described, first_weights, kept_documents, parts_of, resumed_weights
+from gptoughts import beforehand, checkpoint, prove, resume, training_state
+from gptoughts.assembly import Parts, first_weights, kept_documents, parts_of, resumed_weights
 from gptoughts.build import built, meta_model, seed_generators
 from gptoughts.callbacks import Evaluate, Log, Sample, Save
 from gptoughts.config import Resolved
 from gptoughts.data.corpus import Corpus, TableCorpus, opened, prepared, prepared_validation
-from gptoughts.data.marking import first_rows, said, shown
 from gptoughts.distributed import Ranks, started
 from gptoughts.engine import Engine
-from gptoughts.errors import ConfigError, DataError, LayerError, PlanError
+from gptoughts.errors import LayerError, PlanError
 from gptoughts.evals import squad
 from gptoughts.layer import Sight, unproven
 from gptoughts.length import Length
@@ -29,15 +28,12 @@ from gptoughts.objectives import preparing
 from gptoughts.planner import Plan
 from gptoughts.plugins import Extensions
 from gptoughts.stopping import Stopper
-from gptoughts.track.console import Console, Silent, count
+from gptoughts.track.console import Console, Silent
 from gptoughts.track.folder import RunFolder
 from gptoughts.track.jsonl import Jsonl, attempts
 from gptoughts.track.picture import draw_losses
 from gptoughts.trainer import Callback, Progress, advance, call_back, train
-from gptoughts.writing import check_sampling, write
-
-SHOWN_SAMPLES = 3
-"""Rows of chat and questions that a run prints before it trains on them."""
+from gptoughts.writing import write
 
 
 @dataclass(frozen=True)
@@ -115,12 +111,8 @@ class _Run:
         self.recipe, self.out = order.resolved.recipe, order.folder.out
         extensions = order.extensions
         self.parts: Parts = parts_of(self.recipe, corpus.tokenizer, extensions.families, extensions.objectives)
-        # What cannot be is told before hours of training.
-        if self.parts.mask_id is not None:
-            check_sampling(self.recipe)
-        if self.recipe.eval.patience and not corpus.validates:
-            raise ConfigError("eval.patience: there is no validation split; give data.val_fraction or data.val_path")
-        self.prompt = self._sample_prompt()
+        beforehand.check(self.recipe, corpus, self.parts)
+        self.prompt = beforehand.sample_prompt(order.resolved, corpus)
         self.length = Length(self.recipe, ranks, corpus.samples)
         self.stopper = Stopper(ranks)
         self.seen: tuple[prove.Seen, ...] = ()
@@ -134,22 +126,19 @@ class _Run:
         self.ranks.same("data and checkpoint", f"{self.corpus.fingerprint} at step {progress.step}")
         seed_generators(self.recipe.seed, self.order.world.rank, progress.step)
         batches = self._batches(progress)
-        self._record_start(origin, skipped, now)
         parts, order, device = self.parts, self.order, self.ranks.device
         model = meta_model(self.recipe, parts.family, parts.rows)
-        if self.recipe.data.format == "chat" and self.recipe.data.packing and not getattr(model, "packs", True):
-            raise ConfigError(
-                f"{parts.facts.family}: this model does not keep conversations that share a row apart\n  try: --data.packing false"
-            )
+        beforehand.check_packing(self.recipe, parts, model)
         source = (
             resumed_weights(self.recipe, parts, model, device, origin.folder)
             if origin
             else first_weights(self.recipe, parts, model, device)
         )
-        for note in getattr(source, "notes", ()):
-            self.console.say(f"note: {note}")
-        if parts.base is not None:
-            self.console.say(described(model))
+        self._record_start(skipped)
+        for line in beforehand.introduced(self.recipe, self.corpus, parts, model, source, self.console.style):
+            self.console.say(line)
+        for line in beforehand.resuming(origin, now, order.plan) if origin else ():
+            self.console.say(line)
         with built(
             model,
             parts.family,
@@ -181,32 +170,15 @@ class _Run:
             read, preparing(parts.objective, "training"), self.recipe.train.global_batch, world.rank, world.world_size
         )
 
-    def _record_start(self, origin: resume.Origin | None, skipped: list[str], now: Mapping[str, Any]) -> None:
+    def _record_start(self, skipped: list[str]) -> None:
         metrics = self.out / "metrics.jsonl"
         self.attempt = attempts(metrics) + 1 if self.ranks.first else 1
         if not self.ranks.first:
             return
         (self.out / "plan.json").write_text(json.dumps(self.order.plan.to_json(), indent=1) + "\n", encoding="utf-8")
         (self.out / "recipe.toml").write_text(self.order.resolved.to_toml(), encoding="utf-8")
-        say = self.console.say
-        facts, corpus = self.parts.facts, self.corpus
-        parameters = f"{count(facts.parameters)} parameters" if facts.parameters else "parameters n/a"
-        say(f"model {facts.family}, {parameters}; data {corpus.folder}: {count(corpus.train_tokens)} tokens")
-        if isinstance(corpus, TableCorpus):
-            for number, row in enumerate(first_rows(corpus, self.recipe, SHOWN_SAMPLES), 1):
-                say(f"--- sample {number}: {said(row)}\n{shown(corpus.tokenizer, row, self.console.style)}")
-            say("---")
         for line in skipped:
-            say(f"note: {line}")
-        if origin is not None:
-            differing = resume.changes(origin, now)
-            exact = not differing and not self.order.plan.not_repeatable
-            say(
-                f"resumes from {origin.folder}"
-                + (", bit for bit" if exact else "; no longer bit for bit (old | new):" if differing else "")
-            )
-            for line in differing:
-                say(f"  {line}")
+            self.console.say(f"note: {line}")
 
     # Training.
 
@@ -318,17 +290,6 @@ class _Run:
         with engine.eval_context(), torch.compiler.set_stance("force_eager"):
             written = write(engine.bare, self.corpus.tokenizer, [self.prompt], self.recipe, self.parts.mask_id)
         return self.prompt + written[0]
-
-    def _sample_prompt(self) -> str:
-        """The recipe's prompt, or an empty one where nobody asked for the default and the tokenizer has no such character."""
-        prompt = self.recipe.sample.prompt
-        try:
-            self.corpus.tokenizer.encode(prompt)
-        except DataError as error:
-            if self.order.resolved.given("sample.prompt"):
-                raise ConfigError(f"sample.prompt = {prompt!r}: {error}") from None
-            return ""
-        return prompt
 
     def _scores(self) -> Callable[[Engine, int], Mapping[str, float]] | None:
         """The task's own figures on the validation split, where it has some."""

@@ -77,6 +77,8 @@ def _contradictions(recipe: Recipe, resolved: Resolved) -> list[str]:
         )
     if recipe.adapter.kind == "none" and recipe.adapter.base != "full":
         problems.append("adapter.base nf4: quantised weights cannot be trained; give adapter.kind too, such as lora")
+    if recipe.adapter.kind != "none" and recipe.objective == "question-answering":
+        problems.append("adapter.kind: a new head must be trained whole, and an adapter freezes it; leave [adapter] out")
     return [*problems, *_unheard(recipe)]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from torch import nn
@@ -56,19 +56,18 @@ def write(
     return written
 
 
-def _texts(tokenizer: Tokenizer, prompts: list[str] | list[list[int]], written: list[Any]) -> list[str]:
+def _texts(tokenizer: Tokenizer, prompts: Sequence[Any], written: Sequence[Any]) -> list[str]:
     return [
-        new if isinstance(new, str) else autoregressive.continuation(tokenizer, [int(token) for token in before], new)
+        new if isinstance(new, str) else autoregressive.continuation(tokenizer, before, new)
         for before, new in zip(prompts, written, strict=True)
     ]
 
 
-def room(model: nn.Module, recipe: Recipe, mask_id: int | None) -> int:
+def room(model: Any, recipe: Recipe, mask_id: int | None) -> int:
     """How many tokens of a prompt the model reads; below 0 where even the new tokens of denoising exceed its context."""
     if mask_id is None:
         return autoregressive.reader_of(model).sequence_length
-    context: Any = model.sequence_length
-    return int(context) - recipe.sample.tokens
+    return int(model.sequence_length) - recipe.sample.tokens
 
 
 def check_sampling(recipe: Recipe) -> None:

@@ -24,7 +24,7 @@ LONGER_FILES = {
     "gptoughts/data/sources.py": 360,
     "gptoughts/data/tokenize.py": 360,
     "gptoughts/data/tokenizer.py": 370,
-    "gptoughts/run.py": 352,
+    "gptoughts/run.py": 331,
 }
 """Files that are longer, with their limits; these may only fall."""
 MOST_LINES_OF_A_FUNCTION = 60

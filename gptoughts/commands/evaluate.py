@@ -173,7 +173,10 @@ def squad(checkpoint: str, data: str | None, threshold: float | None, batch: int
     if loaded.recipe.objective != "question-answering":
         raise ConfigError(f"{loaded.folder} learnt {loaded.recipe.objective}, not question answering")
     settings = loaded.recipe.data
-    settings = settings.model_copy(update={"tokenizer": str(loaded.folder / "tokenizer")})
+    if loaded.step is not None:
+        settings = settings.model_copy(update={"tokenizer": str(loaded.folder / "tokenizer")})
+    elif data is None:
+        raise ConfigError(f"{loaded.folder} names no questions of its own\n  try: --data FILE")
     if data is not None:
         settings = settings.model_copy(update={"path": data, "val_path": None, "val_fraction": 0.0})
     tables, questions = prepare_squad(settings, settings.tokenizer)

@@ -31,6 +31,7 @@ def generate(
     offload: str | None,
 ) -> int:
     """Continue each prompt; `-` stands for what comes on standard input, no prompt for an empty one."""
+    from gptoughts.errors import ConfigError
     from gptoughts.loading import load, reading
     from gptoughts.writing import write
 
@@ -38,6 +39,8 @@ def generate(
     diffusion = {key: value for key, value in given.items() if value is not None}
     stack = ExitStack()
     if memory is not None or offload is not None:
+        if base is not None:
+            raise ConfigError("--base and --offload do not go together; merge the adapter first: gptoughts export")
         model, tokenizer, recipe, folder, mask_id = offloaded(checkpoint, memory, offload)
     else:
         loaded = load(checkpoint, base=base)
@@ -97,7 +100,8 @@ def offloaded(name: str, memory_gib: float | None, offload: str | None) -> tuple
 
 def places_of(folder: Path, recipe: Any) -> list[Path]:
     """Where the files beside weights may lie: a checkpoint keeps a tokenizer/ and a base/, a model's own folder has them itself."""
-    named = [Path(name).expanduser() for name in (recipe.model.path, recipe.data.tokenizer) if name]
+    names = (recipe.model.path, recipe.data.tokenizer)
+    named = [Path(name).expanduser() for name in names if name and name not in ("bytes", "chars", "gpt2", "bpe")]
     return [folder / "tokenizer", folder / "base", folder, *(path.parent if path.is_file() else path for path in named)]
 
 

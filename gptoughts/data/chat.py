@@ -182,7 +182,7 @@ class Maker:
         encodings = iter(self.chat.encode([text for _, found in rendered for text in found.texts]))
         for conversation, found in rendered:
             content = json.dumps(conversation.messages, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass")
-            documents = []
+            documents: list[Document] = []
             for one in islice(encodings, len(found.texts)):
                 if not one.learnt[1:].any():
                     problems.append(

@@ -172,7 +172,11 @@ class ChatTokenizer:
         where the usual one puts none, either."""
         spec = self.tokenizer.spec
         parts = {name: unprefixed(spec.get(name)) for name in ("normalizer", "pre_tokenizer")}
-        return None if all(spec.get(name) == part for name, part in parts.items()) else aliased(self.tokenizer, self.control, parts)
+        return (
+            None
+            if all(spec.get(name) == part for name, part in parts.items())
+            else aliased(self.tokenizer, self.control, parts)
+        )
 
     def _pieces(self, text: str) -> list[Piece]:
         """A rendered text as the library gets it, control tokens under their aliases, cut where answers begin."""

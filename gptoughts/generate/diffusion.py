@@ -101,6 +101,7 @@ def generate(
     model: Any, tokenizer: Tokenizer, prompts: list[list[int]], mask_id: int, max_new_tokens: int = ...,
     steps: int = ..., block_length: int | None = ..., remasking: Remasking = ..., temperature: float = ...,
     guidance: float = ..., seed: int = ..., stop_at_eot: bool = ..., on_step: OnStep | None = ...,
+    stops: Collection[int] = ...,
 ) -> list[list[int]]: ...  # fmt: skip
 def generate(
     model: Any,

@@ -19,6 +19,7 @@ from gptoughts.data.answers import prompt, stops, written
 from gptoughts.data.batches import IGNORED
 from gptoughts.data.chat import PROBLEMS_SHOWN, prepare_chat
 from gptoughts.data.chat_tokenizer import ChatTokenizer
+from gptoughts.data.corpus import kept_tokenizer
 from gptoughts.data.table import Table
 from gptoughts.data.tokenizer import bpe_from_files
 from gptoughts.errors import DataError
@@ -194,9 +195,7 @@ def test_rewritten_history_gets_a_text_for_each_answer(family: str, chats: dict[
         whole = one.encode([one.template.render(messages[: 2 * number + 2])])[0].ids.tolist()
         asked = prompt(one, messages[: 2 * number + 1]).tolist()
         # What is learnt stands behind exactly what the model will be given.
-        assert (
-            encoded.ids.tolist() == whole and encoded.ids[: encoded.learnt.argmax()].tolist() == asked == whole[: len(asked)]
-        )
+        assert encoded.ids.tolist() == whole and encoded.ids[: encoded.learnt.argmax()].tolist() == asked == whole[: len(asked)]
     assert [text.count("<think>") for text in learnt_texts(one, messages)] == [1, 1]
 
 
@@ -381,17 +380,23 @@ def test_settings_and_content_have_tables_of_their_own(tmp_path: Path, folders: 
 def test_denoising_learns_each_answer_without_what_follows(tmp_path: Path, folders: dict[str, Path]) -> None:
     one, messages = ChatTokenizer.open(folders["chatml"]), chat([("two plus two", "four"), ("three", "the fox")])
     path = write(tmp_path / "chat.jsonl", [{"messages": messages}])
-    table = prepare_chat(
-        config(path, sequence_length=100, val_fraction=0.0), folders["chatml"], shape="masked-diffusion"
-    )["train"]
+    table = prepare_chat(config(path, sequence_length=100, val_fraction=0.0), folders["chatml"], shape="masked-diffusion")[
+        "train"
+    ]
     assert len(table) == 2 and table.facts["conversations"] == 1 and table.facts["answers"] == 2
     for turn in (1, 3):
         asked = prompt(one, messages[:turn]).tolist()
-        row = next(row for row, ids in enumerate(table.arrays["input_ids"]) if (table.arrays["labels"][row] >= 0).argmax() == len(asked))
+        row = next(
+            row
+            for row, ids in enumerate(table.arrays["input_ids"])
+            if (table.arrays["labels"][row] >= 0).argmax() == len(asked)
+        )
         learnt = table.arrays["labels"][row] != IGNORED
         end = len(asked) + learnt.sum()
         assert table.arrays["input_ids"][row, : len(asked)].tolist() == asked and learnt[len(asked) : end].all()
-        text = one.tokenizer.library.decode(table.arrays["input_ids"][row, len(asked) : end].tolist(), skip_special_tokens=False)
+        text = one.tokenizer.library.decode(
+            table.arrays["input_ids"][row, len(asked) : end].tolist(), skip_special_tokens=False
+        )
         assert text == messages[turn]["content"] + "<|im_end|>"
         assert table.arrays["positions"][row, end] == 0  # padding
 
@@ -514,6 +519,19 @@ def test_long_conversations_are_an_error_unless_asked_otherwise(tmp_path: Path, 
     none = write(tmp_path / "deep.jsonl", [*rows, {"messages": chat([("fox " * 300, "deep")])}])
     left = prepare_chat(config(none, sequence_length=200, val_fraction=0.0), folders["chatml"], too_long="cut")["train"]
     assert left.facts["cut"] == 1 and left.facts["dropped"] == 1  # A row without anything to learn is none.
+
+
+def test_other_names_of_tokens_keep_a_tokenizer_of_their_own(tmp_path: Path) -> None:
+    """The template is the same, and what it writes for eos_token is not."""
+    folder, kept = folder_of("mistral", tmp_path / "tokenizer"), []
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content + eos_token }}{% endfor %}")
+    for name in ("</s>", "<s>"):
+        (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": name}))
+        data = config(tmp_path / "chat.jsonl", tokenizer=str(folder))
+        place = kept_tokenizer(bpe_from_files(str(folder)), data)
+        assert json.loads((place / "tokenizer_config.json").read_text())["eos_token"] == name
+        kept.append(place)
+    assert kept[0] != kept[1]
 
 
 def test_two_makers_make_one(tmp_path: Path, folders: dict[str, Path], capfd: pytest.CaptureFixture[str]) -> None:

@@ -5,12 +5,16 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from gptoughts.config import ModelConfig
+from gptoughts.data.tokenizer import JsonTokenizer
 from gptoughts.errors import ConfigError, DataError
-from gptoughts.generate.autoregressive import generate
+from gptoughts.generate.autoregressive import _Stream, continuation, generate
 from gptoughts.models.family import family_of, initialise
 from gptoughts.models.gpt import GPT
+from tests.chat_parts import tokenizer_json
 
 FORMS = {
     "gpt2": {"norm": "layernorm", "positions": "learned", "mlp": "gelu", "qk_norm": False, "bias": True},
@@ -50,14 +54,14 @@ def make(sequence_length: int = 16, **words: Any) -> GPT:
     return model
 
 
-def scripted(model: GPT, script: list[int]) -> list[list[int]]:
+def scripted(model: GPT, script: list[int], rows: int = 320) -> list[list[int]]:
     """Make `model` predict the bytes of `script` one by one; returns the list that collects what it was shown."""
     shown: list[list[int]] = []
 
     def forward(input_ids: torch.Tensor, cache: Any) -> torch.Tensor:
         shown.append(input_ids[0].tolist())
         cache.used += input_ids.shape[1]
-        logits = torch.zeros(*input_ids.shape, 320)
+        logits = torch.zeros(*input_ids.shape, rows)
         logits[0, -1, script[len(shown) - 1]] = 100
         return logits
 
@@ -152,6 +156,60 @@ def test_text_streams_in_whole_characters() -> None:
     )
     assert pieces == [(0, "a"), (0, "é"), (0, "漢"), (0, "😀"), (0, "a"), (0, "\N{REPLACEMENT CHARACTER}")]
     assert text == ["".join(piece for _, piece in pieces)]
+
+
+def test_a_word_keeps_its_space_behind_a_prompt() -> None:
+    raw = tokenizer_json("mistral")
+    tokenizer = JsonTokenizer(raw.encode(), "file", "the test")
+    prompt, script = (tokenizer.encode(text).tolist() for text in ("the user", "said to the lazy dog"))
+    model, pieces = make(64), list[str]()
+    model.vocab_size = tokenizer.vocab_size
+    for asked in (["the user"], [prompt]):
+        scripted(model, script, tokenizer.vocab_size)
+        pieces.clear()
+        text = generate(model, tokenizer, asked, len(script), temperature=0, on_text=lambda _, piece: pieces.append(piece))
+        assert "".join(pieces) == " said to the lazy dog"
+        assert text == ([" said to the lazy dog"] if asked == ["the user"] else [script])
+
+
+class Counted(Bytes):
+    """Counts the ids that are decoded."""
+
+    def __init__(self) -> None:
+        self.decoded = 0
+
+    def decode(self, ids: Iterable[int]) -> str:
+        found = list(ids)
+        self.decoded += len(found)
+        return super().decode(found)
+
+
+def test_a_token_of_a_long_text_costs_no_more_than_one_of_a_short_text() -> None:
+    scripted(model := make(512), [65] * 400)
+    generate(model, tokenizer := Counted(), ["x"], 400, temperature=0, on_text=lambda *_: None)
+    assert tokenizer.decoded < 400 * 20
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    before=st.binary(max_size=6), new=st.lists(st.sampled_from([*"aé漢😀".encode(), 65, 0xFF, 256]), min_size=1, max_size=24)
+)
+def test_bytes_stream_as_they_are_decoded_whole(before: bytes, new: list[int]) -> None:
+    """As if the whole text were decoded again after each token."""
+    pieces: list[str] = []
+    stream = _Stream(Bytes(), 0, list(before), lambda _, piece: pieces.append(piece))
+    expected, out = [], ""
+    for count, token in enumerate(new, 1):
+        stream.add(token)
+        text = Bytes().decode(new[:count])
+        if not text.endswith("\N{REPLACEMENT CHARACTER}") and text != out:
+            expected.append(text[len(out) :])
+            out = text
+    stream.close()
+    if (text := Bytes().decode(new)) != out:
+        expected.append(text[len(out) :])
+    assert pieces == [piece for piece in expected if piece]
+    assert continuation(Bytes(), list(before), new) == Bytes().decode(new)
 
 
 def test_streams_name_their_prompt(model: GPT) -> None:

@@ -292,6 +292,8 @@ def test_text_is_cut_at_its_end() -> None:
     assert generate(wanted, Bytes(), ["x"], MASK, 5, 5) == ["AB"]
     assert generate(wanted, Bytes(), [[1]], MASK, 5, 5, stop_at_eot=False) == [[65, 66, 256, 67, 256]]
     assert generate(sure(256, prompt=1), Bytes(), ["x"], MASK, 3, 3) == [""]
+    assert generate(wanted, Bytes(), ["x"], MASK, 5, 5, stops={66, 67}) == ["A"]
+    assert generate(wanted, Bytes(), [[1]], MASK, 5, 5, stop_at_eot=False, stops={67}) == [[65, 66, 256]]
     assert generate(wanted, Bytes(), [], MASK, 5, 5) == []
 
 
