@@ -71,8 +71,10 @@ def export(
     """
     ids = ids_of(text, tokenizer, model)
     model.eval()
+    precision = precision_of(model, recipe)
     with torch.no_grad():
-        ours = _logits(model, ids)
+        ours = _logits(model.to(precision), ids)
+    model.to(torch.float32)  # there and back is exact
     with fresh(out) as folder:
         if recipe.model.family == "hf":
             write: Callable[..., list[str]] = _write_hf
@@ -92,7 +94,7 @@ def export(
             )
         notes = write(model, recipe, tokenizer, folder, origin)
         notes += _write_tokenizer(tokenizer, folder, origin, recipe, text)
-        theirs = _reopened(folder, ids, recipe, next(model.parameters()).device)
+        theirs = _reopened(folder, ids, recipe, next(model.parameters()).device, precision)
         proof = compare(ours, theirs)
         require(proof, out)
     return proof, notes
@@ -117,12 +119,19 @@ def require(proof: Proof, out: Path) -> None:
         raise CheckpointError(f"{out} would not be the same model, so nothing was written: {proof}")
 
 
+def precision_of(model: nn.Module, recipe: Recipe) -> torch.dtype:
+    """In which precision the two are compared: an adapter beside its base rounds elsewhere than the merged weights, so in float64."""
+    from gptoughts.models.adapter import adapter_layers
+
+    return torch.float64 if adapter_layers(model) and recipe.adapter.base == "full" else torch.float32
+
+
 def _logits(model: nn.Module, ids: Tensor) -> Tensor:
     found = model(ids.to(next(model.parameters()).device))
     return found.transpose(1, 2) if found.shape[-1] == 2 else found  # of an answer: a distribution over places
 
 
-def _reopened(folder: Path, ids: Tensor, recipe: Recipe, device: torch.device) -> Tensor:
+def _reopened(folder: Path, ids: Tensor, recipe: Recipe, device: torch.device, precision: torch.dtype) -> Tensor:
     import transformers
 
     from gptoughts.models.hf_config import quiet
@@ -138,7 +147,7 @@ def _reopened(folder: Path, ids: Tensor, recipe: Recipe, device: torch.device) -
     except (OSError, ImportError, ValueError, RuntimeError, KeyError) as error:
         raise CheckpointError(f"transformers cannot open what was written: {error}") from error
     with torch.no_grad():
-        found = model.to(device).eval()(input_ids=ids.to(device))
+        found = model.to(device, precision).eval()(input_ids=ids.to(device))
     return torch.stack((found.start_logits, found.end_logits), dim=1) if answers else found.logits
 
 

