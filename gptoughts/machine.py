@@ -26,7 +26,7 @@ __all__ = ["Cpu", "Gpu", "Machine", "World", "probe", "read", "world_from_enviro
 # Distributions that decide a layer, a tracker or a file format, with normalised names.
 DISTRIBUTIONS = (
     "torch", "triton", "numpy", "safetensors", "tokenizers", "tiktoken", "zstandard", "rich", "matplotlib",
-    "transformers", "datasets", "pyarrow", "accelerate", "peft", "pytorch-optimizer", "schedulefree",
+    "transformers", "datasets", "pyarrow", "jinja2", "accelerate", "peft", "pytorch-optimizer", "schedulefree",
     "transformer-engine", "transformer-engine-torch",
     "flash-attn", "flash-attn-3", "flash-attn-4", "tokenspeed-fa3", "torchao", "liger-kernel", "bitsandbytes",
     "deepspeed", "xformers", "wandb", "tensorboard", "mpi4py", "nvidia-ml-py",

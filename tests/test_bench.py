@@ -57,7 +57,7 @@ def test_plain_loop_is_the_same_training(fields: dict[str, str], layers: dict[st
         train(engine, Progress(), lambda now: now.step >= 4, subject.length.rate, [Losses()])
     rate = subject.length.rate
     run = plain_loop(
-        subject.recipe, subject.family, subject.rows, subject.batches(subject.recipe), torch.device("cpu"), settings,
+        subject.recipe, subject.parts.family, subject.rows, subject.batches(subject.recipe), torch.device("cpu"), settings,
         lambda step: rate(Progress(step=step)),
     )  # fmt: skip
     assert [run(1) for _ in range(4)] == pytest.approx(losses, abs=1e-5)

@@ -201,7 +201,12 @@ def recipes(draw: st.DrawFn) -> Resolved:
         "model.kv_heads": draw(st.sampled_from([None, 1, heads])),
         f"train.{draw(st.sampled_from(LENGTHS))}": draw(st.integers(1, 10**12)),
     }
-    unheard = {"optim.name", *(f"optim.{key}" for key in PARTIAL if key not in USES["adamw"])}
+    unheard = {
+        "optim.name",
+        "optim.min_learning_rate",
+        "optim.learning_rate",
+        *(f"optim.{key}" for key in PARTIAL if key not in USES["adamw"]),
+    }
     free = [key for key in KINDS if key not in values and key.removeprefix("train.") not in LENGTHS and key not in unheard]
     for key in draw(st.lists(st.sampled_from(free), unique=True)):
         values[key] = draw(value_of(KINDS[key]))

@@ -144,7 +144,7 @@ def converted(recipe: Any, options: dict[str, Any] | None = None) -> Iterator[An
         CATALOG["fp32"] = before
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES_UNDER_TEST))
+@pytest.mark.parametrize("family", ["gpt2", "llada", "modern"])  # those that offer sites
 def test_every_site_computes_as_before_with_the_models_own_parameters(family: str) -> None:
     recipe = recipe_of(family)
     with engine_of(recipe, plan_of(recipe, {"precision": "bf16"})) as engine:
