@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from tests.ddp_worker import FAMILIES
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -33,17 +35,19 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return folder / "ranks1", folder / "ranks2"
 
 
-def test_losses_and_weights_equal_one_process_on_ragged_labels(both: tuple[Path, Path]) -> None:
-    one, two = (json.loads(path.with_suffix(".json").read_text()) for path in both)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_losses_and_weights_equal_one_process_on_ragged_labels(both: tuple[Path, Path], family: str) -> None:
+    one, two = (json.loads(path.with_name(f"{path.name}-{family}.json").read_text()) for path in both)
     assert one["losses"] == pytest.approx(two["losses"], abs=1e-6)
-    ours, theirs = (load_file(path.with_suffix(".safetensors")) for path in both)
+    ours, theirs = (load_file(path.with_name(f"{path.name}-{family}.safetensors")) for path in both)
     assert ours.keys() == theirs.keys()
     for name, weight in ours.items():
         assert (weight - theirs[name]).abs().max() < 1e-5, name
 
 
-def test_the_proof_sees_equal_ranks_and_notices_one_that_differs(both: tuple[Path, Path]) -> None:
-    record = json.loads(both[1].with_suffix(".json").read_text())
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_proof_sees_equal_ranks_and_notices_one_that_differs(both: tuple[Path, Path], family: str) -> None:
+    record = json.loads(both[1].with_name(f"{both[1].name}-{family}.json").read_text())
     assert record["proof"][0], record["proof"][1]
     assert "2 ranks hold equal weights" in record["proof"][1]
     assert record["negative"]
