@@ -128,13 +128,16 @@ def first_weights(recipe: Recipe, parts: Parts, model: nn.Module, device: torch.
     """Where the weights of a new run come from: pretrained ones where the recipe names them, else initialisation.
 
     `model` is the one to be filled, on meta or not, on `device`; `adapter` a folder with a trained adapter to lay over the weights.
+    Raises CheckpointError where that was trained over others.
     """
     base = base_weights(recipe, parts.base or parts.family)
     if parts.base is None:
         return base
-    from gptoughts.models.adapter_folder import AdapterFolder
+    from gptoughts.models.adapter_folder import AdapterFolder, check_base
     from gptoughts.models.adapter_source import AdapterSource
 
+    if adapter is not None:
+        check_base(adapter, base_record(recipe))
     saved = None if adapter is None else AdapterFolder(adapter)
     return AdapterSource(base, model, recipe.adapter.kind, recipe.seed, saved, device)
 
@@ -152,13 +155,6 @@ def resumed_weights(recipe: Recipe, parts: Parts, model: nn.Module, device: torc
 
     check_base(folder, base_record(recipe))
     return AdapterSource(base_weights(recipe, parts.base), model, recipe.adapter.kind, recipe.seed, saved, device)
-
-
-def described(model: nn.Module) -> str:
-    """What an adapter trains of a model and what it leaves as it is, in a line or two."""
-    from gptoughts.models.adapter import summary
-
-    return summary(model)
 
 
 def base_weights(recipe: Recipe, family: Family) -> Source:

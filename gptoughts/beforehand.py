@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from gptoughts import resume
-from gptoughts.assembly import Parts, described
+from gptoughts.assembly import Parts
 from gptoughts.config import Recipe, Resolved
 from gptoughts.data.corpus import Corpus, TableCorpus
 from gptoughts.data.marking import Style, first_rows, said, shown
@@ -55,7 +55,9 @@ def introduced(recipe: Recipe, corpus: Corpus, parts: Parts, model: nn.Module, s
     parameters = f"{count(facts.parameters)} parameters" if facts.parameters else "parameters n/a"
     yield f"model {facts.family}, {parameters}; data {corpus.folder}: {count(corpus.train_tokens)} tokens"
     if parts.base is not None:
-        yield described(model)
+        from gptoughts.models.adapter import summary  # imports peft
+
+        yield summary(model)
     yield from (f"note: {note}" for note in getattr(source, "notes", ()))
     if isinstance(corpus, TableCorpus):
         for number, row in enumerate(first_rows(corpus, recipe, SHOWN_SAMPLES), 1):

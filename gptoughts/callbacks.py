@@ -167,7 +167,7 @@ class Evaluate:
     console: Console
     patience: int = 0
     """Validations without a better one after which the run ends; 0 never ends it."""
-    scores: Callable[[Engine, int], Mapping[str, float]] | None = None
+    scores: Callable[[Engine], Mapping[str, float]] | None = None
     """Figures of the task; `f1`, more being better, stands for the loss where the best validation is looked for."""
     result: tuple[int, float] | None = None
     """Step and loss of the newest validation."""
@@ -201,7 +201,7 @@ class Evaluate:
         """Validate and write a row."""
         loss, labels = mean_loss(engine, self.batches())  # type: ignore[arg-type]
         take_meters(engine)  # what validation added is not training's
-        self.figures = self.scores(engine, progress.step) if self.scores else {}
+        self.figures = self.scores(engine) if self.scores else {}
         self.result = (progress.step, loss)
         self.mark = (progress.step, -self.figures["f1"] if self.figures else loss)
         row = {"eval/val_loss": loss, "eval/labels": labels, **{f"eval/{name}": value for name, value in self.figures.items()}}

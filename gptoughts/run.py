@@ -291,13 +291,13 @@ class _Run:
             written = write(engine.bare, self.corpus.tokenizer, [self.prompt], self.recipe, self.parts.mask_id)
         return self.prompt + written[0]
 
-    def _scores(self) -> Callable[[Engine, int], Mapping[str, float]] | None:
+    def _scores(self) -> Callable[[Engine], Mapping[str, float]] | None:
         """The task's own figures on the validation split, where it has some."""
         corpus = self.corpus
         if not isinstance(corpus, TableCorpus) or corpus.questions is None:
             return None
         table, questions = corpus.tables["val"], corpus.questions
-        return lambda engine, step: squad.evaluate(engine, table, questions, out=self.out)
+        return lambda engine: squad.evaluate(engine, table, questions, out=self.out)
 
     def _take(self, now: Mapping[str, Any], evaluate: Evaluate | None) -> Callable[..., checkpoint.Snapshot]:
         documents = {"plan.json": json.dumps(self.order.plan.to_json(), indent=1), "recipe.toml": self.order.resolved.to_toml()}

@@ -9,7 +9,7 @@ from typing import Any
 from gptoughts import hf_facts, llada_config
 from gptoughts.config import Resolved
 from gptoughts.errors import ConfigError, listed
-from gptoughts.recipe import ModelConfig, Recipe
+from gptoughts.recipe import ExpertsConfig, ModelConfig, Recipe
 
 SIZES = (
     "depth", "width", "heads", "kv_heads", "hidden", "norm", "positions", "mlp", "qk_norm", "tied", "bias", "rope_theta",
@@ -41,6 +41,7 @@ def settled(resolved: Resolved) -> Resolved:
         changes |= {f"model.{key}": value for key, value in sizes.items()}
     else:
         _check_sizes(recipe.model, named)
+        _check_experts(recipe, config, named)
     _check_direction(recipe, native, named)
     if recipe.model.path and not resolved.given("data.tokenizer"):
         changes["data.tokenizer"] = str(hf_facts.tokenizer_folder(recipe.model))
@@ -54,6 +55,10 @@ def _contradictions(recipe: Recipe, resolved: Resolved) -> list[str]:
         problems.append("model: give path (pretrained weights) or config (random weights), not both")
     if model.family == "hf" and not (model.path or model.config):
         problems.append("model.family hf: needs model.path (a folder or a hub name) or model.config (a config.json)")
+    if model.family not in ("gpt", "hf", "llada") and (model.path or model.config):
+        problems.append(
+            f"model.family {model.family}: a plugin's models take no model.path or model.config; leave one of them out"
+        )
     if model.family == "gpt" and resolved.given("model.family") and (model.path or model.config):
         problems.append("model.family gpt: native models take no model.path or model.config; leave the family out")
     if recipe.objective == "masked-diffusion" and model.family == "gpt" and not model.path:
@@ -107,6 +112,15 @@ def _unheard(recipe: Recipe) -> list[str]:
         if deaf and changed:
             problems.append(f"{', '.join(changed)}: has no effect here; {why}")
     return problems
+
+
+def _check_experts(recipe: Recipe, config: Mapping[str, Any], named: str) -> None:
+    facts = hf_facts.fields_of(config, recipe.data.sequence_length)
+    dense = facts["projections"] is not None and not facts["experts"]  # of a type that is not known nothing is claimed
+    if dense and recipe.experts != ExpertsConfig():
+        raise ConfigError(
+            f"[experts] has no effect: the {config['model_type']} of {named} has no experts to balance; leave its keys out"
+        )
 
 
 def _check_direction(recipe: Recipe, native: bool, named: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
@@ -169,3 +170,11 @@ def tokenizer_json(kind: str) -> str:
         single=f"{begin} $A", special_tokens=[(begin, tokenizer.token_to_id(begin)), (end, tokenizer.token_to_id(end))]
     )
     return tokenizer.to_str()
+
+
+def chat(pairs: list[tuple[str, str]], system: str | None = None) -> list[dict[str, Any]]:
+    """A conversation of questions and answers."""
+    out = [{"role": "system", "content": system}] if system else []
+    for question, answer in pairs:
+        out += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return out

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, logging
 
 import gptoughts
@@ -17,6 +18,7 @@ from gptoughts.commands.generate import offloaded
 from gptoughts.data.tokenizer import JsonTokenizer
 from gptoughts.errors import CheckpointError, ConfigError
 from gptoughts.export_adapter import export_checkpoint
+from gptoughts.generate.autoregressive import generate
 from gptoughts.loading import exported_recipe, load
 from gptoughts.models.hf_config import open_config
 from gptoughts.recipe import AdapterConfig, ModelConfig
@@ -209,6 +211,31 @@ def test_what_is_offloaded_and_what_is_not() -> None:
     folder("reader", "bert")
     with pytest.raises(ConfigError, match=r"leave out --memory and --offload"):
         offloaded("reader", 4.0, None)
+
+
+def test_a_model_that_does_not_fit_writes_the_same_text_from_disk() -> None:
+    pytest.importorskip("accelerate")
+    made = folder("model")
+    from gptoughts.data.tokenizer import bpe_from_files
+
+    tokenizer = bpe_from_files(str(made))
+    whole = load("model", attention="written out")
+    wanted = generate(whole.model, tokenizer, [[1, 2, 3]], 8, temperature=0.0, stop_at_eot=False)
+    size = sum(parameter.nbytes for parameter in whole.model.parameters())
+    model, *_ = offloaded("model", 0.6 * size / 2**30, "spare")
+    assert model.places["disk"] > 0 and model.places["cpu"] > 0
+    assert generate(model, tokenizer, [[1, 2, 3]], 8, temperature=0.0, stop_at_eot=False) == wanted
+
+
+def test_an_exported_adapter_asks_for_its_own_base() -> None:
+    trained("one", **{"model.path": str(folder("base")), "adapter.kind": "lora"})
+    export_checkpoint("one", "alone", adapter_only=True)
+    load("alone")
+    other = folder("other")
+    weights = load_file(other / "model.safetensors")
+    save_file({name: tensor + 0.01 for name, tensor in weights.items()}, other / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match="is for another base"):
+        load("alone", base=str(other))
 
 
 def test_a_model_that_denoises_is_not_offloaded() -> None:

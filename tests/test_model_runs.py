@@ -164,6 +164,11 @@ def test_the_mask_of_pretrained_weights_is_theirs(here: Path) -> None:
     assert mask_of(from_values({**values, "model.path": str(folder)}, "t").recipe, ByteTokenizer()) == 5
 
 
+def test_keys_of_experts_are_no_wish_of_a_dense_model(here: Path) -> None:
+    with pytest.raises(ConfigError, match=r"the llama of model.config has no experts to balance"):
+        trained("llama", "dense", 1, **{"experts.balance_weight": 0.01})
+
+
 def test_experts_and_noise_are_logged(here: Path) -> None:
     trained("mixture", "mixture", 3)
     rows = read(here / "out" / "mixture" / "metrics.jsonl")

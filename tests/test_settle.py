@@ -75,6 +75,11 @@ def test_a_llada_folder_brings_the_sizes_of_the_native_model(tmp_path: Path) -> 
         ({"model.path": "P", "objective": "masked-diffusion"}, "this is no LLaDA"),
         ({"model.path": "L"}, "sees the tokens that it would predict"),
         ({"model.path": "L", "objective": "masked-diffusion", "model.heads": 8}, r"model.heads = 8 \(config.json: 4\)"),
+        ({"model.family": "mine", "model.path": "P"}, "a plugin's models take no model.path"),
+        (
+            {"model.path": "P", "adapter.kind": "lora", "objective": "question-answering", "data.format": "squad"},
+            "trained whole",
+        ),
         ({"adapter.rank": 64}, "adapter.rank: has no effect here; needs adapter.kind"),
         ({"diffusion.steps": 64}, "diffusion.steps: has no effect here"),
         ({"experts.bias_rate": 0.1}, "experts.bias_rate: has no effect here"),

@@ -71,9 +71,9 @@ class Subject:
             raise ConfigError("bench step runs in one process; start it without torchrun")
         if self.recipe.objective != "next-token":
             raise ConfigError(f"bench step compares next-token training; the recipe's objective is {self.recipe.objective!r}")
-        if self.recipe.optim.name != "adamw" or self.recipe.model.path or self.recipe.adapter.kind != "none":
+        if self.recipe.optim.name != "adamw" or self.recipe.model.family == "hf" or self.recipe.adapter.kind != "none":
             raise ConfigError(
-                "bench step compares AdamW from random weights; leave optim.name, model.path and adapter.kind out"
+                "bench step compares AdamW on native models; leave optim.name, model.path, model.config and adapter.kind out"
             )
         if self.recipe.data.format != "text":
             raise ConfigError(f"bench step reads text; the recipe's data.format is {self.recipe.data.format!r}")

@@ -24,8 +24,7 @@ from gptoughts.errors import DataError, nearest
 
 CARD = "gptoughts_tokenizer.json"
 END_OF_TEXT_NAMES = (
-    "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "<|eot_id|>", "<|im_end|>", "<｜end▁of▁sentence｜>",
-    "[SEP]",
+    "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "<|eot_id|>", "<|im_end|>", "<｜end▁of▁sentence｜>", "[SEP]",
 )  # fmt: skip
 BPE_SAMPLE_CHARACTERS = 50_000_000
 IDENTITY_SAMPLE_CHARACTERS = 1_000_000

@@ -24,6 +24,7 @@ from gptoughts.errors import CheckpointError
 from gptoughts.models.adapter import NAME, adapter_layers, base_name, is_trained, peft, ported
 from gptoughts.models.adapter_source import AdapterSource
 from gptoughts.models.family import Family
+from gptoughts.models.json_file import read_json
 from gptoughts.models.quantised import is_turned
 from gptoughts.recipe import AdapterConfig
 
@@ -230,34 +231,10 @@ class AdapterFolder:
         return sorted(self._left.values())
 
 
-def load_adapter(model: nn.Module, folder: Path) -> None:
-    """Copy the trained values in `folder` into an adapted model with memory. Raises CheckpointError naming what does not fit."""
-    stored = AdapterFolder(folder)
-    wrong = []
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if is_trained(name):
-                value = stored.tensor(name, parameter.shape)
-                if value is None:
-                    wrong.append(f"{published(name)} is missing")
-                elif value.shape != parameter.shape:
-                    wrong.append(f"{published(name)} is {tuple(value.shape)}, the model makes it {tuple(parameter.shape)}")
-                else:
-                    parameter.copy_(value)
-    wrong += [f"{name} has no place in the model" for name in stored.unused()]
-    if wrong:
-        raise CheckpointError(f"{folder} does not fit the model\n  " + "\n  ".join(wrong[:10]))
-
-
 def read_config(folder: Path) -> dict[str, Any]:
     """adapter_config.json. Raises CheckpointError for what cannot be read, and for kinds of adapters that our model does not have."""
     path = folder / CONFIG
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} cannot be read: a table is expected, found {type(content).__name__}")
+    content = read_json(path)
     wrong = [f"{key} = {content[key]!r}" for key, allowed in REFUSED.items() if key in content and content[key] not in allowed]
     wrong += [f"{key} is set" for key in content if key.endswith("_config") and content[key] and key not in BEGINNINGS]
     begins = content.get("init_lora_weights", True)

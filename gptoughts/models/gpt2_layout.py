@@ -19,6 +19,7 @@ from torch import Tensor
 from gptoughts.config import ModelConfig
 from gptoughts.errors import CheckpointError, ConfigError
 from gptoughts.models.gpt import GPT, NORM_EPSILON
+from gptoughts.models.json_file import read_json
 
 TIED_HEAD = "head.weight"
 
@@ -219,19 +220,9 @@ def load_hf(folder: Path) -> tuple[ModelConfig, int, int, dict[str, Tensor]]:
 
     Reads model.safetensors, or the shards that model.safetensors.index.json lists; never a pickle.
     """
-    hf_config = _read_json(folder / "config.json")
+    hf_config = read_json(folder / "config.json")
     config, state = from_hf_gpt2(hf_config, _read_weights(folder))
     return config, state["embed.weight"].shape[0], state["positions.weight"].shape[0], state
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} cannot be read: a table is expected, found {type(content).__name__}")
-    return content
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
@@ -239,7 +230,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     if single.is_file():
         files = [single]
     elif index.is_file():
-        files = [folder / Path(name).name for name in sorted(set(_read_json(index).get("weight_map", {}).values()))]
+        files = [folder / Path(name).name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
     else:
         pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
         why = f"{pickles[0]} is a pickle, which can run code; save it as safetensors" if pickles else "not found"

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from gptoughts.config import ModelConfig
 from gptoughts.errors import CheckpointError
-from gptoughts.llada_config import published, sizes
+from gptoughts.llada_config import published
+from gptoughts.models.json_file import read_json
 
 SHARD_BYTES = 5 * 10**9
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -49,11 +50,6 @@ def published_names(native: str) -> tuple[str, ...]:
     if len(parts) < 4 or parts[0] != "blocks" or not parts[1].isdigit() or parts[-1] != "weight":
         return ()
     return tuple(f"transformer.blocks.{parts[1]}.{theirs}.weight" for theirs in BLOCK.get(".".join(parts[2:-1]), ()))
-
-
-def model_config_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Keys of the recipe's [model] table for a published config.json; ConfigError names what the native model does not build."""
-    return sizes(config)
 
 
 # --- reading
@@ -116,17 +112,6 @@ class Published:
 def load(folder: Path) -> Published:
     """The weights of a published checkpoint, to fill a model from. Raises CheckpointError; a pickle is never opened."""
     return Published(folder)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises CheckpointError where the file is something else."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} cannot be read: a table is expected, found {type(content).__name__}")
-    return content
 
 
 def _files(folder: Path) -> list[Path]:

@@ -24,7 +24,7 @@ from gptoughts.data.table import Table
 from gptoughts.data.tokenizer import bpe_from_files
 from gptoughts.errors import DataError
 from gptoughts.recipe import DataConfig
-from tests.chat_parts import FAMILIES, SPECIAL, folder_of
+from tests.chat_parts import FAMILIES, SPECIAL, chat, folder_of
 
 plain_text = st.text(st.characters(exclude_categories=["Cs", "Cn"]), min_size=1, max_size=25).filter(str.strip)
 spelled_text = st.lists(
@@ -32,20 +32,6 @@ spelled_text = st.lists(
     min_size=1, max_size=6,
 ).map("".join).filter(str.strip)  # fmt: skip
 turns = st.lists(st.tuples(plain_text, plain_text), min_size=1, max_size=3)
-
-
-def chat(pairs: list[tuple[str, str]], system: str | None = None) -> list[dict[str, Any]]:
-    """A conversation of questions and answers."""
-    out = [{"role": "system", "content": system}] if system else []
-    for question, answer in pairs:
-        out += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return out
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("families")
-    return {family: folder_of(family, root / family) for family in FAMILIES}
 
 
 @pytest.fixture(scope="module")

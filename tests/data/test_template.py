@@ -13,26 +13,12 @@ from hypothesis import strategies as st
 
 from gptoughts.data.template import BUILT_IN, Template, load_template, special_names, stripped
 from gptoughts.errors import DataError
-from tests.chat_parts import CHATML, FAMILIES, LLAMA3, NAMES, TAGGED, folder_of
+from tests.chat_parts import CHATML, FAMILIES, LLAMA3, NAMES, TAGGED, chat
 
 content = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30) | st.sampled_from(
     ["<think>\nhm\n</think>\n\nyes", "  padded \n", "<|im_end|>", "{{ 7 * 7 }}", "<b>&amp;</b>", "</s>[INST]"]
 )
 turns = st.lists(st.tuples(content, content), min_size=1, max_size=3)
-
-
-def chat(pairs: list[tuple[str, str]], system: str | None = None) -> list[dict[str, Any]]:
-    """A conversation of questions and answers."""
-    out = [{"role": "system", "content": system}] if system else []
-    for question, answer in pairs:
-        out += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return out
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("families")
-    return {family: folder_of(family, root / family) for family in FAMILIES}
 
 
 @pytest.fixture(scope="module")

@@ -14,25 +14,8 @@ from gptoughts.errors import ConfigError, DataError
 from gptoughts.generate.autoregressive import _Stream, continuation, generate
 from gptoughts.models.family import family_of, initialise
 from gptoughts.models.gpt import GPT
+from tests.byte_models import FORMS, Bytes
 from tests.chat_parts import tokenizer_json
-
-FORMS = {
-    "gpt2": {"norm": "layernorm", "positions": "learned", "mlp": "gelu", "qk_norm": False, "bias": True},
-    "modern": {"kv_heads": 2},
-}
-
-
-class Bytes:
-    """UTF-8 bytes and an end-of-text id."""
-
-    vocab_size = 257
-    eot_id: int | None = 256
-
-    def encode(self, text: str) -> list[int]:
-        return list(text.encode())
-
-    def decode(self, ids: Iterable[int]) -> str:
-        return bytes(index for index in ids if index < 256).decode(errors="replace")
 
 
 class WithoutEnd(Bytes):

@@ -1,6 +1,5 @@
 """Denoising commits what its schedule says, block by block, each prompt for itself, and never writes the mask."""
 
-from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any
 
@@ -15,25 +14,9 @@ from gptoughts.errors import ConfigError, DataError, RunError
 from gptoughts.generate.diffusion import check, generate, schedule
 from gptoughts.models.family import FAMILIES, initialise
 from gptoughts.models.gpt import GPT
+from tests.byte_models import FORMS, Bytes
 
 ROWS, MASK = 320, 257
-FORMS = {
-    "gpt2": {"norm": "layernorm", "positions": "learned", "mlp": "gelu", "qk_norm": False, "bias": True},
-    "modern": {"kv_heads": 2},
-}
-
-
-class Bytes:
-    """UTF-8 bytes and an end-of-text id; the mask is the row behind it."""
-
-    vocab_size = 257
-    eot_id: int | None = 256
-
-    def encode(self, text: str) -> list[int]:
-        return list(text.encode())
-
-    def decode(self, ids: Iterable[int]) -> str:
-        return bytes(index for index in ids if index < 256).decode(errors="replace")
 
 
 class WithMask(Bytes):

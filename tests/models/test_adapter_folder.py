@@ -14,7 +14,7 @@ from torch import nn
 from gptoughts.build import built
 from gptoughts.distributed import Ranks
 from gptoughts.engine import Engine
-from gptoughts.errors import CheckpointError, ConfigError
+from gptoughts.errors import CheckpointError, ConfigError, RunError
 from gptoughts.layers import CATALOG
 from gptoughts.machine import World
 from gptoughts.models.adapter import adapted, adapter_layers, is_trained, merge, summary
@@ -26,7 +26,6 @@ from gptoughts.models.adapter_folder import (
     adapted_as,
     check_base,
     internal,
-    load_adapter,
     published,
     record_of,
     record_of_drawn,
@@ -114,8 +113,6 @@ def test_we_open_what_peft_writes(kind: str, form: str, tmp_path: Path) -> None:
     wrapped.save_pretrained(tmp_path)
     family = adapted_as(plain_family(base), tmp_path)
     model = filled(family, lambda made: AdapterSource(State(values(base)), made, saved=AdapterFolder(tmp_path)))
-    assert torch.allclose(logits(model), wanted, atol=1e-5)
-    load_adapter(model, tmp_path)
     assert torch.allclose(logits(model), wanted, atol=1e-5)
 
 
@@ -285,12 +282,20 @@ def test_a_folder_that_does_not_fit_is_told_by_name(tmp_path: Path) -> None:
     save_adapter(model, config(), tmp_path, record_of_drawn({}, 0), source)
     held = load_file(tmp_path / WEIGHTS)
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
-    save_file({**held, name: torch.zeros(2, 32), "base_model.model.x.lora_A.weight": torch.zeros(1)}, tmp_path / WEIGHTS)
-    with pytest.raises(
-        CheckpointError, match=r"q_proj.lora_A.weight is \(2, 32\), the model makes it \(4, 32\)\n.*no place in"
-    ):
-        load_adapter(model, tmp_path)
+    family = adapted(plain_family(base), config())
+
+    def opened() -> None:
+        filled(family, lambda made: AdapterSource(State(values(base)), made, saved=AdapterFolder(tmp_path)))
+
+    opened()
+    ours_name = "model.layers.0.self_attn.q_proj.lora_A.default.weight"
+    save_file({**held, name: torch.zeros(2, 32)}, tmp_path / WEIGHTS)
+    with pytest.raises(RunError, match=rf"{ours_name}: the source has shape \(2, 32\), the model \(4, 32\)"):
+        opened()
+    save_file({**held, "base_model.model.x.lora_A.weight": torch.zeros(1)}, tmp_path / WEIGHTS)
+    with pytest.raises(RunError, match=r"not used: base_model.model.x.lora_A.weight"):
+        opened()
     del held[name]
     save_file(held, tmp_path / WEIGHTS)
-    with pytest.raises(CheckpointError, match=f"{name} is missing"):
-        load_adapter(model, tmp_path)
+    with pytest.raises(RunError, match=f"not written by any source: {ours_name}"):
+        opened()

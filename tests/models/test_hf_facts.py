@@ -159,7 +159,7 @@ def test_folders_and_what_is_none(tmp_path: Path) -> None:
         "./nowhere": "no such file or folder",
         "a/b/c": "no such file or folder",
         "x.gguf": "no such file or folder",
-        "package:nonesuch-package": "pip install nonesuch-package",
+        "package:nonesuch-package": "pip install --no-deps nonesuch-package",
         "package:not a name": "no such Python package",
     }.items():
         with pytest.raises(ConfigError, match=said):

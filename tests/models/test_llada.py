@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from gptoughts import llada_config
 from gptoughts.config import ModelConfig
 from gptoughts.errors import CheckpointError, ConfigError
 from gptoughts.layers.attention_sdpa import attend
@@ -262,7 +263,7 @@ def test_a_round_trip_gives_the_same_bits(tmp_path: Path, tied: bool, dtype: tor
     assert source.unused() == []
     assert state.keys() == dict(model.named_parameters()).keys()
     assert all(tensor.dtype == dtype and torch.equal(tensor, model.state_dict()[name]) for name, tensor in state.items())
-    config = llada_layout.model_config_of(json.loads((tmp_path / "config.json").read_text()))
+    config = llada_config.sizes(json.loads((tmp_path / "config.json").read_text()))
     assert ModelConfig(family="llada", **config) == model.config.model_copy(update={"vocab_size": 96})
 
 

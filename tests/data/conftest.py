@@ -1,0 +1,14 @@
+"""What the tests of chat data share."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.chat_parts import FAMILIES, folder_of
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A folder for each kind of chat tokenizer."""
+    root = tmp_path_factory.mktemp("families")
+    return {family: folder_of(family, root / family) for family in FAMILIES}
