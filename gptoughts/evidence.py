@@ -33,6 +33,12 @@ class Sight:
     data_wait_seconds: float
     memcpy_streams: int = 0
     """CUDA streams that copied from host to device and ran no kernel."""
+    copies: Mapping[str, int] = field(default_factory=dict)
+    """CUDA copies by direction: HtoD, DtoH, DtoD."""
+    peak_bytes: int | None = None
+    """Most memory that the process held on the device at one time during the step; None where nothing can tell."""
+    recompiles: tuple[str, ...] = ()
+    """Graphs that were compiled again since the run began, each with its cause."""
     marks: Mapping[str, int] = field(default_factory=dict)
     """Calls of what layers put in place, by the layer's name."""
 

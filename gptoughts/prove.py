@@ -45,6 +45,7 @@ class _Trace:
     dtypes: dict[str, Counter[tuple[str, ...]]] = field(default_factory=lambda: defaultdict(Counter))
     kernels: Counter[str] = field(default_factory=Counter)
     regions: int = 0
+    copies: Counter[str] = field(default_factory=Counter)
     copy_streams: set[int] = field(default_factory=set)
     kernel_streams: set[int] = field(default_factory=set)
 
@@ -75,6 +76,7 @@ def watch(engine: Engine, one_step: Callable[[], None]) -> Sight:
         step_seconds=seconds,
         data_wait_seconds=counters.data_wait_seconds - counted["data_wait_seconds"],
         memcpy_streams=len(trace.copy_streams - trace.kernel_streams),
+        copies=dict(trace.copies),
         marks=dict(counters.marks - marks),
     )
 
@@ -108,9 +110,12 @@ def _read(events: Iterable[Any], trace: _Trace) -> None:
             trace.calls[name] += 1
             trace.regions += name.startswith(COMPILED_REGION)
             operators += [event] if name.startswith("aten::") else []
-        elif name.startswith("Memcpy HtoD"):
-            trace.copy_streams.add(event.device_resource_id())
-        elif not name.startswith(("Memcpy", "Memset")):
+        elif name.startswith("Memcpy"):
+            direction = name.split()[1]
+            trace.copies[direction] += 1
+            if direction == "HtoD":
+                trace.copy_streams.add(event.device_resource_id())
+        elif not name.startswith("Memset"):
             trace.kernels[name] += 1
             trace.kernel_streams.add(event.device_resource_id())
     open_in: dict[int, list[Any]] = defaultdict(list)  # thread -> operators that have begun and not ended, outermost first
