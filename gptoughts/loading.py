@@ -20,9 +20,9 @@ from gptoughts.distributed import Ranks
 from gptoughts.engine import Engine, Source
 from gptoughts.errors import CheckpointError, ConfigError, LayerError, nearest
 from gptoughts.hub import PACKAGE, folder_of
-from gptoughts.layers.attention_sdpa import attend
 from gptoughts.machine import World
 from gptoughts.models.adapter_folder import read_config as read_adapter
+from gptoughts.models.sdpa import attend
 from gptoughts.recipe import ModelConfig
 from gptoughts.settle import settled
 

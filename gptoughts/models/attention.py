@@ -5,7 +5,7 @@ Shapes: B sequences, T queries, S keys, H query heads, K key-value heads, D head
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,13 +14,19 @@ from torch import Tensor
 class AttentionFunction(Protocol):
     """attend(query B H T D, key B K S D, value B K S E, causal) -> B H T E, and where documents share rows its mask.
 
-    `mask` (bool, broadcastable to B 1 T S, True = may attend) says everything: `causal` is not applied again. `scale`
-    None is D**-0.5. E may differ from D.
+    `mask` has the form that the function was put in place with (`packing.MaskForm`). Dense: bool, broadcastable to B 1 T S,
+    True = may attend; it says everything and `causal` is not applied again. `scale` None is D**-0.5. E may differ from D.
     """
 
     def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, causal: bool, mask: Tensor | None = None, scale: float | None = None
+        self, query: Tensor, key: Tensor, value: Tensor, causal: bool, mask: Any = None, scale: float | None = None
     ) -> Tensor: ...
+
+
+class RotaryFunction(Protocol):
+    """rotate(query B H T D, key B K T D, cos, sin) -> both, turned by their positions; tables as in `rotate`."""
+
+    def __call__(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
 def math_attention(
@@ -73,3 +79,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     first, second = x.float().chunk(2, dim=-1)  # B H T D/2
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).type_as(x)  # B H T D
+
+
+def rotate_both(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """`rotate` for queries and keys: a `RotaryFunction`, the reference."""
+    return rotate(query, cos, sin), rotate(key, cos, sin)

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 import torch.nn as nn
@@ -19,6 +19,7 @@ from gptoughts.config import ModelConfig
 from gptoughts.errors import ConfigError, nearest
 from gptoughts.models.fusion import Site, gpt_sites
 from gptoughts.models.gpt import GPT, Attention, AttentionFunction
+from gptoughts.models.packing import MASKS, MaskForm
 
 Undo = Callable[[], None]
 
@@ -33,6 +34,12 @@ class Initial:
     std: float = 0.0
 
 
+class SetAttention(Protocol):
+    """Puts an attention function into every attention module of a model, with masks in the form that it takes."""
+
+    def __call__(self, model: nn.Module, function: AttentionFunction, form: MaskForm = "dense") -> Undo: ...
+
+
 @dataclass(frozen=True)
 class Family:
     """One architecture, as the rest of the house sees it. A port that is None is not offered.
@@ -43,7 +50,8 @@ class Family:
     retie            makes each alias the owner's Parameter again
     buffers          (model, device) -> writes the buffers that no checkpoint holds
     attentions       model -> {name: attention module}
-    set_attention    (model, function) -> undo; function is an `attention.AttentionFunction`
+    set_attention    (model, function, form of the masks that it takes = "dense") -> undo; function is an
+                     `attention.AttentionFunction`, form a `packing.MaskForm`
     head             model -> the module called as head(hidden, labels, reduction) -> loss, with a replaceable `loss`
     initial          (name, full shape, config) -> how that parameter begins
     sites            model -> places that a fused norm-and-projection module can take over
@@ -56,7 +64,7 @@ class Family:
     retie: Callable[[nn.Module], None]
     buffers: Callable[[nn.Module, torch.device], None]
     attentions: Callable[[nn.Module], dict[str, nn.Module]] | None = None
-    set_attention: Callable[[nn.Module, AttentionFunction], Undo] | None = None
+    set_attention: SetAttention | None = None
     head: Callable[[nn.Module], nn.Module] | None = None
     initial: Callable[[str, Sequence[int], ModelConfig], Initial] | None = None
     sites: Callable[[nn.Module], list[Site]] | None = None
@@ -131,12 +139,15 @@ def _gpt_attentions(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if isinstance(module, Attention)}
 
 
-def _gpt_set_attention(model: nn.Module, function: AttentionFunction) -> Undo:
+def _gpt_set_attention(model: nn.Module, function: AttentionFunction, form: MaskForm = "dense") -> Undo:
     before = [(module, module.attend) for module in model.modules() if isinstance(module, Attention)]
     for module, _ in before:
         module.attend = function
+    gpt = _gpt(model)
+    masking, gpt.masking = gpt.masking, MASKS[form]
 
     def undo() -> None:
+        gpt.masking = masking
         for module, old in before:
             module.attend = old
 

@@ -7,12 +7,13 @@ With `causal=False` each token attends to all of its document: the mask predicto
 Shapes stand behind the lines: B sequences, T new tokens, S tokens to attend to (S > T with a cache), C width,
 H query heads, K key-value heads, D head width, V rows of the embedding.
 
-Two things are plain attributes, to be replaced by whoever has something faster: `Attention.attend` and `Head.loss`.
+What has a faster form is a plain attribute, to be replaced by whoever brings it: `Attention.attend` with `GPT.masking`, which
+makes the mask that it takes, `Attention.rotate`, and `Head.loss`.
 """
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn as nn
@@ -20,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gptoughts.config import ModelConfig
-from gptoughts.models.attention import AttentionFunction, document_mask, math_attention, rotary_tables, rotate
+from gptoughts.models.attention import AttentionFunction, RotaryFunction, math_attention, rotary_tables, rotate_both
+from gptoughts.models.packing import MaskFunction, dense_mask
 
 Reduction = Literal["sum", "rows"]
 
@@ -118,9 +120,10 @@ class Attention(nn.Module):
         self.query_norm = RMSNorm(config.head_dim, eps=NORM_EPSILON) if config.qk_norm else nn.Identity()
         self.key_norm = RMSNorm(config.head_dim, eps=NORM_EPSILON) if config.qk_norm else nn.Identity()
         self.attend: AttentionFunction = math_attention
+        self.rotate: RotaryFunction = rotate_both
 
     def forward(
-        self, x: Tensor, cos: Tensor | None, sin: Tensor | None, cache: BlockCache | None = None, mask: Tensor | None = None
+        self, x: Tensor, cos: Tensor | None, sin: Tensor | None, cache: BlockCache | None = None, mask: Any = None
     ) -> Tensor:
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, -1, self.head_dim)  # B T H+2K D
@@ -129,7 +132,7 @@ class Attention(nn.Module):
         key = self.key_norm(key).transpose(1, 2)  # B K T D
         value = value.transpose(1, 2)
         if cos is not None and sin is not None:
-            query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+            query, key = self.rotate(query, key, cos, sin)
         if cache is not None:
             key, value = cache.extend(key, value)  # B K S D
         if mask is None:
@@ -186,7 +189,7 @@ class Block(nn.Module):
         self.dropout = make_dropout(config)
 
     def forward(
-        self, x: Tensor, cos: Tensor | None, sin: Tensor | None, cache: BlockCache | None = None, mask: Tensor | None = None
+        self, x: Tensor, cos: Tensor | None, sin: Tensor | None, cache: BlockCache | None = None, mask: Any = None
     ) -> Tensor:
         x = x + self.dropout(self.attention(self.norm1(x), cos, sin, cache, mask))  # B T C
         return x + self.dropout(self.mlp(self.norm2(x)))
@@ -239,6 +242,7 @@ class GPT(nn.Module):
         self.causal = causal
         self.vocab_size = vocab_size
         self.sequence_length = sequence_length
+        self.masking: MaskFunction = dense_mask
         self.embed = nn.Embedding(vocab_size, config.width)
         self.positions = nn.Embedding(sequence_length, config.width) if config.positions == "learned" else None
         self.dropout = make_dropout(config)
@@ -283,12 +287,12 @@ class GPT(nn.Module):
         if cache is not None and (positions is not None or not self.causal):
             raise ValueError("a cache continues one document per row, in a model that only looks back")
         x = self.embed(input_ids.long())  # B T C
-        mask = None
+        # Once for all blocks. A cache holds one document per row, so there `causal` says everything.
+        mask = self.masking(positions, self.causal, input_ids) if cache is None else None
         cos = self.cos[start:end] if self.cos is not None else None  # T D/2
         sin = self.sin[start:end] if self.sin is not None else None
         if positions is not None:
             self._check(positions)
-            mask = document_mask(positions, self.causal)  # once for all blocks
             cos = self.cos[positions].unsqueeze(1) if self.cos is not None else None  # B 1 T D/2
             sin = self.sin[positions].unsqueeze(1) if self.sin is not None else None
         if self.positions is not None:

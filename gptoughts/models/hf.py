@@ -20,10 +20,12 @@ from gptoughts.config import ModelConfig
 from gptoughts.errors import ConfigError
 from gptoughts.hf_facts import max_positions
 from gptoughts.models import hf_attention, hf_experts, hf_initial
+from gptoughts.models.attention import AttentionFunction
 from gptoughts.models.family import Family, repeated_blocks
 from gptoughts.models.gpt import IGNORED_LABEL, LossFunction, Reduction, full_cross_entropy
 from gptoughts.models.hf_asked import plain_head, separates_documents
 from gptoughts.models.hf_config import Task, model_class, open_config
+from gptoughts.models.packing import MaskForm, lengths
 
 SHARED = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
@@ -36,6 +38,8 @@ class Adopted(nn.Module):
     """
 
     inner: PreTrainedModel
+    form: MaskForm = "dense"
+    """Of the masks that its attention takes."""
 
     def __init__(self, inner: PreTrainedModel) -> None:
         super().__init__()
@@ -105,6 +109,10 @@ class HFModel(Adopted):
                 )
             # transformers tells documents apart by positions that do not go on, where no mask is given.
             words["position_ids"] = positions.long()
+            documents = lengths(positions, True, input_ids) if self.form == "lengths" else None
+            if documents is not None:  # the words that transformers has for it
+                words |= {"cu_seq_lens_q": documents.bounds, "cu_seq_lens_k": documents.bounds}
+                words |= {"max_length_q": documents.longest, "max_length_k": documents.longest}
         if self.head is not None:
             base = getattr(self.inner, self.inner.base_model_prefix)
             return self.head(base(**words)[0], labels, reduction)
@@ -182,7 +190,7 @@ def hf_family(config: ModelConfig, task: Task = "causal") -> Family:
         retie=lambda model: _retie(_adopted(model).inner),
         buffers=lambda model, device: hf_initial.build_buffers(_adopted(model).inner, device),
         attentions=hf_attention.attentions,
-        set_attention=lambda model, function: hf_attention.set_attention(_adopted(model).inner, function),
+        set_attention=_set_attention,
         head=_head if plain else None,
         initial=hf_initial.initial_of(begins),
     )
@@ -192,6 +200,18 @@ def _adopted(model: nn.Module) -> Adopted:
     if not isinstance(model, Adopted):
         raise TypeError(f"a family of Hugging Face models was given a {type(model).__name__}")
     return model
+
+
+def _set_attention(model: nn.Module, function: AttentionFunction, form: MaskForm = "dense") -> Callable[[], None]:
+    adopted = _adopted(model)
+    undo, before = hf_attention.set_attention(adopted.inner, function, form), adopted.form
+    adopted.form = form
+
+    def back() -> None:
+        adopted.form = before
+        undo()
+
+    return back
 
 
 def _head(model: nn.Module) -> nn.Module:

@@ -17,7 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from gptoughts.errors import ConfigError
+from gptoughts.errors import ConfigError, LayerError
 
 BLOCK = 64
 """Values that share one magnitude."""
@@ -37,14 +37,27 @@ def quiet() -> Iterator[None]:
         talk.setLevel(level)
 
 
+def bitsandbytes_package() -> Any:
+    """The package, imported. Raises LayerError where it is missing or cannot be imported."""
+    try:
+        with quiet():
+            import bitsandbytes
+    except ModuleNotFoundError as error:
+        if error.name != "bitsandbytes":
+            raise LayerError(f"bitsandbytes is installed and cannot be imported: {error}") from error
+        raise LayerError("needs the package bitsandbytes, not installed\n  try: pip install bitsandbytes") from None
+    except (ImportError, RuntimeError, AttributeError, OSError) as error:
+        raise LayerError(f"bitsandbytes is installed and cannot be imported: {type(error).__name__}: {error}") from error
+    return bitsandbytes
+
+
 def _kernels() -> Any:
     """The operators of bitsandbytes, on a CPU as on a GPU. Raises ConfigError where the package is missing."""
     try:
-        with quiet():
-            import bitsandbytes  # noqa: F401  # brings its operators to torch
-    except ImportError as error:
+        bitsandbytes_package()  # brings its operators to torch
+    except LayerError as error:
         raise ConfigError(
-            f'adapter.base = "nf4" needs the package bitsandbytes: {error}\n  try: pip install bitsandbytes, or --adapter.base full'
+            f'adapter.base = "nf4": {error.args[0].splitlines()[0]}\n  try: pip install bitsandbytes, or --adapter.base full'
         ) from error
     return torch.ops.bitsandbytes
 

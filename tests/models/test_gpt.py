@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gptoughts.config import ModelConfig
-from gptoughts.models.gpt import GPT, KeyValueCache, full_cross_entropy, math_attention, rotary_tables, rotate
+from gptoughts.models.attention import math_attention, rotary_tables, rotate
+from gptoughts.models.gpt import GPT, KeyValueCache, full_cross_entropy
 
 MakeModel = Callable[..., GPT]
 

@@ -15,12 +15,12 @@ from torch import Tensor
 from gptoughts import llada_config
 from gptoughts.config import ModelConfig
 from gptoughts.errors import CheckpointError, ConfigError
-from gptoughts.layers.attention_sdpa import attend
 from gptoughts.layers.loss_fused_ce import SlicedCrossEntropy
 from gptoughts.models import llada_layout
 from gptoughts.models.attention import document_mask, math_attention
 from gptoughts.models.family import FAMILIES, initialise
 from gptoughts.models.gpt import GPT, KeyValueCache, full_cross_entropy
+from gptoughts.models.sdpa import attend
 
 FORMS: dict[str, dict[str, Any]] = {
     "gpt2": {"norm": "layernorm", "positions": "learned", "mlp": "gelu", "qk_norm": False, "bias": True},
