@@ -105,9 +105,17 @@ def _takers(
     def takes(layer: str) -> bool:
         return set(given) <= set(catalog[layer].options)
 
+    def suits(layer: str) -> bool:
+        """Two layers may call by one name what they choose from different lists."""
+        options = catalog[layer].options
+        return takes(layer) and all(
+            not options[name].choices or value in options[name].choices for name, value in given.items()
+        )
+
     takers = [replace(want, origin=origin, demanded=True) for want in rows if takes(want.layer)]
     if not takers and not named:
         takers = [Want(layer.name, {}, origin, demanded=True) for layer in _of(slot, catalog) if takes(layer.name)]
+    takers = [want for want in takers if suits(want.layer)] or takers
     if not takers:
         asked = [catalog[want.layer] for want in rows] if named else _of(slot, catalog)
         known = sorted({option for layer in asked for option in layer.options})

@@ -9,6 +9,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -18,15 +20,18 @@ from torch import nn
 from torch.nn import functional
 
 from gptoughts import checkpoint, training_state
+from gptoughts.errors import LayerError
 from gptoughts.facts import facts_for
 from gptoughts.layer import Case, Kind, Status
 from gptoughts.layers import CATALOG
 from gptoughts.layers.precision_fp8_te import apply, verify
 from gptoughts.machine import World, read
-from tests.engines import FAMILIES_UNDER_TEST, engine_of, plan_of, recipe_of, steps, watched
+from tests.engines import FAMILIES_UNDER_TEST, config_folder, engine_of, plan_of, recipe_of, steps, watched
 
 LAYER = CATALOG["fp8-te"]
-ACTIVE = {"now": 0}
+LLAMA = FAMILIES_UNDER_TEST["llama"] | {"config": config_folder("llama")}
+FP8_KERNEL = "nvjet_sm90_qqtst_128x128_128x6_1x2_h_bz_ovscale_TNT"
+ACTIVE: dict[str, Any] = {"now": 0, "recipe": None}
 
 
 class Quantised(nn.Module):
@@ -38,7 +43,11 @@ class Quantised(nn.Module):
         self.inside = 0
 
     def init_fp8_meta_tensors(self, recipe: Any) -> None:
-        """As the real one: makes scale and history for forward and backward."""
+        """As the real one: makes scale and history for forward and backward, asks the context around it which recipe is meant, and keeps
+        what a checkpoint has brought."""
+        assert ACTIVE["recipe"] is recipe, "outside of the context a default recipe is asked"
+        if "scaling_fwd" in self.fp8_meta:
+            return
         for key in ("scaling_fwd", "scaling_bwd"):
             self.fp8_meta[key] = SimpleNamespace(scale=torch.ones(3), amax_history=torch.zeros(4, 3))
 
@@ -46,8 +55,7 @@ class Quantised(nn.Module):
         """Count, and move the history as delayed scaling does."""
         self.inside += ACTIVE["now"]
         if ACTIVE["now"]:
-            if "scaling_fwd" not in self.fp8_meta:
-                self.init_fp8_meta_tensors(None)
+            self.init_fp8_meta_tensors(ACTIVE["recipe"])
             self.fp8_meta["scaling_fwd"].amax_history[0] = float(x.detach().abs().max())
 
     def normed(self, x: torch.Tensor) -> torch.Tensor:
@@ -110,9 +118,9 @@ def double(monkeypatch: pytest.MonkeyPatch) -> None:
 
     @contextmanager
     def autocast(enabled: bool, recipe: Any) -> Iterator[None]:
-        ACTIVE["now"] += enabled
+        ACTIVE.update(now=ACTIVE["now"] + enabled, recipe=recipe)
         yield
-        ACTIVE["now"] -= enabled
+        ACTIVE.update(now=ACTIVE["now"] - enabled, recipe=None)
 
     names = (
         "transformer_engine",
@@ -123,7 +131,8 @@ def double(monkeypatch: pytest.MonkeyPatch) -> None:
     modules = {name: ModuleType(name) for name in names}
     vars(modules[names[1]]).update(Linear=Linear, LayerNormLinear=LayerNormLinear, LayerNormMLP=LayerNormMLP, autocast=autocast)
     for recipe in ("DelayedScaling", "Float8CurrentScaling", "Float8BlockScaling", "MXFP8BlockScaling"):
-        setattr(modules[names[3]], recipe, type(recipe, (), {}))
+        methods = {"delayed": lambda self: type(self).__name__ == "DelayedScaling"}
+        setattr(modules[names[3]], recipe, type(recipe, (), methods))
     modules[names[0]].pytorch, modules[names[0]].common = modules[names[1]], modules[names[2]]  # type: ignore[attr-defined]
     modules[names[2]].recipe = modules[names[3]]  # type: ignore[attr-defined]
     for name, module in modules.items():
@@ -198,12 +207,106 @@ def test_the_scale_history_survives_a_checkpoint(tmp_path: Any) -> None:
     assert all(torch.equal(restored[name], saved[name]) for name in saved)
 
 
-def test_a_broken_installation_is_its_own_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    from gptoughts.errors import LayerError
+@pytest.mark.parametrize(("family", "sites", "left_out"), [("llama", 21, {}), ("deepseek", 24, {"experts": 4, "routers": 2})])
+def test_models_of_transformers_get_one_module_per_projection(family: str, sites: int, left_out: dict[str, int]) -> None:
+    recipe = recipe_of(family)
+    with engine_of(recipe, plan_of(recipe, {"precision": "bf16"})) as engine:
+        expected = steps(engine, 3)
+        names = list(engine.bare.state_dict())
+    with converted(recipe) as engine:
+        fused = engine.extras["fp8-te"]
+        assert (fused.total, dict(fused.left_out)) == (sites, left_out)
+        assert all(site.kind == "linear" and site.divisible(16) for site in fused.sites)
+        assert not any("embed" in site.name or "head" in site.name or "gate." in site.name for site in fused.sites)
+        assert steps(engine, 3) == pytest.approx(expected, rel=2e-2)
+        assert list(engine.bare.state_dict()) == names
+        assert all(module.inside == 3 for module in fused.modules)
+        proof = verify(engine, watched(engine), LAYER.read_options({}, "the test"))
+    assert "9 sites of odd widths in bf16, 4 experts in bf16" in proof.text or family == "llama"
+    assert not any("forward" in vars(module) for module in engine.bare.modules())
 
+
+def test_a_layer_norm_without_bias_is_not_fused() -> None:
+    """Transformer Engine's norm would bring a bias of its own, which the model has no parameter for."""
+    recipe = recipe_of("gpt2", model={**FAMILIES_UNDER_TEST["gpt2"], "bias": False, "vocab_size": 128})
+    with converted(recipe) as engine:
+        fused = engine.extras["fp8-te"]
+        assert [site.kind for site in fused.sites] == ["linear"] * 12
+        steps(engine, 1)
+
+
+def test_half_the_modules_unconverted_is_inactive_whatever_the_kernels_say() -> None:
+    with converted(recipe_of("modern")) as engine:
+        sight = replace(watched(engine), kernels={FP8_KERNEL: 1000})
+        whole = verify(engine, sight, LAYER.read_options({}, "the test"))
+        for site in engine.extras["fp8-te"].sites[::2]:
+            site.at.__dict__.pop("forward")
+        half = verify(engine, sight, LAYER.read_options({}, "the test"))
+    assert whole.status is Status.ACTIVE, whole.text
+    assert half.status is Status.INACTIVE
+    assert half.text.startswith("4 of 9 sites")
+
+
+def test_bf16_kernels_in_the_place_of_fp8_ones_are_inactive() -> None:
+    with converted(recipe_of("modern")) as engine:
+        sight = replace(watched(engine), kernels={"nvjet_sm90_tst_256x128_64x4_1x2_h_bz_coopA_TNT": 1000})
+        assert verify(engine, sight, LAYER.read_options({}, "the test")).status is Status.INACTIVE
+
+
+def test_blocks_that_are_recomputed_run_in_fp8_again() -> None:
+    """Recomputation calls a block in the backward, outside of every context; delayed scales have moved by then."""
+    recipe = recipe_of("modern")
+    with converted(recipe) as engine:
+        fused, hidden = engine.extras["fp8-te"], torch.ones(1, 4, 64, requires_grad=True)
+        site, module = fused.sites[-1], fused.modules[-1]
+        site.at(hidden)
+        assert module.inside == 1
+        with torch.no_grad():
+            site.at(hidden)
+        assert module.inside == 1
+    with converted(recipe, {"scaling": "delayed"}) as engine:
+        with pytest.raises(LayerError, match="delayed scaling has moved its scales"):
+            engine.extras["fp8-te"].sites[-1].at(hidden)
+        steps(engine, 1)
+
+
+def test_a_broken_installation_is_its_own_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", None)
     with pytest.raises(LayerError, match="transformer_engine is installed and does not import"), converted(recipe_of("modern")):
         pass
+
+
+def test_a_package_that_raises_runtime_error_is_quoted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What 2.20 does on a machine without its torch part: RuntimeError, which no `except ImportError` catches."""
+    for name in [name for name in sys.modules if name.split(".")[0] == "transformer_engine"]:
+        monkeypatch.delitem(sys.modules, name)
+    (tmp_path / "transformer_engine").mkdir()
+    (tmp_path / "transformer_engine" / "__init__.py").write_text("raise RuntimeError('libtransformer_engine.so not found')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(LayerError, match=r"RuntimeError: libtransformer_engine\.so not found"), converted(recipe_of("modern")):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("scaling", "machine", "words"),
+    [
+        ("mxfp8", "h100", "scaling mxfp8 needs compute capability 10.0 to below 12.0, found 9.0"),
+        ("mxfp8", "rtx5090", "scaling mxfp8 needs compute capability 10.0 to below 12.0, found 12.0"),
+        ("blockwise", "l40s", "scaling blockwise needs compute capability 9.0 to below 12.0, found 8.9"),
+        ("blockwise", "h100", "needs widths divisible by 128, the model has 4160"),
+        ("mxfp8", "b200x8", None),
+        ("delayed", "l40s", None),
+    ],
+)
+def test_scalings_know_their_units_and_multiples(scaling: str, machine: str, words: str | None) -> None:
+    recipe = recipe_of("modern", model={"width": 4160 if words and "4160" in words else 4096, "heads": 32})
+    here = read(f"tests/machines/{machine}.json")
+    here = replace(here, packages={**here.packages, "transformer-engine": "2.8.0"})
+    case = Case(here, facts_for(recipe), recipe, World())
+    reasons = [
+        str(one) for one in LAYER.unmet(case, LAYER.read_options({"scaling": scaling}, "the test")) if one.kind is Kind.CANNOT
+    ]
+    assert (not reasons) if words is None else any(words in reason for reason in reasons), reasons
 
 
 @pytest.mark.parametrize(
@@ -212,13 +315,15 @@ def test_a_broken_installation_is_its_own_error(monkeypatch: pytest.MonkeyPatch)
         ("a100x8-80gb", {}, Kind.CANNOT, "needs compute capability 8.9, found 8.0"),
         ("rtx4090", {}, Kind.CANNOT, "needs the package transformer-engine, not installed"),
         ("h100", {"model": {"width": 776, "heads": 4}}, Kind.CANNOT, "needs widths divisible by 16, the model has 776"),
-        ("h100", {"model": {"width": 768, "heads": 12}}, Kind.WOULD_NOT_PAY, "width 768 is below 2048"),
+        ("h100", {"model": {"width": 768, "heads": 12}}, Kind.WOULD_NOT_PAY, "width 768 is below 4096"),
         (
             "h100",
             {"model": {"width": 4096, "heads": 32}, "train": {"steps": 1, "global_batch": 8}},
             Kind.WOULD_NOT_PAY,
             "256 tokens",
         ),
+        ("h100", {"model": {"width": 2048, "heads": 16}}, Kind.WOULD_NOT_PAY, "1.10 to 1.15 of eager bf16"),
+        ("h100", {"adapter": {"kind": "lora"}, "model": LLAMA}, Kind.CANNOT, "an adapter's frozen projections"),
         ("h100", {"model": {"width": 4096, "heads": 32}, "train": {"steps": 1, "global_batch": 256}}, None, ""),
     ],
 )

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from gptoughts.layer import (
+    Budget,
     Case,
     Engine,
     Evidence,
@@ -23,20 +24,9 @@ from gptoughts.layer import (
     unproven,
     would_not_pay,
 )
+from gptoughts.products import dtypes
 
 BF16_CPU = ("avx512_bf16", "amx_bf16", "bf16")
-# Where the two factors stand among the arguments: the others are sums, outputs and scalars.
-FACTORS = {
-    "aten::mm": slice(0, 2),
-    "aten::bmm": slice(0, 2),
-    "aten::convolution": slice(0, 2),
-    "aten::addmm": slice(1, 3),
-    "aten::addmm_": slice(1, 3),
-    "aten::_addmm_activation": slice(1, 3),
-    "aten::baddbmm": slice(1, 3),
-    "aten::baddbmm_": slice(1, 3),
-    "aten::_grouped_mm": slice(0, 2),
-}
 SMALLEST_CPU_WIDTH = 256
 
 
@@ -56,6 +46,11 @@ def fits(case: Case, options: Options) -> Iterator[Reason]:
         )
 
 
+def memory(case: Case, options: Options, budget: Budget) -> Budget:
+    """Half the bytes in matmuls, and a cast copy of the weights."""
+    return budget.half()
+
+
 @contextmanager
 def apply(engine: Engine, options: Options) -> Iterator[None]:
     """Autocast around training and evaluation forwards. Factories, so that every step enters a fresh context."""
@@ -72,13 +67,7 @@ def apply(engine: Engine, options: Options) -> Iterator[None]:
 
 def verify(engine: Engine, sight: Sight, options: Options) -> Evidence:
     """The dtypes that went into every matmul and convolution of the watched step."""
-    low = full = 0
-    for name, place in FACTORS.items():
-        operator = sight.operators.get(name)
-        for dtypes, calls in operator.input_dtypes.items() if operator else ():
-            factors = dtypes[place]
-            low += calls * all(dtype == "c10::BFloat16" for dtype in factors)
-            full += calls * any(dtype == "float" for dtype in factors)
+    low, full = dtypes(sight, "c10::BFloat16")
     if not low and not full:
         return unproven("the step ran no matmul and no convolution")
     if full:
@@ -92,6 +81,7 @@ LAYER = Layer(
     card=__doc__ or "",
     apply=apply,
     verify=verify,
+    memory=memory,
     fits=fits,
     wraps=("forward_context", "eval_context"),
     changes_numerics=True,

@@ -1,0 +1,185 @@
+"""Projections in 8-bit floating point through torchao, inside compiled blocks: half the bytes and twice the rate of bf16's products.
+
+Every projection in the blocks is converted; head, embedding, routers, experts and the parts of an adapter stay in bf16, and so do widths
+that 16 does not divide, which are counted. Weights keep float32, their names and their place; scales are found anew in every step, so a
+checkpoint holds nothing more. Evaluation runs in bf16.
+
+It lives from the compiler, which fuses the search for scales into what stands around: without it the same step ran at 0.23 of its speed
+(nanochat, dev/LOG.md, H100). Tensor-wise with compiled blocks gained 17 % at a width of 1,664 (there) and 25 % at 4,096 (torchao's
+documentation, 8 x H100) over compiled bf16; it lost at 768. Row-wise is more exact and at 8 B parameters and below ran at 0.85 to 1.10.
+On a CPU the products are emulated: quantised, then multiplied in float32. That shows numerics and surgery, and is slow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from gptoughts.errors import LayerError
+from gptoughts.layer import (
+    Budget,
+    Case,
+    Engine,
+    Evidence,
+    Layer,
+    Option,
+    Options,
+    Reason,
+    Sight,
+    active,
+    cannot,
+    inactive,
+    unproven,
+    would_not_pay,
+)
+from gptoughts.products import emulated, fp8_launches, scaled
+
+NAME = "fp8-torchao"
+MULTIPLE = 16
+PAYING_WIDTH = 1536
+PAYING_TOKENS = 4096
+PAYING_ROWWISE_PARAMETERS = 9e9
+# Products of one projection in a step: forward, gradient of the input, gradient of the weight. A frozen one may have the first alone.
+TRAINED, FROZEN = 3, 1
+
+
+def fits(case: Case, options: Options) -> Iterator[Reason]:
+    """FP8 units, projections that are plain linear layers, products large enough to win, and a compiler."""
+    facts, least = case.facts, case.machine.least_capability()
+    if facts.family is None:
+        yield cannot("needs a model of a known family, whose blocks are known")
+        return
+    if facts.projections not in (None, "linear"):
+        yield cannot(f"needs nn.Linear projections, {facts.family} uses {facts.projections}")
+    if case.recipe.adapter.kind == "qlora":
+        yield cannot("an adapter over a packed base leaves no projection that could be quantised again")
+    if case.on_gpu and (least is None or least < (8, 9)):
+        yield cannot(f"needs compute capability 8.9, found {f'{least[0]}.{least[1]}' if least else 'unknown'}")
+    if facts.width is not None and facts.width % MULTIPLE:
+        yield cannot(f"needs widths divisible by {MULTIPLE}, the model has {facts.width}")
+    tokens = tokens_per_forward(case)
+    odd = next((count for count in tokens if count % MULTIPLE), None)
+    if odd:
+        yield cannot(f"needs a number of tokens per forward divisible by {MULTIPLE}, here {odd}")
+    if not case.on_gpu:
+        yield would_not_pay("products are emulated here: this CPU has no FP8 unit", "torchao's Float8LinearConfig.emulate")
+        return
+    yield from _losses(case, options, max(tokens, default=0))
+
+
+def tokens_per_forward(case: Case) -> list[int]:
+    """Tokens of a micro-batch, and of the smaller last one where there is one."""
+    length, most = case.facts.sequence_length or 0, case.forward_sequences
+    rest = case.rank_sequences % most if most else 0
+    return [count * length for count in (most, rest) if count * length]
+
+
+def _losses(case: Case, options: Options, tokens: int) -> Iterator[Reason]:
+    facts = case.facts
+    if "triton" not in case.machine.packages:
+        yield would_not_pay("without triton nothing is compiled, and FP8 ran at 0.23 of its speed", "nanochat dev/LOG.md, H100")
+    elif case.wishes.get("compile") == "eager":
+        yield would_not_pay("without compilation FP8 ran at 0.23 of its speed", "nanochat dev/LOG.md, H100")
+    if facts.width is not None and facts.width < PAYING_WIDTH:
+        yield would_not_pay(
+            f"width {facts.width} is below {PAYING_WIDTH}, where FP8 lost against compiled bf16",
+            "nanochat dev/LOG.md, H100: 768 slower, 1,664 faster; LLMQ: 1,536 faster",
+        )
+    elif tokens and tokens < PAYING_TOKENS:
+        yield would_not_pay(
+            f"{tokens} tokens per forward are below {PAYING_TOKENS}: the products are too small", "torchao float8 roofline"
+        )
+    # Where the vocabulary is not known yet the blocks alone are counted: 12 C^2 weights each.
+    size = facts.parameters or 12 * (facts.depth or 0) * (facts.width or 0) ** 2
+    if options["scaling"] == "rowwise" and 0 < size < PAYING_ROWWISE_PARAMETERS:
+        yield would_not_pay(
+            f"row-wise at {size / 1e9:.1f} B parameters ran at 0.85 to 0.90 of compiled bf16 up to 8 B",
+            "torchtitan asyncTP_llama3_h100, nanochat dev/LOG.md",
+        )
+
+
+def memory(case: Case, options: Options, budget: Budget) -> Budget:
+    """As bf16: a weight in FP8 is kept twice, as it is and transposed."""
+    return budget.half()
+
+
+@contextmanager
+def apply(engine: Engine, options: Options) -> Iterator[None]:
+    """Swap the projections in the blocks, and autocast what stands around them to bf16."""
+    import torch
+
+    from gptoughts.lowbit import quantise_projections, torchao_float8
+    from gptoughts.models.fusion import projections
+
+    torchao_float8()
+    found = projections(engine.bare, engine.blocks)
+    fitting, _ = found.split(MULTIPLE)
+    if not fitting:
+        raise LayerError(
+            f"precision {NAME}: {engine.family.name} has no projection that could be converted ({left(found.left_out)})"
+        )
+
+    def autocast() -> torch.autocast:
+        return torch.autocast(engine.device.type, dtype=torch.bfloat16)
+
+    undo = [quantise_projections(engine.bare, fitting, options["scaling"], emulate=engine.device.type == "cpu")]
+    undo += [engine.wrap_context(verb, autocast) for verb in ("forward_context", "eval_context")]
+    try:
+        yield
+    finally:
+        for back in undo:
+            back()
+
+
+def left(counts) -> str:  # type: ignore[no-untyped-def]
+    """What stays in bf16, for a person."""
+    return ", ".join(f"{count} {what}" for what, count in counts.items() if count) or "nothing else in the blocks"
+
+
+def verify(engine: Engine, sight: Sight, options: Options) -> Evidence:
+    """Every projection that fits is converted, and 8-bit products ran: three per projection and micro-batch, on a GPU by such kernels."""
+    from gptoughts.lowbit import is_quantised
+    from gptoughts.models.fusion import projections
+
+    found = projections(engine.bare, engine.blocks)
+    fitting, odd = found.split(MULTIPLE)
+    done = {name: module for name, module in fitting.items() if is_quantised(module)}
+    trained = sum(module.weight.requires_grad for module in done.values())
+    needed = (TRAINED * trained + FROZEN * (len(done) - trained)) * sight.micro_batches
+    on_gpu = engine.device.type == "cuda"
+    ran = scaled(sight) if on_gpu else emulated(sight)
+    text = f"{len(done)} of {len(fitting)} projections converted, {ran} {'' if on_gpu else 'emulated '}FP8 products of {needed}"
+    text += f"; in bf16: {left({'of odd widths': len(odd), **found.left_out})}"
+    figures = {"converted": len(done), "projections": len(fitting), "products": ran, "expected": needed, "skipped": len(odd)}
+    if not done or len(done) < len(fitting):
+        return inactive(text, **figures)
+    if not on_gpu and sight.regions and ran < needed:
+        return unproven(f"{text}; emulated products inside compiled regions leave no operator to count", **figures)
+    if ran < needed:
+        return inactive(text, **figures)
+    if not on_gpu:
+        return active(text, **figures)
+    kernels = fp8_launches(sight.kernels)
+    figures["kernels"] = kernels
+    if not sight.kernels:
+        return unproven(f"{text}; the profiler saw no kernel at all", **figures)
+    if kernels < needed:
+        return inactive(f"{text}, by {kernels} FP8 kernels", **figures)
+    slow = "" if sight.regions else "; not compiled, where FP8 ran at 0.23 of its speed (nanochat dev/LOG.md)"
+    return active(f"{text}, by {kernels} FP8 kernels{slow}", **figures)
+
+
+LAYER = Layer(
+    name=NAME,
+    slot="precision",
+    card=__doc__ or "",
+    apply=apply,
+    verify=verify,
+    memory=memory,
+    fits=fits,
+    packages=(("torchao", "lowbit"),),
+    options={"scaling": Option("tensorwise", "one scale per tensor, or one per row", choices=("tensorwise", "rowwise"))},
+    wraps=("forward_context", "eval_context"),
+    changes_numerics=True,
+    repeatable_on_gpu=False,
+)
