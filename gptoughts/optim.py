@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gptoughts.config import OptimConfig
 from gptoughts.errors import ConfigError
@@ -75,9 +75,36 @@ def adamw_over(made: list[Group], config: OptimConfig, **implementation: bool) -
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Give every group the learning rate `rate`."""
+    """Give every group the learning rate `rate`, in the tensor where an optimiser holds its rate in one."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
+def step_one(optimizer: torch.optim.Optimizer, group: Group, parameter: Tensor) -> None:
+    """Update `parameter` alone, by the settings of `group`. For optimisers that keep no count per group (`GROUP_STATE`)."""
+    groups = optimizer.param_groups
+    optimizer.param_groups = [{**group, "params": [parameter]}]
+    try:
+        optimizer.step()
+    finally:
+        optimizer.param_groups = groups
+
+
+@runtime_checkable
+class KeepsItsOwn(Protocol):
+    """An optimiser whose state is not made of plain tensors beside the weights, and which says how it is kept and taken back."""
+
+    made_by: str
+    """The name of what made the state: only the same can take it back."""
+
+    def stored(self, parameter: Tensor) -> dict[str, Any]:
+        """The state of `parameter` as plain tensors and numbers."""
+
+    def take(self, parameter: Tensor, values: Mapping[str, Any]) -> None:
+        """Take back what `stored` gave. Raises CheckpointError where it does not fit."""
 
 
 def learning_rate(config: OptimConfig, step: int, done: float, warm: float = 0.0) -> float:

@@ -20,10 +20,17 @@ from gptoughts.apollo import Apollo
 from gptoughts.config import OptimConfig, Recipe
 from gptoughts.engine import Engine
 from gptoughts.errors import ConfigError
+from gptoughts.lowbit import adamw_in_eight_bits, sparsely_graded
 from gptoughts.optim import adamw_over, by_decay, groups, trained
 
-Implementation = Literal["plain", "fused"]
-"""One parameter and one operator at a time, or torch's fused kernel, which only AdamW has."""
+Implementation = Literal["plain", "fused", "torchao", "bitsandbytes"]
+"""One parameter and one operator at a time; torch's fused kernel; or a package that stores the state in eight bits. All but the first
+are for AdamW only."""
+ONLY_ADAMW = {
+    "fused": "torch fuses AdamW only",
+    "torchao": "its state has eight bits for AdamW only",
+    "bitsandbytes": "its state has eight bits for AdamW only",
+}
 
 TRAINED = "trained"
 """Where schedule-free keeps the weights that it trains while the model holds their average."""
@@ -62,8 +69,8 @@ def optimiser(
 
     Raises ConfigError where the model has nothing that the optimiser is for, or where its package is missing.
     """
-    if implementation == "fused" and config.name != "adamw":
-        raise ConfigError(f"optim.name = {config.name}: torch fuses AdamW only\n  try: --layer.optimizer plain")
+    if implementation in ONLY_ADAMW and config.name != "adamw":
+        raise ConfigError(f"optim.name = {config.name}: {ONLY_ADAMW[implementation]}\n  try: --layer.optimizer plain")
     return _MAKERS[config.name](_Asked(model, config, implementation, tuple(blocks), seed, updates))
 
 
@@ -179,6 +186,9 @@ def _with_adamw(asked: _Asked, part: torch.optim.Optimizer, matrices: list[nn.Pa
 
 
 def _adamw(asked: _Asked) -> torch.optim.Optimizer:
+    if asked.implementation in ("torchao", "bitsandbytes"):
+        made = groups(asked.model, asked.config)
+        return adamw_in_eight_bits(made, asked.config, asked.implementation, sparsely_graded(asked.model))
     return adamw_over(groups(asked.model, asked.config), asked.config, **asked.adamw)
 
 

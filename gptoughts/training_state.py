@@ -23,7 +23,7 @@ from torch import Tensor
 from gptoughts.checkpoint import FORMAT, Snapshot, read_state
 from gptoughts.engine import Engine
 from gptoughts.errors import CheckpointError
-from gptoughts.optim import GROUP_STATE
+from gptoughts.optim import GROUP_STATE, KeepsItsOwn
 
 Which = Literal["all", "trained"]
 """Which weights a checkpoint holds. `trained` leaves frozen ones out, which an adapter's base brings again."""
@@ -88,7 +88,8 @@ def _optimizer_state(engine: Engine) -> tuple[dict[str, Tensor], dict[str, Any]]
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, Any] = {}
     for parameter, values in engine.optimizer.state.items():
-        for key, value in values.items():
+        kept = engine.optimizer.stored(parameter) if isinstance(engine.optimizer, KeepsItsOwn) else values
+        for key, value in kept.items():
             place = f"{names[id(parameter)]}/{key}"
             if isinstance(value, Tensor):
                 tensors[place] = _host(value)
@@ -102,7 +103,8 @@ def _made_by(engine: Engine) -> dict[str, Any]:
     """What must be the same for a state to fit: the optimiser, what computes it, and what its shapes depend on."""
     optim = engine.recipe.optim
     shape = {"rank": optim.rank} if optim.name == "apollo" else {}
-    return {"name": optim.name, "class": type(engine.optimizer).__name__, **shape}
+    made = engine.optimizer
+    return {"name": optim.name, "class": made.made_by if isinstance(made, KeepsItsOwn) else type(made).__name__, **shape}
 
 
 def _extras(engine: Engine) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -170,7 +172,9 @@ def _restore_optimizer(engine: Engine, tensors: Mapping[str, Tensor], numbers: M
     for group in engine.optimizer.param_groups:
         for parameter in group["params"]:
             values = saved.get(here[id(parameter)])
-            if values:
+            if values and isinstance(engine.optimizer, KeepsItsOwn):
+                engine.optimizer.take(parameter, values)
+            elif values:
                 engine.optimizer.state[parameter] = {
                     key: _placed(key, value, group, parameter.device) for key, value in values.items()
                 }

@@ -1,9 +1,11 @@
 """Cross-entropy a slice of the tokens at a time: the logits, vocabulary x tokens in float32, never exist as a whole.
 
 It is a tool for memory, not for speed: with 128 k words it saves most of the logits' bytes for about an eighth more time in the loss;
-with few words it only costs. Each slice's sum is float32 and its logits are computed again in the backward. Torch 2.13's own chunked
-`linear_cross_entropy` is not used: it returns and adds its sums in bf16. Source of the figures: Liger-Kernel's published benchmark, A100,
-width 4096, vocabulary 128,256.
+with few words it only costs. Losses are added in float32 whatever computes them. `implementation`: `sliced`, ours, computes the logits of a
+slice again in the backward; `liger`, Liger-Kernel's Triton kernel, computes the gradient in the forward and waits for the device twice;
+`torch`, torch 2.13's chunked `linear_cross_entropy`, gives bf16 losses for bf16 states, so there each token's is rounded before we add them
+(its own sum would be bf16, too: 1,576 where 1,567.6 is right, seen with 219 labels). Source of the figures: Liger-Kernel's published
+benchmark, A100, width 4096, vocabulary 128,256.
 """
 
 from __future__ import annotations
@@ -11,9 +13,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
+from gptoughts.compiling import counting, in_graphs
 from gptoughts.errors import LayerError
 from gptoughts.layer import (
+    Budget,
     Case,
     Engine,
     Evidence,
@@ -44,6 +49,7 @@ def fits(case: Case, options: Options) -> Iterator[Reason]:
     if facts.head == "own":
         yield cannot(f"{facts.family} does more than one product between hidden states and logits")
         return
+    yield from _implementation_is_here(case, options["implementation"])
     if facts.vocab_size is None or facts.sequence_length is None:
         yield would_not_pay("the vocabulary is not known before the text is read", "logits cannot be weighed")
         return
@@ -57,16 +63,38 @@ def fits(case: Case, options: Options) -> Iterator[Reason]:
         )
 
 
+def _implementation_is_here(case: Case, name: str) -> Iterator[Reason]:
+    packages = case.machine.packages
+    if name == "torch" and _older(packages.get("torch", ""), (2, 13)):
+        yield cannot(f"implementation = torch needs torch 2.13, here {packages['torch']}", "--layer.loss.implementation sliced")
+    if name != "liger":
+        return
+    if "liger-kernel" not in packages:
+        yield cannot("needs the package liger-kernel, not installed", "pip install 'gptoughts[liger]'")
+    elif not case.on_gpu and case.environment.get("TRITON_INTERPRET") != "1":
+        yield cannot("Liger's kernel is Triton's and needs a GPU", "--layer.loss.implementation sliced")
+
+
+def _older(version: str, than: tuple[int, int]) -> bool:
+    parts = version.split(".")[:2]
+    return len(parts) == 2 and all(part.isdigit() for part in parts) and (int(parts[0]), int(parts[1])) < than
+
+
+def memory(case: Case, options: Options, budget: Budget) -> Budget:
+    """Logits of one slice at a time."""
+    return replace(budget, logits_tokens=options["tokens"])
+
+
 @contextmanager
 def apply(engine: Engine, options: Options) -> Iterator[None]:
-    """Give the head the sliced loss. Raises LayerError where the model turned out to have no head to be replaced."""
+    """Give the head the loss that was asked for. Raises LayerError where the model turned out to have no head to be replaced."""
     if engine.family.head is None:
         raise LayerError(
             f"loss=fused-ce: {engine.family.name} makes its logits itself and offers no head\n  try: --layer.loss full-ce"
         )
     head = engine.family.head(engine.bare)
     before = head.loss
-    head.loss = SlicedCrossEntropy(options["tokens"], engine.counters.marks)
+    head.loss = LOSSES[options["implementation"]](options["tokens"], engine.counters.marks)
     yield
     head.loss = before
 
@@ -75,7 +103,7 @@ class SlicedCrossEntropy:
     """Summed cross-entropy over slices of tokens; marks its calls, so that a step can be asked whether it ran."""
 
     def __init__(self, tokens: int, marks: Counter[str]) -> None:
-        self.tokens, self.marks = tokens, marks
+        self.tokens, self.mark = tokens, counting(marks, LAYER.name)
 
     def __call__(self, hidden, weight, labels, reduction: str = "sum"):  # type: ignore[no-untyped-def]  # torch is not known here
         """Loss sum of hidden B T C against labels B T with the head's weight V C; labels of -100 count for nothing.
@@ -86,7 +114,7 @@ class SlicedCrossEntropy:
         from torch.nn import functional
         from torch.utils.checkpoint import checkpoint
 
-        self.marks["fused-ce"] += 1
+        self.mark()
         rows, wanted = hidden.flatten(0, -2), labels.long().flatten()
         by_row = reduction == "rows"
 
@@ -104,12 +132,79 @@ class SlicedCrossEntropy:
         return sum(losses, start=torch.zeros((), device=hidden.device))
 
 
+class TorchCrossEntropy:
+    """The same by torch's `linear_cross_entropy` in chunks."""
+
+    def __init__(self, tokens: int, marks: Counter[str]) -> None:
+        from torch.nn import functional
+
+        if not hasattr(functional, "linear_cross_entropy"):
+            raise LayerError("loss=fused-ce: this torch has no linear_cross_entropy\n  try: --layer.loss.implementation sliced")
+        self.tokens, self.mark = tokens, counting(marks, LAYER.name)
+
+    def __call__(self, hidden, weight, labels, reduction: str = "sum"):  # type: ignore[no-untyped-def]  # torch is not known here
+        """As `SlicedCrossEntropy`. Under autocast both factors take its dtype, which the operator does not do by itself."""
+        import torch
+        from torch.nn import LinearCrossEntropyOptions, functional
+
+        self.mark()
+        kind = hidden.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        chunks = LinearCrossEntropyOptions(batch_chunk_size=self.tokens, chunking_method=None)
+        whole = reduction == "sum" and dtype is torch.float32
+        losses = functional.linear_cross_entropy(
+            hidden.flatten(0, -2).to(dtype),
+            weight.to(dtype),
+            labels.long().flatten(),
+            reduction="sum" if whole else "none",
+            ignore_index=-100,
+            options=chunks,
+        )
+        if whole:
+            return losses
+        return losses.float().sum() if reduction == "sum" else losses.float().view(labels.shape).sum(dim=-1)
+
+
+class LigerCrossEntropy:
+    """The same by Liger-Kernel, which chooses the size of its slices itself."""
+
+    def __init__(self, tokens: int, marks: Counter[str]) -> None:
+        from gptoughts.models.liger import fused_linear_cross_entropy
+
+        self.compute, self.mark = fused_linear_cross_entropy(), counting(marks, LAYER.name)
+
+    def __call__(self, hidden, weight, labels, reduction: str = "sum"):  # type: ignore[no-untyped-def]  # torch is not known here
+        """As `SlicedCrossEntropy`."""
+        self.mark()
+        losses = self.compute(hidden.flatten(0, -2), weight, labels.long().flatten(), "sum" if reduction == "sum" else "none")
+        return losses if reduction == "sum" else losses.view(labels.shape).sum(dim=-1)
+
+
+LOSSES = {"sliced": SlicedCrossEntropy, "torch": TorchCrossEntropy, "liger": LigerCrossEntropy}
+
+
 def verify(engine: Engine, sight: Sight, options: Options) -> Evidence:
     """Every micro-batch of the step had its loss from the slices."""
     calls = sight.marks.get("fused-ce", 0)
+    if not calls and sight.regions and in_graphs(engine.counters.marks, LAYER.name):  # the head is inside a compiled graph
+        return active(
+            f"traced into the graph that ran {sight.regions} times in {sight.micro_batches} micro-batches", calls=sight.regions
+        )
     if calls < sight.micro_batches:
         return inactive(f"{calls} of {sight.micro_batches} losses over slices, the others over all logits at once", calls=calls)
-    return active(f"{calls} of {sight.micro_batches} losses over slices of {options['tokens']} tokens", calls=calls)
+    if options["implementation"] == "liger":
+        return _liger_seen(engine, sight, calls)
+    whose = "" if options["implementation"] == "sliced" else f" by {options['implementation']}"
+    return active(f"{calls} of {sight.micro_batches} losses over slices of {options['tokens']} tokens{whose}", calls=calls)
+
+
+def _liger_seen(engine: Engine, sight: Sight, calls: int) -> Evidence:
+    operator, kernels = sight.operators.get("LigerFusedLinearCrossEntropyFunction"), sight.launches("liger_cross_entropy")
+    ran = operator.calls if operator else 0
+    if ran < calls or (sight.kernels and kernels < calls):
+        told = f"its operator ran {ran} times, its kernel {kernels}"
+        return inactive(f"{calls} losses handed to Liger; {told}", calls=calls, kernels=kernels)
+    return active(f"{calls} of {sight.micro_batches} losses by Liger's operator", calls=calls, kernels=kernels)
 
 
 LAYER = Layer(
@@ -118,7 +213,11 @@ LAYER = Layer(
     card=__doc__ or "",
     apply=apply,
     verify=verify,
+    memory=memory,
     fits=fits,
-    options={"tokens": Option(2048, "tokens per slice", int)},
+    options={
+        "implementation": Option("sliced", "who computes it", str, ("sliced", "torch", "liger")),
+        "tokens": Option(2048, "tokens per slice; Liger chooses its own", int),
+    },
     changes_numerics=True,
 )

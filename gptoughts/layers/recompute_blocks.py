@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
+from gptoughts.kernel_names import attention_forwards
 from gptoughts.layer import (
+    Budget,
     Case,
     Engine,
     Evidence,
@@ -23,29 +26,22 @@ from gptoughts.layer import (
     unproven,
     would_not_pay,
 )
-
-ACTIVATION_BYTES_PER_UNIT = 34  # per token, width and block with 16-bit activations: Korthikanti et al. 2022, section 4
-STATE_BYTES_PER_PARAMETER = 18  # weights, gradients and two moments in float32, and a bf16 copy of the weights
-MEMORY_SHARE = 0.8
+from gptoughts.memory_fit import SOURCE, room
 
 
 def fits(case: Case, options: Options) -> Iterator[Reason]:
     """Pays only where the activations of a micro-batch would not fit."""
-    facts = case.facts
-    if facts.family is None:
+    if case.facts.family is None:
         yield cannot("needs a model of a known family, whose blocks are known before it is built")
         return
-    sizes = [gpu.memory_bytes for gpu in case.machine.gpus] if case.on_gpu else [case.machine.memory_bytes]
-    known = [size for size in sizes if size]
-    if facts.sequence_length is None or facts.width is None or facts.depth is None or not known:
-        return
-    need = case.forward_sequences * facts.sequence_length * facts.width * facts.depth * ACTIVATION_BYTES_PER_UNIT
-    need += STATE_BYTES_PER_PARAMETER * (facts.parameters or 0)
-    if need < MEMORY_SHARE * min(known):
-        yield would_not_pay(
-            f"weights, optimiser and activations take about {need / 2**30:.1f} GiB of {min(known) / 2**30:.0f} GiB",
-            "Korthikanti et al. 2022",
-        )
+    everything = room(case)
+    if everything is not None and everything.is_enough:
+        yield would_not_pay(f"weights, optimiser and activations take {everything}", SOURCE)
+
+
+def memory(case: Case, options: Options, budget: Budget) -> Budget:
+    """The inside of one block at a time, and every block's input."""
+    return replace(budget, inner=0.0)
 
 
 @contextmanager
@@ -73,6 +69,7 @@ def verify(engine: Engine, sight: Sight, options: Options) -> Evidence:
     """Attention ran forward twice per block and micro-batch. Hooks cannot tell under compile, operators can."""
     once = sight.blocks * sight.micro_batches
     ran = sum(op.calls for name, op in sight.operators.items() if _forward_attention(name))
+    ran = ran or sum(attention_forwards(sight).values())  # kernels of packages are no operators of torch
     if ran == 0:  # attention written out: the softmax over scores stands for it
         ran = sum(op.calls for name, op in sight.operators.items() if name == "aten::_softmax")
     if ran == 0:
@@ -93,5 +90,6 @@ LAYER = Layer(
     card=__doc__ or "",
     apply=apply,
     verify=verify,
+    memory=memory,
     fits=fits,
 )

@@ -1,0 +1,165 @@
+"""Tensors that autograd saves for the backward, kept in host memory meanwhile.
+
+On a GPU a side stream copies them into pinned memory while the forward goes on, and fetches them again, a few ahead of the backward, which
+takes them in the opposite order. On a CPU they are copied, too, so that everything but the streams can be tested there.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+OUT, BACK, FORWARDS = "offload-activations", "offload-activations: back", "offload-activations: forwards"
+WEIGHT_FORMS = (
+    "ToCopyBackward",
+    "TBackward",
+    "TransposeBackward",
+    "PermuteBackward",
+    "ViewBackward",
+    "UnsafeViewBackward",
+    "AliasBackward",
+)
+"""Steps from a weight to what a product saves of it: autocast's copy, turned round or flattened."""
+MOST_STEPS = 5
+
+
+@dataclass
+class Away:
+    """One tensor in host memory, with what it takes to have it again as it was."""
+
+    host: Tensor
+    device: torch.device
+    size: torch.Size
+    stride: tuple[int, ...]
+    place: int
+    there: torch.cuda.Event | None = None
+    """When the copy to the host is complete."""
+    fetched: tuple[Tensor, torch.cuda.Event] | None = None
+
+
+@dataclass
+class HostActivations:
+    """Gives a context for every forward: inside it, what autograd saves of at least `least_bytes` goes to the host.
+
+    ahead   tensors to fetch before the backward asks for them
+    marks   counts what went out, what came back, and forwards of which at least `blocks` tensors went out
+    """
+
+    model: nn.Module
+    least_bytes: int
+    ahead: int
+    blocks: int
+    marks: Counter[str]
+    _streams: tuple[Any, Any] | None = None
+
+    def context(self) -> AbstractContextManager[None]:
+        """Around one forward."""
+        weights = {tensor.untyped_storage().data_ptr() for tensor in (*self.model.parameters(), *self.model.buffers())}
+        return _Forward(self, weights)
+
+    def streams(self, device: torch.device) -> tuple[Any, Any]:
+        """One out and one back, so that neither waits for the other."""
+        if self._streams is None:
+            self._streams = (torch.cuda.Stream(device), torch.cuda.Stream(device))
+        return self._streams
+
+
+@dataclass
+class _Forward(AbstractContextManager[None]):
+    """The saved tensors of one forward; it lives as long as its graph."""
+
+    owner: HostActivations
+    weights: set[int]
+    away: dict[int, Away] = field(default_factory=dict)
+    count: int = 0
+
+    def __enter__(self) -> None:
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack)
+        self._hooks.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        self._hooks.__exit__(*error)
+        self.owner.marks[FORWARDS] += self.count >= max(1, self.owner.blocks)
+
+    def pack(self, tensor: Tensor) -> Tensor | Away:
+        """Called by autograd with what it saves."""
+        if not self._is_worth_it(tensor):
+            return tensor
+        away = Away(_room(tensor), tensor.device, tensor.size(), tensor.stride(), self.count)
+        if tensor.is_cuda:
+            out, _ = self.owner.streams(tensor.device)
+            out.wait_stream(torch.cuda.current_stream(tensor.device))
+            with torch.cuda.stream(out), torch.no_grad():
+                away.host.copy_(tensor.detach(), non_blocking=True)
+                away.there = out.record_event()
+            tensor.record_stream(out)  # its memory is free again once the copy is done, not before
+        else:
+            away.host.copy_(tensor.detach())
+        self.away[self.count] = away
+        self.count += 1
+        self.owner.marks[OUT] += 1
+        return away
+
+    def unpack(self, held: Tensor | Away) -> Tensor:
+        """Called by autograd when the backward needs it."""
+        if isinstance(held, Tensor):
+            return held
+        self.owner.marks[BACK] += 1
+        self.away.pop(held.place, None)
+        if held.device.type != "cuda":
+            return held.host
+        whole, ready = held.fetched or self._fetch(held)
+        held.fetched = None
+        for place in range(held.place - 1, held.place - 1 - self.owner.ahead, -1):
+            waiting = self.away.get(place)
+            if waiting is not None and waiting.fetched is None:
+                waiting.fetched = self._fetch(waiting)
+        current = torch.cuda.current_stream(held.device)
+        current.wait_event(ready)
+        whole.record_stream(current)
+        return whole
+
+    def _fetch(self, held: Away) -> tuple[Tensor, torch.cuda.Event]:
+        _, back = self.owner.streams(held.device)
+        assert held.there is not None
+        with torch.cuda.stream(back), torch.no_grad():
+            back.wait_event(held.there)
+            whole = torch.empty_strided(held.size, held.stride, dtype=held.host.dtype, device=held.device)
+            whole.copy_(held.host, non_blocking=True)
+            return whole, back.record_event()
+
+    def _is_worth_it(self, tensor: Tensor) -> bool:
+        """Large, dense in its own way, and no weight: neither a parameter, nor a view or a cast of one."""
+        if (
+            tensor.nbytes < self.owner.least_bytes
+            or type(tensor) not in (Tensor, nn.Parameter)
+            or tensor.layout is not torch.strided
+        ):
+            return False
+        if any(stride == 0 and size > 1 for size, stride in zip(tensor.size(), tensor.stride(), strict=True)):
+            return False  # an expanded tensor is smaller where it is
+        return tensor.untyped_storage().data_ptr() not in self.weights and not _comes_from_a_weight(tensor)
+
+
+def _room(tensor: Tensor) -> Tensor:
+    """Host memory with the tensor's strides: kernels choose by strides, and the backward is to be bit for bit the same."""
+    return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+
+
+def _comes_from_a_weight(tensor: Tensor) -> bool:
+    node: Any = tensor.grad_fn
+    for _ in range(MOST_STEPS):
+        if node is None:
+            return False
+        name = node.name()
+        if name.endswith("AccumulateGrad"):
+            return True
+        if not name.rstrip("0123456789").endswith(WEIGHT_FORMS):
+            return False
+        node = node.next_functions[0][0] if node.next_functions else None
+    return False

@@ -1,0 +1,108 @@
+"""AdamW's moments live in host memory and the update runs on the host: the GPU is relieved of 8 bytes a parameter.
+
+Gradients travel down and weights up, 8 bytes a parameter and update over PCIe, and the host's cores compute the update; both are paid once an
+update, so a large global batch hides them. Takes 16 bytes a parameter of host memory: moments, and pinned copies of weight and gradient that
+the update works on. It hurts wherever the state would have fitted, and where few cores stand beside a large GPU. Results are those of
+the same AdamW on a CPU. What it costs in time was not measured. Source of the idea: Ren et al. 2021, ZeRO-Offload.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+from gptoughts.layer import (
+    Budget,
+    Case,
+    Engine,
+    Evidence,
+    Layer,
+    Options,
+    Reason,
+    Sight,
+    active,
+    cannot,
+    inactive,
+    would_not_pay,
+)
+
+STATE_BYTES = 16  # a float32 weight, its gradient and two moments
+HOST_BYTES = 16  # the same, in host memory
+MEMORY_SHARE = 0.8
+
+
+def fits(case: Case, options: Options) -> Iterator[Reason]:
+    """AdamW in float32, memory on the host, and state that would not fit the device."""
+    name = case.recipe.optim.name
+    if name != "adamw":
+        yield cannot(
+            f"updates on the host with torch's AdamW, and optim.name is {name}", "--layer.optimizer_offload with-weights"
+        )
+        return
+    parameters, host = case.facts.parameters, case.machine.memory_bytes
+    if not case.on_gpu:
+        yield would_not_pay("the state lies in host memory already", "no device to relieve")
+        return
+    if parameters is None:
+        return
+    processes = max(1, case.world.local_world_size)
+    if host is not None and HOST_BYTES * parameters * processes > MEMORY_SHARE * host:
+        yield cannot(
+            f"{processes} processes need {HOST_BYTES * parameters * processes / 2**30:.1f} GiB of host memory, here {host / 2**30:.0f} GiB"
+        )
+        return
+    known = [gpu.memory_bytes for gpu in case.machine.gpus if gpu.memory_bytes]
+    if known and STATE_BYTES * parameters < MEMORY_SHARE * min(known):
+        yield would_not_pay(
+            f"weights, gradients and state take {STATE_BYTES * parameters / 2**30:.1f} GiB of {min(known) / 2**30:.0f} GiB",
+            "arithmetic: 16 bytes a parameter",
+        )
+
+
+def memory(case: Case, options: Options, budget: Budget) -> Budget:
+    """On a GPU the state lies with the host."""
+    return replace(budget, optimizer=0) if case.on_gpu else budget
+
+
+@contextmanager
+def apply(engine: Engine, options: Options) -> Iterator[None]:
+    """Stand between the engine and the AdamW that the optimizer slot made."""
+    from gptoughts.host_state import OnHost
+
+    before = engine.optimizer
+    engine.optimizer = OnHost(before, engine.counters.marks)
+    yield
+    engine.optimizer = before
+
+
+def verify(engine: Engine, sight: Sight, options: Options) -> Evidence:
+    """Every parameter with a memory was updated on the host, the moments lie there, and weights moved; on a GPU copies went both ways."""
+    given = [parameter for group in engine.optimizer.param_groups for parameter in group["params"]] if engine.optimizer else []
+    held = [engine.optimizer.state[parameter] for parameter in given if engine.optimizer.state.get(parameter)]
+    moments = [state[key] for state in held for key in ("exp_avg", "exp_avg_sq") if key in state]
+    there = sum(moment.device.type == "cpu" for moment in moments)
+    done = sight.marks.get("state-on-cpu", 0)
+    figures = {"updates": done, "parameters": len(given), "moments": there}
+    if not done or done != len(held) or there < 2 * len(held):
+        return inactive(
+            f"{done} of {len(given)} parameters updated on the host, {there} of {len(moments)} moments there", **figures
+        )
+    if engine.device.type == "cuda" and sight.kernels and min(sight.copies.get(way, 0) for way in ("DtoH", "HtoD")) < done:
+        return inactive(f"{done} updates on the host, and fewer copies between it and the GPU", **figures)
+    if not sight.weights_moved:
+        return inactive(f"{done} updates on the host, and no weight moved", **figures)
+    return active(f"{done} of {len(given)} parameters updated on the host, {there} moments there", **figures)
+
+
+LAYER = Layer(
+    name="state-on-cpu",
+    slot="optimizer_offload",
+    card=__doc__ or "",
+    apply=apply,
+    verify=verify,
+    memory=memory,
+    fits=fits,
+    needs_slots={"optimizer": ("plain", "fused")},
+    changes_numerics=True,
+)
