@@ -1,15 +1,20 @@
-"""One compute thread per usable core and rank, on the cores and memory of the rank's NUMA node.
+"""One compute thread per usable core and rank, on the cores and memory of the rank's NUMA node; no garbage collection inside steps.
 
 Several ranks on one box otherwise start as many threads each as the box has cores, and fight. It hurts on a box shared with other
 jobs: with more threads than free cores a step can take several times as long; lower `threads` there.
 Bound memory is allocated on the node of the cores first (Linux `set_mempolicy`, preferred, never strict).
+
+After the first update what lives is set aside and Python's collector is off; it runs between updates, every `collect_every`. Collections
+otherwise come when they like and walk every object: pauses of about half a second (karpathy/nanochat, scripts/base_train.py). It
+hurts where your own code makes reference cycles that hold tensors: they are freed that much later; lower `collect_every` there.
 """
 
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +23,8 @@ from gptoughts.layer import Case, Engine, Evidence, Layer, Option, Options, Reas
 _SET_MEMPOLICY, _GET_MEMPOLICY = {"x86_64": (238, 239), "aarch64": (237, 236)}.get(os.uname().machine, (None, None))
 _DEFAULT, _PREFERRED = 0, 1
 MOST_BESIDE_A_GPU = 8
+COLLECT_EVERY = 5000  # karpathy/nanochat, scripts/base_train.py
+INSIDE = "threads: collections"
 
 
 def threads_per_rank(case: Case, options: Options) -> int:
@@ -53,17 +60,59 @@ def _node(case: Case) -> int | None:
 
 @contextmanager
 def apply(engine: Engine, options: Options) -> Iterator[None]:
-    """Set torch's threads to what the environment says, and bind to the NUMA node that it names."""
+    """Set torch's threads to what the environment says, bind to the NUMA node that it names, and keep the collector out of steps."""
     import torch
 
     before = torch.get_num_threads()
     torch.set_num_threads(_asked())
     undo = _bind(os.environ.get("GPTOUGHTS_NUMA_NODE"))
     try:
-        yield
+        with _Collector(engine, options["collect_every"]).taken():
+            yield
     finally:
         undo()
         torch.set_num_threads(before)
+
+
+class _Collector:
+    """Python's garbage collector, off from the first update on, and run by us between two updates."""
+
+    def __init__(self, engine: Engine, every: int) -> None:
+        self.engine, self.every, self.updates, self.ours = engine, every, 0, False
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        """Wrap `step`; on leaving, the collector is as it was found and owns every object again."""
+        was_enabled = gc.isenabled()
+        undo = self.engine.wrap("step", self.step)
+        gc.callbacks.append(self.count)
+        try:
+            yield
+        finally:
+            undo()
+            gc.callbacks.remove(self.count)
+            if self.updates:
+                gc.unfreeze()
+            if was_enabled:
+                gc.enable()
+
+    def step(self, inner: Callable[[], bool]) -> bool:
+        """Set aside what lives after the first update; collect after each so many."""
+        updated = inner()
+        self.updates += updated
+        if updated and (self.updates == 1 or self.updates % self.every == 0):
+            self.ours = True
+            gc.collect()
+            self.ours = False
+        if updated and self.updates == 1:
+            gc.freeze()
+            gc.disable()
+        return updated
+
+    def count(self, phase: str, info: Mapping[str, int]) -> None:
+        """Called by Python around every collection; those that we did not ask for are marked."""
+        if phase == "start" and not self.ours:
+            self.engine.counters.marks[INSIDE] += 1
 
 
 def _asked() -> int:
@@ -110,7 +159,7 @@ def _memory_is_preferred(node: int) -> bool:
 
 
 def verify(engine: Engine, sight: Sight, options: Options) -> Evidence:
-    """Torch computes with the asked number of threads, on cores of the asked node."""
+    """Torch computes with the asked number of threads, on cores of the asked node, and no collection began inside the step."""
     import torch
 
     threads = torch.get_num_threads()
@@ -119,12 +168,22 @@ def verify(engine: Engine, sight: Sight, options: Options) -> Evidence:
     node = os.environ.get("GPTOUGHTS_NUMA_NODE")
     if node is not None and hasattr(os, "sched_getaffinity") and not os.sched_getaffinity(0) <= _cores_of(int(node)):
         return inactive(f"runs on cores outside NUMA node {node}", threads=threads)
+    collections, aside = sight.marks.get(INSIDE, 0), gc.get_freeze_count()
+    if collections or gc.isenabled() or not aside:
+        state = "on" if gc.isenabled() else "off"
+        return inactive(
+            f"{collections} garbage collections in the step, the collector is {state}, {aside} objects set aside",
+            threads=threads,
+            collections=collections,
+        )
+    kept = f", no garbage collection in the step, {aside} objects set aside"
+    figures = {"threads": threads, "collections": collections}
     if node is None:
-        return active(f"{threads} threads", threads=threads)
+        return active(f"{threads} threads{kept}", **figures)
     memory = (
         "memory preferred there" if _memory_is_preferred(int(node)) else "memory not bound: set_mempolicy is not permitted here"
     )
-    return active(f"{threads} threads on NUMA node {node}, {memory}", threads=threads)
+    return active(f"{threads} threads on NUMA node {node}, {memory}{kept}", **figures)
 
 
 LAYER = Layer(
@@ -135,5 +194,10 @@ LAYER = Layer(
     verify=verify,
     fits=fits,
     environment=environment,
-    options={"threads": Option(None, "threads per rank; an even share of the usable cores if not set", int)},
+    wraps=("step",),
+    options={
+        "threads": Option(None, "threads per rank; an even share of the usable cores if not set", int),
+        "collect_every": Option(COLLECT_EVERY, "updates between two garbage collections; 1 collects after each", int),
+    },
+    warm_steps=1,
 )

@@ -1,6 +1,7 @@
 """Batches are read and copied to the device while the step before them runs, so the GPU does not wait for data.
 
 A thread fills a ring of pinned buffers and a side stream copies them; token ids travel as uint16 and are widened on the device.
+A buffer is written again only when the copy out of it is over, so that no batch pins memory of its own.
 It hurts on a CPU, where nothing is copied and the thread takes turns with the step. A batch that was read and not used is not lost:
 the cursor travels with its batch, and what is saved is what was consumed.
 """
@@ -60,9 +61,12 @@ def verify(engine: Engine, sight: Sight, options: Options) -> Evidence:
         return unproven(f"{served} batches read ahead; the profiler saw no kernel, so no stream can be told", served=served)
     if engine.device.type == "cuda" and sight.memcpy_streams < 1:
         return inactive("no copy from host to device on a side stream in the watched step", wait=share)
-    return active(
-        f"{served} batches read ahead, {100 * share:.1f} % of the watched step spent waiting", served=served, wait=share
-    )
+    figures = {"served": served, "wait": share}
+    text = f"{served} batches read ahead, {100 * share:.1f} % of the watched step spent waiting"
+    if engine.device.type == "cuda":
+        made = figures["pinned"] = getattr(getattr(engine.batches, "ring", None), "allocated", 0)
+        text += f", through {made} pinned buffers"
+    return active(text, **figures)
 
 
 LAYER = Layer(

@@ -1,0 +1,90 @@
+"""What lay in a GPU's memory when it ran out: the allocator's own snapshot as JSON, and a summary of the largest blocks.
+
+Torch's viewer (pytorch.org/memory_viz) reads a pickle. Nothing here writes one: the same records are JSON, for people and for `jq`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from gptoughts.track.console import share
+
+MOST_ROWS = 15
+OURS = "/gptoughts/"
+UNKNOWN = "not recorded (gptoughts trace --memory-history records it)"
+
+
+@contextmanager
+def history(device: Any) -> Iterator[None]:
+    """Let the allocator note who asked for each block while the block lasts. Costs a few microseconds an allocation; nothing on a CPU."""
+    import torch
+
+    if device.type != "cuda":
+        yield
+        return
+    torch.cuda.memory._record_memory_history(enabled="state", context="state", stacks="python", device=device)
+    try:
+        yield
+    finally:
+        torch.cuda.memory._record_memory_history(enabled=None, device=device)
+
+
+def memory_report(path: Path, segments: Sequence[Mapping[str, Any]] | None = None) -> str:
+    """Write the allocator's segments to `path` as JSON, and return a summary: where the memory is, and whose the largest live blocks are.
+
+    segments  as `torch.cuda.memory_snapshot()` gives them; taken now if not given
+    """
+    if segments is None:
+        import torch
+
+        segments = torch.cuda.memory_snapshot()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(json.dumps({"segments": segments}, default=str) + "\n", encoding="utf-8")
+    temporary.replace(path)
+    return f"{_summary(segments)}\nall blocks: {path}  (JSON; not the pickle that pytorch.org/memory_viz reads)"
+
+
+def _summary(segments: Sequence[Mapping[str, Any]]) -> str:
+    if not segments:
+        return "GPU memory: torch's allocator held nothing"
+    blocks = [block for segment in segments for block in segment["blocks"]]
+    reserved = sum(int(segment["total_size"]) for segment in segments)
+    live = [block for block in blocks if block["state"] == "active_allocated"]
+    free = [int(block["size"]) for block in blocks if block["state"] == "inactive"]
+    waiting = sum(int(block["size"]) for block in blocks if block["state"].startswith("active") and block not in live)
+    used = sum(int(block["size"]) for block in live)
+    lines = [
+        f"GPU memory: {_size(reserved)} reserved in {len(segments)} segments, {_size(used)} in {len(live)} live blocks, "
+        f"{_size(sum(free))} free ({share(sum(free) / reserved if reserved else None)}), largest free block {_size(max(free, default=0))}"
+        + (f", {_size(waiting)} waiting for a stream" if waiting else "")
+    ]
+    groups: dict[str, list[int]] = {}
+    for block in live:
+        groups.setdefault(_whose(block), []).append(int(block["size"]))
+    lines.append("largest live blocks, by the line that asked for them:")
+    for place, sizes in sorted(groups.items(), key=lambda row: -sum(row[1]))[:MOST_ROWS]:
+        lines.append(f"  {_size(sum(sizes)):>10}  {len(sizes):>5} x up to {_size(max(sizes)):<10}  {place}")
+    return "\n".join(lines)
+
+
+def _whose(block: Mapping[str, Any]) -> str:
+    """The innermost frame of ours, else of anybody outside torch, else the innermost."""
+    frames = [frame for frame in block.get("frames") or () if frame.get("filename") not in (None, "", "??")]
+    if not frames:
+        return UNKNOWN
+    ours = [frame for frame in frames if OURS in frame["filename"]]
+    others = [frame for frame in frames if "/torch/" not in frame["filename"]]
+    frame = (ours or others or frames)[0]
+    return f"{Path(frame['filename']).name}:{frame['line']} {frame['name']}"
+
+
+def _size(count: float) -> str:
+    for limit, word in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if count >= limit:
+            return f"{count / limit:.1f} {word}"
+    return f"{count:.0f} B"
