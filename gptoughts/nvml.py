@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -106,6 +106,19 @@ def read_gpus(environment: Mapping[str, str], root: Path = Path("/")) -> NvmlRea
         return NvmlReading(gpus, driver, cuda, tuple(notes))
     except Exception as error:  # a driver that breaks its own contract must not stop a run on the CPU
         return NvmlReading(notes=(*notes, f"NVML failed: {type(error).__name__}: {error}"))
+    finally:
+        with suppress(pynvml.NVMLError):  # everything that was asked for has been read
+            pynvml.nvmlShutdown()
+
+
+@contextmanager
+def opened() -> Iterator[Any]:
+    """NVML's own functions, started and shut down around the block, where `read_gpus` has found a GPU. Raises what pynvml raises."""
+    import pynvml
+
+    pynvml.nvmlInit()
+    try:
+        yield pynvml
     finally:
         with suppress(pynvml.NVMLError):  # everything that was asked for has been read
             pynvml.nvmlShutdown()

@@ -1,15 +1,25 @@
-"""Cards: docs/layers.md is what the command prints, and a card says everything that the record holds."""
+"""Cards: docs/layers.md and profiles/README.md are what the generators print, and a card says everything that the record holds."""
 
 from __future__ import annotations
 
+import json
+import re
 from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
 
 import pytest
+from click import Context
 
-from gptoughts.cli import main
-from gptoughts.layer import Layer, Option, active
+from gptoughts.cli import main, verbs
+from gptoughts.config import load
+from gptoughts.layer import SLOTS, Layer, Option, active
 from gptoughts.layers import CATALOG
+from gptoughts.machine import read as read_machine
+from gptoughts.profile import names
+from gptoughts.profile import read as read_profile
 from gptoughts.report.cards import card, layers_page
+from gptoughts.report.profile_cards import first_sentence, profiles_page, read_figures
 from tests.golden_files import ROOT, compare
 
 
@@ -60,3 +70,143 @@ def test_a_card_says_all() -> None:
         "- measured: docs/measurements/x.json",
     ):
         assert words in text
+
+
+# Cards of profiles.
+
+
+def page(**changes: Any) -> str:
+    known = [read_profile(name) for name in names()]
+    files = sorted((ROOT / "tests" / "machines").glob("*.json"))
+    wide = {"model.width": "4096", "model.heads": "32"}
+    parts: dict[str, Any] = {
+        "profiles": known,
+        "catalog": CATALOG,
+        "boxes": {str(path.relative_to(ROOT)): read_machine(path) for path in files},
+        "models": {
+            "gpt2-124m": load("gpt2-124m").recipe,
+            "gpt-1b": load("gpt-1b").recipe,
+            "gpt2-124m at width 4096": load("gpt2-124m", wide).recipe,
+        },
+        "figures": read_figures(ROOT, known),
+    }
+    return profiles_page(**{**parts, **changes})
+
+
+def test_the_page_of_profiles_is_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    compare(ROOT / "profiles" / "README.md", page())
+
+
+def test_every_profile_slot_and_layer_is_on_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    cards = {text.partition("\n")[0]: text for text in page().split("\n## ")[1:]}
+    assert list(cards) == names()
+    for name, text in cards.items():
+        profile = read_profile(name)
+        for slot, wants in profile.slots.items():
+            row = next(line for line in text.splitlines() if line.startswith(f"| {slot} | `"))
+            assert all(f"`{want.layer}`" in row for want in wants)
+            assert first_sentence(CATALOG[wants[0].layer].card) in row
+        for slot in set(SLOTS) - set(profile.slots):
+            assert f"{slot} (" in text
+        assert "No machine file" not in text, "a machine file stands for every profile"
+
+
+def test_reasons_of_the_plan_are_on_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    hopper = page().split("\n## hopper\n")[1].split("\n## ")[0]
+    assert "tests/machines/h100.json" in hopper
+    row = next(line for line in hopper.splitlines() if line.startswith("| precision | `fp8-te`") and "width 768" in line)
+    assert "| gpt2-124m |" in row and "nanochat" in row
+    by_name = page().split("\n## h100-fp8\n")[1].split("\n## ")[0]
+    assert "never; by name" in by_name and "expect a loss" in by_name
+
+
+def test_a_profile_without_a_machine_says_so() -> None:
+    assert "No machine file stands for this profile" in page(boxes={})
+
+
+GAIN = {"median": 1.234, "q1": 1.2, "q3": 1.3}
+
+
+def test_figures_come_from_the_files(tmp_path: Path) -> None:
+    known = [read_profile(name) for name in names()]
+    folder = tmp_path / "docs" / "measurements" / "h100"
+    folder.mkdir(parents=True)
+    label = "1 x NVIDIA H100 80GB HBM3 (sm 9.0)"
+    step = {
+        "what": "bench step", "recipe": "r", "machine": {"label": label}, "profile": "hopper",
+        "variants": {"ours": {"tokens_per_second": 1000.0, "mfu": 0.5}}, "ratios_of_tokens_per_second": {"ours / plain": GAIN},
+    }  # fmt: skip
+    gains = {
+        "compile": {"layer": "compile-blocks", "alone": GAIN, "in_plan": None},
+        "loss": {"layer": "fused-ce", "alone": None, "in_plan": None},
+    }
+    layers = {
+        "what": "bench layers",
+        "recipe": "r",
+        "machine": {"label": label},
+        "profile": "hopper",
+        "gains": gains,
+        "whole": {"measured": GAIN},
+    }
+    (folder / "bench.json").write_text(json.dumps({"runs": [step, layers]}))
+    stage = {"plan": {}, "tokens_per_second": 2000.0, "mfu": None, "peak_memory_bytes": 2 << 30}
+    (folder / "stage.json").write_text(json.dumps({"machine": label, "runs": {"a-run": stage, "failed": {"plan": {}}}}))
+    (folder / "list.json").write_text("[1, 2]")
+    found = read_figures(tmp_path, known)
+    assert [(one.profile, one.slot, one.text) for one in found] == [
+        ("hopper", "", "r: 1,000 tokens/s, MFU 50.0%, 1.23x times a bare loop with the same settings"),
+        ("hopper", "", "r: 1.23x times its own baseline, every slot plain PyTorch"),
+        ("hopper", "compile", "1.23x alone, r"),
+        ("hopper", "", "a-run: 2,000 tokens/s, MFU n/a, peak 2.0 GiB"),
+    ]
+    text = page(figures=found).split("\n## hopper\n")[1].split("\n## ")[0]
+    assert "`compile-blocks` 1.23x alone, r ([h100/bench.json](../docs/measurements/h100/bench.json))" in text
+    assert f"- a-run: 2,000 tokens/s, MFU n/a, peak 2.0 GiB; {label}" in text
+    assert page(figures=[]).count("Measured as a whole: not measured.") == len(known)
+
+
+def test_links_of_the_page_lead_somewhere() -> None:
+    folder = ROOT / "profiles"
+    for target in re.findall(r"\]\(([^)#\s]+)\)", (folder / "README.md").read_text(encoding="utf-8")):
+        assert (folder / target).resolve().exists(), target
+
+
+# The guide.
+
+GUIDE = (ROOT / "docs" / "gpu-guide.md").read_text(encoding="utf-8")
+
+
+def test_every_flag_and_layer_of_the_guide_exists() -> None:
+    train = verbs().commands["train"]
+    known = {name for parameter in train.get_params(Context(train)) for name in parameter.opts if name.startswith("--")}
+    known |= {"--cpunodebind", "--membind", "--quick", "--to", "--machine"}
+    assert sorted(set(re.findall(r"(--[a-z][a-z.-]+)", GUIDE)) - known) == []
+    there = {(layer.slot.replace("_", "-"), name) for name, layer in CATALOG.items()}
+    demanded = re.findall(r"--layer\.([a-z-]+) ([\w-]+)", GUIDE)
+    assert demanded and [pair for pair in demanded if pair not in there] == []
+
+
+def test_our_gains_in_the_guide_are_those_of_the_files() -> None:
+    folder = ROOT / "docs" / "measurements" / "cpu"
+    runs = json.loads((folder / "widths.json").read_text())["runs"]
+    half, full = [run["bf16_compiled"] / run["bf16_eager"] for run in runs], [run["float32_compiled"] for run in runs]
+    assert GUIDE.count(f"{min(full):.2f}x to {max(full):.2f}x in float32") == 2
+    assert GUIDE.count(f"{min(half):.2f}x to {max(half):.2f}x in bf16") == 2
+    modern = {run["width"]: run["bf16_eager"] for run in runs if run["form"] == "modern"}
+    assert f"{modern[256]:.2f}x at width 256, {modern[384]:.2f}x at 384, {modern[128]:.2f}x at 128" in GUIDE
+    (step,) = [run for run in json.loads((folder / "step.json").read_text())["runs"] if run["recipe"] == "bench-10m"]
+    assert f"{step['ratios_of_tokens_per_second']['ours / fp32 eager']['median']:.2f}x float32 eager at 10 M" in GUIDE
+    for file in re.findall(r"`(cpu/[\w-]+\.json)`", GUIDE):
+        assert (folder.parent / file).is_file()
+
+
+def test_the_guide_answers_every_symptom() -> None:
+    headings = [line.removeprefix("## ") for line in GUIDE.splitlines() if line.startswith("## ")]
+    assert headings == [
+        "Low utilisation", "Data wait", "Out of memory at step 1", "Out of memory later", "Slow first step", "Recompiles",
+        "FP8 slower than bf16", "Loss is NaN in fp16", "Loss differs after a change", "One GPU of several is slower",
+        "Flash attention is not used", "MFU is n/a, or strange", "Validation is slow", "CPU training is slow",
+    ]  # fmt: skip

@@ -5,6 +5,8 @@
  *   gpu UUID BUS MAJOR MINOR BYTES MILLIWATTS MIG NAME...   MIG: 1 on, 0 off, -1 not supported (as on GeForce)
  *   mig SLOT UUID BYTES NAME...                     an instance of the GPU above
  *   link gpu|switch|npu BUS [down]                  one more NVLink of the GPU above
+ *   state NAME NUMBER                               how the GPU above stands: reasons clock maxclock celsius usual (milliwatts)
+ *                                                   persistent ecc uncorrected width maxwidth used (bytes)
  *   fail FUNCTION CODE [INDEX]                      this function returns CODE, for one GPU or for all
  *
  * A number of -1 makes its getter return NOT_SUPPORTED.
@@ -14,12 +16,15 @@
 #include <string.h>
 
 enum { SUCCESS = 0, INVALID_ARGUMENT = 2, NOT_SUPPORTED = 3, NOT_FOUND = 6 };
+enum { REASONS, CLOCK, MAXCLOCK, CELSIUS, USUAL, PERSISTENT, ECC, UNCORRECTED, WIDTH, MAXWIDTH, USED, MAX_STATES };
+static const char *state_names[MAX_STATES] = {"reasons",    "clock", "maxclock",    "celsius", "usual",   "persistent",
+                                              "ecc",        "uncorrected", "width", "maxwidth", "used"};
 enum { MAX_GPUS = 16, MAX_LINKS = 36, MAX_SLOTS = 7, MAX_FAILS = 16 };
 
 typedef struct Device {
   char uuid[96], bus[32], name[96];
   int major, minor, mig, index, links, link_kind[MAX_LINKS], link_up[MAX_LINKS];
-  long long bytes, milliwatts;
+  long long bytes, milliwatts, state[MAX_STATES];
   char link_bus[MAX_LINKS][32];
   struct Device *slots[MAX_SLOTS], *parent;
 } Device;
@@ -53,6 +58,7 @@ static void load(void) {
       Device *gpu = &gpus[count];
       memset(gpu, 0, sizeof *gpu);
       gpu->index = count++;
+      for (int i = 0; i < MAX_STATES; i++) gpu->state[i] = i == USED ? 0 : -1;
       sscanf(line, "gpu %95s %31s %d %d %lld %lld %d %95[^\n]", gpu->uuid, gpu->bus, &gpu->major, &gpu->minor, &gpu->bytes,
              &gpu->milliwatts, &gpu->mig, gpu->name);
     } else if (!strncmp(line, "mig ", 4) && last) {
@@ -63,6 +69,11 @@ static void load(void) {
       instance->milliwatts = instance->major = -1;
       instance->parent = last;
       last->slots[slot % MAX_SLOTS] = instance;
+    } else if (!strncmp(line, "state ", 6) && last) {
+      long long number = -1;
+      sscanf(line, "state %63s %lld", word, &number);
+      for (int i = 0; i < MAX_STATES; i++)
+        if (!strcmp(word, state_names[i])) last->state[i] = number;
     } else if (!strncmp(line, "link ", 5) && last && last->links < MAX_LINKS) {
       int found = sscanf(line, "link %63s %31s %63s", word, last->link_bus[last->links], extra);
       last->link_kind[last->links] = !strcmp(word, "gpu") ? 0 : !strcmp(word, "npu") ? 1 : 2;
@@ -167,8 +178,9 @@ int nvmlDeviceGetCudaComputeCapability(Device *device, int *major, int *minor) {
 int nvmlDeviceGetMemoryInfo(Device *device, Memory *memory) {
   FAIL(device->index);
   if (device->bytes < 0) return NOT_SUPPORTED;
-  memory->total = memory->free = device->bytes;
-  memory->used = 0;
+  memory->total = device->bytes;
+  memory->used = device->state[USED];
+  memory->free = memory->total - memory->used;
   return SUCCESS;
 }
 
@@ -218,3 +230,47 @@ int nvmlDeviceGetNvLinkRemotePciInfo_v2(Device *device, unsigned int link, PciIn
   memset(info, 0, sizeof *info);
   return put(info->id, sizeof info->id, device->link_bus[link]);
 }
+
+/* One number of the GPU's state, as the getter's type has it. */
+#define TELL(which, into, kind)                     \
+  do {                                              \
+    FAIL(device->index);                            \
+    if (device->state[which] < 0) return NOT_SUPPORTED; \
+    *(into) = (kind)device->state[which];           \
+    return SUCCESS;                                 \
+  } while (0)
+
+int nvmlDeviceGetCurrentClocksThrottleReasons(Device *device, unsigned long long *bits) { TELL(REASONS, bits, unsigned long long); }
+
+int nvmlDeviceGetClockInfo(Device *device, int kind, unsigned int *clock) {
+  if (kind != 1) return INVALID_ARGUMENT; /* NVML_CLOCK_SM */
+  TELL(CLOCK, clock, unsigned int);
+}
+
+int nvmlDeviceGetMaxClockInfo(Device *device, int kind, unsigned int *clock) {
+  if (kind != 1) return INVALID_ARGUMENT;
+  TELL(MAXCLOCK, clock, unsigned int);
+}
+
+int nvmlDeviceGetTemperature(Device *device, int sensor, unsigned int *celsius) {
+  if (sensor != 0) return INVALID_ARGUMENT;
+  TELL(CELSIUS, celsius, unsigned int);
+}
+
+int nvmlDeviceGetPowerManagementDefaultLimit(Device *device, unsigned int *milliwatts) { TELL(USUAL, milliwatts, unsigned int); }
+
+int nvmlDeviceGetPersistenceMode(Device *device, int *mode) { TELL(PERSISTENT, mode, int); }
+
+int nvmlDeviceGetEccMode(Device *device, int *current, int *pending) {
+  *pending = 0;
+  TELL(ECC, current, int);
+}
+
+int nvmlDeviceGetTotalEccErrors(Device *device, int kind, int counter, unsigned long long *errors) {
+  if (kind != 1 || counter != 0) return INVALID_ARGUMENT; /* uncorrected, since the driver was loaded */
+  TELL(UNCORRECTED, errors, unsigned long long);
+}
+
+int nvmlDeviceGetCurrPcieLinkWidth(Device *device, unsigned int *lanes) { TELL(WIDTH, lanes, unsigned int); }
+
+int nvmlDeviceGetMaxPcieLinkWidth(Device *device, unsigned int *lanes) { TELL(MAXWIDTH, lanes, unsigned int); }
