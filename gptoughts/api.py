@@ -127,15 +127,23 @@ def train(
     run_dir: str | None = None,
     resume: str = "auto",
     strict: bool = False,
+    numerics: str = "check",
     plugins: Sequence[str] = (),
 ) -> Outcome:
-    """Train a recipe in this process and return what came of it. The same as `gptoughts train`."""
+    """Train a recipe in this process and return what came of it. The same as `gptoughts train`.
+
+    `numerics` "off" leaves out the comparison of layers with the baseline before the first step.
+    """
     setting = decide(recipe, profile, fields, layers, plugins)
-    return train_setting(setting, run, run_dir, resume, strict)
+    return train_setting(setting, run, run_dir, resume, strict, numerics)
 
 
-def train_setting(setting: Setting, run: str | None, run_dir: str | None, resume: str, strict: bool) -> Outcome:
-    """Run what was decided."""
+def train_setting(
+    setting: Setting, run: str | None, run_dir: str | None, resume: str, strict: bool, numerics: str = "check"
+) -> Outcome:
+    """Run what was decided. Raises ConfigError for a word that `numerics` does not know."""
+    if numerics not in ("check", "off"):
+        raise ConfigError(f"numerics = {numerics!r}: needs check or off")
     if "torch" not in sys.modules:  # from Python nobody has set the plan's variables, and now they still count
         os.environ.update(lacking(setting.plan, os.environ))
     from gptoughts.run import Order, execute
@@ -151,6 +159,7 @@ def train_setting(setting: Setting, run: str | None, run_dir: str | None, resume
         run_folder(name, run_dir),
         resume,
         strict,
+        numerics=numerics,
     )
     return execute(order)
 

@@ -85,6 +85,10 @@ class Balanced:
         meter(self.meters, "balance_loss", term.detach() * weight, weight)
         return loss + self.coefficient * weight * term if self.coefficient else loss
 
+    def forget(self) -> None:
+        """Drop the loads since the last update: the batch that made them is taken again, or was none of the training's."""
+        self.experts.forget()
+
     def listing(self) -> tuple[Tensor, Callable[[Sequence[float]], dict[str, list[int]]]] | None:
         """Load of every expert since the last call, on the device, and what makes a row of metrics.jsonl of it; None where nothing ran."""
         percentages = self.experts.percentages()
@@ -172,6 +176,10 @@ class Experts:
         self._sizes = [router.experts for router in self.found.values()]
         self._loads: Tensor | None = None
         self._since_row: Tensor | None = None
+
+    def forget(self) -> None:
+        """Begin to count the loads of this update anew."""
+        self._loads = None
 
     def watch(self) -> Undo:
         """Have every router leave behind what it did. Returns the undo.

@@ -88,6 +88,15 @@ def read_memory_bytes(system: str = sys.platform, root: Path = ROOT) -> int | No
     return min(limits, default=None)
 
 
+def read_free_bytes(root: Path = ROOT) -> int | None:
+    """Memory that could be had without swapping, within the cgroup's limit; None where the kernel does not tell."""
+    match = re.search(r"^MemAvailable:\s+(\d+) kB", _text(root / "proc/meminfo") or "", re.MULTILINE)
+    if match is None:
+        return None
+    limit = cgroup_memory_limit(root)
+    return min(int(match[1]) * 1024, limit) if limit is not None else int(match[1]) * 1024
+
+
 def read_cpuinfo(root: Path = ROOT) -> tuple[str, tuple[str, ...]]:
     """Model name and instruction sets of interest from /proc/cpuinfo (the first core speaks for all)."""
     fields: dict[str, str] = {}

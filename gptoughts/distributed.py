@@ -46,6 +46,14 @@ class Ranks:
             return flag
         return bool(self.sum(float(flag)).item() > 0)
 
+    def largest(self, value: float) -> float:
+        """The largest value of all ranks. Waits."""
+        if self.size == 1:
+            return value
+        most = torch.full((), value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        return float(most)
+
     def barrier(self) -> None:
         """Wait for every rank."""
         if self.size > 1:

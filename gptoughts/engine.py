@@ -68,6 +68,10 @@ class Engine:
     optimizer: torch.optim.Optimizer | None = None
     micro_batch: int | None = None
     """Sequences per forward; None takes the rank's whole share at once."""
+    reduced_from: int | None = None
+    """Sequences per forward before memory ran out; None where it never did."""
+    repeatable: bool = True
+    """Whether the gradient of a batch may be taken again: not where weights change within the backward."""
     extras: dict[str, Stateful] = field(default_factory=dict)
     counters: Counters = field(default_factory=Counters)
     _contexts: dict[str, list[Callable[..., AbstractContextManager[Any]]]] = field(init=False)

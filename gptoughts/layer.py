@@ -19,9 +19,10 @@ from gptoughts.errors import ConfigError, listed, nearest
 from gptoughts.evidence import Evidence, Operator, Sight, Status, active, inactive, unproven
 from gptoughts.facts import ModelFacts
 from gptoughts.machine import Machine, World
+from gptoughts.memory import Budget
 
 __all__ = [
-    "SLOTS", "Case", "Choice", "Engine", "Evidence", "Kind", "Layer", "Moment", "Operator", "Option", "Options", "Reason", "Sight",
+    "SLOTS", "Budget", "Case", "Choice", "Engine", "Evidence", "Kind", "Layer", "Moment", "Operator", "Option", "Options", "Reason", "Sight",
     "Status", "active", "cannot", "inactive", "unproven", "would_not_pay",
 ]  # fmt: skip
 
@@ -167,6 +168,10 @@ class Case:
     """Variables that are set here, and that a layer must not overrule; empty for a machine that is not here."""
     micro_batch: Mapping[str, Any] = field(default_factory=dict)
     """Options of the layer that the micro-batch slot would like first; that slot comes last, and memory depends on it."""
+    wishes: Mapping[str, str] = field(default_factory=dict)
+    """The layer that each slot would like first; what a later slot will choose is not known yet."""
+    budget: Budget | None = None
+    """Memory of a step with the micro-batch slot's first wish and the layers chosen so far; None where sizes are not known."""
 
     @property
     def on_gpu(self) -> bool:
@@ -202,6 +207,10 @@ def _no_environment(case: Case, options: Options) -> Mapping[str, str]:
     return {}
 
 
+def _as_it_was(case: Case, options: Options, budget: Budget) -> Budget:
+    return budget
+
+
 @dataclass(frozen=True)
 class Layer:
     """One optimisation. `docs/write-a-layer.md` walks through every field."""
@@ -214,6 +223,8 @@ class Layer:
     verify: Callable[[Engine, Sight, Options], Evidence]
     fits: Callable[[Case, Options], Iterable[Reason]] = _fits_everywhere
     environment: Callable[[Case, Options], Mapping[str, str]] = _no_environment
+    memory: Callable[[Case, Options, Budget], Budget] = _as_it_was
+    """What it changes of the memory that a step is expected to hold."""
     moment: Moment | None = None
     baseline: bool = False
     packages: tuple[tuple[str, str], ...] = ()

@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import combinations
@@ -17,96 +15,13 @@ from gptoughts.errors import ConfigError, PlanError
 from gptoughts.facts import ModelFacts
 from gptoughts.layer import SLOTS, Case, Choice, Kind, Layer, Reason, cannot
 from gptoughts.machine import Machine, World
+from gptoughts.memory import baseline
+from gptoughts.memory_fit import Choices, fit
+from gptoughts.plan import Plan, ranks_in_words
 from gptoughts.profile import Profile, Want, pick
 from gptoughts.wants import Catalog, wanted
 
-RANK_LOCAL = "GPTOUGHTS_"
-"""Variables that differ from rank to rank, such as the NUMA node, start with this and are no part of the digest."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What will run: one layer per slot, the environment it needs, and the reasons."""
-
-    profile: str
-    machine: str
-    world_size: int
-    choices: tuple[Choice, ...]
-    environment: Mapping[str, str]
-    notes: tuple[str, ...] = ()
-    not_repeatable: tuple[str, ...] = ()
-    facts: Mapping[str, Any] = field(default_factory=dict)
-
-    def choice(self, slot: str) -> Choice:
-        """The choice of one slot."""
-        return self.choices[SLOTS.index(slot)]
-
-    @property
-    def layers(self) -> dict[str, str]:
-        """Slot -> layer."""
-        return {choice.slot: choice.layer for choice in self.choices}
-
-    def digest(self) -> str:
-        """A hash of what ranks and a resumed run must share: layers, options, environment; nothing that is one rank's own."""
-        shared = {
-            "layers": {choice.slot: [choice.layer, dict(choice.options)] for choice in self.choices},
-            "environment": {name: value for name, value in self.environment.items() if not name.startswith(RANK_LOCAL)},
-            "world_size": self.world_size,
-        }
-        return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:16]
-
-    def to_json(self) -> dict[str, Any]:
-        """The plan as plain data, with every reason."""
-        return {
-            "profile": self.profile,
-            "machine": self.machine,
-            "world_size": self.world_size,
-            "digest": self.digest(),
-            "choices": [_choice_json(choice) for choice in self.choices],
-            "environment": dict(self.environment),
-            "notes": list(self.notes),
-            "not_repeatable": list(self.not_repeatable),
-            "model": dict(self.facts),
-        }
-
-    def table(self) -> str:
-        """The plan as a person reads it: slot, layer, and every reason."""
-        width = max(len(slot) for slot in SLOTS)
-        wide = max(len(_titled(choice)) for choice in self.choices)
-        lines = [f"profile {self.profile} on {self.machine}, {_ranks(self.world_size)}"]
-        for choice in self.choices:
-            reasons = [f"not {layer}: {'; '.join(map(str, why))}" for layer, why in choice.passed_over]
-            reasons += [f"expect a loss: {reason}" for reason in choice.expected_loss]
-            first, *rest = reasons or [""]
-            lines.append(f"{choice.slot:<{width}}  {_titled(choice):<{wide}}  {first}".rstrip())
-            lines += [f"{'':<{width}}  {'':<{wide}}  {reason}" for reason in rest]
-        lines += [f"environment  {name}={value}" for name, value in self.environment.items()]
-        if self.not_repeatable:
-            lines.append(f"not bit for bit after a resume: {', '.join(self.not_repeatable)}")
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
-
-
-def _ranks(world_size: int) -> str:
-    return "1 process" if world_size == 1 else f"{world_size} ranks"
-
-
-def _titled(choice: Choice) -> str:
-    options = ", ".join(f"{name}={value}" for name, value in choice.options.items() if value is not None)
-    return f"{choice.layer} ({options})" if options else choice.layer
-
-
-def _choice_json(choice: Choice) -> dict[str, Any]:
-    return {
-        "slot": choice.slot,
-        "layer": choice.layer,
-        "options": dict(choice.options),
-        "origin": choice.origin,
-        "passed_over": [
-            {"layer": layer, "reasons": [{"kind": str(why.kind), "text": str(why)} for why in reasons]}
-            for layer, reasons in choice.passed_over
-        ],
-        "expected_loss": [str(reason) for reason in choice.expected_loss],
-    }
+__all__ = ["Plan", "resolve"]
 
 
 def resolve(
@@ -130,7 +45,15 @@ def resolve(
     Raises PlanError with every slot that has no layer left, ConfigError for layers or options that do not exist.
     """
     wants = wanted(profile, catalog, flags or {})
-    case = Case(machine, facts, recipe, world, environment=environment or {}, micro_batch=wants["microbatch"][0].options)
+    case = Case(
+        machine,
+        facts,
+        recipe,
+        world,
+        environment=environment or {},
+        micro_batch=wants["microbatch"][0].options,
+        wishes={slot: rows[0].layer for slot, rows in wants.items()},
+    )
     _one_gpu_per_rank(case)
     struck: dict[tuple[str, str], Reason] = {}
     while True:
@@ -173,9 +96,11 @@ def _try(
     struck: Mapping[tuple[str, str], Reason],
     fixed_environment: Mapping[str, str] | None,
 ) -> _Try:
-    tried = _Try()
+    tried, first = _Try(), wants["microbatch"][0]
+    budget = baseline(case.facts, case.recipe, case.rank_sequences)
+    budget = catalog[first.layer].memory(case, first.options, budget) if budget else None
     for slot in SLOTS:
-        here = replace(case, chosen=dict(tried.choices))
+        here = replace(case, chosen=dict(tried.choices), budget=budget)
         judged = []
         for want in wants[slot]:
             reasons = (
@@ -194,6 +119,7 @@ def _try(
         before = judged[: judged.index((want, reasons))]
         over = tuple((other.layer, tuple(why)) for other, why in before)
         tried.choices[slot] = Choice(slot, want.layer, dict(want.options), want.origin, over, tuple(reasons))
+        budget = catalog[want.layer].memory(here, want.options, budget) if budget else None
     return tried
 
 
@@ -245,7 +171,7 @@ def _plan_error(
     catalog: Catalog,
     flags: Mapping[str, Any],
 ) -> PlanError:
-    ranks = f", {_ranks(case.world.world_size)}" if case.world.world_size > 1 else ""
+    ranks = f", {ranks_in_words(case.world.world_size)}" if case.world.world_size > 1 else ""
     lines = [f"profile {profile.name} cannot run on {case.machine.label()}{ranks}"]
     width = max(len(slot) for slot in empty)
     for slot, judged in empty.items():
@@ -291,6 +217,13 @@ def _finish(profile: Profile, case: Case, choices: Mapping[str, Choice], catalog
     environment: dict[str, str] = {}
     for choice in choices.values():
         environment |= catalog[choice.layer].environment(case, choice.options)
+
+    def stands(other: Choices) -> bool:
+        layers = [catalog[choice.layer] for choice in other.values()]
+        apart = any(_conflict(first, second) for first, second in combinations(layers, 2))
+        needs = all(other[slot].layer in allowed for layer in layers for slot, allowed in layer.needs_slots.items())
+        return needs and not apart
+
     notes, gpus, used = list(case.machine.notes), len(case.machine.gpus), case.world.local_world_size
     if not profile.match.holds(case.machine):
         how = "; to train on the CPU: CUDA_VISIBLE_DEVICES= gptoughts train ..." if profile.match.gpu is False else ""
@@ -306,5 +239,6 @@ def _finish(profile: Profile, case: Case, choices: Mapping[str, Choice], catalog
         environment=environment,
         notes=tuple(notes),
         not_repeatable=tuple(choice.layer for choice in choices.values() if not _repeats(catalog[choice.layer], case)),
+        memory=fit(case, choices, catalog, stands),
         facts={key: value for key, value in vars(case.facts).items() if value is not None},
     )

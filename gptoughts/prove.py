@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 
+from gptoughts.compiling import recompiles
 from gptoughts.engine import Engine
 from gptoughts.errors import LayerError
+from gptoughts.held import held_bytes, highest
 from gptoughts.layer import Evidence, Layer, Operator, Sight, Status
 from gptoughts.planner import Plan
 
@@ -45,6 +47,8 @@ class _Trace:
     dtypes: dict[str, Counter[tuple[str, ...]]] = field(default_factory=lambda: defaultdict(Counter))
     kernels: Counter[str] = field(default_factory=Counter)
     regions: int = 0
+    allocations: list[tuple[int, int]] = field(default_factory=list)
+    """Moments and sizes, negative where memory is given back; of a CPU only."""
     copies: Counter[str] = field(default_factory=Counter)
     copy_streams: set[int] = field(default_factory=set)
     kernel_streams: set[int] = field(default_factory=set)
@@ -58,6 +62,9 @@ def warm_steps(plan: Plan, catalog: Mapping[str, Layer]) -> int:
 def watch(engine: Engine, one_step: Callable[[], None]) -> Sight:
     """Run one real training step under the profiler. Returns what was seen; whether it made an update stands in it."""
     sums, counted, marks = checksums(engine), vars(engine.counters).copy(), engine.counters.marks.copy()
+    before = held_bytes(engine)
+    if engine.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(engine.device)
     with _profiled(engine) as trace:
         began = perf_counter()
         one_step()
@@ -77,6 +84,8 @@ def watch(engine: Engine, one_step: Callable[[], None]) -> Sight:
         data_wait_seconds=counters.data_wait_seconds - counted["data_wait_seconds"],
         memcpy_streams=len(trace.copy_streams - trace.kernel_streams),
         copies=dict(trace.copies),
+        peak_bytes=_peak(engine, before, trace),
+        recompiles=recompiles(),
         marks=dict(counters.marks - marks),
     )
 
@@ -85,6 +94,12 @@ def checksums(engine: Engine) -> list[float]:
     """One float64 sum per parameter: enough to tell whether a step moved it."""
     sums = [parameter.detach().double().sum() for parameter in engine.parameters()]
     return torch.stack(sums).tolist() if sums else []
+
+
+def _peak(engine: Engine, before: int, trace: _Trace) -> int | None:
+    if engine.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(engine.device)
+    return highest(before, trace.allocations) if trace.allocations else None
 
 
 @contextmanager
@@ -96,7 +111,8 @@ def _profiled(engine: Engine) -> Iterator[_Trace]:
 
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if engine.device.type == "cuda" else [])
     trace = _Trace()
-    with profile(activities=activities, record_shapes=True, acc_events=True) as profiler:
+    on_cpu = engine.device.type == "cpu"  # elsewhere the allocator keeps its own highest mark
+    with profile(activities=activities, record_shapes=True, profile_memory=on_cpu, acc_events=True) as profiler:
         yield trace
     assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
     _read(profiler.profiler.kineto_results.events(), trace)
@@ -106,7 +122,9 @@ def _read(events: Iterable[Any], trace: _Trace) -> None:
     operators = []
     for event in events:
         name = event.name()
-        if event.device_type() == torch.autograd.DeviceType.CPU:
+        if name == "[memory]":
+            trace.allocations.append((event.start_ns(), event.nbytes()))
+        elif event.device_type() == torch.autograd.DeviceType.CPU:
             trace.calls[name] += 1
             trace.regions += name.startswith(COMPILED_REGION)
             operators += [event] if name.startswith("aten::") else []
@@ -120,8 +138,15 @@ def _read(events: Iterable[Any], trace: _Trace) -> None:
             trace.kernel_streams.add(event.device_resource_id())
     open_in: dict[int, list[Any]] = defaultdict(list)  # thread -> operators that have begun and not ended, outermost first
     for event in sorted(operators, key=lambda event: event.start_ns()):
-        trace.dtypes[event.name()][tuple(event.dtypes())] += 1
+        if not _is_outer(event):
+            trace.dtypes[event.name()][tuple(event.dtypes())] += 1
         _take_off_outer(event, open_in[event.start_thread_id()], trace)
+
+
+def _is_outer(event: Any) -> bool:
+    """Whether a product adds nothing up: a column times a row, as some models compute their rotary angles, in float32 on purpose."""
+    shapes = event.shapes()
+    return event.name() in ("aten::mm", "aten::bmm") and bool(shapes) and bool(shapes[0]) and shapes[0][-1] == 1
 
 
 def _take_off_outer(event: Any, around: list[Any], trace: _Trace) -> None:

@@ -15,7 +15,9 @@ import torch
 from gptoughts import checkpoint
 from gptoughts.config import Resolved
 from gptoughts.data.batches import Cursor
+from gptoughts.engine import Engine
 from gptoughts.errors import CheckpointError, RunError
+from gptoughts.out_of_memory import recall
 from gptoughts.planner import Plan
 from gptoughts.track.folder import RunFolder
 from gptoughts.trainer import Progress
@@ -131,6 +133,7 @@ def state_of(
     attempt: int,
     val_loss: float | None,
     validations: Mapping[str, Any] | None = None,
+    micro_batch: int | None = None,
 ) -> dict[str, Any]:
     """What a checkpoint keeps beside tensors."""
     return {
@@ -145,4 +148,32 @@ def state_of(
         "attempt": attempt,
         "val_loss": val_loss,
         "validations": dict(validations or {}),
+        "micro_batch": micro_batch,
     }
+
+
+def take_micro_batch(engine: Engine, origin: Origin | None, now: Mapping[str, Any], out: Path) -> str:
+    """Give `engine` the micro-batch that the run had, where nothing that decides it has changed, or the smaller one that memory left it.
+
+    Returns a line that says so, or nothing.
+    """
+    planned = engine.micro_batch
+    share = engine.recipe.train.global_batch // engine.ranks.size
+    kept = recall(out, planned or share)
+    if kept is not None:
+        engine.reduced_from, engine.micro_batch = planned or share, kept.sequences
+        return f"micro-batch of {kept.sequences} sequences instead of {kept.planned}: memory ran out in an earlier start"
+    if origin is None or not origin.state.get("micro_batch") or share % origin.state["micro_batch"]:
+        return ""
+    old, new = origin.state["circumstances"], now
+    same = old["world_size"] == new["world_size"] and old["recipe"]["train.global_batch"] == new["recipe"]["train.global_batch"]
+    before = origin.state["micro_batch"]
+    if (
+        not same
+        or old["layers"]["microbatch"] != json.loads(json.dumps(new["layers"]["microbatch"]))
+        or before == (planned or share)
+    ):
+        return ""
+    engine.micro_batch = before
+    engine.reduced_from = planned or share if before < (planned or share) else None
+    return f"micro-batch of {before} sequences, as before the resume"

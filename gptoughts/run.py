@@ -5,34 +5,37 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gptoughts import beforehand, checkpoint, prove, resume, training_state
+from gptoughts import beforehand, checkpoint, numerics, prove, resume, training_state
 from gptoughts.assembly import Parts, first_weights, kept_documents, parts_of, resumed_weights
 from gptoughts.build import built, meta_model, seed_generators
 from gptoughts.callbacks import Evaluate, Log, Sample, Save
 from gptoughts.config import Resolved
 from gptoughts.data.corpus import Corpus, TableCorpus, opened, prepared, prepared_validation
+from gptoughts.data.device import to_device
 from gptoughts.distributed import Ranks, started
 from gptoughts.engine import Engine
-from gptoughts.errors import LayerError, PlanError
+from gptoughts.errors import PlanError
 from gptoughts.evals import squad
-from gptoughts.layer import Sight, unproven
+from gptoughts.first_steps import FirstSteps
 from gptoughts.length import Length
 from gptoughts.machine import Machine, World
 from gptoughts.mfu import utilisation
 from gptoughts.objectives import preparing
 from gptoughts.planner import Plan
 from gptoughts.plugins import Extensions
+from gptoughts.shortage import leaving
 from gptoughts.stopping import Stopper
 from gptoughts.track.console import Console, Silent
 from gptoughts.track.folder import RunFolder
 from gptoughts.track.jsonl import Jsonl, attempts
 from gptoughts.track.picture import draw_losses
-from gptoughts.trainer import Callback, Progress, advance, call_back, train
+from gptoughts.trainer import Callback, Progress, train
 from gptoughts.writing import write
 
 
@@ -49,6 +52,8 @@ class Order:
     resume: str = "auto"
     strict: bool = False
     console: Console = field(default_factory=Console)
+    numerics: str = "check"
+    """Whether layers are compared with the baseline before the first step: "check" or "off"."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +144,8 @@ class _Run:
             self.console.say(line)
         for line in beforehand.resuming(origin, now, order.plan) if origin else ():
             self.console.say(line)
+        if order.numerics == "check" and (origin is None or origin.state["plan_digest"] != order.plan.digest()):
+            batches = self._check_numerics(batches, origin.folder if origin else None)
         with built(
             model,
             parts.family,
@@ -158,7 +165,10 @@ class _Run:
                     more = "another --eval.patience" if ended else "--train.steps N"
                     self.console.say(f"run {order.folder.name} is complete at step {progress.step}; for more: {more}")
                     return self._outcome(progress, None, origin.folder)
-            with self.stopper.listening():
+            said = resume.take_micro_batch(engine, origin, now, self.out)
+            if said:
+                self.console.say(said)
+            with self.stopper.listening(), leaving(engine, self.out):
                 return self._train(engine, progress, now, validations)
 
     # Before the first step.
@@ -169,6 +179,34 @@ class _Run:
         return prepared(
             read, preparing(parts.objective, "training"), self.recipe.train.global_batch, world.rank, world.world_size
         )
+
+    def _check_numerics(self, batches: Iterator[Any], saved: Path | None) -> Iterator[Any]:
+        """Compare the layers with the baseline on the first batch. Returns the batches, that one among them."""
+        recipe, parts, device = self.recipe, self.parts, self.ranks.device
+        first = next(batches)
+
+        def weights(model: Any) -> Any:
+            return (
+                resumed_weights(recipe, parts, model, device, saved) if saved else first_weights(recipe, parts, model, device)
+            )
+
+        found = numerics.compare(
+            recipe,
+            self.order.plan,
+            self.order.extensions.catalog,
+            parts.family,
+            parts.objective,
+            device,
+            to_device(first[0], device),
+            lambda: meta_model(recipe, parts.family, parts.rows),
+            weights,
+        )
+        for line in found.lines():
+            self.console.say(line)
+        if self.ranks.first:
+            (self.out / "numerics.json").write_text(json.dumps(found.to_json(), indent=1) + "\n", encoding="utf-8")
+        found.demand()
+        return chain([first], batches)
 
     def _record_start(self, skipped: list[str]) -> None:
         metrics = self.out / "metrics.jsonl"
@@ -208,9 +246,13 @@ class _Run:
         self.console.say(formula)
         log = Log(self.recipe.log.every, sinks, self.console, mfu, self.length.steps, self.length.remaining)
         log.start(progress, engine)
+        plan, catalog = self.order.plan, self.order.extensions.catalog
+        first = FirstSteps(plan, catalog, self.ranks, self.console, self.out, self.attempt, self.order.strict)
         callbacks: list[Callback] = [log, *([evaluate] if evaluate else []), save, sample]
         try:
-            progress = self._watched(engine, progress, callbacks, finished)
+            progress = first.run(
+                engine, progress, callbacks, finished, self.length.rate, self.stopper.asked, lambda: self.stopper.stopped
+            )
             if not self.stopper.stopped:
                 progress = train(engine, progress, finished, self.length.rate, callbacks, self.stopper.asked)
         finally:
@@ -219,61 +261,12 @@ class _Run:
             for sink in sinks:
                 sink.close()
         if self.ranks.first:
-            if not self.seen:
-                self._say_unwatched()
+            if not first.seen:
+                first.say_unwatched()
             draw_losses(self.out / "metrics.jsonl", self.out / "loss.png", self.order.folder.name)
+        self.seen = first.seen
         newest = checkpoint.newest(self.order.folder.checkpoints)[0] if self.ranks.first else None
         return self._outcome(progress, evaluate.result if evaluate else None, newest, sample.text)
-
-    def _watched(
-        self, engine: Engine, progress: Progress, callbacks: list[Callback], finished: Callable[[Progress], bool]
-    ) -> Progress:
-        """Warm up, watch one real step, and stop the run where a planned layer was not seen."""
-        warm = progress.step + prove.warm_steps(self.order.plan, self.order.extensions.catalog)
-        progress = train(
-            engine,
-            progress,
-            finished,
-            self.length.rate,
-            callbacks,
-            self.stopper.asked,
-            pause=lambda now: now.step >= warm,
-        )
-        if finished(progress) or self.stopper.stopped:
-            return progress
-        while True:
-            held: list[Any] = []
-            sight = prove.watch(engine, lambda: held.extend(advance(engine, progress, self.length.rate)))  # noqa: B023
-            progress, stats = held
-            stopped = self.stopper.asked(progress)
-            if sight.updated:
-                self._judge(engine, progress, sight)
-            progress = call_back(engine, progress, stats, callbacks, finished(progress), stopped)
-            if sight.updated or stopped:
-                return progress
-
-    def _judge(self, engine: Engine, progress: Progress, sight: Sight) -> None:
-        """Record what the watched step showed; stop where a planned layer was not seen."""
-        seen = prove.evidence(engine, self.order.plan, self.order.extensions.catalog, sight)
-        if self.ranks.first:
-            record = {"step": progress.step, "attempt": self.attempt, "layers": [line.to_json() for line in seen]}
-            (self.out / "evidence.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        self.console.say(f"watched step {progress.step}\n{prove.table(seen)}")
-        mine = prove.failures(seen, self.order.strict)
-        if self.ranks.any(bool(mine)) and not mine:
-            raise LayerError("a planned layer was not active on another rank; its own message names it")
-        prove.demand(seen, self.order.strict)
-        self.seen = tuple(seen)
-
-    def _say_unwatched(self) -> None:
-        """A run that ended before its watched step proved nothing, and says so."""
-        layers = [
-            prove.Seen(choice.slot, choice.layer, unproven("the run ended before a step could be watched")).to_json()
-            for choice in self.order.plan.choices
-        ]
-        record = {"step": None, "attempt": self.attempt, "layers": layers}
-        (self.out / "evidence.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        self.console.say("note: the run ended before a step could be watched; no layer was proven")
 
     # What callbacks need.
 
@@ -308,7 +301,7 @@ class _Run:
             newest = evaluate.result if evaluate else None
             val_loss = newest[1] if newest and newest[0] == progress.step else None
             memory = evaluate.memory() if evaluate else {}
-            state = resume.state_of(progress, now, self.order.plan, self.attempt, val_loss, memory)
+            state = resume.state_of(progress, now, self.order.plan, self.attempt, val_loss, memory, engine.micro_batch)
             folders = {"tokenizer": self.corpus.tokenizer_folder}
             return training_state.snapshot(engine, progress.step, state, documents, folders, weights)
 

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from gptoughts.accumulation import accumulate
 from gptoughts.engine import Engine
 from gptoughts.optim import set_rate
 
@@ -64,23 +65,15 @@ def train_step(engine: Engine, rate: float) -> StepStats:
     The loss is the sum over all micro-batches and ranks divided by the sum of their weights. Ranks average gradients, hence the
     factor of their number.
     """
+    if engine.optimizer is not None:
+        set_rate(engine.optimizer, rate)  # before the backward, in which some engines update already
     batch, cursor = engine.next_batch()
     weight = engine.ranks.sum(engine.objective.weight(batch))
     # A weight of 0 is an error that the log names; here it must only not poison the weights before it is read.
     scale = engine.ranks.size / torch.where(weight > 0, weight, torch.ones_like(weight))
-    micro_batches = engine.micro_batches(batch)
-    loss_sum = torch.zeros((), device=engine.device)
-    for index, micro_batch in enumerate(micro_batches):
-        with engine.grad_sync(index == len(micro_batches) - 1):
-            with engine.forward_context():
-                loss = engine.objective(engine.model, micro_batch)
-            engine.backward(loss * scale)
-        loss_sum += loss.detach()
+    loss_sum = accumulate(engine, batch, scale)
     grad_norm = engine.clip()
-    if engine.optimizer is not None:
-        set_rate(engine.optimizer, rate)
     updated = engine.step()
-    engine.counters.micro_batches += len(micro_batches)
     engine.counters.updates += updated
     tokens = engine.objective.tokens(batch) * engine.ranks.size
     return StepStats(loss_sum, weight, grad_norm, updated, tokens, cursor, rate)

@@ -8,6 +8,9 @@ usage: launch/torchrun.sh N [RECIPE] [FLAGS]
 
 Starts N ranks on this machine with torchrun, each running `gptoughts train RECIPE FLAGS`.
 
+A rank whose memory ran out writes a smaller micro-batch down, and all ranks leave. A run with a name is then started again, at most 5
+times, and goes on from its last checkpoint.
+
   launch/torchrun.sh 8 gpt-1b --run first
 TEXT
 }
@@ -39,4 +42,21 @@ if [ -z "${OMP_NUM_THREADS:-}" ]; then
     [ "$share" -ge 1 ] || share=1
     export OMP_NUM_THREADS="$share"
 fi
-exec "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$ranks" -m gptoughts -- train "$@"
+
+# torchrun leaves with 1 whatever its ranks left with, so a rank whose memory ran out writes into this file.
+GPTOUGHTS_SHORTAGE="$(mktemp)"
+export GPTOUGHTS_SHORTAGE
+trap 'rm -f "$GPTOUGHTS_SHORTAGE"' EXIT
+for again in 5 4 3 2 1 0; do
+    code=0
+    "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$ranks" -m gptoughts -- train "$@" || code=$?
+    if [ "$code" -eq 0 ] || [ ! -s "$GPTOUGHTS_SHORTAGE" ] || [ "$again" -eq 0 ]; then
+        exit "$code"
+    fi
+    case " $* " in
+        *' --run'*) ;;
+        *) exit "$code" ;; # a run without a name would begin anew
+    esac
+    : >"$GPTOUGHTS_SHORTAGE"
+    echo 'launch/torchrun.sh: memory ran out; starting again with the smaller micro-batch' >&2
+done

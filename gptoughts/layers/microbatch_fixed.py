@@ -9,13 +9,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from gptoughts.layer import Engine, Evidence, Layer, Option, Options, Sight, active, inactive
+from gptoughts.layer import Budget, Case, Engine, Evidence, Layer, Option, Options, Sight, active, inactive
 
 
 def size(options: Options, share: int, sequence_length: int) -> int:
     """Sequences per forward for a rank's share of the global batch."""
     most = options["sequences"] or max(1, options["tokens"] // sequence_length)
     return next(count for count in range(min(most, share), 0, -1) if share % count == 0)
+
+
+def memory(case: Case, options: Options, budget: Budget) -> Budget:
+    """A forward holds the activations of a slice; gradients add up over the slices."""
+    return budget.per_forward(size(options, case.rank_sequences, case.recipe.data.sequence_length), case.rank_sequences)
 
 
 def _share(engine: Engine) -> int:
@@ -33,13 +38,15 @@ def apply(engine: Engine, options: Options) -> Iterator[None]:
 
 def verify(engine: Engine, sight: Sight, options: Options) -> Evidence:
     """The step had as many forwards as the share has slices."""
-    per_forward = size(options, _share(engine), engine.recipe.data.sequence_length)
+    planned = size(options, _share(engine), engine.recipe.data.sequence_length)
+    per_forward = engine.micro_batch if engine.reduced_from and engine.micro_batch else planned
     wanted = _share(engine) // per_forward
     if sight.micro_batches != wanted:
         return inactive(
             f"{sight.micro_batches} forwards in the step, {wanted} planned", forwards=sight.micro_batches, expected=wanted
         )
-    return active(f"{wanted} forwards of {per_forward} sequences", forwards=wanted, sequences=per_forward)
+    less = f", made smaller from {engine.reduced_from} when memory ran out" if engine.reduced_from else ""
+    return active(f"{wanted} forwards of {per_forward} sequences{less}", forwards=wanted, sequences=per_forward)
 
 
 LAYER = Layer(
@@ -48,6 +55,7 @@ LAYER = Layer(
     card=__doc__ or "",
     apply=apply,
     verify=verify,
+    memory=memory,
     options={
         "sequences": Option(None, "sequences per forward", int),
         "tokens": Option(16384, "tokens per forward, where sequences is not given", int),

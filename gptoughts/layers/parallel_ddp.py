@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
-from gptoughts.layer import Case, Engine, Evidence, Layer, Options, Reason, Sight, active, cannot, inactive
+from gptoughts.layer import Budget, Case, Engine, Evidence, Layer, Options, Reason, Sight, active, cannot, inactive
 
 
 def fits(case: Case, options: Options) -> Iterator[Reason]:
@@ -25,6 +26,11 @@ def fits(case: Case, options: Options) -> Iterator[Reason]:
             f"train.global_batch = {case.recipe.train.global_batch} cannot be shared by {ranks} ranks",
             remedy=f"--train.global-batch {near}",
         )
+
+
+def memory(case: Case, options: Options, budget: Budget) -> Budget:
+    """Gradients lie in the buckets that ranks exchange, which stay."""
+    return replace(budget, accumulates=True)
 
 
 @contextmanager
@@ -71,6 +77,7 @@ LAYER = Layer(
     card=__doc__ or "",
     apply=apply,
     verify=verify,
+    memory=memory,
     fits=fits,
     wraps=("grad_sync",),
     changes_numerics=True,

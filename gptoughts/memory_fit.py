@@ -1,0 +1,168 @@
+"""Does it fit? The memory that a plan's step is expected to hold, against what a rank has, and the cheapest changes that would make it fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from gptoughts.layer import Case, Choice, Kind, Layer
+from gptoughts.memory import GIB, Budget, Verdict, baseline, verdict
+
+Choices = Mapping[str, Choice]
+
+SOURCE = "docs/measurements/cpu/memory.json"
+"""How near such a figure was to what a step held."""
+
+CHANGES: tuple[tuple[str, str, Mapping[str, Any]], ...] = (
+    ("loss", "fused-ce", {}),
+    ("recompute", "recompute-ops", {}),
+    ("optimizer", "8bit", {}),
+    ("recompute", "recompute-blocks", {}),
+    ("update", "in-backward", {}),
+    ("offload", "offload-activations", {}),
+    ("optimizer_offload", "state-on-cpu", {}),
+)
+"""What to try after a smaller micro-batch, the cheapest first. torchtune's ladder for Llama-3.2-3B on an A100 in tok/s: a chunked loss
+lost nothing, 8-bit state 5 %, recomputing blocks 21 %; the order of the others is ours."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Expected memory of one rank. `changes` are flags that together would make it fit; None where nothing known does."""
+
+    budget: Budget | None
+    memory_bytes: int | None
+    verdict: Verdict
+    changes: tuple[str, ...] | None = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; empty where the model's sizes are not known."""
+        if self.budget is None:
+            return {}
+        changes = None if self.changes is None else list(self.changes)
+        return {**self.budget.to_json(), "memory_bytes": self.memory_bytes, "verdict": str(self.verdict), "changes": changes}
+
+    def lines(self) -> Iterator[str]:
+        """The answer as a person reads it."""
+        if self.budget is None:
+            yield "memory n/a: not all sizes of the model are known before its data is read"
+            return
+        parts = self.budget.to_json()
+        named = ", ".join(f"{name} {_size(value)}" for name, value in parts.items() if name != "peak" and value)
+        whole = f" of {_size(self.memory_bytes)}: {self.verdict}" if self.memory_bytes else ""
+        yield f"memory per rank: {named}"
+        yield f"  at most {_size(parts['peak'])} at one time{whole}"
+        if self.verdict in (Verdict.DOES_NOT, Verdict.TIGHT):
+            what = "no layer that is known makes it fit; take a smaller model, --adapter.kind lora or more ranks"
+            yield f"  to make it fit: {what if self.changes is None else ' '.join(self.changes)}"
+
+
+def _size(value: int | None) -> str:
+    if value is None:
+        return "n/a"
+    return f"{value / GIB:.2f} GiB" if value >= GIB else f"{value / 2**20:.0f} MiB"
+
+
+def memory_of_rank(case: Case) -> int | None:
+    """Memory that one rank may fill: of the smallest GPU, or its share of the machine's."""
+    if case.on_gpu:
+        known = [gpu.memory_bytes for gpu in case.machine.gpus]
+        return None if None in known else min(size for size in known if size is not None)
+    whole = case.machine.memory_bytes
+    return None if whole is None else whole // case.world.local_world_size
+
+
+@dataclass(frozen=True)
+class Room:
+    """Bytes that a step is expected to hold at most, and those that there are."""
+
+    need: int
+    have: int
+
+    @property
+    def is_enough(self) -> bool:
+        """Whether it fits with what nothing predicts left over."""
+        return verdict(self.need, self.have) is Verdict.FITS
+
+    def __str__(self) -> str:
+        return f"about {self.need / GIB:.1f} GiB of {self.have / GIB:.0f} GiB"
+
+
+def room(case: Case, change: Callable[[Budget], Budget] = lambda budget: budget) -> Room | None:
+    """What a step would hold with the layers chosen so far and `change`; None where it cannot be told.
+
+    Where the vocabulary is not known before the text is read the blocks alone are counted.
+    """
+    have, facts = memory_of_rank(case), case.facts
+    if have is None or facts.depth is None or facts.width is None or facts.sequence_length is None:
+        return None
+    if case.budget is not None:
+        return Room(change(case.budget).peak, have)
+    blocks = replace(facts, vocab_size=facts.vocab_size or 0, parameters=facts.parameters or 12 * facts.depth * facts.width**2)
+    budget = baseline(blocks, case.recipe, case.forward_sequences)
+    return None if budget is None else Room(change(budget).peak, have)
+
+
+def expected(case: Case, choices: Choices, catalog: Mapping[str, Layer]) -> Budget | None:
+    """The baseline's budget, changed by every chosen layer in the order of slots; None where sizes are not known."""
+    budget = baseline(case.facts, case.recipe, case.rank_sequences)
+    if budget is None:
+        return None
+    here = replace(case, chosen=dict(choices))
+    for choice in choices.values():
+        budget = catalog[choice.layer].memory(here, choice.options, budget)
+    return budget
+
+
+def fit(case: Case, choices: Choices, catalog: Mapping[str, Layer], stands: Callable[[Choices], bool]) -> Fit:
+    """The answer for a plan. `stands` says whether other choices could run together."""
+    budget, here = expected(case, choices, catalog), memory_of_rank(case)
+    if budget is None:
+        return Fit(None, here, Verdict.UNKNOWN)
+    found = verdict(budget.peak, here)
+    if found not in (Verdict.DOES_NOT, Verdict.TIGHT):
+        return Fit(budget, here, found)
+    return Fit(budget, here, found, _changes(case, choices, catalog, stands, here))
+
+
+def _changes(
+    case: Case, choices: Choices, catalog: Mapping[str, Layer], stands: Callable[[Choices], bool], memory_bytes: int | None
+) -> tuple[str, ...] | None:
+    """The first changes of the ladder that together fit, without those that turned out not to be needed."""
+    steps: list[tuple[Choice, str]] = []
+
+    def fits(taken: list[tuple[Choice, str]]) -> bool:
+        tried = {**choices, **{choice.slot: choice for choice, _ in taken}}
+        budget = expected(case, tried, catalog)
+        return budget is not None and verdict(budget.peak, memory_bytes) is Verdict.FITS
+
+    for choice, flags in _ladder(case, choices, catalog):
+        tried = {**choices, **{one.slot: one for one, _ in steps}, choice.slot: choice}
+        if not stands(tried):
+            continue
+        steps = [*(step for step in steps if step[0].slot != choice.slot), (choice, flags)]
+        if fits(steps):
+            for step in list(steps[:-1]):
+                rest = [other for other in steps if other is not step]
+                steps = rest if fits(rest) else steps
+            return tuple(flags for _, flags in steps)
+    return None
+
+
+def _ladder(case: Case, choices: Choices, catalog: Mapping[str, Layer]) -> Iterator[tuple[Choice, str]]:
+    sequences = case.forward_sequences
+    while sequences > 1 and "fixed" in catalog:
+        sequences //= 2
+        options = catalog["fixed"].read_options({"sequences": sequences}, "memory")
+        yield (
+            Choice("microbatch", "fixed", options, "memory"),
+            f"--layer.microbatch fixed --layer.microbatch.sequences {sequences}",
+        )
+    for slot, name, given in CHANGES:
+        if name not in catalog or choices[slot].layer == name:
+            continue
+        options = catalog[name].read_options(given, "memory")
+        reasons = catalog[name].unmet(replace(case, chosen=dict(choices)), options)
+        if not any(reason.kind is Kind.CANNOT for reason in reasons):
+            yield Choice(slot, name, options, "memory"), f"--layer.{slot.replace('_', '-')} {name}"
