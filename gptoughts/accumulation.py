@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import torch
 from torch import Tensor
 
@@ -52,6 +54,7 @@ def _make_smaller(engine: Engine, batch: Batch, told: str) -> None:
     for parameter in engine.parameters():
         parameter.grad = None
     getattr(engine.objective, "forget", lambda: None)()
+    gc.collect()
     if engine.device.type == "cuda":
         torch.cuda.empty_cache()
     if less is None:

@@ -112,7 +112,9 @@ class Fused:
         Inside its context, because modules ask there which recipe is meant while they make their quantisers; without gradients, because
         leaving the context would move the scales.
         """
-        if not state:
+        if not state:  # as before the first step
+            for name, kept in self.state_dict().items():
+                kept.fill_(1.0 if name.endswith(".scale") else 0.0)
             return
         with torch.no_grad(), self.quantised():
             for site, module in zip(self.sites, self.modules, strict=True):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 OUT, BACK, FORWARDS = "offload-activations", "offload-activations: back", "offload-activations: forwards"
+LARGEST = "offload-activations: bytes of the largest that was too small"
 WEIGHT_FORMS = (
     "ToCopyBackward",
     "TBackward",
@@ -47,7 +48,8 @@ class HostActivations:
     """Gives a context for every forward: inside it, what autograd saves of at least `least_bytes` goes to the host.
 
     ahead   tensors to fetch before the backward asks for them
-    marks   counts what went out, what came back, and forwards of which at least `blocks` tensors went out
+    marks   counts what went out, what came back, and forwards of which at least `blocks` tensors went out; remembers the largest
+            tensor that stayed because of its size alone
     """
 
     model: nn.Module
@@ -84,6 +86,7 @@ class _Forward(AbstractContextManager[None]):
 
     def __exit__(self, *error: object) -> None:
         self._hooks.__exit__(*error)
+        del self._hooks  # they hold this, which holds them: a cycle that only the collector would end
         self.owner.marks[FORWARDS] += self.count >= max(1, self.owner.blocks)
 
     def pack(self, tensor: Tensor) -> Tensor | Away:
@@ -135,11 +138,17 @@ class _Forward(AbstractContextManager[None]):
 
     def _is_worth_it(self, tensor: Tensor) -> bool:
         """Large, dense in its own way, and no weight: neither a parameter, nor a view or a cast of one."""
-        if (
-            tensor.nbytes < self.owner.least_bytes
-            or type(tensor) not in (Tensor, nn.Parameter)
-            or tensor.layout is not torch.strided
-        ):
+        small, marks = tensor.nbytes < self.owner.least_bytes, self.owner.marks
+        if small and tensor.nbytes <= marks[LARGEST]:
+            return False
+        if not self._could_travel(tensor):
+            return False
+        if small:
+            marks[LARGEST] = tensor.nbytes
+        return not small
+
+    def _could_travel(self, tensor: Tensor) -> bool:
+        if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided:
             return False
         if any(stride == 0 and size > 1 for size, stride in zip(tensor.size(), tensor.stride(), strict=True)):
             return False  # an expanded tensor is smaller where it is

@@ -66,6 +66,17 @@ class OnHost(torch.optim.Optimizer):
         state.clear()
         state.update({key: value.cpu() if isinstance(value, Tensor) else value for key, value in values.items()})
 
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take a state back, or with an empty one begin anew: what lies on the host goes with what is replaced."""
+        super().load_state_dict(dict(state_dict))
+        loaded = dict(self.state)
+        self._copies.clear()
+        self.inner.state.clear()
+        self.state.clear()
+        self.inner.param_groups = self.param_groups
+        for parameter, values in loaded.items():
+            self.take(parameter, values)
+
     def _copy(self, parameter: Tensor) -> _Copy:
         if id(parameter) not in self._copies:
             copy = self._copies[id(parameter)] = _Copy(parameter)

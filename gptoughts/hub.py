@@ -29,6 +29,7 @@ CODE = ["*.py"]
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 DEEPEST = 3
 """Folders below a package that are searched for a model."""
+WAYS = "\n  try: --model.path FOLDER, or --model.config FILE to plan or train from random weights"
 
 
 def folder_of(name: str) -> Path:
@@ -147,7 +148,7 @@ def _from_hub(name: str) -> Path:
 def _fetched(name: str, files: list[str]) -> Path:
     if any(os.environ.get(word, "0").upper() in ("1", "ON", "YES", "TRUE") for word in OFFLINE):
         raise ConfigError(
-            f"model {name}: neither a folder here nor whole in Hugging Face's cache, and HF_HUB_OFFLINE forbids to ask"
+            f"model {name}: neither a folder here nor whole in Hugging Face's cache, and HF_HUB_OFFLINE forbids to ask{WAYS}"
         )
     try:
         from huggingface_hub import snapshot_download
@@ -158,7 +159,7 @@ def _fetched(name: str, files: list[str]) -> Path:
         return Path(snapshot_download(name, allow_patterns=files))
     except (OSError, ValueError, RuntimeError, HfHubHTTPError) as error:  # no network, no such model, gated, disk full
         said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ConfigError(f"model {name}: neither a folder here nor to be had from the hub: {said[:200]}") from None
+        raise ConfigError(f"model {name}: neither a folder here nor to be had from the hub: {said[:200]}{WAYS}") from None
 
 
 def _hub_cache() -> Path:

@@ -17,7 +17,7 @@ from json import JSONDecodeError, loads
 from pathlib import Path
 from typing import Any
 
-from gptoughts.cpu import ROOT, Cpu, read_cpu, read_memory_bytes
+from gptoughts.cpu import ROOT, Cpu, read_cpu, read_free_bytes, read_memory_bytes
 from gptoughts.errors import ConfigError, nearest
 from gptoughts.nvml import Gpu, read_gpus
 
@@ -51,6 +51,8 @@ class Machine:
     cuda: str | None = None
     packages: dict[str, str] = field(default_factory=dict, hash=False)
     notes: tuple[str, ...] = ()
+    free_bytes: int | None = field(default=None, compare=False)
+    """Of its memory, when it was looked at."""
 
     def label(self) -> str:
         """`8 x NVIDIA H100 80GB HBM3 (sm 9.0)`, a mixed box joined by ` + `, or `CPU: 2 cores, ...`."""
@@ -66,8 +68,11 @@ class Machine:
         return min(known) if known and len(known) == len(self.gpus) else None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain dicts, lists, strings and numbers."""
-        return typing.cast("dict[str, Any]", _plain(asdict(self)))
+        """Plain dicts, lists, strings and numbers; without what was free, which is true for a moment."""
+        plain = typing.cast("dict[str, Any]", _plain(asdict(self)))
+        for part in (plain, *plain["gpus"]):
+            del part["free_bytes"]
+        return plain
 
     @staticmethod
     def from_json(value: object, source: str = "machine") -> Machine:
@@ -119,6 +124,7 @@ def probe(environment: Mapping[str, str] | None = None, system: str = sys.platfo
         cuda=reading.cuda if reading else None,
         packages=packages,
         notes=(*(reading.notes if reading else ()), *notes, *said),
+        free_bytes=read_free_bytes(root) if system == "linux" else None,
     )
 
 

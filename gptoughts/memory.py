@@ -114,11 +114,13 @@ class Budget:
 
     def only(self, outputs: float) -> Budget:
         """With a block's input and `outputs` elements per token kept, and the rest computed again, one block at a time."""
-        return replace(self, full=float(self.width), compute=outputs, scores=0)
+        return replace(self, full=float(self.width), compute=outputs, scores=0, gated=False)
 
     def compiled(self) -> Budget:
         """With blocks compiled: what a norm or an activation function gives is computed again from its input, which is kept anyway."""
-        return replace(self, full=2 * self.width, compute=self.compute - (self.inner_width if self.gated else 0))
+        return replace(
+            self, full=min(self.full, 2.0 * self.width), compute=self.compute - (self.inner_width if self.gated else 0)
+        )
 
     @property
     def workspace(self) -> int:

@@ -53,6 +53,7 @@ class Compared:
     """Relative difference."""
     cosine: float
     allowed: tuple[float, float]
+    baseline: str
 
     @property
     def near(self) -> bool:
@@ -87,6 +88,11 @@ class Numerics:
         """Plain data."""
         return {"compared": [one.to_json() for one in self.compared], "left_out": list(self.left_out), "seconds": self.seconds}
 
+    @property
+    def near(self) -> bool:
+        """Whether every layer that was compared is as near as its kind must be."""
+        return all(one.near for one in self.compared)
+
     def demand(self) -> None:
         """Raise LayerError for every layer that computes something else than the baseline."""
         far = [
@@ -96,7 +102,8 @@ class Numerics:
             raise LayerError(
                 "planned, and other numbers than the baseline's with these weights and this text\n"
                 + "\n".join(far)
-                + "\n  try: --layer.SLOT with another layer, or --numerics off to train all the same"
+                + f"\n  try: {' '.join(f'--layer.{one.slot} {one.baseline}' for one in self.compared if not one.near)}, "
+                "or --numerics off to train all the same"
             )
 
 
@@ -129,11 +136,12 @@ def compare(
     batch: Batch,
     model: Callable[[], nn.Module],
     weights: Callable[[nn.Module], Source],
+    late: Callable[[bool], bool] = bool,
 ) -> Numerics:
     """Compare every layer of `plan` that changes numerics with the baseline, for at most 20 s; what is left out is named.
 
     `model` makes the recipe's model on meta, `weights` the source to fill it from; `batch` is a batch on the device, of which the first
-    sequence is taken.
+    sequence is taken. `late` hears whether time is up and says whether it is for all ranks. Dropout draws nothing here.
     """
     began = perf_counter()
     asked = [
@@ -142,6 +150,8 @@ def compare(
         if choice.slot in COMPARED and catalog[choice.layer].changes_numerics and not catalog[choice.layer].baseline
     ]
     first = {key: value[:1] for key, value in batch.items()}
+    if float(objective.weight(first)) == 0:  # nothing in it is learnt, so nothing would be compared
+        first = dict(batch)
 
     def run(choices: tuple[Choice, ...]) -> tuple[float, list[Tensor]]:
         small = shortened(model(), family)
@@ -153,17 +163,19 @@ def compare(
 
     if not asked:
         return Numerics((), (), 0.0)
-    drawn = torch.get_rng_state()
+    drawn = torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     base = run(tuple(_baseline(slot, catalog) for slot in SLOTS))
     longest = perf_counter() - began
     done: list[Compared] = []
     for choice in asked:
-        if perf_counter() - began + longest > SECONDS:
+        if late(perf_counter() - began + longest > SECONDS):
             break
         since = perf_counter()
         done.append(_compared(choice, base, run(alone(choice, plan, catalog)), plan, catalog))
         longest = max(longest, perf_counter() - since)
-    torch.set_rng_state(drawn)
+    torch.set_rng_state(drawn[0])
+    if drawn[1] is not None:
+        torch.cuda.set_rng_state(drawn[1], device)
     return Numerics(tuple(done), tuple(f"{one.slot}={one.layer}" for one in asked[len(done) :]), perf_counter() - began)
 
 
@@ -191,9 +203,14 @@ def _baseline(slot: str, catalog: Mapping[str, Layer]) -> Choice:
 
 def _gradient(engine: Engine, batch: Batch) -> tuple[float, list[Tensor]]:
     engine.model.train()
+    for module in engine.bare.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.eval()  # what is drawn differs between kernels and dtypes that are otherwise the same
+    # As in a step, the sum is divided by its weight: a scaler's range is made for that, not for a sum over tokens.
+    weight = max(1.0, float(engine.objective.weight(batch)))
     with engine.grad_sync(True):
         with engine.forward_context():
-            loss = engine.objective(engine.model, batch)
+            loss = engine.objective(engine.model, batch) / weight
         engine.backward(loss)
     missing = [torch.zeros_like(parameter) if parameter.grad is None else parameter.grad for parameter in engine.parameters()]
     return float(loss.detach()), [gradient.detach() for gradient in missing]
@@ -212,8 +229,9 @@ def _compared(
         float(sum((a.double() * b.double()).sum() for a, b in rows))
         for rows in (pairs, [(a, a) for a, _ in pairs], [(b, b) for _, b in pairs])
     )
-    cosine = dot / (one * two) ** 0.5 if one > 0 and two > 0 else float(one == two)
+    cosine = dot / (one * two) ** 0.5 if one * two != 0 else float(one == two)  # what is no number stays none
     beside = [made.layer for made in alone(choice, plan, catalog)]
     kinds = [TOLERANCE[name] for name in beside if name in TOLERANCE] or [SAME]
     allowed = max(kind[0] for kind in kinds), min(kind[1] for kind in kinds)
-    return Compared(choice.slot, choice.layer, abs(its - loss) / max(abs(loss), 1e-30), cosine, allowed)
+    far = abs(its - loss) / max(abs(loss), 1e-30)
+    return Compared(choice.slot, choice.layer, far, cosine, allowed, _baseline(choice.slot, catalog).layer)

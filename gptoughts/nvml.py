@@ -43,6 +43,8 @@ class Gpu:
     mig: bool = False
     numa_node: int | None = None
     links: tuple[str, ...] = ()
+    free_bytes: int | None = field(default=None, compare=False)
+    """Of its memory, when it was looked at: other processes may hold the rest."""
 
     @property
     def architecture(self) -> str | None:
@@ -293,6 +295,7 @@ class _Reader:
             mig=device.parent is not None,
             numa_node=self._numa_node(board),
             links=tuple(_link(device, other) for other in visible if other is not device),
+            free_bytes=int(memory.free) if memory else None,
         )
 
     def _numa_node(self, board: Device) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,7 +50,7 @@ class Kept:
 
 def keep(folder: Path, kept: Kept) -> None:
     """Write it down for the next start."""
-    part = folder / f"{FILE}.part"
+    part = folder / f"{FILE}.{os.getpid()}.part"  # ranks may run out together
     part.write_text(json.dumps(vars(kept), indent=1) + "\n", encoding="utf-8")
     part.replace(folder / FILE)
 

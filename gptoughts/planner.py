@@ -200,7 +200,10 @@ def _way_out(
     except (PlanError, ConfigError):
         plan = None
     if plan is None:
+        # A layer that was refused here is no way out for the others of its slot.
+        refused = {f"--layer.{slot.replace('_', '-')} {want.layer}" for slot, judged in empty.items() for want, _ in judged}
         remedies = [reason.remedy for judged in empty.values() for _, why in judged for reason in why if reason.remedy]
+        remedies = [remedy for remedy in remedies if remedy not in refused] or remedies
         return "; or ".join(dict.fromkeys(remedies)) or "another machine or recipe; no shipped profile runs this one here"
     taken = ", ".join(f"{slot}={plan.layers[slot]}" for slot in dict.fromkeys([*empty, "precision", "attention"]))
     if failed and auto.path == profile.path:

@@ -29,6 +29,8 @@ class Seen:
     slot: str
     layer: str
     evidence: Evidence
+    instead: str = "--layer.SLOT with another layer"
+    """What to type to do without it."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -119,7 +121,7 @@ def _profiled(engine: Engine) -> Iterator[_Trace]:
 
 
 def _read(events: Iterable[Any], trace: _Trace) -> None:
-    operators = []
+    operators, updating = [], []
     for event in events:
         name = event.name()
         if name == "[memory]":
@@ -128,6 +130,7 @@ def _read(events: Iterable[Any], trace: _Trace) -> None:
             trace.calls[name] += 1
             trace.regions += name.startswith(COMPILED_REGION)
             operators += [event] if name.startswith("aten::") else []
+            updating += [event] if name.startswith("Optimizer.step#") else []
         elif name.startswith("Memcpy"):
             direction = name.split()[1]
             trace.copies[direction] += 1
@@ -136,20 +139,25 @@ def _read(events: Iterable[Any], trace: _Trace) -> None:
         elif not name.startswith("Memset"):
             trace.kernels[name] += 1
             trace.kernel_streams.add(event.device_resource_id())
+    updates = [(event.start_ns(), event.start_ns() + event.duration_ns()) for event in updating]
     open_in: dict[int, list[Any]] = defaultdict(list)  # thread -> operators that have begun and not ended, outermost first
     for event in sorted(operators, key=lambda event: event.start_ns()):
-        if not _is_outer(event):
+        if _is_of_the_model(event, updates):
             trace.dtypes[event.name()][tuple(event.dtypes())] += 1
-        _take_off_outer(event, open_in[event.start_thread_id()], trace)
+        _take_off_outer(event, open_in[event.start_thread_id()], trace, updates)
 
 
-def _is_outer(event: Any) -> bool:
-    """Whether a product adds nothing up: a column times a row, as some models compute their rotary angles, in float32 on purpose."""
-    shapes = event.shapes()
-    return event.name() in ("aten::mm", "aten::bmm") and bool(shapes) and bool(shapes[0]) and shapes[0][-1] == 1
+def _is_of_the_model(event: Any, updates: list[tuple[int, int]]) -> bool:
+    """Not a product within an optimiser's update, which is float32 whatever the model is, nor one that adds nothing up: a column times a
+    row, as some models compute their rotary angles, in float32 on purpose.
+    """
+    began, shapes = event.start_ns(), event.shapes()
+    if any(first <= began < last for first, last in updates):
+        return False
+    return not (event.name() in ("aten::mm", "aten::bmm") and bool(shapes) and bool(shapes[0]) and shapes[0][-1] == 1)
 
 
-def _take_off_outer(event: Any, around: list[Any], trace: _Trace) -> None:
+def _take_off_outer(event: Any, around: list[Any], trace: _Trace, updates: list[tuple[int, int]]) -> None:
     """An operator called from Python is recorded twice under autocast: with the inputs that it was given, and inside with those it
     computed with. The inner one is what ran."""
     name, began = event.name(), event.start_ns()
@@ -157,14 +165,21 @@ def _take_off_outer(event: Any, around: list[Any], trace: _Trace) -> None:
         around.pop()
     if around and around[-1].name() == name:
         trace.calls[name] -= 1
-        trace.dtypes[name][tuple(around[-1].dtypes())] -= 1
+        trace.dtypes[name][tuple(around[-1].dtypes())] -= _is_of_the_model(around[-1], updates)
     around.append(event)
 
 
 def evidence(engine: Engine, plan: Plan, catalog: Mapping[str, Layer], sight: Sight) -> list[Seen]:
     """Every layer's own verdict on the watched step, in the order of slots."""
+    baselines = {layer.slot: layer.name for layer in catalog.values() if layer.baseline}
     return [
-        Seen(choice.slot, choice.layer, catalog[choice.layer].verify(engine, sight, choice.options)) for choice in plan.choices
+        Seen(
+            choice.slot,
+            choice.layer,
+            catalog[choice.layer].verify(engine, sight, choice.options),
+            f"--layer.{choice.slot.replace('_', '-')} {baselines[choice.slot]}",
+        )
+        for choice in plan.choices
     ]
 
 
@@ -181,7 +196,7 @@ def demand(seen: list[Seen], strict: bool = False) -> None:
         raise LayerError(
             "planned and not active in the watched step\n"
             + "\n".join(lines)
-            + "\n  try: --layer.SLOT with another layer; gptoughts layers"
+            + f"\n  try: {' '.join(line.instead for line in failures(seen, strict))}   (gptoughts layers lists the others)"
         )
 
 

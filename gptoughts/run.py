@@ -20,7 +20,7 @@ from gptoughts.data.corpus import Corpus, TableCorpus, opened, prepared, prepare
 from gptoughts.data.device import to_device
 from gptoughts.distributed import Ranks, started
 from gptoughts.engine import Engine
-from gptoughts.errors import PlanError
+from gptoughts.errors import LayerError, PlanError
 from gptoughts.evals import squad
 from gptoughts.first_steps import FirstSteps
 from gptoughts.length import Length
@@ -200,11 +200,15 @@ class _Run:
             to_device(first[0], device),
             lambda: meta_model(recipe, parts.family, parts.rows),
             weights,
+            self.ranks.any,
         )
         for line in found.lines():
             self.console.say(line)
         if self.ranks.first:
             (self.out / "numerics.json").write_text(json.dumps(found.to_json(), indent=1) + "\n", encoding="utf-8")
+        mine = not found.near
+        if self.ranks.any(mine) and not mine:
+            raise LayerError("layers compute other numbers than the baseline on another rank; its own message names them")
         found.demand()
         return chain([first], batches)
 

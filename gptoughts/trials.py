@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -60,16 +61,16 @@ def search(engine: Engine, sizes: Sequence[int], memory_gib: float | None) -> in
     engine.batches = Peeked(first, engine.batches)
     trials: dict[int, Trial] = {}
     with _put_back(engine):
-        _allocate_state(engine, first[0], sizes[0])
-        for size in sizes[:2]:
-            if not _within(_try(engine, first[0], size, trials), room):
-                break
-        guess = _largest(trials, sizes, room)
-        while guess not in trials and not _within(_try(engine, first[0], guess, trials), room):
-            guess = max(size for size in sizes if size < guess)
-        half = max((size for size in sizes if size <= guess // 2), default=guess)
-        if half not in trials:
-            _try(engine, first[0], half, trials)
+        if _allocate_state(engine, first[0], sizes[0], trials):
+            for size in sizes[:2]:
+                if not _within(_try(engine, first[0], size, trials), room):
+                    break
+            guess = _largest(trials, sizes, room)
+            while guess not in trials and not _within(_try(engine, first[0], guess, trials), room):
+                guess = max(size for size in sizes if size < guess)
+            half = max((size for size in sizes if size <= guess // 2), default=guess)
+            if half not in trials:
+                _try(engine, first[0], half, trials)
     fitting = [trial for trial in trials.values() if _within(trial, room)]
     if not fitting:
         raise RunError(
@@ -138,6 +139,7 @@ def _try(engine: Engine, batch: Batch, size: int, trials: dict[int, Trial]) -> T
         seconds = None
     for parameter in engine.parameters():
         parameter.grad = None
+    gc.collect()
     if engine.device.type == "cuda":
         peak = peak or torch.cuda.max_memory_allocated(engine.device)
         torch.cuda.empty_cache()
@@ -155,15 +157,26 @@ def _forward_backward(engine: Engine, batch: Batch, size: int) -> None:
         engine.backward(loss / max(1.0, float(engine.objective.weight(part))))
 
 
-def _allocate_state(engine: Engine, batch: Batch, size: int) -> None:
-    """Let the optimiser make its state, by an update with a rate of 0."""
+def _allocate_state(engine: Engine, batch: Batch, size: int, trials: dict[int, Trial]) -> bool:
+    """Let the optimiser make its state, by an update with a rate of 0. Returns whether all ranks had the memory for it; else a failed
+    trial says so.
+    """
     assert engine.optimizer is not None
-    _forward_backward(engine, batch, size)
-    for group in engine.optimizer.param_groups:
-        group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], torch.Tensor) else 0.0
-    engine.optimizer.step()
+    short = False
+    try:
+        _forward_backward(engine, batch, size)
+        for group in engine.optimizer.param_groups:
+            group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], torch.Tensor) else 0.0
+        engine.optimizer.step()
+    except RuntimeError as error:
+        if not ran_out(error):
+            raise
+        short = True
     for parameter in engine.parameters():
         parameter.grad = None
+    if engine.ranks.any(short):
+        trials[size] = Trial(size, held_bytes(engine), None)
+    return size not in trials
 
 
 @contextmanager
@@ -190,7 +203,10 @@ def _put_back(engine: Engine) -> Iterator[None]:
         engine.optimizer.load_state_dict(optimizer)
         for name, extra in engine.extras.items():
             extra.load_state_dict(extras[name])
-        vars(engine.counters).update(vars(counters))
+        marks = engine.counters.marks  # layers hold this very object
+        marks.clear()
+        marks.update(counters.marks)
+        vars(engine.counters).update({**vars(counters), "marks": marks})
         getattr(engine.objective, "forget", lambda: None)()
         for pair in (getattr(engine.objective, "meters", None) or {}).values():
             for part in pair:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from gptoughts.config import Recipe
+from gptoughts.errors import ConfigError
 from gptoughts.generate import autoregressive, diffusion
 from gptoughts.generate.autoregressive import OnText, Tokenizer
 
@@ -70,9 +71,19 @@ def room(model: Any, recipe: Recipe, mask_id: int | None) -> int:
     return int(model.sequence_length) - recipe.sample.tokens
 
 
+def require_context(tokens: int, sequence_length: int, flag: str) -> None:
+    """Raise ConfigError, which names `flag`, where denoising is to write more tokens than the model has places for."""
+    if tokens > sequence_length:
+        raise ConfigError(
+            f"{tokens} new tokens are more than the model's sequence_length of {sequence_length}\n"
+            f"  try: {flag} {sequence_length}, or fewer"
+        )
+
+
 def check_sampling(recipe: Recipe) -> None:
     """Raise ConfigError where [sample] and [diffusion] ask for steps or blocks that do not divide, or do not fit the context."""
     ask, noise = recipe.sample, recipe.diffusion
+    require_context(ask.tokens, recipe.data.sequence_length, "--sample.tokens")
     diffusion.check(
         ask.tokens,
         noise.steps,

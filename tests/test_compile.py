@@ -401,3 +401,11 @@ def test_gradients_stay_outside_the_graphs_memory() -> None:
     compile_cuda_graph._outside_the_pool(engine, torch.Tensor.backward, (weight * 3).sum())
     assert weight.grad is held
     assert held is not None and held.tolist() == [5.0, 5.0, 5.0]
+
+
+@pytest.mark.parametrize("name", ["compile-blocks", "compile-model"])
+def test_what_the_compiler_gets_wrong_on_a_cpu_is_refused(name: str) -> None:
+    recipe = recipe_of("modern")
+    with pytest.raises(PlanError, match="a gradient of NaN"):
+        plan_of(recipe, {"precision": "bf16", "compile": name})
+    assert plan_of(recipe, {"attention": "sdpa", "precision": "bf16", "compile": name}).layers["compile"] == name

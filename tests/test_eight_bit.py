@@ -18,12 +18,14 @@ from gptoughts.build import built, meta_model
 from gptoughts.distributed import Ranks
 from gptoughts.engine import Engine
 from gptoughts.errors import CheckpointError, ConfigError, LayerError
-from gptoughts.facts import facts_for
+from gptoughts.facts import ModelFacts, facts_for
 from gptoughts.layer import Case, Kind, Status
 from gptoughts.layers import CATALOG
 from gptoughts.machine import World, probe
+from gptoughts.memory import baseline
 from gptoughts.optim import set_rate
 from gptoughts.optimisers import optimiser
+from tests import engines
 from tests.engines import ROWS, engine_of, family_for, objective_for, plan_of, random_batches, recipe_of, steps, watched
 
 pytest.importorskip("torchao")
@@ -155,6 +157,47 @@ def test_the_rate_of_every_update_is_the_one_that_was_set(package: str) -> None:
         model.weight.grad = torch.ones_like(model.weight)
         made.step()
         assert torch.equal(before, model.weight) is not moves
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+@pytest.mark.parametrize(
+    ("rows", "tied", "length", "batch"),
+    [(8192, True, 64, 2), (8192, False, 64, 2), (512, True, 32, 2), (2048, True, 128, 8)],
+    ids=["embedding", "head", "blocks", "activations"],
+)
+def test_a_step_holds_what_was_expected(
+    package: str, rows: int, tied: bool, length: int, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever weighs most: an embedding in float32, a head in 8 bits, the update's own memory for the blocks, or the forward."""
+    for name, value in (("ROWS", rows), ("LENGTH", length), ("BATCH", batch)):
+        monkeypatch.setattr(engines, name, value)
+    sizes = {"family": "gpt", "width": 192, "depth": 4, "heads": 6, "kv_heads": 3, "tied": tied}
+    monkeypatch.setitem(engines.FAMILIES_UNDER_TEST, "modern", sizes)
+    recipe = recipe_of("modern")
+    plan = plan_of(recipe, eight(package, attention="sdpa"))
+    assert plan.memory is not None and plan.memory.budget is not None
+    with engine_of(recipe, plan) as engine:
+        sight = watched(engine)
+        assert engine.optimizer is not None
+        held = sum(lowbit.bytes_of(state) for state in engine.optimizer.state.values())
+    assert plan.memory.budget.optimizer == pytest.approx(held, rel=0.02)
+    assert sight.peak_bytes is not None
+    error = plan.memory.budget.peak / sight.peak_bytes - 1
+    assert abs(error) <= 0.15, f"expected {plan.memory.budget.to_json()}, held {sight.peak_bytes} ({error:+.0%})"
+
+
+@pytest.mark.parametrize(("kind", "whole"), [("none", 100 + 600), ("lora", 0)])
+def test_embeddings_and_fused_experts_keep_eight_bytes(kind: str, whole: int) -> None:
+    """Of 8 experts, two of which are chosen, 450 weights are idle: they have 600."""
+    recipe = recipe_of("modern", adapter={"kind": kind})
+    facts = ModelFacts(
+        family="gpt", width=64, depth=1, vocab_size=8, sequence_length=8, parameters=1000, embedding_parameters=100,
+        active_parameters=550, experts=8, experts_per_token=2, heads=2,
+    )  # fmt: skip
+    budget = baseline(facts, recipe, 1)
+    assert budget is not None
+    changed = LAYER.memory(Case(probe(), facts, recipe, World()), LAYER.read_options({}, "the test"), budget)
+    assert changed.optimizer == 8 * whole + int((budget.optimizer - 8 * whole) * (1 + 4 / 256) / 4)
 
 
 def refused(recipe: Any, package: str = "torchao", **machine: Any) -> list[str]:

@@ -30,7 +30,7 @@ pytest.importorskip("torchao", reason="the package is not installed")
 LAYER = CATALOG["fp8-torchao"]
 OPTIONS = LAYER.read_options({}, "the test")
 FP8 = {"precision": "fp8-torchao"}
-E4M3, BF16 = "c10::Float8_e4m3fn", "c10::BFloat16"
+E4M3, E5M2, BF16 = "c10::Float8_e4m3fn", "c10::Float8_e5m2", "c10::BFloat16"
 LORA = {"kind": "lora", "rank": 4, "alpha": 8}
 
 
@@ -130,7 +130,9 @@ def test_odd_widths_are_skipped_and_counted() -> None:
     with engine_of(recipe, plan_of(recipe, FP8)) as engine:
         proof = LAYER.verify(engine, watched(engine), OPTIONS)
     assert proof.status is Status.ACTIVE
-    assert proof.text.startswith("6 of 6 projections converted, 18 emulated FP8 products of 18; in bf16: 6 of odd widths")
+    assert proof.text.startswith(
+        "6 of 6 projections converted, 18 emulated FP8 products, 12 of them backward, at least 18 and 12 needed; in bf16: 6 of odd"
+    )
     assert proof.figures["skipped"] == 6
 
 
@@ -145,7 +147,7 @@ def test_half_the_modules_unconverted_is_inactive() -> None:
             engine.bare.get_submodule(parent)._modules[own] = plain
         proof = LAYER.verify(engine, watched(engine), OPTIONS)
     assert proof.status is Status.INACTIVE
-    assert proof.text.startswith("6 of 12 projections converted, 18 emulated FP8 products of 18")
+    assert proof.text.startswith("6 of 12 projections converted, 18 emulated FP8 products, 12 of them backward")
 
 
 def test_modules_that_multiply_in_bf16_all_the_same_are_inactive(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,7 +158,9 @@ def test_modules_that_multiply_in_bf16_all_the_same_are_inactive(monkeypatch: py
         monkeypatch.setattr(kind, "forward", torch.nn.Linear.forward)
         proof = LAYER.verify(engine, watched(engine), OPTIONS)
     assert proof.status is Status.INACTIVE
-    assert "12 of 12 projections converted, 0 emulated FP8 products of 36" in proof.text
+    assert (
+        "12 of 12 projections converted, 0 emulated FP8 products, 0 of them backward, at least 36 and 24 needed" in proof.text
+    )
 
 
 def test_a_package_that_raises_is_quoted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,18 +183,26 @@ def gpu_sight(operator: dict[tuple[str, ...], int], kernels: dict[str, int], reg
         return LAYER.verify(there, seen, OPTIONS)
 
 
+GOOD = {(E4M3, E4M3): 12, (E5M2, E4M3): 24}
 KERNEL = "nvjet_sm90_qqtst_128x128_128x6_1x2_h_bz_ovscale_TNT"
 
 
 @pytest.mark.parametrize(
     ("operator", "kernels", "regions", "status", "words"),
     [
-        ({(E4M3, E4M3): 24, (E4M3, "c10::Float8_e5m2"): 12}, {KERNEL: 36}, 3, Status.ACTIVE, "by 36 FP8 kernels"),
-        ({(E4M3, E4M3): 36}, {KERNEL: 36}, 0, Status.ACTIVE, "not compiled, where FP8 ran at 0.23"),
-        ({(E4M3, E4M3): 35}, {KERNEL: 36}, 3, Status.INACTIVE, "35 FP8 products of 36"),
-        ({(BF16, BF16): 36}, {KERNEL: 36}, 3, Status.INACTIVE, "0 FP8 products of 36"),
-        ({(E4M3, E4M3): 36}, {"nvjet_sm90_tst_256x160": 36}, 3, Status.INACTIVE, "by 0 FP8 kernels"),
-        ({(E4M3, E4M3): 36}, {}, 3, Status.UNPROVEN, "the profiler saw no kernel"),
+        (GOOD, {KERNEL: 36}, 3, Status.ACTIVE, "by 36 FP8 kernels"),
+        (GOOD, {KERNEL: 36}, 0, Status.ACTIVE, "not compiled, where FP8 ran at 0.23"),
+        (
+            {**GOOD, (E5M2, E4M3): 23},
+            {KERNEL: 36},
+            3,
+            Status.INACTIVE,
+            "35 FP8 products, 23 of them backward, at least 36 and 24",
+        ),
+        ({(E4M3, E4M3): 24, (E4M3, E5M2): 12}, {KERNEL: 36}, 3, Status.INACTIVE, "36 FP8 products, 12 of them backward"),
+        ({(BF16, BF16): 36}, {KERNEL: 36}, 3, Status.INACTIVE, "0 FP8 products, 0 of them backward, at least 36 and 24 needed"),
+        (GOOD, {"nvjet_sm90_tst_256x160": 36}, 3, Status.INACTIVE, "by 0 FP8 kernels"),
+        (GOOD, {}, 3, Status.UNPROVEN, "the profiler saw no kernel"),
     ],
 )
 def test_on_a_gpu_operators_and_kernels_must_show_it(
@@ -213,6 +225,53 @@ def test_blocks_are_one_graph_and_share_it() -> None:
             block.compile(fullgraph=True, dynamic=False, backend="aot_eager")
         assert steps(engine, 2) == pytest.approx(expected, rel=1e-3)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+RECOMPUTED = {"recompute": "recompute-blocks"}
+
+
+@pytest.mark.parametrize(("layers", "products"), [({}, 36), (RECOMPUTED, 48), ({"recompute": "recompute-ops"}, 36)])
+def test_forwards_that_run_again_hide_no_product_of_the_backward(
+    layers: dict[str, Any], products: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Recomputation runs the forward's products twice; a backward in bf16 is noticed all the same."""
+    recipe = recipe_of("modern")
+    with engine_of(recipe, plan_of(recipe, {**FP8, **layers})) as engine:
+        sight = watched(engine)
+        proof = LAYER.verify(engine, sight, OPTIONS)
+        assert proof.status is Status.ACTIVE, proof.text
+        assert (proof.figures["products"], proof.figures["backward"]) == (products, 24)
+        casts = sight.operators["aten::_to_copy"]
+        fewer = {given: calls for given, calls in casts.input_dtypes.items() if given[0] != E5M2}
+        seen = replace(sight, operators={**sight.operators, casts.name: replace(casts, input_dtypes=fewer)})
+        proof = LAYER.verify(engine, seen, OPTIONS)
+        assert proof.status is Status.INACTIVE and "0 of them backward" in proof.text
+
+
+def test_row_wise_recomputation_is_proven_only_by_four_products() -> None:
+    recipe, options = recipe_of("modern"), LAYER.read_options({"scaling": "rowwise"}, "the test")
+    with engine_of(recipe, plan_of(recipe, {**FP8, "precision.scaling": "rowwise", **RECOMPUTED})) as engine:
+        sight = watched(engine)
+        proof = LAYER.verify(engine, sight, options)
+        assert proof.status is Status.ACTIVE and "48 emulated FP8 products, at least 36 needed" in proof.text
+        casts = sight.operators["aten::_to_copy"]
+        for calls, status in ((94, Status.UNPROVEN), (70, Status.INACTIVE)):
+            fewer = replace(casts, input_dtypes={(E4M3,): calls})
+            seen = replace(sight, operators={**sight.operators, casts.name: fewer})
+            assert LAYER.verify(engine, seen, options).status is status
+
+
+def test_of_a_frozen_projection_the_gradient_of_the_input_is_needed() -> None:
+    """But in the first block, whose input may carry none: 12 forward, and 8 in the others."""
+    recipe = recipe_of("modern")
+    with engine_of(recipe, plan_of(recipe, FP8)) as engine:
+        sight = watched(engine)
+        frozen = [engine.bare.get_submodule(name).weight for name in quantised(engine)]
+        for weight in frozen:
+            weight.requires_grad_(False)
+        proof = LAYER.verify(engine, sight, OPTIONS)
+    assert (proof.figures["expected"], proof.figures["expected_backward"]) == (20, 8)
+    assert "at least 20 and 8 needed" in proof.text
 
 
 def test_emulated_products_inside_compiled_regions_cannot_be_told() -> None:

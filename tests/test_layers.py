@@ -32,10 +32,18 @@ from tests.engines import (
     watched,
 )
 
-OPTIONS = {"microbatch": {"microbatch.sequences": 2}, "host": {"host.threads": 1}, "loss": {"loss.tokens": 32}}
+OPTIONS = {
+    "microbatch": {"microbatch.sequences": 2}, "host": {"host.threads": 1}, "loss": {"loss.tokens": 32},
+    "offload": {"offload.least_bytes": 1024}, "compile": {"compile.cache": "torch"},
+    "matmul": {"matmul.units": "bf16"},
+}  # fmt: skip
 OPTIMISATIONS = [layer for layer in CATALOG.values() if not layer.baseline]
 # Layers whose proof is about attention that is fused need the layer that fuses it.
 WITH = {"recompute-blocks": {"attention": "sdpa"}}
+# What a layer must be given by the recipe before it can run at all.
+RECIPES: dict[str, dict[str, Any]] = {
+    "in-backward": {"optim": {"warmup_steps": 0, "learning_rate": 1e-3, "clip_norm": 0}},
+}
 TWO_RANKS = ("ddp",)  # tests/test_ddp.py runs these
 
 
@@ -48,8 +56,12 @@ def options_of(layer: Layer) -> dict[str, Any]:
     return layer.read_options(given, "the test")
 
 
+def recipe_for(layer: Layer, family: str) -> Any:
+    return recipe_of(family, **RECIPES.get(layer.name, {}))
+
+
 def refusals(layer: Layer, family: str) -> list[str]:
-    recipe = recipe_of(family)
+    recipe = recipe_for(layer, family)
     case = Case(probe(), facts_for(recipe), recipe, World())
     return [str(reason) for reason in layer.unmet(case, options_of(layer)) if reason.kind is Kind.CANNOT]
 
@@ -64,7 +76,7 @@ def applicable() -> list[Any]:
 
 
 def marks(name: str) -> list[pytest.MarkDecorator]:
-    return [NEEDS_INDUCTOR] if name == "compile-blocks" else []
+    return [NEEDS_INDUCTOR] if name in ("compile-blocks", "compile-model") else []
 
 
 def named(name: str) -> Any:
@@ -110,7 +122,19 @@ def test_applied_and_refused_are_printed(capsys: pytest.CaptureFixture[str]) -> 
             print(f"{layer.slot}={layer.name} on {family}: {'refused: ' + '; '.join(why) if why else 'applied'}")
     printed = capsys.readouterr().out
     assert printed.count("\n") == len(OPTIMISATIONS) * len(FAMILIES_UNDER_TEST)
-    on_any_cpu = {"threads", "sdpa", "bf16", "fused-ce", "recompute-blocks", "compile-blocks", "fused", "prefetch", "fixed"}
+    on_any_cpu = {
+        "threads",
+        "sdpa",
+        "bf16",
+        "fp16",
+        "fused-ce",
+        "recompute-blocks",
+        "compile-blocks",
+        "fused",
+        "prefetch",
+        "fixed",
+    }
+    on_any_cpu |= {"flex", "recompute-ops", "offload-activations", "8bit", "state-on-cpu", "in-backward"}
     assert on_any_cpu <= applied
 
 
@@ -130,6 +154,7 @@ def fingerprint(engine: Any) -> dict[str, Any]:
         "contexts": {verb: list(factories) for verb, factories in engine._contexts.items()},
         "extras": dict(engine.extras),
         "micro_batch": engine.micro_batch,
+        "repeatable": engine.repeatable,
         "optimizer": engine.optimizer,
         "wrapper": engine.model is engine.bare,
         "threads": torch.get_num_threads(),
@@ -158,7 +183,7 @@ def pristine(family: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("layer", "family"), applicable())
 def test_applied_steps_proves_itself_and_is_undone(layer: Layer, family: str) -> None:
-    recipe = recipe_of(family)
+    recipe = recipe_for(layer, family)
     plan = plan_of(recipe, demanded(layer))
     assert plan.layers[layer.slot] == layer.name
     before = pristine(family)
@@ -187,12 +212,16 @@ def without_block(layer: str, engine: Any) -> None:
     block = next(iter(engine.blocks.values()))
     if layer == "sdpa":
         block.attention.attend = math_attention
-    elif layer == "recompute-blocks":
+    elif layer in ("recompute-blocks", "recompute-ops"):
         held = block.forward
         block.forward = type(block).forward.__get__(block)
         engine.held = held
     elif layer == "compile-blocks":
         block._compiled_call_impl = None
+    elif layer == "compile-model":  # all blocks compiled, and embedding, head and loss left out
+        engine.bare._compiled_call_impl = None
+        for each in engine.blocks.values():
+            each.compile(fullgraph=True, dynamic=False)
     elif layer == "bf16":
         forward = block.forward
 
@@ -205,7 +234,9 @@ def without_block(layer: str, engine: Any) -> None:
         raise AssertionError(layer)
 
 
-@pytest.mark.parametrize("name", [named(name) for name in ("sdpa", "recompute-blocks", "compile-blocks", "bf16")])
+@pytest.mark.parametrize(
+    "name", [named(name) for name in ("sdpa", "recompute-blocks", "recompute-ops", "compile-blocks", "compile-model", "bf16")]
+)
 def test_a_block_left_out_is_noticed(name: str) -> None:
     layer, recipe = CATALOG[name], recipe_of("modern")
     torch._dynamo.reset()
@@ -239,7 +270,17 @@ def test_a_planned_layer_that_was_not_seen_stops_the_run() -> None:
             prove.demand(seen)
 
 
-TOLERANCE = {"bf16": (2e-2, 0.995), "compile-blocks": (1e-4, 0.99999), "sdpa": (1e-5, 0.999999), "fused-ce": (1e-5, 0.999999)}
+TOLERANCE = {
+    "bf16": (2e-2, 0.995),
+    "fp16": (1e-3, 0.9999),
+    "fp8-torchao": (1e-2, 0.98),
+    "tf32": (1e-2, 0.9999),
+    "compile-blocks": (1e-4, 0.99999),
+    "compile-model": (1e-4, 0.99999),
+    "sdpa": (1e-5, 0.999999),
+    "flex": (1e-5, 0.999999),
+    "fused-ce": (1e-5, 0.999999),
+}
 
 
 @pytest.mark.parametrize("name", [named(name) for name in sorted(TOLERANCE)])
@@ -308,6 +349,6 @@ def test_a_users_own_model_is_refused_by_layers_that_need_a_family() -> None:
     from gptoughts.facts import UNKNOWN
 
     case = Case(probe(), UNKNOWN, recipe_of("modern"), World())
-    for name in ("sdpa", "fused-ce", "recompute-blocks", "compile-blocks"):
+    for name in ("sdpa", "flex", "fused-ce", "recompute-blocks", "compile-blocks"):
         layer = CATALOG[name]
         assert any(reason.kind is Kind.CANNOT for reason in layer.unmet(case, options_of(layer))), name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -33,7 +34,7 @@ from gptoughts.layers import CATALOG
 from gptoughts.layers.recompute_ops import is_kept
 from gptoughts.machine import World, probe, read
 from gptoughts.memory import baseline
-from gptoughts.memory_fit import room
+from gptoughts.memory_fit import room, size
 from gptoughts.optimisers import optimiser
 from tests.engines import ROWS, engine_of, family_for, objective_for, plan_of, random_batches, recipe_of, steps, watched
 from tests.golden_files import ROOT
@@ -254,7 +255,16 @@ def test_forwards_without_the_hooks_are_noticed() -> None:
         engine._contexts["forward_context"][-1] = factory
     assert proof.status is Status.INACTIVE and "in 1 of 2 forwards" in proof.text
     with engine_of(recipe, plan_of(recipe, {"offload": "offload-activations"})) as engine:
-        assert verdict("offload-activations", engine, watched(engine)).status is Status.INACTIVE
+        proof = verdict("offload-activations", engine, watched(engine))
+    assert proof.status is Status.INACTIVE
+    found = re.search(r"the largest saved tensor was (\d+) bytes, below --layer.offload.least-bytes 1048576", proof.text)
+    assert found is not None and 1024 < int(found[1]) < 1048576, proof.text
+    largest = {"offload": "offload-activations", "offload.least_bytes": int(found[1])}
+    with engine_of(recipe, plan_of(recipe, largest)) as engine:
+        assert watched(engine).marks["offload-activations"] > 0, "what is typed is large enough"
+    largest["offload.least_bytes"] = int(found[1]) + 1
+    with engine_of(recipe, plan_of(recipe, largest)) as engine:
+        assert watched(engine).marks.get("offload-activations", 0) == 0
 
 
 def watched_marks(marks: dict[str, int], **more: Any) -> Sight:
@@ -356,10 +366,75 @@ def test_state_that_does_not_fit_and_updates_elsewhere_are_noticed() -> None:
 
 def test_the_host_must_hold_it() -> None:
     machine = dataclasses.replace(read(ROOT / "tests" / "machines" / "h100.json"), memory_bytes=32 << 30)
-    facts = dataclasses.replace(facts_for(recipe_of("modern")), parameters=3_000_000_000)
-    case = Case(machine, facts, recipe_of("modern"), World())
-    told = [reason for reason in CATALOG["state-on-cpu"].unmet(case, {}) if reason.kind is Kind.CANNOT]
-    assert "1 processes need 44.7 GiB of host memory, here 32 GiB" in str(told[0])
+    facts = dataclasses.replace(facts_for(recipe_of("modern")), parameters=3_000_000_000, vocab_size=256)
+    told = told_of("state-on-cpu", Case(machine, facts, recipe_of("modern"), World()))
+    assert "one process needs 44.70 GiB of host memory, more than 80% of the 32.00 GiB here" in told
+    half = dataclasses.replace(facts, parameters=1_000_000_000)
+    assert "2 processes need 29.80 GiB" in told_of("state-on-cpu", Case(machine, half, recipe_of("modern"), World(0, 0, 2, 2)))
+    other = recipe_of("modern", optim={"name": "lion"})
+    assert "(--layer.optimizer-offload with-weights)" in told_of("state-on-cpu", Case(machine, facts, other, World()))
+
+
+def told_of(name: str, case: Case) -> str:
+    """Every reason against a layer."""
+    return "; ".join(map(str, CATALOG[name].unmet(case, options(name))))
+
+
+def a_billion(**more: Any) -> Case:
+    """A GPU of 80 GB with a model of 3 billion parameters, forwards of 2,048 tokens and logits of 32,000 words."""
+    machine = read(ROOT / "tests" / "machines" / "h100.json")
+    machine = dataclasses.replace(machine, packages={**machine.packages, "torchao": "0.18.0", "triton": "3.7.0"})
+    recipe = recipe_of(
+        "modern", data={"sequence_length": 1024, "tokenizer": "chars"}, train={"steps": 1, "global_batch": 2}, **more
+    )
+    facts = ModelFacts(
+        family="gpt", width=2560, depth=32, sequence_length=1024, parameters=3 * 10**9, embedding_parameters=32000 * 2560,
+        vocab_size=32000, heads=20, projections="linear", head="linear", tied=True, norm="rmsnorm", mlp="swiglu",
+    )  # fmt: skip
+    return Case(machine, facts, recipe, World(), budget=baseline(facts, recipe, 2))
+
+
+MEMORY_SLOTS = ("state-on-cpu", "in-backward", "8bit")
+
+
+def test_what_an_adapter_would_save_is_weighed_by_its_own_weights() -> None:
+    """The whole model's state is worth it; the adapter's is not, and each figure is the one of the plan's memory line."""
+    unclipped = {"clip_norm": 0}
+    whole, adapter = a_billion(optim=unclipped), a_billion(optim=unclipped, adapter={"kind": "lora", "rank": 8})
+    assert whole.budget is not None and adapter.budget is not None
+    assert [told_of(name, whole) for name in MEMORY_SLOTS[1:]] == ["", ""]
+    gradients = size(adapter.budget.gradients)
+    assert f"gradients take {gradients} of 79.65 GiB" in told_of("in-backward", adapter)
+    assert "MiB" in gradients and "saves " in told_of("8bit", adapter) and "MiB of 79.65 GiB" in told_of("8bit", adapter)
+    for case in (whole, adapter):
+        assert f"state and activations take {room(case)}" in told_of("state-on-cpu", case)
+    crowded = dataclasses.replace(whole, machine=dataclasses.replace(whole.machine, memory_bytes=50 << 30))
+    assert "one process needs 44.70 GiB of host memory" in told_of("state-on-cpu", crowded)
+    assert "host memory" not in told_of("state-on-cpu", dataclasses.replace(adapter, machine=crowded.machine))
+
+
+def test_logits_are_weighed_as_the_memory_line_does() -> None:
+    case = a_billion()
+    assert case.budget is not None
+    assert f"logits take {size(case.budget.logits)} of 79.65 GiB" in told_of("fused-ce", case)
+    many = dataclasses.replace(case, budget=dataclasses.replace(case.budget, tokens=2**16))
+    assert told_of("fused-ce", many) == ""
+
+
+@pytest.mark.parametrize("name", ["8bit", "in-backward", "fused-ce"])
+def test_what_cannot_be_weighed_would_not_pay(name: str) -> None:
+    case = a_billion(optim={"clip_norm": 0})
+    case = dataclasses.replace(case, budget=None, facts=dataclasses.replace(case.facts, vocab_size=None))
+    assert "cannot be weighed" in told_of(name, case)
+
+
+@pytest.mark.parametrize(("wish", "said"), [("compile-blocks", True), ("cuda-graph", True), ("eager", False)])
+@pytest.mark.parametrize("name", ["recompute-blocks", "recompute-ops", "offload-activations"])
+def test_a_figure_that_the_compiler_will_lower_says_so(name: str, wish: str, said: bool) -> None:
+    case = dataclasses.replace(a_billion(), wishes={"compile": wish})
+    told = told_of(name, case)
+    assert ("GiB of 80 GiB before compilation" in told) is said and "activations take about" in told
+    assert str(room(case)) in told
 
 
 # --- fused-ce

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from gptoughts import prove
 from gptoughts.errors import PlanError, RunError
 from gptoughts.layers import CATALOG
 from gptoughts.layers.microbatch_fit import divisors
@@ -22,7 +23,16 @@ def trained(recipe: Any, layers: dict[str, Any]) -> tuple[int | None, list[float
         return engine.micro_batch, losses, [parameter.detach().clone() for parameter in engine.parameters()]
 
 
-@pytest.mark.parametrize("more", [{}, {"precision": "fp16"}, {"loader": "prefetch"}], ids=["plain", "scaler", "prefetch"])
+BESIDE = {
+    "plain": {},
+    "scaler": {"precision": "fp16"},
+    "prefetch": {"loader": "prefetch"},
+    "on the host": {"optimizer": "fused", "optimizer_offload": "state-on-cpu"},
+    "8bit": {"optimizer": "8bit"},
+}
+
+
+@pytest.mark.parametrize("more", BESIDE.values(), ids=BESIDE)
 @pytest.mark.parametrize("family", ["modern", "deepseek", "bert"])
 def test_the_training_is_that_of_the_same_size_by_hand(family: str, more: dict[str, Any]) -> None:
     """To the bit: trials leave no trace in weights, state, batches, random draws, scaler or loads of experts."""
@@ -35,6 +45,34 @@ def test_the_training_is_that_of_the_same_size_by_hand(family: str, more: dict[s
     by_hand = trained(recipe, {**more, "microbatch": "fixed", "microbatch.sequences": size})
     assert by_hand[0] == size and losses == by_hand[1]
     assert all(torch.equal(one, other) for one, other in zip(weights, by_hand[2], strict=True))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"loss": "fused-ce", "loss.tokens": 16},
+        {"recompute": "recompute-ops"},
+        {"offload": "offload-activations", "offload.least_bytes": 64},
+    ],
+    ids=["fused-ce", "recompute-ops", "offload"],
+)
+def test_layers_that_count_themselves_still_do(more: dict[str, Any]) -> None:
+    recipe = recipe_of("modern")
+    plan = plan_of(recipe, {**more, "attention": "sdpa", "microbatch": "fit"})
+    with engine_of(recipe, plan) as engine:
+        seen = prove.evidence(engine, plan, CATALOG, watched(engine))
+    assert not prove.failures(seen), [line.evidence.text for line in prove.failures(seen)]
+
+
+def test_no_room_for_the_optimisers_state_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    def step(self: Any, closure: Any = None) -> None:
+        torch.empty(2**46)
+
+    recipe = recipe_of("modern")
+    plan = plan_of(recipe, {"microbatch": "fit"})
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    with pytest.raises(RunError, match="microbatch=fit: one forward of 1 sequences"), engine_of(recipe, plan):
+        pass
 
 
 def test_it_stays_within_the_memory_that_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,6 +41,24 @@ def test_sound_layers_are_near(family: str) -> None:
     assert json.loads(json.dumps(found.to_json()))["compared"][0]["near"]
 
 
+def test_dropout_is_no_difference() -> None:
+    recipe = recipe_of("modern")
+    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"dropout": 0.4})})
+    port, before = family_for(recipe), torch.get_rng_state()
+    batch, _ = next(random_batches(recipe))
+    found = numerics.compare(
+        recipe, plan_of(recipe, {"attention": "sdpa"}), CATALOG, port, objective_for(recipe), torch.device("cpu"), batch,
+        lambda: meta_model(recipe, port, ROWS), lambda model: Initialisation(port, recipe.model, recipe.seed),
+    )  # fmt: skip
+    assert found.near and torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_scaler_at_its_own_scale_is_near() -> None:
+    """The gradient of a sum over tokens would leave float16's range; a step's does not."""
+    found = compared("modern", {"attention": "sdpa", "precision": "fp16"})
+    assert found.near and found.compared[1].cosine > 0.99, [str(one) for one in found.compared]
+
+
 def test_nothing_is_asked_of_a_plan_of_baselines() -> None:
     assert compared("modern", {}) == numerics.Numerics((), (), 0.0)
 
@@ -70,7 +88,8 @@ def with_broken_attention(factor: float) -> dict[str, Layer]:
 def test_a_kernel_that_is_wrong_here_stops_the_run(factor: float) -> None:
     found = compared("modern", {"attention": "sdpa"}, with_broken_attention(factor))
     with pytest.raises(
-        LayerError, match=r"other numbers than the baseline's(.|\n)*attention=sdpa: loss (.|\n)*--layer.SLOT with another layer"
+        LayerError,
+        match=r"other numbers than the baseline's(.|\n)*attention=sdpa: loss (.|\n)*try: --layer.attention math, or --numerics off",
     ):
         found.demand()
 

@@ -80,6 +80,7 @@ def test_everything_is_read(box: Any) -> None:
         uuid=A,
         compute_capability=(9, 0),
         memory_bytes=85520809984,
+        free_bytes=85520809984,
         power_limit_watts=700.0,
         links=("pcie", "pcie"),
     )

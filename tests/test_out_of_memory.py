@@ -131,6 +131,22 @@ def test_what_was_written_down_holds_for_the_same_plan_only(tmp_path: Path) -> N
         recall(tmp_path, 8)
 
 
+def test_ranks_that_run_out_together_all_write_it_down(tmp_path: Path) -> None:
+    program = """
+import sys
+from pathlib import Path
+from gptoughts.out_of_memory import Kept, keep
+for _ in range(300):
+    keep(Path(sys.argv[1]), Kept(2, 8))
+"""
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stderr=subprocess.PIPE, text=True) for _ in range(3)
+    ]
+    told = [rank.communicate()[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0, 0], told
+    assert recall(tmp_path, 8) == Kept(2, 8) and len(list(tmp_path.iterdir())) == 1
+
+
 LIMITED = textwrap.dedent(
     """
     import resource, sys, torch

@@ -78,7 +78,7 @@ def test_golden(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("cpu", "cpu", "fp32", "fp32"),
         ("cpu-avx512-bf16", "cpu", "bf16", "bf16"),
-        ("t4", "turing", "fp32", "fp32"),
+        ("t4", "turing", "fp16", "fp16"),
         ("rtx3090", "ampere", "bf16", "bf16"),
         ("mixed", "ampere", "bf16", "bf16"),
         ("a100x4-40gb", "a100-bf16", "bf16", "bf16"),
@@ -87,7 +87,7 @@ def test_golden(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("l40s", "ada", "bf16", "bf16"),
         ("h100", "hopper", "bf16", "fp8-te"),
         ("h100x8", "hopper", "bf16", "fp8-te"),
-        ("h200x8", "hopper", "bf16", "fp8-te"),
+        ("h200x8", "hopper", "bf16", "fp8-torchao"),
         ("b200x8", "blackwell", "bf16", "fp8-te"),
         ("rtx5090", "blackwell", "bf16", "bf16"),
     ],
@@ -106,13 +106,13 @@ def test_every_machine_file_has_an_expectation() -> None:
 def test_h100_compiles_bf16_and_says_why_not_fp8() -> None:
     plan = planned("h100")
     assert plan.layers["compile"] == "compile-blocks"
-    assert "width 768 is below 2048" in reasons(plan, "precision", "fp8-te")
+    assert "width 768 is below 4096" in reasons(plan, "precision", "fp8-te")
 
 
 def test_h100_fp8_by_name_prints_the_expected_loss_and_nothing_else_is_forced() -> None:
     plan = planned("h100", "h100-fp8")
     assert plan.layers["precision"] == "fp8-te"
-    assert "expect a loss: width 768 is below 2048" in plan.table()
+    assert "expect a loss: width 768 is below 4096" in plan.table()
     assert plan.layers["recompute"] == "keep", "an alternative that pays comes before one that does not, in a named profile too"
 
 
@@ -162,6 +162,10 @@ def test_two_demands_that_clash_are_an_error_without_both() -> None:
 def test_an_option_demands_a_layer_that_takes_it() -> None:
     assert planned("cpu", flags={"microbatch.sequences": "4"}).layers["microbatch"] == "fixed"
     assert planned("h100", flags={"precision.scaling": "delayed"}).choice("precision").options["scaling"] == "delayed"
+    chosen = planned("h100", flags={"precision.scaling": "delayed"}).choice("precision")
+    assert (chosen.layer, chosen.passed_over) == ("fp8-te", ()), "torchao's scaling has other values"
+    with pytest.raises(PlanError, match="fp8-torchao: needs the package torchao"):
+        planned("h100", flags={"precision.scaling": "rowwise"})
     with pytest.raises(PlanError, match="fp8-te"):
         planned("t4", flags={"precision.scaling": "delayed"})
 
@@ -181,7 +185,7 @@ def test_all_layer_problems_at_once() -> None:
         "--layer.precision: no layer 'bf61' for this slot (did you mean 'bf16'?)",
         "--layer.host.threads: needs a whole number above 0, here 'many'",
         "sdpa belongs to slot attention",
-        "--layer.update.speed: after-clip: no such option; options: none",
+        "--layer.update.speed: after-clip, in-backward: no such option; options: none",
     ):
         assert words in str(caught.value)
 

@@ -82,7 +82,7 @@ def test_extends_finds_a_file_beside_the_profile_and_never_itself(tmp_path: Path
         child = written(folder, f'name = "child"\nextends = "{extends}"\n', "child")
         assert list(profile.read(child).slots) == ["matmul"]
     same_name = written(folder, 'name = "hopper"\nextends = "hopper"\n', "hopper")
-    assert profile.read(same_name).slots["precision"][0].layer == "fp8-te"
+    assert profile.read(same_name).slots["precision"][0].layer == "fp8-torchao"
     monkeypatch.chdir(tmp_path)
     assert profile.read("mine/child.toml").path == "mine/child.toml"
 

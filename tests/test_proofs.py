@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -72,8 +74,8 @@ def test_prefetch_wants_a_stream_that_only_copies() -> None:
 
 def fused_engine(sites: int) -> dict[str, Any]:
     """A converted model of which each site has one projection."""
-    site = SimpleNamespace(linears=(None,))
-    return {"extras": {"fp8-te": SimpleNamespace(sites=[site] * sites, total=9, state_dict=dict)}}
+    site = SimpleNamespace(linears=(None,), at=SimpleNamespace(forward=len))
+    return {"extras": {"fp8-te": SimpleNamespace(sites=[site] * sites, total=9, left_out={}, state_dict=dict)}}
 
 
 def test_fp8_counts_matmuls_and_not_casts() -> None:
@@ -84,6 +86,16 @@ def test_fp8_counts_matmuls_and_not_casts() -> None:
     assert verdict("fp8-te", sight(kernels={"sm90_gemm_bf16": 500}), **fused_engine(9)) is Status.INACTIVE
     assert verdict("fp8-te", sight(kernels={}), **fused_engine(9)) is Status.UNPROVEN
     assert verdict("fp8-te", sight(kernels={gemm: 54}), extras={}) is Status.INACTIVE
+
+
+FP8_NAMES = json.loads((Path(__file__).parent / "traces" / "fp8-kernels.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("row", FP8_NAMES["kernels"], ids=lambda row: row["name"][:60])
+def test_kernels_that_multiply_8_bit_matrices_are_told_by_their_names(row: dict[str, Any]) -> None:
+    from gptoughts.products import is_fp8_kernel
+
+    assert is_fp8_kernel(row["name"]) is row["fp8"], row
 
 
 def test_the_allocators_snapshot_decides(monkeypatch: pytest.MonkeyPatch) -> None:

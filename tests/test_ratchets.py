@@ -17,14 +17,23 @@ from tests.golden_files import ROOT, compare
 
 PACKAGE = ROOT / "gptoughts"
 FILES = sorted(PACKAGE.rglob("*.py"))
-VENDORS = ("transformer_engine", "flash_attn", "deepspeed", "wandb", "mpi4py", "torchao", "bitsandbytes", "liger_kernel")
+VENDORS = (
+    "transformer_engine",
+    "flash_attn",
+    "flash_attn_interface",
+    "deepspeed",
+    "wandb",
+    "mpi4py",
+    "torchao",
+    "bitsandbytes",
+    "liger_kernel",
+)
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "common", "manager", "misc"}
 MOST_LINES_OF_A_FILE = 330
 LONGER_FILES = {
     "gptoughts/data/sources.py": 360,
     "gptoughts/data/tokenize.py": 360,
     "gptoughts/data/tokenizer.py": 370,
-    "gptoughts/run.py": 331,
 }
 """Files that are longer, with their limits; these may only fall."""
 MOST_LINES_OF_A_FUNCTION = 60

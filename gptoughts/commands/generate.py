@@ -156,14 +156,18 @@ def noted_ends(places: list[Path]) -> set[int]:
 
 
 def check_room(model: Any, recipe: Any, mask_id: int | None, prompts: list[list[int]], chat: bool) -> None:
-    """Say on standard error which prompts lose their beginning. Raises DataError for a chat, whose beginning holds its template."""
+    """Say on standard error which prompts lose their beginning. Raises DataError for a chat, whose beginning holds its template,
+    and ConfigError where denoising is to write more than the model has places for.
+    """
     from gptoughts.errors import DataError
-    from gptoughts.writing import room
+    from gptoughts.writing import require_context, room
 
+    if mask_id is not None:
+        require_context(recipe.sample.tokens, int(model.sequence_length), "--tokens")
     free = room(model, recipe, mask_id)
     beside = "" if mask_id is None else f" beside {recipe.sample.tokens:,} new ones"
     for number, ids in enumerate(prompts, 1):
-        if free < 0 or len(ids) <= free:  # Less than none is refused where it is written.
+        if len(ids) <= free:
             continue
         said = f"prompt {number} has {len(ids):,} tokens, and the model reads {free:,}{beside}"
         if chat:

@@ -61,9 +61,10 @@ def layers(name: str | None, markdown: bool) -> int:
     machine = probe()
     recipe = config.load(default_recipe(machine)).recipe
     case = Case(machine, facts_for(recipe), recipe, World())
+    wide, wider = (2 + max(map(len, names)) for names in (SLOTS, CATALOG))
     for slot in SLOTS:
         for layer in (layer for layer in CATALOG.values() if layer.slot == slot):
-            print(f"{slot:<18}{layer.name:<18}{_state(layer, case)}")
+            print(f"{slot:<{wide}}{layer.name:<{wider}}{_state(layer, case)}")
     print(f"for {recipe.name} on {machine.label()}; gptoughts layers NAME prints a card")
     return 0
 

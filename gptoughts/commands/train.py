@@ -28,6 +28,7 @@ def train(
     run_dir: str | None,
     resume: str,
     strict: bool,
+    numerics: str,
 ) -> int:
     """Train; returns the exit code: 0, or 128 + the signal that ended the run early."""
     setting = decide(recipe, profile, fields, layers, plugin)
@@ -35,7 +36,7 @@ def train(
     put_environment_in_place(setting)
     if setting.world.rank == 0:
         print(setting.plan.table(), flush=True)
-    outcome = train_setting(setting, run_name, run_dir, resume, strict)
+    outcome = train_setting(setting, run_name, run_dir, resume, strict, numerics)
     if setting.world.rank == 0:
         _report(outcome, recipe, run_name, run_dir)
     return 128 + outcome.stopped_by if outcome.stopped_by else 0

@@ -45,6 +45,8 @@ def fits(case: Case, options: Options) -> Iterator[Reason]:
         return
     if case.on_gpu and "triton" not in case.machine.packages:
         yield cannot("needs the package triton, not installed", remedy="pip install triton")
+    if not case.on_gpu and case.wishes.get("compile") not in (None, "eager"):
+        yield cannot("on a CPU torch has no backward of compiled flex_attention", "--layer.compile eager")
     if not case.on_gpu and case.wishes.get("precision") not in (None, "fp32"):
         yield cannot("on a CPU it multiplies in float32 whatever the precision is", "--layer.precision fp32")
     if not case.on_gpu:

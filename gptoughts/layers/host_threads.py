@@ -4,9 +4,10 @@ Several ranks on one box otherwise start as many threads each as the box has cor
 jobs: with more threads than free cores a step can take several times as long; lower `threads` there.
 Bound memory is allocated on the node of the cores first (Linux `set_mempolicy`, preferred, never strict).
 
-After the first update what lives is set aside and Python's collector is off; it runs between updates, every `collect_every`. Collections
-otherwise come when they like and walk every object: pauses of about half a second (karpathy/nanochat, scripts/base_train.py). It
-hurts where your own code makes reference cycles that hold tensors: they are freed that much later; lower `collect_every` there.
+Python's garbage collection is paused from the first update on, and runs between updates only, every `collect_every`; what lives by then is
+not walked again. Collections otherwise come when they like and walk every object: pauses of about half a second (karpathy/nanochat,
+scripts/base_train.py). It hurts where your own code makes reference cycles that hold tensors: they are freed that much later; lower
+`collect_every` there.
 """
 
 from __future__ import annotations
@@ -164,26 +165,26 @@ def verify(engine: Engine, sight: Sight, options: Options) -> Evidence:
 
     threads = torch.get_num_threads()
     if threads != _asked():
-        return inactive(f"{threads} threads, asked for {_asked()}", threads=threads)
+        return inactive(f"{_told(threads)}, asked for {_asked()}", threads=threads)
     node = os.environ.get("GPTOUGHTS_NUMA_NODE")
     if node is not None and hasattr(os, "sched_getaffinity") and not os.sched_getaffinity(0) <= _cores_of(int(node)):
         return inactive(f"runs on cores outside NUMA node {node}", threads=threads)
-    collections, aside = sight.marks.get(INSIDE, 0), gc.get_freeze_count()
-    if collections or gc.isenabled() or not aside:
-        state = "on" if gc.isenabled() else "off"
-        return inactive(
-            f"{collections} garbage collections in the step, the collector is {state}, {aside} objects set aside",
-            threads=threads,
-            collections=collections,
-        )
-    kept = f", no garbage collection in the step, {aside} objects set aside"
-    figures = {"threads": threads, "collections": collections}
+    collections, frozen = sight.marks.get(INSIDE, 0), gc.get_freeze_count()
+    figures = {"threads": threads, "collections": collections, "frozen_objects": frozen}
+    if collections or gc.isenabled() or not frozen:
+        state = "on" if gc.isenabled() else "paused" if frozen else "off, but was not told to pass over what lives (gc.freeze)"
+        return inactive(f"garbage collections in the step: {collections}; the collector is {state}", **figures)
+    kept = ", garbage collection paused, none in the step"
     if node is None:
-        return active(f"{threads} threads{kept}", **figures)
+        return active(f"{_told(threads)}{kept}", **figures)
     memory = (
         "memory preferred there" if _memory_is_preferred(int(node)) else "memory not bound: set_mempolicy is not permitted here"
     )
-    return active(f"{threads} threads on NUMA node {node}, {memory}{kept}", **figures)
+    return active(f"{_told(threads)} on NUMA node {node}, {memory}{kept}", **figures)
+
+
+def _told(threads: int) -> str:
+    return f"{threads} thread" if threads == 1 else f"{threads} threads"
 
 
 LAYER = Layer(

@@ -32,9 +32,10 @@ from gptoughts.layer import (
     inactive,
     would_not_pay,
 )
+from gptoughts.memory_fit import counted, memory_of_rank, size
 
-LOGITS_SHARE = 0.10
-BYTES_PER_LOGIT = 8  # float32 logits and their gradient
+# Of a rank's memory. Logits, their logarithms and their gradient count, 12 bytes a logit or more: without the logarithms that is a tenth.
+LOGITS_SHARE = 0.15
 
 
 def fits(case: Case, options: Options) -> Iterator[Reason]:
@@ -50,17 +51,11 @@ def fits(case: Case, options: Options) -> Iterator[Reason]:
         yield cannot(f"{facts.family} does more than one product between hidden states and logits")
         return
     yield from _implementation_is_here(case, options["implementation"])
-    if facts.vocab_size is None or facts.sequence_length is None:
+    budget, have = counted(case), memory_of_rank(case)
+    if budget is None:
         yield would_not_pay("the vocabulary is not known before the text is read", "logits cannot be weighed")
-        return
-    sizes = [gpu.memory_bytes for gpu in case.machine.gpus] if case.on_gpu else [case.machine.memory_bytes]
-    known = [size for size in sizes if size]
-    logits = case.forward_sequences * facts.sequence_length * facts.vocab_size * BYTES_PER_LOGIT
-    if known and logits < LOGITS_SHARE * min(known):
-        yield would_not_pay(
-            f"logits take {logits / 2**30:.1f} GiB of {min(known) / 2**30:.0f} GiB at most",
-            "Liger-Kernel: time +13 % at 128 k words",
-        )
+    elif have is not None and budget.logits < LOGITS_SHARE * have:
+        yield would_not_pay(f"logits take {size(budget.logits)} of {size(have)}", "Liger-Kernel: time +13 % at 128 k words")
 
 
 def _implementation_is_here(case: Case, name: str) -> Iterator[Reason]:

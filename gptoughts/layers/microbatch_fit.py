@@ -11,9 +11,29 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from gptoughts.layer import Budget, Case, Engine, Evidence, Layer, Option, Options, Sight, active, inactive
+from gptoughts.layer import (
+    Budget,
+    Case,
+    Engine,
+    Evidence,
+    Layer,
+    Option,
+    Options,
+    Reason,
+    Sight,
+    active,
+    cannot,
+    inactive,
+)  # fmt: skip
 from gptoughts.memory import Verdict, verdict
 from gptoughts.memory_fit import memory_of_rank
+
+
+def fits(case: Case, options: Options) -> Iterator[Reason]:
+    """Memory to stay within."""
+    limit = options["memory_gib"]
+    if limit is not None and limit <= 0:
+        yield cannot(f"memory_gib = {limit:g} leaves no memory at all", "--layer.microbatch.memory-gib with a number above 0")
 
 
 def memory(case: Case, options: Options, budget: Budget) -> Budget:
@@ -64,6 +84,7 @@ LAYER = Layer(
     apply=apply,
     verify=verify,
     memory=memory,
+    fits=fits,
     options={
         "sequences": Option(None, "most sequences per forward to try", int),
         "memory_gib": Option(None, "memory to stay within, in GiB; without it what is free, less a twelfth", float),

@@ -67,9 +67,8 @@ def verify(engine: Engine, sight: Sight, options: Options) -> Evidence:
     out, back, forwards = (sight.marks.get(name, 0) for name in names)
     figures = {"out": out, "back": back, "forwards": forwards, "expected": sight.micro_batches}
     if forwards < max(1, sight.micro_batches):
-        return inactive(
-            f"{out} saved tensors went to the host, a block's worth in {forwards} of {sight.micro_batches} forwards", **figures
-        )
+        told = f"{out} saved tensors went to the host, a block's worth in {forwards} of {sight.micro_batches} forwards"
+        return inactive(told + ("" if out else _too_small(engine, options)), **figures)
     if back < sight.blocks * sight.micro_batches:
         return inactive(f"{out} saved tensors went to the host and {back} came back", **figures)
     if engine.device.type == "cuda" and sight.kernels:
@@ -78,6 +77,15 @@ def verify(engine: Engine, sight: Sight, options: Options) -> Evidence:
             told = f"{copies['DtoH']} copies to the host and {copies['HtoD']} back, {sight.memcpy_streams} side streams"
             return inactive(f"{out} saved tensors were to leave and {back} to come back; seen: {told}", **figures)
     return active(f"{out} saved tensors waited on the host in {forwards} forwards, {back} came back", **figures)
+
+
+def _too_small(engine: Engine, options: Options) -> str:
+    """Why nothing left, where size is the reason: what the hooks remember, whose largest tensor may be older than the watched step."""
+    from gptoughts.host_activations import LARGEST
+
+    largest = engine.counters.marks[LARGEST]
+    limit = f"below --layer.offload.least-bytes {options['least_bytes']}"
+    return f": the largest saved tensor was {largest} bytes, {limit}" if largest else ""
 
 
 LAYER = Layer(

@@ -1,9 +1,9 @@
-"""AdamW's moments live in host memory and the update runs on the host: the GPU is relieved of 8 bytes a parameter.
+"""AdamW's moments live in host memory and the update runs on the host: the GPU is relieved of 8 bytes a trained weight.
 
-Gradients travel down and weights up, 8 bytes a parameter and update over PCIe, and the host's cores compute the update; both are paid once an
-update, so a large global batch hides them. Takes 16 bytes a parameter of host memory: moments, and pinned copies of weight and gradient that
-the update works on. It hurts wherever the state would have fitted, and where few cores stand beside a large GPU. Results are those of
-the same AdamW on a CPU. What it costs in time was not measured. Source of the idea: Ren et al. 2021, ZeRO-Offload.
+Gradients travel down and weights up, 8 bytes a weight and update over PCIe, and the host's cores compute the update; both are paid once an
+update, so a large global batch hides them. Takes 16 bytes a trained weight of host memory: moments, and pinned copies of weight and
+gradient that the update works on. It hurts wherever the state would have fitted, and where few cores stand beside a large GPU. Results
+are those of the same AdamW on a CPU. What it costs in time was not measured. Source of the idea: Ren et al. 2021, ZeRO-Offload.
 """
 
 from __future__ import annotations
@@ -26,10 +26,9 @@ from gptoughts.layer import (
     inactive,
     would_not_pay,
 )
+from gptoughts.memory_fit import SOURCE, counted, room, size
 
-STATE_BYTES = 16  # a float32 weight, its gradient and two moments
-HOST_BYTES = 16  # the same, in host memory
-MEMORY_SHARE = 0.8
+HOST_SHARE = 0.8  # of the machine's memory; the system, the data and Python's own take some too
 
 
 def fits(case: Case, options: Options) -> Iterator[Reason]:
@@ -37,27 +36,22 @@ def fits(case: Case, options: Options) -> Iterator[Reason]:
     name = case.recipe.optim.name
     if name != "adamw":
         yield cannot(
-            f"updates on the host with torch's AdamW, and optim.name is {name}", "--layer.optimizer_offload with-weights"
+            f"updates on the host with torch's AdamW, and optim.name is {name}", "--layer.optimizer-offload with-weights"
         )
         return
-    parameters, host = case.facts.parameters, case.machine.memory_bytes
     if not case.on_gpu:
         yield would_not_pay("the state lies in host memory already", "no device to relieve")
         return
-    if parameters is None:
+    budget, host, processes = counted(case), case.machine.memory_bytes, max(1, case.world.local_world_size)
+    # The moments, and one copy of each gradient and of each weight that has one.
+    need = None if budget is None else (budget.optimizer + 2 * budget.gradients) * processes
+    if need is not None and host is not None and need > HOST_SHARE * host:
+        whose = "one process needs" if processes == 1 else f"{processes} processes need"
+        yield cannot(f"{whose} {size(need)} of host memory, more than {HOST_SHARE:.0%} of the {size(host)} here")
         return
-    processes = max(1, case.world.local_world_size)
-    if host is not None and HOST_BYTES * parameters * processes > MEMORY_SHARE * host:
-        yield cannot(
-            f"{processes} processes need {HOST_BYTES * parameters * processes / 2**30:.1f} GiB of host memory, here {host / 2**30:.0f} GiB"
-        )
-        return
-    known = [gpu.memory_bytes for gpu in case.machine.gpus if gpu.memory_bytes]
-    if known and STATE_BYTES * parameters < MEMORY_SHARE * min(known):
-        yield would_not_pay(
-            f"weights, gradients and state take {STATE_BYTES * parameters / 2**30:.1f} GiB of {min(known) / 2**30:.0f} GiB",
-            "arithmetic: 16 bytes a parameter",
-        )
+    everything = room(case)
+    if everything is not None and everything.is_enough:
+        yield would_not_pay(f"weights, gradients, state and activations take {everything}", SOURCE)
 
 
 def memory(case: Case, options: Options, budget: Budget) -> Budget:

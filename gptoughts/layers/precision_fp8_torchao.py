@@ -32,15 +32,16 @@ from gptoughts.layer import (
     unproven,
     would_not_pay,
 )
-from gptoughts.products import emulated, fp8_launches, scaled
+from gptoughts.products import SCALED, emulated, fp8_launches, scaled
 
 NAME = "fp8-torchao"
 MULTIPLE = 16
 PAYING_WIDTH = 1536
 PAYING_TOKENS = 4096
 PAYING_ROWWISE_PARAMETERS = 9e9
-# Products of one projection in a step: forward, gradient of the input, gradient of the weight. A frozen one may have the first alone.
-TRAINED, FROZEN = 3, 1
+GRADIENT = (
+    "c10::Float8_e5m2"  # tensor-wise, gradients alone are of this type, and each product of the backward has one as a factor
+)
 
 
 def fits(case: Case, options: Options) -> Iterator[Reason]:
@@ -137,26 +138,32 @@ def left(counts) -> str:  # type: ignore[no-untyped-def]
 
 
 def verify(engine: Engine, sight: Sight, options: Options) -> Evidence:
-    """Every projection that fits is converted, and 8-bit products ran: three per projection and micro-batch, on a GPU by such kernels."""
+    """Every projection that fits is converted, and 8-bit products ran, one forward and two backward, on a GPU by such kernels."""
     from gptoughts.lowbit import is_quantised
     from gptoughts.models.fusion import projections
 
     found = projections(engine.bare, engine.blocks)
     fitting, odd = found.split(MULTIPLE)
     done = {name: module for name, module in fitting.items() if is_quantised(module)}
-    trained = sum(module.weight.requires_grad for module in done.values())
-    needed = (TRAINED * trained + FROZEN * (len(done) - trained)) * sight.micro_batches
-    on_gpu = engine.device.type == "cuda"
-    ran = scaled(sight) if on_gpu else emulated(sight)
-    text = f"{len(done)} of {len(fitting)} projections converted, {ran} {'' if on_gpu else 'emulated '}FP8 products of {needed}"
+    on_gpu, rowwise = engine.device.type == "cuda", options["scaling"] == "rowwise"
+    needed, needed_back = (count * sight.micro_batches for count in _least(engine, done))
+    ran, back = (scaled(sight) if on_gpu else emulated(sight)), _of_the_backward(sight, on_gpu)
+    text = f"{len(done)} of {len(fitting)} projections converted, {ran} {'' if on_gpu else 'emulated '}FP8 products"
+    text += (
+        f", at least {needed} needed" if rowwise else f", {back} of them backward, at least {needed} and {needed_back} needed"
+    )
     text += f"; in bf16: {left({'of odd widths': len(odd), **found.left_out})}"
     figures = {"converted": len(done), "projections": len(fitting), "products": ran, "expected": needed, "skipped": len(odd)}
+    figures |= {} if rowwise else {"backward": back, "expected_backward": needed_back}
+    short = ran < needed if rowwise else ran - back < needed - needed_back or back < needed_back
     if not done or len(done) < len(fitting):
         return inactive(text, **figures)
-    if not on_gpu and sight.regions and ran < needed:
+    if not on_gpu and sight.regions and short:
         return unproven(f"{text}; emulated products inside compiled regions leave no operator to count", **figures)
-    if ran < needed:
+    if short:
         return inactive(text, **figures)
+    if rowwise and _runs_again(engine) and ran < needed + len(done) * sight.micro_batches:
+        return unproven(f"{text}; row-wise, products that run again look like those of the backward", **figures)
     if not on_gpu:
         return active(text, **figures)
     kernels = fp8_launches(sight.kernels)
@@ -167,6 +174,29 @@ def verify(engine: Engine, sight: Sight, options: Options) -> Evidence:
         return inactive(f"{text}, by {kernels} FP8 kernels", **figures)
     slow = "" if sight.regions else "; not compiled, where FP8 ran at 0.23 of its speed (nanochat dev/LOG.md)"
     return active(f"{text}, by {kernels} FP8 kernels{slow}", **figures)
+
+
+def _least(engine: Engine, done) -> tuple[int, int]:  # type: ignore[no-untyped-def]  # torch is not known here
+    """Products that a micro-batch takes at least, and those of its backward.
+
+    Forward one each. Backward two where the weight is trained; where it is frozen the gradient of the input, which the first block's
+    input may do without.
+    """
+    first = next(iter(engine.blocks), "")
+    back = sum(2 if module.weight.requires_grad else not name.startswith(f"{first}.") for name, module in done.items())
+    return len(done) + back, back
+
+
+def _of_the_backward(sight: Sight, on_gpu: bool) -> int:
+    """Products with a gradient as one factor; none where scaling is row-wise, which has one type for everything."""
+    names = SCALED if on_gpu else ("aten::_to_copy",)  # emulated, both factors are brought back to float32 one by one
+    seen = [sight.operators[name].input_dtypes for name in names if name in sight.operators]
+    return sum(calls for dtypes in seen for given, calls in dtypes.items() if GRADIENT in given[: 2 if on_gpu else 1])
+
+
+def _runs_again(engine: Engine) -> bool:
+    """Whether a layer stands in front of a block's forward, as those of the recompute slot do."""
+    return any("forward" in vars(block) for block in engine.blocks.values())
 
 
 LAYER = Layer(

@@ -1,6 +1,6 @@
 """Each weight is updated the moment its gradient is complete and the gradient is freed: gradients never exist all at once.
 
-Saves the memory of all gradients, four bytes a parameter, but for the largest. It costs what needs all gradients at one time: clipping
+Saves the memory of all gradients, four bytes a trained weight, but for the largest. It costs what needs all gradients at one time: clipping
 by their norm, accumulation over micro-batches, fp16's skipped steps, averaging over ranks. The norm is still logged. Weights after a
 step are bit for bit those of the plain order. Llama-3.2-3B on an A100 with recomputation: 24.9 to 23.1 GiB, 7,210 to 7,309 tok/s
 (torchtune's README). Source of the idea: Lv et al. 2023, LOMO; torch's tutorial on optimiser steps in the backward.
@@ -28,8 +28,8 @@ from gptoughts.layer import (
     inactive,
     would_not_pay,
 )
+from gptoughts.memory_fit import SOURCE, counted, memory_of_rank, size
 
-BYTES_PER_GRADIENT = 4
 MEMORY_SHARE = 0.05  # of the device; below that the gradients are not worth the order of things
 LEFT = "in-backward: gradients left"
 
@@ -51,13 +51,11 @@ def fits(case: Case, options: Options) -> Iterator[Reason]:
         )
     if case.world.world_size > 1:
         yield cannot("ranks average gradients after the backward, when these are gone", "--layer.update after-clip")
-    sizes = [gpu.memory_bytes for gpu in case.machine.gpus] if case.on_gpu else [case.machine.memory_bytes]
-    known = [size for size in sizes if size]
-    saved = BYTES_PER_GRADIENT * (case.facts.parameters or 0)
-    if known and saved < MEMORY_SHARE * min(known):
-        yield would_not_pay(
-            f"gradients take {saved / 2**30:.1f} GiB of {min(known) / 2**30:.0f} GiB", "arithmetic: 4 bytes each"
-        )
+    budget, have = counted(case), memory_of_rank(case)
+    if budget is None:
+        yield would_not_pay("not all sizes of the model are known before its data is read", "gradients cannot be weighed")
+    elif have is not None and budget.gradients < MEMORY_SHARE * have:
+        yield would_not_pay(f"gradients take {size(budget.gradients)} of {size(have)}", SOURCE)
 
 
 def memory(case: Case, options: Options, budget: Budget) -> Budget:
