@@ -7,72 +7,16 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
-from importlib import import_module
-from typing import Any
 
 import click
 
+from gptoughts.cli_bench import bench_group
 from gptoughts.environment import Process
 from gptoughts.errors import ConfigError, GptoughtsError
-from gptoughts.flags import RecipeVerb, Verb, split_flags
-
-CONTEXT = {
-    "token_normalize_func": lambda token: token.replace("_", "-"),
-    "help_option_names": ["-h", "--help"],
-    "max_content_width": 120,
-}
-
-
-class Verbs(click.Group):
-    """The verbs in the order in which a newcomer meets them."""
-
-    def list_commands(self, context: click.Context) -> list[str]:
-        """As they were added."""
-        return list(self.commands)
-
-    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
-        """No words at all ask for help."""
-        return super().parse_args(context, args or ["--help"])
-
-
-def call(module: str, function: str) -> Callable[..., None]:
-    """A click callback that imports its verb when it is run and leaves with the number that it returns."""
-
-    def run(**values: Any) -> None:
-        verb = getattr(import_module(f"gptoughts.commands.{module}"), function)
-        sys.exit(verb(**values) or 0)
-
-    return run
-
-
-def call_with_recipe(module: str, function: str) -> Callable[..., None]:
-    """As `call`, with the recipe's fields and the layers gathered in `fields` and `layers`."""
-
-    def run(**values: Any) -> None:
-        recipe, layers, rest = split_flags(values)
-        verb = getattr(import_module(f"gptoughts.commands.{module}"), function)
-        sys.exit(verb(fields=recipe, layers=layers, **rest) or 0)
-
-    return run
-
-
-def _argument(name: str, **keywords: Any) -> click.Argument:
-    return click.Argument([name], **keywords)
-
-
-def _option(*names: str, **keywords: Any) -> click.Option:
-    if "default" in keywords and keywords["default"] is not None and not keywords.get("is_flag"):
-        keywords.setdefault("show_default", True)
-    return click.Option(list(names), **keywords)
-
-
-def _recipe_options() -> list[click.Parameter]:
-    return [
-        _argument("recipe", required=False),
-        _option("--profile", default="auto", help="hardware profile by name or path; auto takes the one that matches"),
-        _option("--plugin", multiple=True, metavar="FILE.py", help="a file that adds layers, models or objectives"),
-    ]
+from gptoughts.flags import CONTEXT, RecipeVerb, Verb, Verbs, call, call_with_recipe
+from gptoughts.flags import argument as _argument
+from gptoughts.flags import option as _option
+from gptoughts.flags import recipe_options as _recipe_options
 
 
 def verbs() -> Verbs:
@@ -90,7 +34,7 @@ def verbs() -> Verbs:
         )
     )
     for command in (
-        _train(), _plan(), *_lists(), _tokenize(), _data(), _generate(), _export(), _eval(), _bench(), _doctor(),
+        _train(), _plan(), _trace(), *_lists(), _tokenize(), _data(), _generate(), _export(), _eval(), bench_group(), _doctor(),
     ):  # fmt: skip
         group.add_command(command)
     return group
@@ -111,6 +55,12 @@ def _train() -> click.Command:
         _option("--run-dir", metavar="DIR", help="write everything into DIR instead of out/ and checkpoints/"),
         _option("--resume", default="auto", metavar="auto|never|PATH", help="where to go on from"),
         _option("--strict", is_flag=True, help="stop on layers that cannot be proven, too"),
+        _option(
+            "--numerics",
+            default="check",
+            type=click.Choice(["check", "off"]),
+            help="compare layers with the baseline on two blocks before the first step",
+        ),
     ]
     text = "Train RECIPE (a name or a .toml file). Without one: quickstart on a CPU, gpt-1b on a GPU."
     return RecipeVerb("train", params=own, callback=call_with_recipe("train", "train"), help=text, context_settings=CONTEXT)
@@ -125,6 +75,21 @@ def _plan() -> click.Command:
     ]
     text = "Show which layers RECIPE would get and why, without training; also for a machine that is not here."
     return RecipeVerb("plan", params=own, callback=call_with_recipe("plan", "plan"), help=text, context_settings=CONTEXT)
+
+
+def _trace() -> click.Command:
+    own = [
+        *_recipe_options(),
+        _option(
+            "--from", "first", type=click.IntRange(1), metavar="N", help="first step to trace; after the warm ones if not given"
+        ),
+        _option("--to", "last", type=click.IntRange(1), metavar="M", help="last step to trace; three steps if not given"),
+        _option("--run", "run_name", metavar="NAME", help="write into out/NAME"),
+        _option("--run-dir", metavar="DIR", help="write into DIR instead"),
+        _option("--memory-history", is_flag=True, help="note who asks for GPU memory, for the report when it runs out"),
+    ]
+    text = "Train RECIPE for a few steps under the profiler and say where their time went."
+    return RecipeVerb("trace", params=own, callback=call_with_recipe("trace", "trace"), help=text, context_settings=CONTEXT)
 
 
 def _lists() -> list[click.Command]:
@@ -251,37 +216,13 @@ def _eval() -> click.Command:
     return group
 
 
-def _bench() -> click.Command:
-    group = Verbs("bench", help="Measure, interleaved, with medians and spread.", context_settings=CONTEXT)
-    own = [
-        *_recipe_options(),
-        _option("--rounds", type=click.IntRange(2), default=7, help="paired rounds"),
-        _option("--steps", type=click.IntRange(1), default=10, help="steps per round and variant"),
-        _option("--to", "out", metavar="FILE", help="write JSON to FILE"),
-    ]
-    text = "Our loop, a bare PyTorch loop with the same settings, and float32 eager, taking turns."
-    group.add_command(
-        RecipeVerb("step", params=own, callback=call_with_recipe("bench", "step"), help=text, context_settings=CONTEXT)
-    )
-    data: list[click.Parameter] = [
-        _option("--source", default="python-stdlib", metavar="PATH", help="text to tokenise"),
-        _option(
-            "--tokenizer", default="bpe", metavar="NAME", help="bpe (trained on the text), gpt2, or a folder with its files"
-        ),
-        _option("--to", "out", metavar="FILE", help="write JSON to FILE"),
-    ]
-    group.add_command(
-        Verb("data", params=data, callback=call("bench", "data"), help="Tokenising and batches.", context_settings=CONTEXT)
-    )
-    return group
-
-
 def _doctor() -> click.Command:
     params: list[click.Parameter] = [
         _option("--json", "json", is_flag=True, help="print JSON"),
+        _option("--quick", is_flag=True, help="leave out what has to be tried: imports, speed, ranks, disk rates"),
         _option("--machine-json", is_flag=True, help="print this machine as a file for plan --machine"),
     ]
-    text = "What is here, what is missing, and what to type."
+    text = "What is here, what is missing or slow, what that costs, and what to type."
     return Verb("doctor", params=params, callback=call("doctor", "doctor"), help=text, context_settings=CONTEXT)
 
 

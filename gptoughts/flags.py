@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import import_module
 from typing import Any
 
 import click
 
 from gptoughts.errors import listed, nearest
+
+CONTEXT = {
+    "token_normalize_func": lambda token: token.replace("_", "-"),
+    "help_option_names": ["-h", "--help"],
+    "max_content_width": 120,
+}
 
 
 class Verb(click.Command):
@@ -130,13 +138,13 @@ def _layer_flags() -> Iterator[click.Option]:
         layers = [layer for layer in CATALOG.values() if layer.slot == slot]
         yield _layer_flag(f"--layer.{slot}", "NAME", "|".join(layer.name for layer in layers))
         options: dict[str, list[str]] = {}
-        metavars = {}
+        values: dict[str, dict[str, None]] = {}  # of all layers that have the option, each once
         for layer in layers:
             for name, option in layer.options.items():
                 options.setdefault(name, []).append(f"{layer.name}: {option.help}")
-                metavars[name] = "|".join(option.choices) or option.kind.__name__
+                values.setdefault(name, {}).update(dict.fromkeys(option.choices or (option.kind.__name__,)))
         for name, helps in options.items():
-            yield _layer_flag(f"--layer.{slot}.{name}", metavars[name], "; ".join(helps))
+            yield _layer_flag(f"--layer.{slot}.{name}", "|".join(values[name]), "; ".join(helps))
 
 
 def _layer_flag(flag: str, metavar: str = "VALUE", text: str = "") -> click.Option:
@@ -147,3 +155,57 @@ def _layer_flag(flag: str, metavar: str = "VALUE", text: str = "") -> click.Opti
 def _inner(kind: str, key: str) -> str:
     """A dotted key as the identifier that click wants: `field__model__depth`."""
     return f"{kind}__{key.replace('.', '__')}"
+
+
+class Verbs(click.Group):
+    """The verbs in the order in which a newcomer meets them."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        """As they were added."""
+        return list(self.commands)
+
+    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
+        """No words at all ask for help."""
+        return super().parse_args(context, args or ["--help"])
+
+
+def call(module: str, function: str) -> Callable[..., None]:
+    """A click callback that imports its verb when it is run and leaves with the number that it returns."""
+
+    def run(**values: Any) -> None:
+        verb = getattr(import_module(f"gptoughts.commands.{module}"), function)
+        sys.exit(verb(**values) or 0)
+
+    return run
+
+
+def call_with_recipe(module: str, function: str) -> Callable[..., None]:
+    """As `call`, with the recipe's fields and the layers gathered in `fields` and `layers`."""
+
+    def run(**values: Any) -> None:
+        recipe, layers, rest = split_flags(values)
+        verb = getattr(import_module(f"gptoughts.commands.{module}"), function)
+        sys.exit(verb(fields=recipe, layers=layers, **rest) or 0)
+
+    return run
+
+
+def argument(name: str, **keywords: Any) -> click.Argument:
+    """A word that needs no flag."""
+    return click.Argument([name], **keywords)
+
+
+def option(*names: str, **keywords: Any) -> click.Option:
+    """A flag; its help page shows the default."""
+    if "default" in keywords and keywords["default"] is not None and not keywords.get("is_flag"):
+        keywords.setdefault("show_default", True)
+    return click.Option(list(names), **keywords)
+
+
+def recipe_options() -> list[click.Parameter]:
+    """What every verb that takes a recipe takes."""
+    return [
+        argument("recipe", required=False),
+        option("--profile", default="auto", help="hardware profile by name or path; auto takes the one that matches"),
+        option("--plugin", multiple=True, metavar="FILE.py", help="a file that adds layers, models or objectives"),
+    ]

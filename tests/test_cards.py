@@ -182,6 +182,8 @@ GUIDE = (ROOT / "docs" / "gpu-guide.md").read_text(encoding="utf-8")
 def test_every_flag_and_layer_of_the_guide_exists() -> None:
     train = verbs().commands["train"]
     known = {name for parameter in train.get_params(Context(train)) for name in parameter.opts if name.startswith("--")}
+    trace = verbs().commands["trace"]
+    known |= {name for parameter in trace.get_params(Context(trace)) for name in parameter.opts if name.startswith("--")}
     known |= {"--cpunodebind", "--membind", "--quick", "--to", "--machine"}
     assert sorted(set(re.findall(r"(--[a-z][a-z.-]+)", GUIDE)) - known) == []
     there = {(layer.slot.replace("_", "-"), name) for name, layer in CATALOG.items()}
@@ -199,6 +201,10 @@ def test_our_gains_in_the_guide_are_those_of_the_files() -> None:
     assert f"{modern[256]:.2f}x at width 256, {modern[384]:.2f}x at 384, {modern[128]:.2f}x at 128" in GUIDE
     (step,) = [run for run in json.loads((folder / "step.json").read_text())["runs"] if run["recipe"] == "bench-10m"]
     assert f"{step['ratios_of_tokens_per_second']['ours / fp32 eager']['median']:.2f}x float32 eager at 10 M" in GUIDE
+    (layers,) = [run for run in cpu_runs("layers.json") if "--layer" not in run["command"] and run["recipe"] == "bench-10m"]
+    alone, together = layers["gains"]["compile"]["alone"], layers["gains"]["compile"]["in_plan"]
+    told = [f"{one['median']:.2f}x ({one['q1']:.2f} to {one['q3']:.2f})" for one in (alone, together)]
+    assert f"{told[0]} alone and {told[1]} with bf16" in GUIDE, told
     for file in re.findall(r"`(cpu/[\w-]+\.json)`", GUIDE):
         assert (folder.parent / file).is_file()
 
@@ -210,3 +216,31 @@ def test_the_guide_answers_every_symptom() -> None:
         "FP8 slower than bf16", "Loss is NaN in fp16", "Loss differs after a change", "One GPU of several is slower",
         "Flash attention is not used", "MFU is n/a, or strange", "Validation is slow", "CPU training is slow",
     ]  # fmt: skip
+
+
+# --- tables of the guide
+
+
+def cpu_runs(name: str) -> list[dict[str, Any]]:
+    runs: list[dict[str, Any]] = json.loads((ROOT / "docs" / "measurements" / "cpu" / name).read_text(encoding="utf-8"))["runs"]
+    return runs
+
+
+def test_memory_table_of_the_guide_is_the_measurement() -> None:
+    rows = [
+        f"| {run['model']} | {run['predicted_bytes'] / 2**20:,.0f} | {run['measured_bytes'] / 2**20:,.0f} | {run['error'] * 100:+.1f} % |"
+        for run in cpu_runs("memory.json")
+    ]
+    table = "| model | predicted, MiB | measured, MiB | error |\n|---|---:|---:|---:|\n" + "\n".join(rows) + "\n\n"
+    assert table in (ROOT / "docs" / "gpu-guide.md").read_text(encoding="utf-8"), table
+
+
+def test_compile_table_of_the_guide_is_the_measurement() -> None:
+    spreads = {run["variant"]: run["processor_seconds"] for run in cpu_runs("compile.json")}
+    page = (ROOT / "docs" / "gpu-guide.md").read_text(encoding="utf-8")
+    for layer in ("compile-blocks", "compile-model"):
+        cold, warm = spreads[f"{layer} cold"], spreads[f"{layer} warm"]
+        cells = [f"{one['median']:.{n}f} ({one['min']:.{n}f} to {one['max']:.{n}f})" for one, n in ((cold, 0), (warm, 1))]
+        assert f"| `{layer}` | {cells[0]} | {cells[1]} | {warm['median'] / cold['median']:.0%}".replace("%", " %") in page, (
+            cells
+        )

@@ -54,13 +54,24 @@ SMALL = {
 }
 """What a training run gets unless its line says otherwise."""
 
+FEW_LAYERS = {"layer.host": "system", "layer.attention": "math", "layer.precision": "fp32", "layer.compile": "eager"}
+"""Layers of `bench layers` and `bench parity`, where every variant is a process, unless a line names them."""
+
+BENCH = {
+    "step": {"rounds": "2", "steps": "2"},
+    "layers": {"rounds": "1", "steps": "1"},
+    "parity": {"steps": "6", "seeds": "0"},
+    "gemm": {"largest": "256"},
+}
+"""How long a measurement is, whatever its line says."""
+
 
 def shortened(words: list[str]) -> list[str]:
-    """`train` on a tiny model, with steps and periods that are given divided by 100; `bench` for two short rounds; the rest as it is.
+    """`train` and `trace` on a tiny model, with steps and periods that are given divided by 100; `bench` for a round or two; the rest as it is.
 
     A model that is named has its own sizes, a length that is given stays, and denoising keeps a context that holds its blocks.
     """
-    if words[:1] not in (["train"], ["bench"]):
+    if words[:1] not in (["train"], ["trace"], ["bench"]):
         return words
     given = {word.lstrip("-").partition("=")[0].replace("_", "-") for word in words if word.startswith("--")}
     short = []
@@ -68,8 +79,10 @@ def shortened(words: list[str]) -> list[str]:
         divided = number > 0 and words[number - 1] in ("--train.steps", "--save.every", "--eval.every")
         short.append(str(max(2, int(word) // 100)) if divided else word)
     if words[0] == "bench":
-        rounds = {"rounds": "2", "steps": "2"} if words[1] == "step" else {}
-        small = rounds | ({key: SMALL[key] for key in SMALL if key.startswith(("model", "data"))} if rounds else {})
+        lengths = BENCH.get(words[1], {})
+        given -= set(lengths)  # the last of two flags counts, and what a line gives would still be long
+        sizes = {key: SMALL[key] for key in SMALL if key.startswith(("model", "data"))} if "steps" in lengths else {}
+        small = {**lengths, **sizes, **(FEW_LAYERS if words[1] in ("layers", "parity") else {})}
     else:
         small = fitting(words, given)
     return [*short, *(part for key, value in small.items() if key not in given for part in (f"--{key}", value))]
@@ -202,6 +215,12 @@ def test_shortening_keeps_what_was_asked_for() -> None:
     words = shortened(["train", "x", "--train.steps", "600", "--model.width=128", "--run", "a"])
     assert words[:7] == ["train", "x", "--train.steps", "6", "--model.width=128", "--run", "a"]
     assert "--model.depth" in words and words.count("--train.steps") == 1 and "--model.width" not in words
+    words = shortened(["bench", "parity", "x", "--layer.precision", "bf16", "--steps", "200", "--seeds", "2"])
+    assert words[words.index("--layer.precision") + 1] == "bf16" and words.count("--layer.precision") == 1
+    assert words[len(words) - words[::-1].index("--steps")] == "6" and "--layer.attention" in words
+    assert shortened(["bench", "gemm"]) == ["bench", "gemm", "--largest", "256"]
+    assert shortened(["bench", "data"]) == ["bench", "data"]
+    assert "--model.depth" in shortened(["trace", "quickstart"])
 
 
 # --- links, verbs, words
@@ -282,6 +301,7 @@ FOLDERS = {
     "gptoughts/data": "text to shards, shards to batches",
     "gptoughts/evals": "judging a trained model",
     "gptoughts/generate": "writing text",
+    "gptoughts/health": "what doctor tries",
     "gptoughts/layers": "the optimisations, one file each, and the catalog",
     "gptoughts/models": "architectures",
     "gptoughts/recipes": "what to train",
@@ -300,6 +320,7 @@ FOLDERS = {
     "tests/nvml": "a small libnvidia-ml.so that stands for a driver",
     "tests/machines": "boxes that are not here, as plan --machine takes them",
     "tests/golden": "plans as they should be, for every profile and machine",
+    "tests/traces": "kernels and operators by name, as a profiler gives them",
     "tests/device": "what only a GPU can show",
 }
 FILES_LISTED = ("gptoughts/", "profiles/", "launch/", "examples/", "docs/")

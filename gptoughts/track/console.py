@@ -50,6 +50,12 @@ class Silent(Console):
         """Nothing."""
 
 
+def aside(text: str) -> None:
+    """A line that stays, from a place that holds no console; a live row gives way to it and comes back with the next."""
+    live = sys.stdout.isatty()
+    print(f"\r\x1b[2K{text}" if live else text, flush=True)
+
+
 def duration(seconds: float) -> str:
     """`7 s`, `3 min 20 s`, `2 h 05 min`."""
     if seconds < 100:

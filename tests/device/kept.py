@@ -62,7 +62,7 @@ class Kept:
         return dict(self.values["runs"])
 
     def holds(self, name: str) -> bool:
-        """Whether `name` was measured in an earlier call, or earlier in this one."""
+        """Whether `name` was measured by an earlier start, or earlier in this one."""
         return name in self.values["runs"]
 
     def keep(self, name: str, figures: dict[str, Any]) -> None:
@@ -73,7 +73,7 @@ class Kept:
         self.save()
 
     def keep_failure(self, name: str, why: str) -> None:
-        """Note why a measurement gave nothing. It is tried again by the next call."""
+        """Note why a measurement gave nothing. It is tried again by the next start."""
         self.values["failures"][name] = why[-4000:]
         self.save()
 

@@ -31,7 +31,7 @@ LONGEST_START = 120.0
 
 
 def run_kills(kept: Kept, deadline: Deadline, tiny: bool) -> int:
-    """20 kills, then to the end, beside a run that was left alone. Goes on where an earlier call stopped; 1 while it is not done."""
+    """20 kills, then to the end, beside a run that was left alone. Goes on where an earlier start stopped; 1 while it is not done."""
     if kept.holds("kills"):
         return 0
     if not deadline.allows(5 if tiny else 60):

@@ -117,7 +117,7 @@ def turns(rows: Iterable[stages.Turns], kept: Kept, deadline: Deadline) -> int:
 
 
 def _failed(kept: Kept, name: str, error: Broken) -> int:
-    """1 for what is missing now; a plan that this machine refuses is an answer, and asked for again by the next call."""
+    """1 for what is missing now; a plan that this machine refuses is an answer, and asked for again by the next start."""
     if error.refused:
         kept.values.setdefault("refused", {})[name] = str(error)
         kept.values["failures"].pop(name, None)

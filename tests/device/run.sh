@@ -9,7 +9,7 @@ usage: tests/device/run.sh STAGE [--tiny] [--seconds N] [--only WORD] [--again]
 in the order of what they are worth:
   contract    every layer on every family: seen at work, undone, missed where it is not; the kernels of each watched step
   bf16        compiled bf16 through --profile auto: GPT-2 124M and 1.5B, Llama 1.1B and 3B; beside Hugging Face's Trainer and a bare loop
-  te-part     FILE...: take over parts of a large wheel that come one call at a time (docs/measurements/README.md)
+  te-part     FILE...: take over parts of a large wheel, where uploads are limited in size (docs/measurements/README.md)
   te-build    join and install Transformer Engine, build its torch half in the background, try one FP8 product; --dry-run only looks
   fp8         FP8 (Transformer Engine, torchao) against compiled bf16 by width, losses compared; 1.5B and 3B whole
   ablation    attention backends, determinism, allocator; gptoughts bench layers; 20 kills, bit for bit
@@ -18,8 +18,8 @@ in the order of what they are worth:
   models      LoRA, diffusion, SmolLM2; a small Llama on GPU and CPU with the same seed
   report      what was measured as Markdown, and the cards that it concerns
 
-Results lie in ${OUT:-out/device}; what lasts between calls in ${DEVICE_WORK:-/tmp/gptoughts-device}. Files that lie in out/device
-already, brought from an earlier call on another machine, are gone on with. --tiny shrinks every model, to try the stages on a CPU.
+Results lie in ${OUT:-out/device}; what lasts from stage to stage in ${DEVICE_WORK:-/tmp/gptoughts-device}. Files that lie in
+out/device already, of an earlier run or copied from another machine, are gone on with. --tiny shrinks every model, to try the stages on a CPU.
 Wheels in ${WHEELS:-.whl} are installed into ${SITE:-/tmp/site} first, without network.
 TEXT
 }

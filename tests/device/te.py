@@ -2,7 +2,7 @@
 
 python -m tests.device.te part FILE... | build [--dry-run] | status | check
 
-docs/measurements/README.md says what has to be brought, and how. Everything lies in $TE_DIR (/tmp/te), which lasts between calls:
+docs/measurements/README.md says what has to be brought, and how. Everything lies in $TE_DIR (/tmp/te), which lasts from stage to stage:
 parts, wheels, the source, `build.log`, `status`. Packages go to $SITE (/tmp/site), which run.sh puts on the path.
 """
 
@@ -36,7 +36,7 @@ BUILD = {
 
 
 def place() -> Path:
-    """Where everything lies between calls."""
+    """Where everything lies from stage to stage."""
     path = Path(os.environ.get("TE_DIR", "/tmp/te"))
     path.mkdir(parents=True, exist_ok=True)
     return path
@@ -48,13 +48,13 @@ def site() -> Path:
 
 
 def note(words: str) -> None:
-    """Say how far it is, here and in the file that the next call reads."""
+    """Say how far it is, here and in the file that the next stage reads."""
     (place() / "status").write_text(words + "\n", encoding="utf-8")
     print(f"te: {words}", flush=True)
 
 
 def part(files: list[str]) -> int:
-    """Take over what one call brought: parts of the wheel, small wheels, the source, the checksum."""
+    """Take over what one upload brought: parts of the wheel, small wheels, the source, the checksum."""
     for name in files:
         source = Path(name)
         target = place() / source.name
@@ -183,7 +183,7 @@ def build(dry: bool) -> int:
     script = f"{_quoted(command)} && echo built > status || echo failed: see build.log > status"
     note(f"building since {time.strftime('%H:%M:%S')}")
     with (where / "build.log").open("ab") as log:
-        # A session of its own, so that it goes on after this call has returned.
+        # A session of its own, so that it goes on after this stage has ended.
         subprocess.Popen(
             ["bash", "-c", script], cwd=where, env={**os.environ, **build_environment()}, stdout=log, stderr=log,
             stdin=subprocess.DEVNULL, start_new_session=True,
@@ -218,7 +218,7 @@ def _quoted(command: list[str]) -> str:
 
 
 def wait() -> int:
-    """Until the build is over or this call's time is."""
+    """Until the build is over or this stage's time is."""
     deadline, where = Deadline(float(os.environ.get("DEVICE_SECONDS", "420"))), place()
     while deadline.left():
         now = (where / "status").read_text(encoding="utf-8").strip()

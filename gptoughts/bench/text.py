@@ -1,0 +1,39 @@
+"""Columns for a terminal and tables in Markdown, with the same cells."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+Row = Sequence[str]
+
+
+def aligned(rows: Sequence[Row]) -> list[str]:
+    """The first column to the left, the others to the right."""
+    widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
+    return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
+
+
+def markdown(rows: Sequence[Row]) -> list[str]:
+    """A table whose first row is its head."""
+    lines = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
+    return [lines[0], "|" + " --- |" + " ---: |" * (len(rows[0]) - 1), *lines[1:]]
+
+
+def ratio(found: Mapping[str, float] | None) -> tuple[str, str]:
+    """Median and quartiles of a ratio."""
+    return ("n/a", "") if found is None else (f"{found['median']:.3f}", f"{found['q1']:.3f} - {found['q3']:.3f}")
+
+
+def size(count: int | None) -> str:
+    """`812 MiB`, `3.41 GiB`, or n/a."""
+    if count is None:
+        return "n/a"
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
