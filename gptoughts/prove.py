@@ -151,10 +151,13 @@ def _is_of_the_model(event: Any, updates: list[tuple[int, int]]) -> bool:
     """Not a product within an optimiser's update, which is float32 whatever the model is, nor one that adds nothing up: a column times a
     row, as some models compute their rotary angles, in float32 on purpose.
     """
-    began, shapes = event.start_ns(), event.shapes()
+    began = event.start_ns()
     if any(first <= began < last for first, last in updates):
         return False
-    return not (event.name() in ("aten::mm", "aten::bmm") and bool(shapes) and bool(shapes[0]) and shapes[0][-1] == 1)
+    if event.name() not in ("aten::mm", "aten::bmm"):
+        return True
+    shapes = event.shapes()
+    return not (shapes and shapes[0] and shapes[0][-1] == 1)
 
 
 def _take_off_outer(event: Any, around: list[Any], trace: _Trace, updates: list[tuple[int, int]]) -> None:

@@ -19,7 +19,7 @@ from gptoughts.bench.children import Child, ChildFailed, Told, Turns, _roomy, en
 from gptoughts.bench.curves import first_below, mean_difference, smoothed, window_of
 from gptoughts.bench.figures import spread
 from gptoughts.bench.gains import gains
-from gptoughts.bench.layers import BASELINE, PLAN, bench_layers, variants_of
+from gptoughts.bench.layers import BASELINE, PLAN, bench_layers, mark_not_finite, variants_of
 from gptoughts.bench.layers_table import layers_markdown, layers_text
 from gptoughts.bench.text import aligned, size
 from gptoughts.bench.training import opened_training
@@ -236,8 +236,11 @@ def test_a_plan_that_changed_is_noticed(fields: dict[str, str], tmp_path: Path) 
 def test_ctrl_c_ends_the_processes(fields: dict[str, str]) -> None:
     flags = [word for key, value in fields.items() for word in (f"--{key}", value)]
     flags += [word for slot, layer in {**PLAIN, "attention": "sdpa"}.items() for word in (f"--layer.{slot}", layer)]
-    words = [sys.executable, "-m", "gptoughts", "bench", "layers", "quickstart", *flags, "--rounds", "3", "--steps", "100000"]
-    with subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as bench:
+    # A job in a shell's background ignores the signal and hands that on.
+    program = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from gptoughts.cli import main; main()"
+    words = [sys.executable, "-c", program, "bench", "layers", "quickstart", *flags, "--rounds", "2", "--steps", "2000"]
+    bench = subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True)
+    try:
         assert bench.stderr is not None
         for line in bench.stderr:
             if line.startswith("starting 2"):  # one waits for its turn, one is on its way
@@ -247,8 +250,11 @@ def test_ctrl_c_ends_the_processes(fields: dict[str, str]) -> None:
             time.sleep(0.02)
             children = listed.read_text().split()
         bench.send_signal(signal.SIGINT)
-        said = bench.stderr.read()
-        assert bench.wait(60) == 130 and "interrupted" in said and "Traceback" not in said
+        _, said = bench.communicate(timeout=60)
+        assert bench.returncode == 130 and "interrupted" in said and "Traceback" not in said
+    finally:
+        bench.kill()
+        bench.wait()
     deadline = time.monotonic() + 10
     while any(Path("/proc", pid).exists() for pid in children) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -302,6 +308,15 @@ def test_overlap_and_help_are_told_apart() -> None:
     }
     said = " ".join(gains(parts, helping)["whole"]["words"])
     assert said.count("layers help each other") == 2 and "x gives more among the other layers than alone" in said
+
+
+def test_a_training_that_came_to_nothing_is_not_counted() -> None:
+    told = Told(seconds=[1.0], losses=[2.0, 1.5, float("nan")])
+    mark_not_finite(told)
+    assert told.failure == "its loss is not finite from step 3 on" and not told.counted
+    whole = Told(seconds=[1.0], losses=[2.0, 1.5])
+    mark_not_finite(whole)
+    assert whole.counted
 
 
 def test_a_part_that_was_not_measured_is_named() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -99,11 +100,20 @@ def bench_layers(
         say(text)
 
     told, how = measure(jobs, rounds, steps, told_on, turns)
+    for one in told.values():
+        mark_not_finite(one)
     seconds = time.perf_counter() - began
     return _run(setting, variants, told, {
         "command": command, "rounds": rounds, "steps_per_round": steps, "processes": str(how),
         "seconds_in_all": round(seconds, 1), "load_averages": load,
     })  # fmt: skip
+
+
+def mark_not_finite(told: Told) -> None:
+    """A training that has come to nothing is not counted, however fast it is."""
+    wrong = next((step for step, loss in enumerate(told.losses, 1) if not math.isfinite(loss)), None)
+    if wrong is not None and not told.failure:
+        told.failure = f"its loss is not finite from step {wrong} on"
 
 
 def _jobs(setting: Setting, ask: Ask, variants: Variants) -> dict[str, Job]:
