@@ -17,7 +17,7 @@ from gptoughts.layer import SLOTS, Case, Choice, Kind, Layer, Reason, cannot
 from gptoughts.machine import Machine, World
 from gptoughts.memory import baseline
 from gptoughts.memory_fit import Choices, fit
-from gptoughts.plan import Plan, ranks_in_words
+from gptoughts.plans import Plan, ranks_in_words
 from gptoughts.profile import Profile, Want, pick
 from gptoughts.wants import Catalog, wanted
 

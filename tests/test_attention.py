@@ -132,7 +132,8 @@ def test_bounds_lay_documents_end_to_end(rows: list[list[int]], length: int, cau
     )
     found = flash.as_rows(mixed, query)
     assert torch.allclose(found, per_document(query, key, value, positions, causal))
-    assert torch.allclose(found, math_attention(query, key, value, causal, document_mask(positions, causal)))
+    masked = math_attention(query, key, value, causal, document_mask(positions, causal))
+    assert torch.allclose(found, masked, atol=1e-6), "the same sums in another order; the softmax is float32"
 
 
 def stand_in_varlen(

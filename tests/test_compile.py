@@ -360,6 +360,7 @@ def _event(event: dict[str, Any]) -> Any:
         duration_ns=lambda: length,
         start_thread_id=lambda: event["tid"],
         dtypes=list,
+        shapes=list,
     )
 
 

@@ -136,7 +136,7 @@ def copy(finished: Path, tmp_path: Path) -> Path:
 
 def test_what_a_run_leaves(finished: Path) -> None:
     assert {path.name for path in finished.iterdir()} == {
-        ".lock", "checkpoints", "evidence.json", "loss.png", "metrics.jsonl", "plan.json", "recipe.toml",
+        ".lock", "checkpoints", "evidence.json", "loss.png", "metrics.jsonl", "numerics.json", "plan.json", "recipe.toml",
     }  # fmt: skip
     steps = sorted(path.name for path in (finished / "checkpoints").glob("step-*"))
     assert steps[-3:] == ["step-000032", "step-000036", "step-000040"]
@@ -208,7 +208,7 @@ def test_another_plan_goes_on_and_says_old_and_new(text: Path, finished: Path, t
     ran = run(text, place, "--layer.attention", "math", "--train.steps", "42")
     assert ran.returncode == 0, ran.stderr
     assert "no longer bit for bit (old | new):" in ran.stdout
-    assert "layers.attention: ['sdpa', {}] | ['math', {}]" in ran.stdout
+    assert "layers.attention: ['sdpa', {'backend': 'auto'}] | ['math', {}]" in ran.stdout
     assert "recipe.train.steps: 40 | 42" in ran.stdout
 
 
