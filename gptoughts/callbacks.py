@@ -12,11 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gptoughts.ceilings import reached
 from gptoughts.checkpoint import Snapshot, Writer
 from gptoughts.engine import Engine
 from gptoughts.errors import RunError
 from gptoughts.evals.perplexity import mean_loss
-from gptoughts.mfu import Mfu
+from gptoughts.facts import ModelFacts, flops_per_token
+from gptoughts.machine import Machine, World
+from gptoughts.mfu import Mfu, utilisation
+from gptoughts.plans import Plan
 from gptoughts.track.console import Console, count, duration, share
 from gptoughts.track.jsonl import Jsonl
 from gptoughts.trainer import Progress, StepStats
@@ -56,6 +60,8 @@ class Log:
     mfu: Mfu
     total_steps: int | None
     remaining: Callable[[Progress], float | None]
+    of_gemm: Mfu = lambda speed: None
+    """The share of this machine's own matrix products; None where they were not measured."""
     _pending: deque[_Pending] = field(default_factory=deque)
     _before: tuple[Progress, float] | None = None
 
@@ -118,7 +124,7 @@ class Log:
                 "  try: a lower --optim.learning-rate, or --layer.precision fp32; checkpoints from before are whole"
             )
         speed = pending.tokens / pending.seconds if pending.seconds > 0 else 0.0
-        mfu = self.mfu(speed)
+        mfu, of_gemm = self.mfu(speed), self.of_gemm(speed)
         row = {
             "train/loss": loss,
             "train/grad_norm": grad_norm,
@@ -127,6 +133,7 @@ class Log:
             "train/seconds": progress.seconds,
             "perf/tokens_per_second": speed,
             "perf/mfu": mfu,
+            "perf/of_gemm": of_gemm,
             "perf/data_wait": pending.waited / pending.seconds if pending.seconds > 0 else 0.0,
         }
         count_own = 2 * len(pending.meters)
@@ -138,9 +145,20 @@ class Log:
         of = f"/{self.total_steps}" if self.total_steps else ""
         left = self.remaining(progress)
         self.console.row(
-            f"step {progress.step}{of}  loss {loss:.4f}  {count(speed)} tok/s  MFU {share(mfu)}  data wait {share(row['perf/data_wait'])}"
+            f"step {progress.step}{of}  loss {loss:.4f}  {count(speed)} tok/s  MFU {share(mfu)}"
+            + (f"  of GEMM {share(of_gemm)}" if of_gemm is not None else "")
+            + f"  data wait {share(row['perf/data_wait'])}"
             + (f"  ETA {duration(left)}" if left is not None else "")
         )
+
+
+def yardsticks(facts: ModelFacts, plan: Plan, machine: Machine, world: World, console: Console) -> tuple[Mfu, Mfu]:
+    """Shares of the datasheet's peak and of the products measured on this machine, by speed; their constants are told."""
+    mfu, formula = utilisation(facts, machine, world.world_size)
+    of_gemm, ceiling = reached(flops_per_token(facts), machine, world, plan.gemm_dtype)
+    console.say(formula)
+    console.say(ceiling)
+    return mfu, of_gemm
 
 
 def take_meters(engine: Engine) -> dict[str, tuple[Tensor, Tensor]]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from gptoughts.errors import ConfigError
 from gptoughts.gpus import peaks
-from gptoughts.machine import Machine
+from gptoughts.machine import Machine, World
 
 COMMAND = "gptoughts bench gemm"
 
@@ -80,27 +80,21 @@ def keep_ceilings(machine: Machine, found: Ceilings) -> Path:
     return path
 
 
-def gemm_dtype(layers: Mapping[str, str]) -> str:
-    """The type of number whose product is the ceiling of a plan with these layers. Runs in FP8 are held against bf16, as in MFU."""
-    precision = layers.get("precision", "fp32")
-    if precision == "fp32":
-        return "tf32" if layers.get("matmul") == "tf32" else "fp32"
-    return precision if precision == "fp16" else "bf16"
-
-
 def reached(
-    flops_per_token: int | None, machine: Machine, ranks: int, layers: Mapping[str, str]
+    flops_per_token: int | None, machine: Machine, world: World, dtype: str
 ) -> tuple[Callable[[float], float | None], str]:
-    """A function from tokens per second over all ranks to the share of the products measured here, and a line with its constant.
+    """A function from tokens per second over all ranks to the share of the products in `dtype` measured here, and a line with its constant.
 
-    As `mfu.utilisation`, with the machine's own ceiling in the place of the datasheet's: None where either figure is not known.
+    As `mfu.utilisation`, with the machine's own ceiling in the place of the datasheet's: None where either figure is not known. A rank
+    has a GPU to itself; on a CPU the ranks of a host share what all its cores reached.
     """
-    found, dtype = ceilings_for(machine), gemm_dtype(layers)
+    found = ceilings_for(machine)
     if flops_per_token is None or found is None or dtype not in found.tflops:
         return (lambda speed: None), f"of GEMM n/a: no product in {dtype} was measured here; {COMMAND} measures it"
     flops = flops_per_token
+    devices = world.world_size if machine.gpus else max(1, world.world_size // world.local_world_size)
     line = f"of GEMM = the model's operations per second / {found.tflops[dtype]:.4g} TFLOP/s per GPU, {dtype}, measured here {found.measured}"
-    return (lambda speed: found.share(flops * speed / ranks, dtype)), line if machine.gpus else line.replace(" per GPU", "")
+    return (lambda speed: found.share(flops * speed / devices, dtype)), line if machine.gpus else line.replace(" per GPU", "")
 
 
 def datasheet(machine: Machine) -> dict[str, float]:

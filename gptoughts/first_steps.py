@@ -13,10 +13,10 @@ from gptoughts.distributed import Ranks
 from gptoughts.engine import Engine
 from gptoughts.errors import LayerError
 from gptoughts.layer import Layer, Sight, unproven
-from gptoughts.memory import GIB
 from gptoughts.planner import Plan
 from gptoughts.track.console import Console
 from gptoughts.trainer import Callback, Progress, advance, call_back, train
+from gptoughts.units import GIB
 
 
 @dataclass

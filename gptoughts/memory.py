@@ -13,7 +13,6 @@ from typing import Any
 from gptoughts.config import Recipe
 from gptoughts.facts import ModelFacts
 
-GIB = 1024**3
 MASTER_BYTES = 4  # weights, gradients and moments are float32
 MOMENTS = {"adamw": 2, "lion": 1, "ademamix": 3, "schedule-free": 2}
 NF4_BYTES = 0.5 + 4 / 64  # four bits and one float32 scale in 64 values

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from gptoughts.layer import Case, Choice, Kind, Layer
-from gptoughts.memory import GIB, Budget, Verdict, baseline, verdict
+from gptoughts.memory import Budget, Verdict, baseline, verdict
+from gptoughts.units import GIB, bytes_in_words
 
 Choices = Mapping[str, Choice]
 
@@ -54,20 +55,13 @@ class Fit:
             yield "memory n/a: not all sizes of the model are known before its data is read"
             return
         parts = self.budget.to_json()
-        named = ", ".join(f"{name} {size(value)}" for name, value in parts.items() if name != "peak" and value)
-        whole = f" of {size(self.memory_bytes)}: {self.verdict}" if self.memory_bytes else ""
+        named = ", ".join(f"{name} {bytes_in_words(value)}" for name, value in parts.items() if name != "peak" and value)
+        whole = f" of {bytes_in_words(self.memory_bytes)}: {self.verdict}" if self.memory_bytes else ""
         yield f"memory per rank: {named}"
-        yield f"  at most {size(parts['peak'])} at one time{whole}"
+        yield f"  at most {bytes_in_words(parts['peak'])} at one time{whole}"
         if self.verdict in (Verdict.DOES_NOT, Verdict.TIGHT):
             what = "no layer that is known makes it fit; take a smaller model, --adapter.kind lora or more ranks"
             yield f"  to make it fit: {what if self.changes is None else ' '.join(self.changes)}"
-
-
-def size(value: int | None) -> str:
-    """Bytes as the plan's memory line writes them."""
-    if value is None:
-        return "n/a"
-    return f"{value / GIB:.2f} GiB" if value >= GIB else f"{value / 2**20:.0f} MiB"
 
 
 def memory_of_rank(case: Case) -> int | None:

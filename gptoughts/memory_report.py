@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gptoughts.track.console import share
+from gptoughts.units import bytes_in_words
 
 MOST_ROWS = 15
 OURS = "/gptoughts/"
@@ -59,16 +60,17 @@ def _summary(segments: Sequence[Mapping[str, Any]]) -> str:
     waiting = sum(int(block["size"]) for block in blocks if block["state"].startswith("active") and block not in live)
     used = sum(int(block["size"]) for block in live)
     lines = [
-        f"GPU memory: {_size(reserved)} reserved in {len(segments)} segments, {_size(used)} in {len(live)} live blocks, "
-        f"{_size(sum(free))} free ({share(sum(free) / reserved if reserved else None)}), largest free block {_size(max(free, default=0))}"
-        + (f", {_size(waiting)} waiting for a stream" if waiting else "")
+        f"GPU memory: {bytes_in_words(reserved)} reserved in {len(segments)} segments, {bytes_in_words(used)} in {len(live)} live blocks, "
+        f"{bytes_in_words(sum(free))} free ({share(sum(free) / reserved if reserved else None)}), "
+        f"largest free block {bytes_in_words(max(free, default=0))}"
+        + (f", {bytes_in_words(waiting)} waiting for a stream" if waiting else "")
     ]
     groups: dict[str, list[int]] = {}
     for block in live:
         groups.setdefault(_whose(block), []).append(int(block["size"]))
     lines.append("largest live blocks, by the line that asked for them:")
     for place, sizes in sorted(groups.items(), key=lambda row: -sum(row[1]))[:MOST_ROWS]:
-        lines.append(f"  {_size(sum(sizes)):>10}  {len(sizes):>5} x up to {_size(max(sizes)):<10}  {place}")
+        lines.append(f"  {bytes_in_words(sum(sizes)):>10}  {len(sizes):>5} x up to {bytes_in_words(max(sizes)):<10}  {place}")
     return "\n".join(lines)
 
 
@@ -81,10 +83,3 @@ def _whose(block: Mapping[str, Any]) -> str:
     others = [frame for frame in frames if "/torch/" not in frame["filename"]]
     frame = (ours or others or frames)[0]
     return f"{Path(frame['filename']).name}:{frame['line']} {frame['name']}"
-
-
-def _size(count: float) -> str:
-    for limit, word in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if count >= limit:
-            return f"{count / limit:.1f} {word}"
-    return f"{count:.0f} B"

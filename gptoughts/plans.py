@@ -38,6 +38,14 @@ class Plan:
         """Slot -> layer."""
         return {choice.slot: choice.layer for choice in self.choices}
 
+    @property
+    def gemm_dtype(self) -> str:
+        """The type of number of its matrix products, as `gptoughts bench gemm` names it. FP8 is held against bf16, as in MFU."""
+        precision, matmul = self.layers.get("precision", "fp32"), self.choice("matmul")
+        if precision != "fp32":
+            return precision if precision == "fp16" else "bf16"
+        return str(matmul.options["units"]) if matmul.layer == "tf32" else "fp32"
+
     def digest(self) -> str:
         """A hash of what ranks and a resumed run must share: layers, options, environment; nothing that is one rank's own."""
         shared = {

@@ -12,8 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from gptoughts.config import describe, find_toml, read_toml, shown
 from gptoughts.errors import ConfigError, PlanError, listed
 from gptoughts.machine import Machine
+from gptoughts.units import GIB
 
-GIB = 1024**3
 _PACKAGE = Path(__file__).parent
 
 

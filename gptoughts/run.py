@@ -14,7 +14,7 @@ import torch
 from gptoughts import beforehand, checkpoint, numerics, prove, resume, training_state
 from gptoughts.assembly import Parts, first_weights, kept_documents, parts_of, resumed_weights
 from gptoughts.build import built, meta_model, seed_generators
-from gptoughts.callbacks import Evaluate, Log, Sample, Save
+from gptoughts.callbacks import Evaluate, Log, Sample, Save, yardsticks
 from gptoughts.config import Resolved
 from gptoughts.data.corpus import Corpus, TableCorpus, opened, prepared, prepared_validation
 from gptoughts.data.device import to_device
@@ -25,7 +25,6 @@ from gptoughts.evals import squad
 from gptoughts.first_steps import FirstSteps
 from gptoughts.length import Length
 from gptoughts.machine import Machine, World
-from gptoughts.mfu import utilisation
 from gptoughts.objectives import preparing
 from gptoughts.planner import Plan
 from gptoughts.plugins import Extensions
@@ -246,9 +245,8 @@ class _Run:
         def finished(reached: Progress) -> bool:
             return self.length.finished(reached) or (evaluate is not None and evaluate.exhausted(reached))
 
-        mfu, formula = utilisation(self.parts.facts, self.order.machine, self.ranks.size)
-        self.console.say(formula)
-        log = Log(self.recipe.log.every, sinks, self.console, mfu, self.length.steps, self.length.remaining)
+        mfu, of_gemm = yardsticks(self.parts.facts, self.order.plan, self.order.machine, self.order.world, self.console)
+        log = Log(self.recipe.log.every, sinks, self.console, mfu, self.length.steps, self.length.remaining, of_gemm)
         log.start(progress, engine)
         plan, catalog = self.order.plan, self.order.extensions.catalog
         first = FirstSteps(plan, catalog, self.ranks, self.console, self.out, self.attempt, self.order.strict)

@@ -19,6 +19,7 @@ from gptoughts.held import held_bytes, measured
 from gptoughts.objectives import Batch
 from gptoughts.out_of_memory import ran_out
 from gptoughts.track.console import aside
+from gptoughts.units import GIB, bytes_in_words
 
 FREE_SHARE = 11 / 12
 """Of the free memory that a trial may fill: validation, fragmentation and the update's own buffers take from the rest."""
@@ -74,8 +75,8 @@ def search(engine: Engine, sizes: Sequence[int], memory_gib: float | None) -> in
     fitting = [trial for trial in trials.values() if _within(trial, room)]
     if not fitting:
         raise RunError(
-            f"microbatch=fit: one forward of {sizes[0]} sequences holds {trials[sizes[0]].peak_bytes / 2**30:.2f} GiB, "
-            f"there are {room / 2**30:.2f}\n  try: gptoughts plan, which names layers that need less"
+            f"microbatch=fit: one forward of {sizes[0]} sequences holds {bytes_in_words(trials[sizes[0]].peak_bytes)}, "
+            f"there are {bytes_in_words(room)}\n  try: gptoughts plan, which names layers that need less"
         )
     best = max(trial.speed or 0.0 for trial in fitting)
     taken = min((trial for trial in fitting if (trial.speed or 0.0) >= AS_FAST * best), key=lambda trial: trial.size)
@@ -86,7 +87,7 @@ def search(engine: Engine, sizes: Sequence[int], memory_gib: float | None) -> in
 
 
 def _told(trial: Trial, room: int) -> str:
-    what = f"{trial.size}: {trial.peak_bytes / 2**30:.2f} GiB"
+    what = f"{trial.size}: {bytes_in_words(trial.peak_bytes)}"
     return f"{what}, {trial.speed:.1f} sequences/s" if _within(trial, room) else f"{what} is too much"
 
 
@@ -97,7 +98,7 @@ def _within(trial: Trial, room: int) -> bool:
 def _room(engine: Engine, memory_gib: float | None) -> int:
     """Bytes that this process may hold on its device, the least of all ranks."""
     if memory_gib is not None:
-        mine = int(memory_gib * 2**30)
+        mine = int(memory_gib * GIB)
     elif engine.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(engine.device)
         mine = int((free + torch.cuda.memory_reserved(engine.device)) * FREE_SHARE)

@@ -21,13 +21,14 @@ from gptoughts.bench.figures import spread
 from gptoughts.bench.gains import gains
 from gptoughts.bench.layers import BASELINE, PLAN, bench_layers, mark_not_finite, variants_of
 from gptoughts.bench.layers_table import layers_markdown, layers_text
-from gptoughts.bench.text import aligned, size
+from gptoughts.bench.text import aligned
 from gptoughts.bench.training import opened_training
 from gptoughts.bench.variant import OUT_OF_MEMORY, Job
 from gptoughts.bench.variants import Ask, job_of, plan_of
 from gptoughts.cli import main
 from gptoughts.environment import GUARD
 from gptoughts.errors import ConfigError, DataError, LayerError
+from gptoughts.units import bytes_in_words
 from tests.engines import config_folder
 
 PLUGIN = str(Path(__file__).with_name("bench_plugin.py"))
@@ -345,12 +346,15 @@ def test_differences_of_curves() -> None:
 def test_words_and_columns() -> None:
     assert spread([2.0])["q1"] == spread([2.0])["q3"] == 2.0
     assert aligned([("a", "bb"), ("ccc", "d")]) == ["a    bb", "ccc   d"]
-    assert size(None) == "n/a" and size(3 * 2**20) == "3 MiB" and size(3 * 2**29) == "1.50 GiB"
+    assert bytes_in_words(None) == "n/a" and bytes_in_words(3 * 2**20) == "3 MiB" and bytes_in_words(3 * 2**29) == "1.50 GiB"
 
 
 def test_where_figures_go_is_looked_at_before_anything_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "notes.json").write_text('{"runs": "mine"}', encoding="utf-8")
-    for name, why in (("notes.json", "not a file of measurements"), ("notes.md", "ends in .json")):
+    (tmp_path / "file").touch()
+    for name, why in (
+        ("notes.json", "not a file of measurements"), ("notes.md", "ends in .json"), ("file/new.json", "cannot be written"),
+    ):  # fmt: skip
         with pytest.raises(SystemExit) as left:
             main(["bench", "gemm", "--to", str(tmp_path / name)])
         assert left.value.code == 2 and why in capsys.readouterr().err

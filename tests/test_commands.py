@@ -6,10 +6,11 @@ import json
 import math
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests import warm
 
 WORDS = "the cat sat on the mat and the dog sat on the log while it rained\n"
 FLAGS = [
@@ -27,10 +28,8 @@ FLAGS = [
 
 def gptoughts(*words: str, cwd: Path, given: str | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
     variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    command = [sys.executable, "-m", "gptoughts", *words]
-    return subprocess.run(
-        command, cwd=cwd, env=variables, input=given, capture_output=True, text=True, check=False, timeout=300
-    )
+    line = warm.command(*words, environment=variables)
+    return subprocess.run(line, cwd=cwd, env=variables, input=given, capture_output=True, text=True, check=False, timeout=300)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,8 @@
 Every ```bash block of README.md and docs/ is run by bash, the blocks of a page in order and in one scratch folder. Two things differ from
 a user's shell, and nothing else does:
 
-- `gptoughts` is a small program that makes a training run short before it hands the line on (`shortened`, below);
+- `gptoughts` is a small program that makes a training run short before it hands the line on (`shortened`, below), in a process that has
+  imported torch already (tests/warm.py);
 - lines that begin with one of `ELSEWHERE` are left out; each is tested where that table says.
 
 `python tests/test_docs.py` prints the tree of README.md as it should be, with `--write` it puts it there.
@@ -26,6 +27,7 @@ import click
 import pytest
 
 from gptoughts.cli import verbs
+from tests import warm
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -64,6 +66,16 @@ BENCH = {
     "gemm": {"largest": "256"},
 }
 """How long a measurement is, whatever its line says."""
+
+
+STARTED = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from tests.test_docs import shortened
+from gptoughts.cli import main
+sys.argv = ["gptoughts", *shortened(sys.argv[1:])]
+main()
+"""
 
 
 def shortened(words: list[str]) -> list[str]:
@@ -135,16 +147,6 @@ def shell(tmp_path: Path, cache: Path) -> tuple[Path, dict[str, str]]:
     for name in ("docs", "examples", "launch", "profiles", "tests", "README.md"):
         (here / name).symlink_to(ROOT / name)
     program = programs / "gptoughts"
-    started = tmp_path / "started.py"
-    started.write_text(
-        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n"
-        "from tests.test_docs import shortened\nfrom gptoughts.cli import main\n"
-        "sys.argv = ['gptoughts', *shortened(sys.argv[1:])]\nmain()\n",
-        encoding="utf-8",
-    )
-    # By way of sh, because the first line of a script cannot name an interpreter whose path holds a space.
-    program.write_text(f'#!/bin/sh\nexec {shlex.join([sys.executable, str(started)])} "$@"\n', encoding="utf-8")
-    program.chmod(0o755)
     environment = {
         **os.environ,
         "PATH": f"{programs}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
@@ -152,6 +154,9 @@ def shell(tmp_path: Path, cache: Path) -> tuple[Path, dict[str, str]]:
         "OMP_NUM_THREADS": "1",
         "MPLCONFIGDIR": str(cache / "matplotlib"),
     }
+    # By way of sh, because the first line of a script cannot name an interpreter whose path holds a space.
+    program.write_text(f'#!/bin/sh\nexec {shlex.join(warm.script(STARTED, environment))} "$@"\n', encoding="utf-8")
+    program.chmod(0o755)
     return here, environment
 
 
@@ -170,7 +175,7 @@ def test_commands_and_python_run(page: Path, shell: tuple[Path, dict[str, str]])
         run(["bash", "-euo", "pipefail", "-c", script], here, environment, f"a bash block of {page.name}")
     if page.name in PYTHON_PAGES:
         for script in blocks(page, "python"):
-            run([sys.executable, "-c", script], here, environment, f"a python block of {page.name}")
+            run(warm.script(script, environment), here, environment, f"a python block of {page.name}")
     out = [path for path in (ROOT / "out", ROOT / "checkpoints") if len(list(path.iterdir())) > 1]
     assert (here / "out").is_dir() or not any("gptoughts train" in script for script in scripts), out
 

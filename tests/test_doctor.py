@@ -155,7 +155,7 @@ def test_transformer_engine_needs_its_torch_part() -> None:
 def test_space(tmp_path: Path) -> None:
     small = [*space_findings(tmp_path, 1 << 30), *shared_memory_findings(64 << 20)]
     assert [found.weight for found in small] == ["stops", "minor"]
-    assert "1.0 GiB free" in small[0].what and "/dev/shm holds 64 MiB" in small[1].what
+    assert "1.00 GiB free" in small[0].what and "/dev/shm holds 64 MiB" in small[1].what
     assert space_findings(tmp_path, None) == space_findings(tmp_path, 1 << 40) == []
     assert list(shared_memory_findings(None)) == list(shared_memory_findings(1 << 40)) == []
     assert diagnose(box("h100"), tmp_path / "nowhere").disk_free_bytes is None

@@ -247,5 +247,7 @@ def test_numpy_batches_and_a_second_epoch() -> None:
 
 def test_plan_is_a_function_however_often_it_is_asked_for() -> None:
     """A module of the same name would take the function's place as soon as somebody imports it."""
-    assert not [name for name in gptoughts.__all__ if not name.startswith("_") and importlib.util.find_spec(f"gptoughts.{name}")]
+    assert not [
+        name for name in gptoughts.__all__ if not name.startswith("_") and importlib.util.find_spec(f"gptoughts.{name}")
+    ]
     assert gptoughts.plan("quickstart").layers == gptoughts.plan("quickstart").layers

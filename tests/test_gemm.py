@@ -11,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptoughts.bench.gemm import Effort, bench_gemm, ceilings_of, effort_for, gemm_markdown, gemm_text
-from gptoughts.ceilings import Ceilings, cache_file, ceilings_for, datasheet, gemm_dtype, keep_ceilings, key, reached
+from gptoughts.ceilings import Ceilings, cache_file, ceilings_for, datasheet, keep_ceilings, key, reached
 from gptoughts.cli import main
 from gptoughts.errors import ConfigError
-from gptoughts.machine import Machine, probe, read
+from gptoughts.machine import Machine, World, probe, read
+from tests.engines import plan_of, recipe_of
 
 MACHINES = Path(__file__).parent / "machines"
 QUICK = Effort((32, 64), 0.5, 0.001, 3, 2**20)
@@ -92,10 +93,10 @@ def test_ceilings_come_back_for_this_device_power_and_torch_alone() -> None:
     cache_file().unlink()
     keep_ceilings(h100, found)
     assert found.share(350e12, "bf16") == pytest.approx(0.5) and found.share(1.0, "fp8") is None
-    share, line = reached(10**9, h100, 2, {"precision": "fp8-te"})
+    share, line = reached(10**9, h100, World(0, 0, 2, 2), "bf16")
     assert share(7e5) == pytest.approx(0.5) and "700 TFLOP/s per GPU, bf16, measured here 2026-01-01" in line
-    for flops, layers in ((None, {"precision": "bf16"}), (10**9, {"precision": "fp16"})):
-        share, line = reached(flops, h100, 1, layers)
+    for flops, dtype in ((None, "bf16"), (10**9, "fp16")):
+        share, line = reached(flops, h100, World(), dtype)
         assert share(1.0) is None and "gptoughts bench gemm measures it" in line
     assert datasheet(h100)["bf16"] == 989.4 and "copy" in datasheet(h100)
 
@@ -134,8 +135,15 @@ def test_a_cache_that_cannot_be_written_is_told(tmp_path: Path, monkeypatch: pyt
 
 
 def test_the_ceiling_of_a_plan_is_that_of_its_products(here: Machine) -> None:
-    assert gemm_dtype({"precision": "fp32", "matmul": "ieee"}) == "fp32"
-    assert gemm_dtype({"precision": "fp32", "matmul": "tf32"}) == "tf32"
-    assert gemm_dtype({"precision": "fp16"}) == "fp16"
-    assert gemm_dtype({"precision": "fp8-te"}) == gemm_dtype({"precision": "bf16"}) == "bf16"
+    def with_layers(**named: str) -> str:
+        plan = plan_of(recipe_of("modern"))
+        changed = (replace(plan.choice(slot), layer=layer, options={"units": "bf16"}) for slot, layer in named.items())
+        kept = tuple(choice for choice in plan.choices if choice.slot not in named)
+        order = {choice.slot: place for place, choice in enumerate(plan.choices)}
+        return replace(plan, choices=tuple(sorted((*kept, *changed), key=lambda choice: order[choice.slot]))).gemm_dtype
+
+    assert with_layers(precision="fp32", matmul="ieee") == "fp32"
+    assert with_layers(precision="fp32", matmul="tf32") == "bf16", "oneDNN's units, as named"
+    assert with_layers(precision="fp16", matmul="tf32") == "fp16"
+    assert with_layers(precision="fp8-te") == with_layers(precision="bf16") == "bf16"
     assert ceilings_of(bench_gemm(here, "", effort=QUICK)).threads

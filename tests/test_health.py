@@ -407,7 +407,7 @@ def test_limits(tree: Path) -> None:
     (tree / "sys/class/infiniband/mlx5_0").mkdir(parents=True)
     assert "InfiniBand" in whats(machine, tree, low)[0]
     check = host.check(machine, low, tree, tree)
-    assert check.rows[0].startswith("256 open files, 0 MiB locked memory")
+    assert check.rows[0].startswith("256 open files, 64 KiB locked memory")
     assert host.own_limits().keys() == FREE.keys()
 
 
@@ -417,8 +417,8 @@ def test_a_container_below_its_machine(tree: Path) -> None:
     (tree / "sys/fs/cgroup/memory.max").write_text(str(32 << 30))
     cores, memory = host.check(machine, FREE, tree, tree).findings
     assert cores.what == "this container may use 4 of 26 cores" and cores.weight == "minor"
-    assert "32.0 GiB of 251.7 GiB" in memory.what and "--memory=251g" in memory.mend
-    assert "container: 4 cores, 32.0 GiB" in host.check(machine, FREE, tree, tree).rows[0]
+    assert "32.00 GiB of 251.67 GiB" in memory.what and "--memory=251g" in memory.mend
+    assert "container: 4 cores, 32.00 GiB" in host.check(machine, FREE, tree, tree).rows[0]
 
 
 def test_a_gpu_on_a_node_that_the_process_may_not_use(tree: Path) -> None:
@@ -541,7 +541,7 @@ def test_everything_that_holds_a_gpu_down(seen: Any) -> None:
         "may draw 700 W, usual are 750 W | it ran at 1200 of 1980 MHz | sudo nvidia-smi -i 1 -pl 750",
         "3 memory errors that ECC could not correct",
         "connected by 8 of 16 PCIe lanes | copies to and from the host at 50% of their rate",
-        "other processes hold 20.0 GiB of GPU 1",
+        "other processes hold 20.00 GiB of GPU 1",
         "CUDA_VISIBLE_DEVICES=0",
         "sudo nvidia-smi -pm 1",
     ):

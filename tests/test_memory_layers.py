@@ -34,8 +34,9 @@ from gptoughts.layers import CATALOG
 from gptoughts.layers.recompute_ops import is_kept
 from gptoughts.machine import World, probe, read
 from gptoughts.memory import baseline
-from gptoughts.memory_fit import room, size
+from gptoughts.memory_fit import room
 from gptoughts.optimisers import optimiser
+from gptoughts.units import bytes_in_words
 from tests.engines import ROWS, engine_of, family_for, objective_for, plan_of, random_batches, recipe_of, steps, watched
 from tests.golden_files import ROOT
 from tests.test_layers import gradient
@@ -403,7 +404,7 @@ def test_what_an_adapter_would_save_is_weighed_by_its_own_weights() -> None:
     whole, adapter = a_billion(optim=unclipped), a_billion(optim=unclipped, adapter={"kind": "lora", "rank": 8})
     assert whole.budget is not None and adapter.budget is not None
     assert [told_of(name, whole) for name in MEMORY_SLOTS[1:]] == ["", ""]
-    gradients = size(adapter.budget.gradients)
+    gradients = bytes_in_words(adapter.budget.gradients)
     assert f"gradients take {gradients} of 79.65 GiB" in told_of("in-backward", adapter)
     assert "MiB" in gradients and "saves " in told_of("8bit", adapter) and "MiB of 79.65 GiB" in told_of("8bit", adapter)
     for case in (whole, adapter):
@@ -416,7 +417,7 @@ def test_what_an_adapter_would_save_is_weighed_by_its_own_weights() -> None:
 def test_logits_are_weighed_as_the_memory_line_does() -> None:
     case = a_billion()
     assert case.budget is not None
-    assert f"logits take {size(case.budget.logits)} of 79.65 GiB" in told_of("fused-ce", case)
+    assert f"logits take {bytes_in_words(case.budget.logits)} of 79.65 GiB" in told_of("fused-ce", case)
     many = dataclasses.replace(case, budget=dataclasses.replace(case.budget, tokens=2**16))
     assert told_of("fused-ce", many) == ""
 

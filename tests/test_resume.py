@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from tests import warm
 from tests.engines import NEEDS_INDUCTOR
 
 STEPS = 40
@@ -45,6 +46,12 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def run(text: Path, place: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    words = warm.command(*command(text, place, *more)[3:], environment=environment())
+    return subprocess.run(words, env=environment(), capture_output=True, text=True, check=False, timeout=300, cwd=text)
+
+
+def run_cold(text: Path, place: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    """As a user's shell starts it: with the plan of the processes that are killed, where no library is loaded before its variables are set."""
     return subprocess.run(
         command(text, place, *more), env=environment(), capture_output=True, text=True, check=False, timeout=300, cwd=text
     )
@@ -93,7 +100,7 @@ def test_killed_three_times_is_never_killed(text: Path, tmp_path: Path) -> None:
     """kill -9 at seeded random times, at least once inside a checkpoint write, with prefetch on and compile forced."""
     forced = ("--layer.loader", "prefetch", "--layer.compile", "compile-blocks")
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    ran = run(text, whole, *forced)
+    ran = run_cold(text, whole, *forced)
     assert ran.returncode == 0, ran.stderr[-3000:]
     chance = random.Random(20261)
     inside = 0
@@ -109,7 +116,7 @@ def test_killed_three_times_is_never_killed(text: Path, tmp_path: Path) -> None:
             assert kill_when(process, lambda: step_reached(broken) >= target)  # noqa: B023
         inside += any((broken / "checkpoints").glob(".writing-step-*"))
     assert inside >= 1, "no kill fell into a checkpoint write"
-    ran = run(text, broken, *forced)
+    ran = run_cold(text, broken, *forced)
     assert ran.returncode == 0, ran.stderr[-3000:]
     assert "resumes from" in ran.stdout
     assert ", bit for bit" in ran.stdout

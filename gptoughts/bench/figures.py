@@ -48,7 +48,7 @@ def machine_figures(machine: Machine, threads: int | None = None) -> dict[str, A
     return figures
 
 
-def runs_in(path: Path, flag: str = "--to") -> list[dict[str, Any]]:
+def runs_in(path: Path) -> list[dict[str, Any]]:
     """The runs that the file holds, none where there is no file. Raises ConfigError where it is something else."""
     if not path.exists():
         return []
@@ -57,21 +57,33 @@ def runs_in(path: Path, flag: str = "--to") -> list[dict[str, Any]]:
     except (ValueError, KeyError, TypeError, OSError):
         runs = None
     if not isinstance(runs, list):
-        raise ConfigError(f"{flag} {path}: not a file of measurements; name another")
+        raise ConfigError(f"--to {path}: not a file of measurements; name another")
     return runs
 
 
-def keep(path: Path, run: dict[str, Any], key: tuple[str, ...], flag: str = "--to") -> list[dict[str, Any]]:
+def refuse_unwritable(path: Path) -> None:
+    """Raises ConfigError where the file could not take figures: before an hour of measuring, not after it."""
+    runs_in(path)
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.touch()
+        part.unlink()
+    except OSError as error:
+        raise ConfigError(f"--to {path}: cannot be written ({error.strerror}); name another") from None
+
+
+def keep(path: Path, run: dict[str, Any], key: tuple[str, ...]) -> list[dict[str, Any]]:
     """Put `run` into the file's list of runs, in the place of the one with the same values under `key`. Returns the list.
 
     Raises ConfigError where the file is something else than a list of runs, or cannot be written.
     """
-    runs = [other for other in runs_in(path, flag) if any(other.get(name) != run.get(name) for name in key)] + [run]
+    runs = [other for other in runs_in(path) if any(other.get(name) != run.get(name) for name in key)] + [run]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(path.name + ".part")
         part.write_text(json.dumps({"runs": runs}, indent=1) + "\n", encoding="utf-8")
         part.replace(path)
     except OSError as error:
-        raise ConfigError(f"{flag} {path}: cannot be written ({error.strerror}); name another") from None
+        raise ConfigError(f"--to {path}: cannot be written ({error.strerror}); name another") from None
     return runs

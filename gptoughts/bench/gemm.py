@@ -20,12 +20,15 @@ from gptoughts.bench.text import Row, aligned, markdown
 from gptoughts.bench.variant import clock_mhz
 from gptoughts.ceilings import Ceilings, datasheet, key
 from gptoughts.machine import Machine
+from gptoughts.timing import timed
 from gptoughts.track.console import share
 
 Say = Callable[[str], None]
 
-LEAST_CAPABILITY = {"tf32": (8, 0), "fp8": (8, 9)}
-"""Before these a GPU has no such units, and a CPU only emulates them."""
+LEAST_CAPABILITY = {"tf32": (8, 0), "bf16": (8, 0), "fp8": (8, 9)}
+"""Before these a GPU has no such units."""
+NOT_ON_CPUS = ("tf32", "fp8")
+"""A CPU only emulates them."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ def _products(dtype: str, device: torch.device, effort: Effort) -> dict[str, Any
     """Sizes with their TFLOP/s, the best median, and why larger sizes, or all of them, are not there."""
     rows: dict[str, Any] = {"sizes": {}, "best_tflops": None, "why": ""}
     least = LEAST_CAPABILITY.get(dtype)
-    if least and (device.type == "cpu" or torch.cuda.get_device_capability(device) < least):
+    if least and (dtype in NOT_ON_CPUS if device.type == "cpu" else torch.cuda.get_device_capability(device) < least):
         return {**rows, "why": f"needs a GPU of compute capability {least[0]}.{least[1]}"}
     seconds = 0.0
     for size in effort.sizes:
@@ -100,7 +103,7 @@ def _products(dtype: str, device: torch.device, effort: Effort) -> dict[str, Any
         try:
             with _arithmetic(dtype):
                 product = _product(dtype, size, device)
-                times = _timed(product, device, effort)
+                times = timed(product, device, effort.timing_seconds, effort.repetitions)
         except (RuntimeError, AttributeError, NotImplementedError) as error:  # out of memory is a RuntimeError, too
             rows["why"] = f"{size}: {str(error).splitlines()[0][:200]}"
             break
@@ -133,26 +136,6 @@ def _product(dtype: str, size: int, device: torch.device) -> Callable[[], Any]:
     return lambda: torch._scaled_mm(*eights, scale_a=scale, scale_b=scale, out_dtype=torch.bfloat16, use_fast_accum=True)
 
 
-def _timed(work: Callable[[], Any], device: torch.device, effort: Effort) -> list[float]:
-    """Seconds of one call, for each repetition; as many calls at a time as the clock needs."""
-    work()
-    once = _seconds(work, 1, device)
-    calls = max(1, min(1000, round(effort.timing_seconds / max(once, 1e-7))))
-    _seconds(work, min(calls, 3), device)
-    return [_seconds(work, calls, device) / calls for _ in range(effort.repetitions)]
-
-
-def _seconds(work: Callable[[], Any], calls: int, device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    began = time.perf_counter()
-    for _ in range(calls):
-        work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - began
-
-
 def _copies(device: torch.device, effort: Effort) -> dict[str, Any]:
     """GB/s (10^9) of every kind of copy. On one memory what is read and what is written both count; across the bus what travels."""
     count = effort.copy_bytes // 4
@@ -170,7 +153,11 @@ def _copies(device: torch.device, effort: Effort) -> dict[str, Any]:
 
 def _copied(work: Callable[[], Tensor], moved: int, device: torch.device, effort: Effort) -> dict[str, Any]:
     try:
-        return {"gb_per_second": spread([moved / one / 1e9 for one in _timed(work, device, effort)], 3)}
+        return {
+            "gb_per_second": spread(
+                [moved / one / 1e9 for one in timed(work, device, effort.timing_seconds, effort.repetitions)], 3
+            )
+        }
     except RuntimeError as error:
         return {"why": str(error).splitlines()[0][:200]}
 

@@ -16,9 +16,9 @@ from gptoughts.bench.figures import machine_figures, spread
 from gptoughts.bench.gains import gains
 from gptoughts.bench.variant import Job
 from gptoughts.bench.variants import Ask, Layers, baseline_of, job_of, layers_of, plan_of, why_not, with_slot
-from gptoughts.ceilings import ceilings_for, gemm_dtype, reached
+from gptoughts.ceilings import ceilings_for, reached
 from gptoughts.errors import LayerError, PlanError
-from gptoughts.machine import Machine
+from gptoughts.machine import Machine, World
 from gptoughts.planner import Plan
 
 BASELINE, PLAN = "baseline", "plan"
@@ -191,8 +191,8 @@ def _row(
         "rounds_ms": [round(1000 * value, 3) for value in told.seconds],
         "tokens_per_second": round(speed, 1),
         "mfu": None if per_token is None else per_token * speed,
-        "share_of_gemm": reached(ready["flops_per_token"], machine, 1, plan.layers)[0](speed),
-        "gemm_dtype": gemm_dtype(plan.layers),
+        "share_of_gemm": reached(ready["flops_per_token"], machine, World(), plan.gemm_dtype)[0](speed),
+        "gemm_dtype": plan.gemm_dtype,
         "peak_bytes": told.peak_bytes,
         "clock_mhz": spread(told.clock_mhz, 0) if told.clock_mhz else None,
         "last_loss": round(told.losses[-1], 5),

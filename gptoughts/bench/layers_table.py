@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from gptoughts.bench.text import aligned, markdown, ratio, size
+from gptoughts.bench.text import aligned, markdown, ratio
 from gptoughts.track.console import count, share
+from gptoughts.units import bytes_in_words
 
 HEAD = ("variant", "ms/step", "q1 - q3", "tok/s", "MFU", "of GEMM", "peak", "start s", "loss diff.", "last loss")
 
@@ -61,7 +62,7 @@ def _rows(run: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
             f"{row['tokens_per_second']:,.0f}",
             share(row["mfu"]),
             share(row["share_of_gemm"]),
-            size(row["peak_bytes"]),
+            bytes_in_words(row["peak_bytes"]),
             start,
             "n/a" if difference is None else f"{100 * difference:.3f} %",
             f"{row['last_loss']:.4f}",

@@ -25,13 +25,6 @@ def ratio(found: Mapping[str, float] | None) -> tuple[str, str]:
     return ("n/a", "") if found is None else (f"{found['median']:.3f}", f"{found['q1']:.3f} - {found['q3']:.3f}")
 
 
-def size(count: int | None) -> str:
-    """`812 MiB`, `3.41 GiB`, or n/a."""
-    if count is None:
-        return "n/a"
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
-
-
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     part = path.with_name(path.name + ".part")

@@ -36,11 +36,12 @@ def step(
     from gptoughts.bench.step import bench_step
     from gptoughts.bench.table import step_table
 
-    run = bench_step(setting, rounds, steps, _command(), lambda text: print(text, file=sys.stderr, flush=True))
+    path = _target(out)
+    run = bench_step(setting, rounds, steps, _command(), _progress)
     print(step_table(run))
-    if out is not None:
-        keep(Path(out), run, SAME_MEASUREMENT)
-        print(f"kept in {out}")
+    if path is not None:
+        keep(path, run, SAME_MEASUREMENT)
+        _say_kept(path)
     return 0
 
 
@@ -51,15 +52,15 @@ def data(source: str, tokenizer: str, out: str | None) -> int:
     from gptoughts.bench.figures import keep, machine_figures
     from gptoughts.machine import probe
 
-    here = machine_figures(probe())
+    here, path = machine_figures(probe()), _target(out)
     measures = (("batches", bench_batches), ("tokenise", partial(bench_tokenise, source, tokenizer)))
     for what, measure in measures:
         figures = measure()
         print(what, *(f"  {name:<34} {value}" for name, value in figures.items()), sep="\n", flush=True)
-        if out is not None:
-            keep(Path(out), {"what": what, "command": _command(), "machine": here, **figures}, ("what",))
-    if out is not None:
-        print(f"kept in {out}")
+        if path is not None:
+            keep(path, {"what": what, "command": _command(), "machine": here, **figures}, ("what",))
+    if path is not None:
+        _say_kept(path)
     return 0
 
 
@@ -88,7 +89,7 @@ def layers(
     run = bench_layers(setting, ask, rounds, steps, _command(), _progress)
     print(layers_text(run))
     if path is not None:
-        runs = keep(path, run, SAME_MEASUREMENT, "--to")
+        runs = keep(path, run, SAME_MEASUREMENT)
         draw_layers(runs, path.with_suffix(".png"))
         write_text(path.with_suffix(".md"), layers_markdown(runs, path.with_suffix(".png").name))
         _say_kept(path, ".md", ".png")
@@ -119,7 +120,7 @@ def parity(
     run = bench_parity(setting, ask, steps, seeds, named, _command(), _progress)
     print(parity_text(run))
     if path is not None:
-        runs = keep(path, run, (*SAME_MEASUREMENT, "in_question"), "--to")
+        runs = keep(path, run, (*SAME_MEASUREMENT, "in_question"))
         draw_parity(run, path.with_suffix(".png"))
         write_text(path.with_suffix(".md"), parity_markdown(runs, path.with_suffix(".png").name))
         _say_kept(path, ".md", ".png")
@@ -141,7 +142,7 @@ def gemm(largest: int | None, out: str | None) -> int:
     if largest is None:  # small matrices reach no ceiling
         print(f"kept in {keep_ceilings(here, ceilings_of(run))}")
     if path is not None:
-        runs = keep(path, run, ("what", "device"), "--to")
+        runs = keep(path, run, ("what", "device"))
         write_text(path.with_suffix(".md"), gemm_markdown(runs))
         _say_kept(path, ".md")
     return 0
@@ -162,14 +163,14 @@ def _target(out: str | None) -> Path | None:
     """The file that figures go to, looked at before anything is measured. Raises ConfigError where it cannot take them."""
     if out is None:
         return None
-    from gptoughts.bench.figures import runs_in
+    from gptoughts.bench.figures import refuse_unwritable
 
     path = Path(out)
     if path.suffix != ".json":
         raise ConfigError(
-            f"--to {out}: needs a name that ends in .json; the table and the picture take its place with their own ends"
+            f"--to {out}: needs a name that ends in .json; a table and a picture take its place with their own ends"
         )
-    runs_in(path)
+    refuse_unwritable(path)
     return path
 
 

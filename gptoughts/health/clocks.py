@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass, replace
 from time import monotonic
 from typing import Any
 
-from gptoughts.health.finding import GIB, UNKNOWN, Check, Finding, gib
+from gptoughts.health.finding import UNKNOWN, Check, Finding
 from gptoughts.machine import Machine
 from gptoughts.nvml import opened
+from gptoughts.units import GIB, bytes_in_words
 
 # Bits of nvmlDeviceGetCurrentClocksEventReasons that slow training, in NVML's order. An idle clock is none.
 REASONS = {
@@ -187,5 +188,8 @@ def _findings(state: State, machine: Machine) -> Iterator[Finding]:
             f"; or leave it out: CUDA_VISIBLE_DEVICES={','.join(map(str, free))}" if free else ""
         )
         yield Finding(
-            f"other processes hold {gib(state.used_bytes)} of {gpu}", mend, "costs", "that memory, and a share of the time"
+            f"other processes hold {bytes_in_words(state.used_bytes)} of {gpu}",
+            mend,
+            "costs",
+            "that memory, and a share of the time",
         )

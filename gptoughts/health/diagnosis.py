@@ -12,9 +12,10 @@ from typing import Any
 from gptoughts.errors import GptoughtsError
 from gptoughts.gpus import peaks
 from gptoughts.health import clocks, disk, forks, host, imports, ranks, speed
-from gptoughts.health.finding import GIB, Check, Finding, gib, worst_first
+from gptoughts.health.finding import Check, Finding, worst_first
 from gptoughts.health.packages import EXTRAS, lacking, package_findings, torch_findings
 from gptoughts.machine import Machine
+from gptoughts.units import GIB, bytes_in_words
 
 # A small run writes tokens, two checkpoints and records; below this it would end in a full disk.
 LEAST_DISK_BYTES = 2 * GIB
@@ -148,7 +149,7 @@ def space_findings(folder: Path, disk_free_bytes: int | None) -> list[Finding]:
     """A disk that is nearly full."""
     if disk_free_bytes is None or disk_free_bytes >= LEAST_DISK_BYTES:
         return []
-    what = f"{gib(disk_free_bytes)} free in {folder}, a run needs {gib(LEAST_DISK_BYTES)}"
+    what = f"{bytes_in_words(disk_free_bytes)} free in {folder}, a run needs {bytes_in_words(LEAST_DISK_BYTES)}"
     return [Finding(what, "gptoughts train --run-dir FOLDER_ON_A_LARGER_DISK", "stops")]
 
 

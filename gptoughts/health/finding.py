@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-GIB = 1 << 30
 Weight = Literal["stops", "costs", "minor"]
 WEIGHTS: tuple[Weight, ...] = ("stops", "costs", "minor")
 """Worst first: training cannot start or would be wrong; it is slower than it could be; a note."""
@@ -44,10 +43,3 @@ class Check:
 def worst_first(findings: Iterable[Finding]) -> list[Finding]:
     """By weight; in the order of the checks within one."""
     return sorted(findings, key=lambda finding: WEIGHTS.index(finding.weight))
-
-
-def gib(size_bytes: int | None) -> str:
-    """`24.0 GiB`, `64 MiB`, or `n/a`."""
-    if size_bytes is None:
-        return UNKNOWN
-    return f"{size_bytes / GIB:.1f} GiB" if size_bytes >= GIB else f"{size_bytes / (1 << 20):.0f} MiB"

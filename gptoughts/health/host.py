@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from gptoughts.cpu import cgroup_cpu_quota, cgroup_memory_limit
-from gptoughts.health.finding import GIB, Check, Finding, gib
+from gptoughts.health.finding import Check, Finding
 from gptoughts.machine import Machine
+from gptoughts.units import GIB, bytes_in_words
 
 # NCCL and worker processes pass data through /dev/shm; containers give it 64 MiB unless told otherwise.
 LEAST_SHM_BYTES = GIB
@@ -43,10 +44,11 @@ def check(machine: Machine, allowed: Mapping[str, int | None], root: Path, heade
         *_compiler_findings(machine, headers),
     ]
     locked, files = allowed["locked"], allowed["files"]
-    words = f"{'no limit' if files is None else f'{files:,}'} open files, {'no limit' if locked is None else gib(locked)} locked memory"
+    opened = "no limit" if files is None else f"{files:,}"
+    words = f"{opened} open files, {'no limit' if locked is None else bytes_in_words(locked)} locked memory"
     if quota is not None or limit is not None:
         cores = "no limit" if quota is None else f"{quota:g} cores"
-        words += f"; container: {cores}, {'no limit' if limit is None else gib(limit)}"
+        words += f"; container: {cores}, {'no limit' if limit is None else bytes_in_words(limit)}"
     nodes = machine.cpu.numa_nodes
     numa = f"; {nodes} NUMA {'node' if nodes == 1 else 'nodes'}"
     figures = {**allowed, "cgroup_cores": quota, "cgroup_memory_bytes": limit, "memory_bytes": total, "numa_nodes": nodes}
@@ -85,7 +87,7 @@ def _limit_findings(machine: Machine, allowed: Mapping[str, int | None], root: P
     locked, files = allowed["locked"], allowed["files"]
     rdma = root / "sys/class/infiniband"
     if machine.gpus and locked is not None and locked < LEAST_LOCKED_BYTES and rdma.is_dir() and any(rdma.iterdir()):
-        what = f"only {gib(locked)} of memory may be locked, and NCCL over InfiniBand locks its buffers"
+        what = f"only {bytes_in_words(locked)} of memory may be locked, and NCCL over InfiniBand locks its buffers"
         yield Finding(
             what,
             "ulimit -l unlimited, or docker run --ulimit memlock=-1",
@@ -104,7 +106,7 @@ def _container_findings(machine: Machine, quota: float | None, limit: int | None
         what = f"this container may use {quota:g} of {machine.cpu.logical_cores} cores"
         yield Finding(what, f"docker run --cpus={machine.cpu.logical_cores} ...", "minor")
     if limit is not None and total is not None and limit < total:
-        what = f"this container may use {gib(limit)} of {gib(total)} memory, and the page cache of the shards counts"
+        what = f"this container may use {bytes_in_words(limit)} of {bytes_in_words(total)} memory, and the page cache of the shards counts"
         yield Finding(what, f"docker run --memory={total >> 30}g ...", "minor")
 
 
@@ -124,5 +126,5 @@ def _compiler_findings(machine: Machine, headers: Path | None) -> Iterator[Findi
 def shared_memory_findings(shm_bytes: int | None) -> Iterator[Finding]:
     """/dev/shm where it is smaller than several ranks want."""
     if shm_bytes is not None and shm_bytes < LEAST_SHM_BYTES:
-        what = f"/dev/shm holds {gib(shm_bytes)}, several ranks want {gib(LEAST_SHM_BYTES)}"
+        what = f"/dev/shm holds {bytes_in_words(shm_bytes)}, several ranks want {bytes_in_words(LEAST_SHM_BYTES)}"
         yield Finding(what, "docker run --shm-size=8g ..., or mount -o remount,size=8g /dev/shm", "minor")

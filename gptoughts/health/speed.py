@@ -14,6 +14,8 @@ from gptoughts.machine import Gpu, Machine
 # A product large enough to fill every GPU of the table, and small enough for a CPU's second.
 GPU_SIZE, CPU_SIZE = 8192, 1024
 GPU_COPY_BYTES, CPU_COPY_BYTES = 1 << 30, 1 << 27
+# Their median is taken: one hiccup of a shared machine is no verdict on it.
+REPETITIONS = 5
 # What a healthy H100 reaches of its data sheet (torchao, testing/training/roofline_utils.py); used for every part.
 REACHED_GEMM, REACHED_COPY = 0.78, 0.92
 LEAST_SHARE = 0.7
@@ -38,49 +40,32 @@ def child(name: str, seconds: float) -> dict[str, Any]:
     """Measure the device called `name`, for `seconds` a kind: TFLOP/s by type, GB/s of a copy (read and written bytes)."""
     import torch
 
+    from gptoughts.timing import timed
+
     device = torch.device(name)
     on_gpu = device.type == "cuda"
     size, copied = (GPU_SIZE, GPU_COPY_BYTES) if on_gpu else (CPU_SIZE, CPU_COPY_BYTES)
-    wait = (lambda: torch.cuda.synchronize(device)) if on_gpu else (lambda: None)
+
+    def seconds_of(work: Callable[[], Any], patience: float = seconds) -> float:
+        return median(timed(work, device, patience / REPETITIONS, REPETITIONS))
+
     half = torch.bfloat16 if not on_gpu or torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
     figures: dict[str, Any] = {"threads": torch.get_num_threads(), "size": size, "tflops": {}}
     for kind in (half,) if on_gpu else (torch.float32, half):
         one, other = (torch.randn(size, size, device=device, dtype=kind) for _ in range(2))  # zeros would draw less power
         into = torch.empty_like(one)
-        product = _seconds_of(lambda a=one, b=other, c=into: torch.mm(a, b, out=c), wait, seconds)  # type: ignore[misc]
+        product = seconds_of(lambda a=one, b=other, c=into: torch.mm(a, b, out=c))  # type: ignore[misc]
         figures["tflops"][str(kind).removeprefix("torch.")] = 2 * size**3 / product / 1e12
     source = torch.zeros(copied, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    figures["copy_gb_s"] = 2 * copied / _seconds_of(lambda: target.copy_(source), wait, seconds) / 1e9
+    figures["copy_gb_s"] = 2 * copied / seconds_of(lambda: target.copy_(source)) / 1e9
     if on_gpu:
         pinned = torch.empty(copied // 4, dtype=torch.uint8, pin_memory=True)
         part = target[: copied // 4]
         moved = copied // 4 / 1e9
-        figures["to_gpu_gb_s"] = moved / _seconds_of(lambda: part.copy_(pinned, non_blocking=True), wait, seconds / 4)
-        figures["from_gpu_gb_s"] = moved / _seconds_of(lambda: pinned.copy_(part, non_blocking=True), wait, seconds / 4)
+        figures["to_gpu_gb_s"] = moved / seconds_of(lambda: part.copy_(pinned, non_blocking=True), seconds / 4)
+        figures["from_gpu_gb_s"] = moved / seconds_of(lambda: pinned.copy_(part, non_blocking=True), seconds / 4)
     return figures
-
-
-def _seconds_of(work: Callable[[], Any], wait: Callable[[], Any], seconds: float) -> float:
-    """Median time of one call, over at least three batches of calls in about `seconds`, after a warm one."""
-    from time import perf_counter
-
-    work()
-    wait()
-    began = perf_counter()
-    work()
-    wait()
-    # Ten calls a batch, so that the wait is no part of the figure; fewer where one takes long.
-    batch = max(1, min(10, int(seconds / 3 / max(perf_counter() - began, 1e-6))))
-    times: list[float] = []
-    stop = perf_counter() + seconds
-    while perf_counter() < stop or len(times) < 3:
-        began = perf_counter()
-        for _ in range(batch):
-            work()
-        wait()
-        times.append((perf_counter() - began) / batch)
-    return median(times)
 
 
 def judge(machine: Machine, outcomes: dict[str, Outcome]) -> Check:

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 
 from gptoughts.gpus import GpuPeaks, peaks
 from gptoughts.health.diagnosis import Diagnosis
-from gptoughts.health.finding import UNKNOWN, Finding, gib
+from gptoughts.health.finding import UNKNOWN, Finding
 from gptoughts.health.packages import cuda_of_build
 from gptoughts.machine import Gpu, Machine
+from gptoughts.units import bytes_in_words
 
 
 def text(diagnosis: Diagnosis) -> list[str]:
@@ -18,7 +19,7 @@ def text(diagnosis: Diagnosis) -> list[str]:
         ("system", f"{machine.system}, Python {machine.python}"),
         ("cpu", f"{machine.cpu.model}, {machine.cpu.usable_cores} of {machine.cpu.logical_cores} cores usable"),
         ("", " ".join(machine.cpu.instruction_sets) or "instruction sets n/a"),
-        ("memory", gib(machine.memory_bytes)),
+        ("memory", bytes_in_words(machine.memory_bytes)),
         *_gpu_rows(machine),
         *_check_rows(diagnosis, "clocks"),
         *_check_rows(diagnosis, "limits"),
@@ -26,9 +27,9 @@ def text(diagnosis: Diagnosis) -> list[str]:
         *_check_rows(diagnosis, "imports"),
         *_check_rows(diagnosis, "speed"),
         *_check_rows(diagnosis, "ranks"),
-        ("disk", f"{gib(diagnosis.disk_free_bytes)} free in {diagnosis.folder}"),
+        ("disk", f"{bytes_in_words(diagnosis.disk_free_bytes)} free in {diagnosis.folder}"),
         *(("", words) for _, words in _check_rows(diagnosis, "disk")),
-        *([("/dev/shm", gib(diagnosis.shm_bytes))] if machine.system == "linux" else []),
+        *([("/dev/shm", bytes_in_words(diagnosis.shm_bytes))] if machine.system == "linux" else []),
         ("profile", f"auto takes {diagnosis.profile}" if diagnosis.profile else "none"),
     ]
     lines = [f"{name:<10}{words}".rstrip() for name, words in rows]
@@ -65,7 +66,7 @@ def _gpu_rows(machine: Machine) -> Iterator[tuple[str, str]]:
     for gpu in machine.gpus:
         watts = "n/a W" if gpu.power_limit_watts is None else f"{gpu.power_limit_watts:.0f} W"
         mig = ", MIG instance" if gpu.mig else ""
-        yield f"gpu {gpu.index}", f"{gpu.name} ({gpu.capability_label}), {gib(gpu.memory_bytes)}, {watts}{mig}"
+        yield f"gpu {gpu.index}", f"{gpu.name} ({gpu.capability_label}), {bytes_in_words(gpu.memory_bytes)}, {watts}{mig}"
         if _last_of_its_kind(gpu, machine):
             yield from (("", words) for words in _peak_words(peaks(gpu.name, gpu.memory_bytes)))
     links = sorted({link for gpu in machine.gpus for link in gpu.links})

@@ -32,7 +32,8 @@ from gptoughts.layer import (
     inactive,
     would_not_pay,
 )
-from gptoughts.memory_fit import counted, memory_of_rank, size
+from gptoughts.memory_fit import counted, memory_of_rank
+from gptoughts.units import bytes_in_words
 
 # Of a rank's memory. Logits, their logarithms and their gradient count, 12 bytes a logit or more: without the logarithms that is a tenth.
 LOGITS_SHARE = 0.15
@@ -55,7 +56,9 @@ def fits(case: Case, options: Options) -> Iterator[Reason]:
     if budget is None:
         yield would_not_pay("the vocabulary is not known before the text is read", "logits cannot be weighed")
     elif have is not None and budget.logits < LOGITS_SHARE * have:
-        yield would_not_pay(f"logits take {size(budget.logits)} of {size(have)}", "Liger-Kernel: time +13 % at 128 k words")
+        yield would_not_pay(
+            f"logits take {bytes_in_words(budget.logits)} of {bytes_in_words(have)}", "Liger-Kernel: time +13 % at 128 k words"
+        )
 
 
 def _implementation_is_here(case: Case, name: str) -> Iterator[Reason]:

@@ -27,6 +27,7 @@ from gptoughts.layer import (
 )  # fmt: skip
 from gptoughts.memory import Verdict, verdict
 from gptoughts.memory_fit import memory_of_rank
+from gptoughts.units import bytes_in_words
 
 
 def fits(case: Case, options: Options) -> Iterator[Reason]:
@@ -72,7 +73,7 @@ def verify(engine: Engine, sight: Sight, options: Options) -> Evidence:
     figures = {"forwards": sight.micro_batches, "expected": wanted, "sequences": engine.micro_batch}
     if sight.micro_batches != wanted:
         return inactive(f"{sight.micro_batches} forwards in the step, {wanted} planned", **figures)
-    held = f", {sight.peak_bytes / 2**30:.2f} GiB at most" if sight.peak_bytes else ""
+    held = f", {bytes_in_words(sight.peak_bytes)} at most" if sight.peak_bytes else ""
     less = f", made smaller from {engine.reduced_from} when memory ran out" if engine.reduced_from else ""
     return active(f"{wanted} forwards of {engine.micro_batch} sequences{held}{less}", **figures)
 

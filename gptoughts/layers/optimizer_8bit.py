@@ -29,7 +29,8 @@ from gptoughts.layer import (
     inactive,
     would_not_pay,
 )
-from gptoughts.memory_fit import counted, memory_of_rank, size
+from gptoughts.memory_fit import counted, memory_of_rank
+from gptoughts.units import bytes_in_words
 
 FULL, PACKED = (
     8,
@@ -60,7 +61,9 @@ def fits(case: Case, options: Options) -> Iterator[Reason]:
         return
     saved = budget.optimizer - memory(case, options, budget).optimizer
     if have is not None and saved < MEMORY_SHARE * have:
-        yield would_not_pay(f"saves {size(saved)} of {size(have)}", "torchao's README: 9 % fewer tokens a second")
+        yield would_not_pay(
+            f"saves {bytes_in_words(saved)} of {bytes_in_words(have)}", "torchao's README: 9 % fewer tokens a second"
+        )
 
 
 def memory(case: Case, options: Options, budget: Budget) -> Budget:

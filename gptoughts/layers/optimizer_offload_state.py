@@ -26,7 +26,8 @@ from gptoughts.layer import (
     inactive,
     would_not_pay,
 )
-from gptoughts.memory_fit import SOURCE, counted, room, size
+from gptoughts.memory_fit import SOURCE, counted, room
+from gptoughts.units import bytes_in_words
 
 HOST_SHARE = 0.8  # of the machine's memory; the system, the data and Python's own take some too
 
@@ -47,7 +48,9 @@ def fits(case: Case, options: Options) -> Iterator[Reason]:
     need = None if budget is None else (budget.optimizer + 2 * budget.gradients) * processes
     if need is not None and host is not None and need > HOST_SHARE * host:
         whose = "one process needs" if processes == 1 else f"{processes} processes need"
-        yield cannot(f"{whose} {size(need)} of host memory, more than {HOST_SHARE:.0%} of the {size(host)} here")
+        yield cannot(
+            f"{whose} {bytes_in_words(need)} of host memory, more than {HOST_SHARE:.0%} of the {bytes_in_words(host)} here"
+        )
         return
     everything = room(case)
     if everything is not None and everything.is_enough:

@@ -28,7 +28,8 @@ from gptoughts.layer import (
     inactive,
     would_not_pay,
 )
-from gptoughts.memory_fit import SOURCE, counted, memory_of_rank, size
+from gptoughts.memory_fit import SOURCE, counted, memory_of_rank
+from gptoughts.units import bytes_in_words
 
 MEMORY_SHARE = 0.05  # of the device; below that the gradients are not worth the order of things
 LEFT = "in-backward: gradients left"
@@ -55,7 +56,7 @@ def fits(case: Case, options: Options) -> Iterator[Reason]:
     if budget is None:
         yield would_not_pay("not all sizes of the model are known before its data is read", "gradients cannot be weighed")
     elif have is not None and budget.gradients < MEMORY_SHARE * have:
-        yield would_not_pay(f"gradients take {size(budget.gradients)} of {size(have)}", SOURCE)
+        yield would_not_pay(f"gradients take {bytes_in_words(budget.gradients)} of {bytes_in_words(have)}", SOURCE)
 
 
 def memory(case: Case, options: Options, budget: Budget) -> Budget:

@@ -16,6 +16,7 @@ from gptoughts.layer import SLOTS, Choice, Layer
 from gptoughts.machine import Machine, World
 from gptoughts.planner import Plan, resolve
 from gptoughts.profile import Match, Profile, Want, pick
+from gptoughts.units import bytes_in_words
 
 NOT_MEASURED = "not measured"
 # Newer than any bound of a layer.
@@ -287,7 +288,7 @@ def _speed_text(figures: Mapping[str, Any]) -> str:
     words = [f"{figures['tokens_per_second']:,.0f} tokens/s"]
     words += [f"MFU {figures['mfu']:.1%}"] if figures.get("mfu") else ["MFU n/a"]
     peak = figures.get("peak_memory_bytes") or figures.get("peak_bytes")
-    words += [f"peak {peak / (1 << 30):.1f} GiB"] if peak else []
+    words += [f"peak {bytes_in_words(peak)}"] if peak else []
     return ", ".join(words)
 
 
