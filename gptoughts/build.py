@@ -17,6 +17,7 @@ from gptoughts.engine import Engine, Source
 from gptoughts.errors import GptoughtsError, LayerError
 from gptoughts.layer import Layer, Moment
 from gptoughts.models.family import Family, draw
+from gptoughts.models.meta import on_meta
 from gptoughts.objectives import Objective
 from gptoughts.planner import Plan
 
@@ -62,7 +63,7 @@ class AsTheyAre:
 
 def meta_model(recipe: Recipe, family: Family, rows: int) -> nn.Module:
     """The recipe's model without memory, over `rows` embedding rows."""
-    with torch.device("meta"):
+    with on_meta():
         return family.build(recipe.model, rows, recipe.data.sequence_length)
 
 

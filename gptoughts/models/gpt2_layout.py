@@ -20,6 +20,7 @@ from gptoughts.config import ModelConfig
 from gptoughts.errors import CheckpointError, ConfigError
 from gptoughts.models.gpt import GPT, NORM_EPSILON
 from gptoughts.models.json_file import read_json
+from gptoughts.models.meta import on_meta
 
 TIED_HEAD = "head.weight"
 
@@ -185,7 +186,7 @@ def _require_tied(where: str, name: str, head: Tensor | None, embedding: Tensor)
 
 
 def _require_shapes(config: ModelConfig, rows: int, sequence_length: int, state: Mapping[str, Tensor]) -> None:
-    with torch.device("meta"):
+    with on_meta():
         expected = GPT(config, rows, sequence_length).state_dict()
     wrong = [f"{name} is {tuple(tensor.shape)}, config.json makes it {tuple(expected[name].shape)}"
              for name, tensor in state.items() if tensor.shape != expected[name].shape]  # fmt: skip

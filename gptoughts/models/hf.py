@@ -25,6 +25,7 @@ from gptoughts.models.family import Family, repeated_blocks
 from gptoughts.models.gpt import IGNORED_LABEL, LossFunction, Reduction, full_cross_entropy
 from gptoughts.models.hf_asked import plain_head, separates_documents
 from gptoughts.models.hf_config import Task, model_class, open_config
+from gptoughts.models.meta import on_meta
 from gptoughts.models.packing import MaskForm, lengths
 
 SHARED = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
@@ -235,14 +236,14 @@ def _build(theirs: PretrainedConfig, ours: ModelConfig, task: Task, length: int,
         raise ConfigError(
             f"data.sequence_length = {length}: {theirs.model_type} has positions for {most} tokens; set at most {most}"
         )
-    with torch.device("meta"):
+    with on_meta():
         inner = _raw(theirs, ours, task, wanted_rows)
     hf_experts.use_grouped_product(inner)
     return HFModel(inner, length) if task == "causal" else HFEncoder(inner, length)
 
 
 def _begins(theirs: PretrainedConfig, ours: ModelConfig, task: Task) -> dict[str, Any]:
-    with torch.device("meta"):
+    with on_meta():
         return hf_initial.scheme(_raw(theirs, ours, task, None))
 
 

@@ -16,6 +16,7 @@ from transformers.utils import logging
 from gptoughts.errors import ConfigError
 from gptoughts.hf_facts import read_config
 from gptoughts.hub import folder_with_code
+from gptoughts.models.meta import on_meta
 from gptoughts.recipe import ModelConfig
 
 Task = Literal["causal", "question-answering"]
@@ -103,7 +104,7 @@ def whole_model(model: ModelConfig, task: Task, rows: int) -> Any:
     config, _ = open_config(model.model_copy(update={"dropout": None}), task)
     config.vocab_size = rows
     loader, words = model_class(task, model)
-    with torch.device("meta"):
+    with on_meta():
         return loader.from_config(config, attn_implementation="eager", dtype=torch.float32, **words)
 
 
