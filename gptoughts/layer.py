@@ -194,6 +194,10 @@ class Case:
         """Whether an earlier slot has chosen `layer`."""
         return slot in self.chosen and self.chosen[slot].layer == layer
 
+    def option(self, slot: str, name: str) -> Any:
+        """The option `name` of the layer that an earlier slot has chosen; None where it has none of that name."""
+        return self.chosen[slot].options.get(name) if slot in self.chosen else None
+
 
 Options = Mapping[str, Any]
 Engine = Any  # gptoughts.engine.Engine: floor 1, so floor 0 cannot name it

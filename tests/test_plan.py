@@ -159,6 +159,15 @@ def test_two_demands_that_clash_are_an_error_without_both() -> None:
     assert "without --layer.compile " in str(caught.value)
 
 
+@pytest.mark.parametrize("again", ["recompute-blocks", "recompute-ops"])
+def test_scales_from_a_history_and_recomputation_are_refused_before_the_run(again: str) -> None:
+    flags = {"precision": "fp8-te", "recompute": again, "loss": "full-ce"}
+    assert planned("h100", recipe=WIDE, flags=flags).layers["recompute"] == again
+    with pytest.raises(PlanError, match="scales from a history have moved") as caught:
+        planned("h100", recipe=WIDE, flags={**flags, "precision.scaling": "delayed"})
+    assert "--layer.precision.scaling current" in str(caught.value)
+
+
 def test_an_option_demands_a_layer_that_takes_it() -> None:
     assert planned("cpu", flags={"microbatch.sequences": "4"}).layers["microbatch"] == "fixed"
     assert planned("h100", flags={"precision.scaling": "delayed"}).choice("precision").options["scaling"] == "delayed"

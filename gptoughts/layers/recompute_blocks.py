@@ -34,6 +34,10 @@ def fits(case: Case, options: Options) -> Iterator[Reason]:
     if case.facts.family is None:
         yield cannot("needs a model of a known family, whose blocks are known before it is built")
         return
+    if case.takes("precision", "fp8-te") and case.option("precision", "scaling") == "delayed":
+        yield cannot(
+            "scales from a history have moved by the time that a block runs again", "--layer.precision.scaling current"
+        )
     everything = room(case)
     if everything is not None and everything.is_enough:
         yield would_not_pay(f"weights, optimiser and activations take {everything}", SOURCE)

@@ -50,6 +50,10 @@ def fits(case: Case, options: Options) -> Iterator[Reason]:
     if case.facts.family is None:
         yield cannot("needs a model of a known family, whose blocks are known before it is built")
         return
+    if case.takes("precision", "fp8-te") and case.option("precision", "scaling") == "delayed":
+        yield cannot(
+            "scales from a history have moved by the time that a block runs again", "--layer.precision.scaling current"
+        )
     if options["keep"] == "attention" and case.takes("attention", "math"):
         yield cannot("attention written out is no operator that could be kept", "--layer.attention sdpa")
         return
