@@ -160,11 +160,11 @@ def test_figures_come_from_the_files(tmp_path: Path) -> None:
         ("hopper", "", "r: 1,000 tokens/s, MFU 50.0%, 1.23x times a bare loop with the same settings"),
         ("hopper", "", "r: 1.23x times its own baseline, every slot plain PyTorch"),
         ("hopper", "compile", "1.23x alone, r"),
-        ("hopper", "", "a-run: 2,000 tokens/s, MFU n/a, peak 2.0 GiB"),
+        ("hopper", "", "a-run: 2,000 tokens/s, MFU n/a, peak 2.00 GiB"),
     ]
     text = page(figures=found).split("\n## hopper\n")[1].split("\n## ")[0]
     assert "`compile-blocks` 1.23x alone, r ([h100/bench.json](../docs/measurements/h100/bench.json))" in text
-    assert f"- a-run: 2,000 tokens/s, MFU n/a, peak 2.0 GiB; {label}" in text
+    assert f"- a-run: 2,000 tokens/s, MFU n/a, peak 2.00 GiB; {label}" in text
     assert page(figures=[]).count("Measured as a whole: not measured.") == len(known)
 
 

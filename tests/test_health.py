@@ -417,7 +417,7 @@ def test_a_container_below_its_machine(tree: Path) -> None:
     (tree / "sys/fs/cgroup/memory.max").write_text(str(32 << 30))
     cores, memory = host.check(machine, FREE, tree, tree).findings
     assert cores.what == "this container may use 4 of 26 cores" and cores.weight == "minor"
-    assert "32.00 GiB of 251.67 GiB" in memory.what and "--memory=251g" in memory.mend
+    assert "32.00 GiB of 251.66 GiB" in memory.what and "--memory=251g" in memory.mend
     assert "container: 4 cores, 32.00 GiB" in host.check(machine, FREE, tree, tree).rows[0]
 
 

@@ -29,6 +29,7 @@ def test_squad_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("BERT_SQUAD_STEPS", "4")
+    monkeypatch.setenv("BERT_SQUAD_QUESTIONS", "40")
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     # The kernel starts outside of the repository, which the first cell looks for.
     (tmp_path / "examples").symlink_to(ROOT / "examples")
@@ -37,7 +38,7 @@ def test_squad_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
     printed = "".join(output.text for output in notebook.cells[-1].outputs if output.get("name") == "stdout")
     told = json.loads(printed.partition("told:")[2])
-    assert told["steps"] == 4 and told["answers"] == told["figures"]["total"] == 200
+    assert told["steps"] == 4 and told["answers"] == told["figures"]["total"] == 40
     assert told["asked"] and told["empty"] == 0
     assert 0 <= told["figures"]["exact"] <= told["figures"]["f1"] <= 100
     assert told["evidence"] == ["active"]

@@ -175,7 +175,7 @@ def _race(told: Mapping[str, Told], losses: Mapping[str, Sequence[float]], token
             "step_seconds": round(seconds, 6),
             "steps": steps,
             "tokens": None if steps is None else steps * tokens_per_step,
-            "seconds": None if steps is None else round(steps * seconds, 3),
+            "seconds": None if steps is None else round(steps * seconds, 6),
             "first_step_seconds": round(told[name].ready["first_step_seconds"], 2),
         }
     return {"equal_loss": level if math.isfinite(level) else None, "to_equal_loss": race}
