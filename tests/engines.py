@@ -38,7 +38,7 @@ NEEDS_INDUCTOR = pytest.mark.skipif(
 """For tests that compile with inductor."""
 
 ROWS, LENGTH, BATCH = 128, 32, 4
-FAMILIES_UNDER_TEST = {
+FAMILIES_UNDER_TEST: dict[str, dict[str, Any]] = {
     "modern": {"depth": 3, "width": 64, "heads": 4, "kv_heads": 2},
     "gpt2": {
         "depth": 3, "width": 64, "heads": 4, "norm": "layernorm", "positions": "learned", "mlp": "gelu", "qk_norm": False, "bias": True,
@@ -109,6 +109,7 @@ def random_batches(recipe: Recipe, ragged: bool = False, seed: int = 0) -> Itera
         batches = _random_questions(recipe, seed)
     if recipe.objective == "masked-diffusion":
         objective, count = objective_for(recipe), recipe.train.global_batch
+        assert isinstance(objective, MaskedDiffusion)
         for batch, number in batches:
             host = {key: value.numpy() for key, value in batch.items()}
             noised = objective.prepare(host, np.arange((number - 1) * count, number * count))
@@ -169,4 +170,8 @@ def steps(engine: Engine, count: int) -> list[float]:
 def watched(engine: Engine, warm: int = 1) -> Sight:
     """What the profiler sees of one step after `warm` others."""
     steps(engine, warm)
-    return prove.watch(engine, lambda: steps(engine, 1) and None)
+
+    def one() -> None:
+        steps(engine, 1)
+
+    return prove.watch(engine, one)

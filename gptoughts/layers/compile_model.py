@@ -1,9 +1,9 @@
 """The whole model compiled as one graph, embedding, head and loss included: fusions across the borders of blocks, one call a forward.
 
-It hurts where compilation does: every block is compiled on its own, so it takes several times as long as one block for all, and grows
-with depth (docs/measurements/cpu/compile.json). Data parallelism gets every gradient at the graph's end and can exchange
-none of them during the backward. A forward that is not one graph is an error, not a slow path. Validation, and every other shape, has a
-graph of its own.
+It hurts where compilation does: equal blocks do not share one graph here, so its time grows with depth. With four blocks it took 1.35
+times what `compile-blocks` took (docs/measurements/cpu/compile.json). Data parallelism gets every gradient at the graph's end and can
+exchange none of them during the backward. A forward that is not one graph is an error, not a slow path. Validation, and every other
+shape, has a graph of its own.
 """
 
 from __future__ import annotations

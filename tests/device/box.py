@@ -60,7 +60,9 @@ def clocks(here: Machine | None = None) -> dict[str, Any]:
 
 
 def _read(nvml: Any, handle: Any) -> dict[str, Any]:
-    asked = {name: (nvml.nvmlDeviceGetClockInfo, getattr(nvml, kind)) for name, kind in CLOCKS.items()}
+    asked: dict[str, tuple[Any, ...]] = {
+        name: (nvml.nvmlDeviceGetClockInfo, getattr(nvml, kind)) for name, kind in CLOCKS.items()
+    }
     asked["most_sm_mhz"] = (nvml.nvmlDeviceGetMaxClockInfo, nvml.NVML_CLOCK_SM)
     asked["celsius"] = (nvml.nvmlDeviceGetTemperature, nvml.NVML_TEMPERATURE_GPU)
     asked["milliwatts"] = (nvml.nvmlDeviceGetPowerUsage,)

@@ -147,7 +147,7 @@ def body(job: dict[str, Any], channel: Channel) -> None:
     device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
     if job.get("deterministic"):
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     recipe = setting.resolved.recipe
     with engine_of(setting, device) as engine:
         loop = Loop(setting, engine, recipe.log.every)

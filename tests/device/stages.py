@@ -182,8 +182,8 @@ def ablation() -> Iterator[Turns]:
 
 def attention_layers() -> Iterator[tuple[str, dict[str, str]]]:
     """Every attention layer that is here, and every backend that `sdpa` can be told."""
-    backend = CATALOG["sdpa"].options.get("backend") if "sdpa" in CATALOG else None
-    for choice in backend.choices if backend else ():
+    backend = CATALOG["sdpa"].options["backend"]
+    for choice in backend.choices or ():
         if choice != backend.default:
             yield f"sdpa-{choice}", {"attention": "sdpa", "attention.backend": choice}
     for layer in ("fa3", "flex", "fa2", "fa4", "varlen"):
