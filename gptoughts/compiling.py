@@ -52,10 +52,12 @@ IN_A_GRAPH = ", traced"
 def lacking(case: Case) -> Iterator[Reason]:
     """Reasons against any compiled layer: a compiler that is missing, experts that are no graph, on a CPU a run too short for it."""
     facts = case.facts
-    version = case.machine.packages.get("transformers", "")
-    if facts.experts and not case.takes("precision", "bf16") and _older(version, (5, 23)):
+    if facts.experts and not case.takes("precision", "bf16") and case.machine.has_older("transformers", (5, 23)):
         # Only bf16 is one grouped product under the compiler there; float32 becomes a loop that is no single graph.
-        yield cannot(f"experts in float32 are not one graph with transformers {version}", remedy="--layer.precision bf16")
+        yield cannot(
+            f"experts in float32 are not one graph with transformers {case.machine.packages['transformers']}",
+            remedy="--layer.precision bf16",
+        )
         return
     if case.on_gpu:
         if "triton" not in case.machine.packages:
@@ -93,11 +95,6 @@ def _run_seconds(case: Case) -> float | None:
     flops = flops_per_token(facts) or 72 * facts.depth * facts.width**2
     speed = CPU_FLOPS_PER_SECOND["bf16" if case.takes("precision", "bf16") else "fp32"]
     return flops * tokens / (speed * max(1, case.machine.cpu.usable_cores))
-
-
-def _older(version: str, than: tuple[int, int]) -> bool:
-    parts = version.split(".")[:2]
-    return len(parts) == 2 and all(part.isdigit() for part in parts) and (int(parts[0]), int(parts[1])) < than
 
 
 # --- around the steps

@@ -67,6 +67,11 @@ class Machine:
         known = [gpu.compute_capability for gpu in self.gpus if gpu.compute_capability is not None]
         return min(known) if known and len(known) == len(self.gpus) else None
 
+    def has_older(self, package: str, than: tuple[int, int]) -> bool:
+        """Whether `package` is here in a version before `than`; False where it is not here, or its version has no two numbers."""
+        parts = self.packages.get(package, "").split(".")[:2]
+        return len(parts) == 2 and all(part.isdigit() for part in parts) and (int(parts[0]), int(parts[1])) < than
+
     def to_json(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers; without what was free, which is true for a moment."""
         plain = typing.cast("dict[str, Any]", _plain(asdict(self)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,7 +20,8 @@ from tests.engines import engine_of, plan_of, recipe_of, steps, watched
 LAYER = CATALOG["tf32"]
 HERE = SimpleNamespace(device=torch.device("cpu"))
 HAS_UNITS = pytest.mark.skipif(
-    not set(BF16_CPU) & set(probe().cpu.instruction_sets), reason="oneDNN computes in float32 on a CPU without bf16 units"
+    not set(BF16_CPU) & set(probe().cpu.instruction_sets) or probe().has_older("torch", (2, 12)),
+    reason="oneDNN computes in float32 on a CPU without bf16 units, and in older versions of torch",
 )
 
 
@@ -104,6 +106,12 @@ def test_it_says_why_it_does_not_fit(machine: str, given: dict[str, Any], kind: 
     case = Case(read(f"tests/machines/{machine}.json"), facts_for(recipe), recipe, World())
     reasons = LAYER.unmet(case, options(**given))
     assert any(one.kind is kind and words in str(one) for one in reasons) if kind else not reasons, reasons
+
+
+def test_a_torch_that_takes_the_switch_and_does_nothing_is_refused() -> None:
+    recipe, here = recipe_of("modern"), read("tests/machines/cpu-avx512-bf16.json")
+    case = Case(replace(here, packages={**here.packages, "torch": "2.11.0"}), facts_for(recipe), recipe, World())
+    assert any("torch 2.11.0 takes the switch" in str(one) for one in LAYER.unmet(case, options(units="bf16")))
 
 
 def test_a_demand_that_cannot_be_met_names_the_way_out() -> None:

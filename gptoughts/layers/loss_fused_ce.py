@@ -63,7 +63,7 @@ def fits(case: Case, options: Options) -> Iterator[Reason]:
 
 def _implementation_is_here(case: Case, name: str) -> Iterator[Reason]:
     packages = case.machine.packages
-    if name == "torch" and _older(packages.get("torch", ""), (2, 13)):
+    if name == "torch" and case.machine.has_older("torch", (2, 13)):
         yield cannot(f"implementation = torch needs torch 2.13, here {packages['torch']}", "--layer.loss.implementation sliced")
     if name != "liger":
         return
@@ -71,11 +71,6 @@ def _implementation_is_here(case: Case, name: str) -> Iterator[Reason]:
         yield cannot("needs the package liger-kernel, not installed", "pip install 'gptoughts[liger]'")
     elif not case.on_gpu and case.environment.get("TRITON_INTERPRET") != "1":
         yield cannot("Liger's kernel is Triton's and needs a GPU", "--layer.loss.implementation sliced")
-
-
-def _older(version: str, than: tuple[int, int]) -> bool:
-    parts = version.split(".")[:2]
-    return len(parts) == 2 and all(part.isdigit() for part in parts) and (int(parts[0]), int(parts[1])) < than
 
 
 def memory(case: Case, options: Options, budget: Budget) -> Budget:

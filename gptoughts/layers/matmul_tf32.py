@@ -45,6 +45,12 @@ def fits(case: Case, options: Options) -> Iterator[Reason]:
     if options["units"] == "bf16":
         if not units & set(BF16_CPU):
             yield cannot("needs a CPU with AVX512-BF16 or AMX-BF16; torch takes the switch here and computes in float32")
+        elif case.machine.has_older("torch", (2, 12)):  # seen with 2.11
+            version = case.machine.packages["torch"]
+            yield cannot(
+                f"torch {version} takes the switch on a CPU and computes in float32",
+                remedy="pip install -U 'torch>=2.13,<2.14'",
+            )
         else:
             yield would_not_pay("precision=bf16 rounds the same and moves half the bytes", "torch's documentation of oneDNN")
     elif "amx_tf32" not in units:
