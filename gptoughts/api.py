@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from gptoughts import environment
 from gptoughts.config import Recipe, Resolved, from_values, load
 from gptoughts.environment import in_effect, lacking
 from gptoughts.errors import ConfigError, Mistakes
@@ -78,7 +78,7 @@ def decide(
     mistakes.stop()
     assert here and known and world and resolved and chosen
     # Torch reads its variables once: where it is loaded, only what is in effect counts. A machine file is only planned for.
-    fixed = dict(os.environ) if "torch" in sys.modules and machine is None else None
+    fixed = dict(os.environ) if environment.torch_is_loaded() and machine is None else None
     facts = facts_for(resolved.recipe)
     made = resolve(
         chosen, here, facts, resolved.recipe, world, known.catalog, layers, fixed, dict(os.environ) if machine is None else None
@@ -144,7 +144,7 @@ def train_setting(
     """Run what was decided. Raises ConfigError for a word that `numerics` does not know."""
     if numerics not in ("check", "off"):
         raise ConfigError(f"numerics = {numerics!r}: needs check or off")
-    if "torch" not in sys.modules:  # from Python nobody has set the plan's variables, and now they still count
+    if not environment.torch_is_loaded():  # from Python nobody has set the plan's variables, and now they still count
         os.environ.update(lacking(setting.plan, os.environ))
     from gptoughts.run import Order, execute
     from gptoughts.track.folder import run_folder

@@ -89,12 +89,16 @@ def reached(
     has a GPU to itself; on a CPU the ranks of a host share what all its cores reached.
     """
     found = ceilings_for(machine)
-    if flops_per_token is None or found is None or dtype not in found.tflops:
-        return (lambda speed: None), f"of GEMM n/a: no product in {dtype} was measured here; {COMMAND} measures it"
+    if flops_per_token is None:
+        return (lambda speed: None), "of GEMM n/a: the model's size is not known"
+    if found is None or dtype not in found.tflops:
+        why = f"; {COMMAND} measures it" if found is None else f", which {COMMAND} could not measure"
+        return (lambda speed: None), f"of GEMM n/a: no product in {dtype} was measured here{why}"
     flops = flops_per_token
     devices = world.world_size if machine.gpus else max(1, world.world_size // world.local_world_size)
-    line = f"of GEMM = the model's operations per second / {found.tflops[dtype]:.4g} TFLOP/s per GPU, {dtype}, measured here {found.measured}"
-    return (lambda speed: found.share(flops * speed / devices, dtype)), line if machine.gpus else line.replace(" per GPU", "")
+    each = f"{found.tflops[dtype]:.4g} TFLOP/s{' per GPU' if machine.gpus else ''}"
+    line = f"of GEMM = the model's operations per second / {each}, {dtype}, measured here, last {found.measured}"
+    return (lambda speed: found.share(flops * speed / devices, dtype)), line
 
 
 def datasheet(machine: Machine) -> dict[str, float]:

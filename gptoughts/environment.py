@@ -34,6 +34,11 @@ def in_effect(plan: Plan, environment: Mapping[str, str]) -> Plan:
     return replace(plan, environment=values, notes=tuple(notes))
 
 
+def torch_is_loaded() -> bool:
+    """Whether torch has read its variables already, so that what a plan wants of them would come too late."""
+    return "torch" in sys.modules
+
+
 def lacking(plan: Plan, environment: Mapping[str, str]) -> dict[str, str]:
     """Variables of the plan that are not in effect in `environment` and that no user has set."""
     return {

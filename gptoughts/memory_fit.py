@@ -56,7 +56,8 @@ class Fit:
             return
         parts = self.budget.to_json()
         named = ", ".join(f"{name} {bytes_in_words(value)}" for name, value in parts.items() if name != "peak" and value)
-        whole = f" of {bytes_in_words(self.memory_bytes)}: {self.verdict}" if self.memory_bytes else ""
+        there = f"{bytes_in_words(self.memory_bytes)}{' that are free' if self.is_free else ''}"
+        whole = f" of {there}: {self.verdict}" if self.memory_bytes else ""
         yield f"memory per rank: {named}"
         yield f"  at most {bytes_in_words(parts['peak'])} at one time{whole}"
         if self.verdict in (Verdict.DOES_NOT, Verdict.TIGHT):

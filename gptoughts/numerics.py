@@ -138,10 +138,10 @@ def compare(
     weights: Callable[[nn.Module], Source],
     late: Callable[[bool], bool] = bool,
 ) -> Numerics:
-    """Compare every layer of `plan` that changes numerics with the baseline, for at most 20 s; what is left out is named.
+    """Compare every layer of `plan` that changes numerics with the baseline, until the next would go beyond 20 s; what is left out is named.
 
     `model` makes the recipe's model on meta, `weights` the source to fill it from; `batch` is a batch on the device, of which the first
-    sequence is taken. `late` hears whether time is up and says whether it is for all ranks. Dropout draws nothing here.
+    sequence with something to learn is taken. `late` hears whether time is up and says whether it is for all ranks. Dropout draws nothing here.
     """
     began = perf_counter()
     asked = [
@@ -149,9 +149,10 @@ def compare(
         for choice in plan.choices
         if choice.slot in COMPARED and catalog[choice.layer].changes_numerics and not catalog[choice.layer].baseline
     ]
-    first = {key: value[:1] for key, value in batch.items()}
-    if float(objective.weight(first)) == 0:  # nothing in it is learnt, so nothing would be compared
-        first = dict(batch)
+    rows = len(next(iter(batch.values())))
+    singles = ({key: value[row : row + 1] for key, value in batch.items()} for row in range(rows))
+    # Where nothing in a sequence is learnt, nothing would be compared.
+    first = next((one for one in singles if float(objective.weight(one)) > 0), {key: value[:1] for key, value in batch.items()})
 
     def run(choices: tuple[Choice, ...]) -> tuple[float, list[Tensor]]:
         small = shortened(model(), family)

@@ -74,9 +74,11 @@ def search(engine: Engine, sizes: Sequence[int], memory_gib: float | None) -> in
                 _try(engine, first[0], half, trials)
     fitting = [trial for trial in trials.values() if _within(trial, room)]
     if not fitting:
+        least = trials[sizes[0]]
+        held = f"{'holds' if least.speed else 'or its update ran out of memory beyond'} {bytes_in_words(least.peak_bytes)}"
         raise RunError(
-            f"microbatch=fit: one forward of {sizes[0]} sequences holds {bytes_in_words(trials[sizes[0]].peak_bytes)}, "
-            f"there are {bytes_in_words(room)}\n  try: gptoughts plan, which names layers that need less"
+            f"microbatch=fit: one forward of {least.size} sequences {held}, there are {bytes_in_words(room)}\n"
+            "  try: gptoughts plan, which names layers that need less"
         )
     best = max(trial.speed or 0.0 for trial in fitting)
     taken = min((trial for trial in fitting if (trial.speed or 0.0) >= AS_FAST * best), key=lambda trial: trial.size)
@@ -138,12 +140,7 @@ def _try(engine: Engine, batch: Batch, size: int, trials: dict[int, Trial]) -> T
         if not ran_out(error):
             raise
         seconds = None
-    for parameter in engine.parameters():
-        parameter.grad = None
-    gc.collect()
-    if engine.device.type == "cuda":
-        peak = peak or torch.cuda.max_memory_allocated(engine.device)
-        torch.cuda.empty_cache()
+    peak = _cleared(engine, peak)
     failed = engine.ranks.any(seconds is None)
     slowest = engine.ranks.largest(seconds or 0.0)
     trials[size] = Trial(size, int(engine.ranks.largest(peak)), None if failed else size / slowest)
@@ -173,11 +170,21 @@ def _allocate_state(engine: Engine, batch: Batch, size: int, trials: dict[int, T
         if not ran_out(error):
             raise
         short = True
+    peak = _cleared(engine, 0)
+    if engine.ranks.any(short):
+        trials[size] = Trial(size, int(engine.ranks.largest(peak or held_bytes(engine))), None)
+    return size not in trials
+
+
+def _cleared(engine: Engine, peak: int) -> int:
+    """Free what a trial has left. Returns `peak`, or on a GPU, where that is 0, the most that was held: a trial that ran out tells none."""
     for parameter in engine.parameters():
         parameter.grad = None
-    if engine.ranks.any(short):
-        trials[size] = Trial(size, held_bytes(engine), None)
-    return size not in trials
+    gc.collect()
+    if engine.device.type == "cuda":
+        peak = peak or torch.cuda.max_memory_allocated(engine.device)
+        torch.cuda.empty_cache()
+    return peak
 
 
 @contextmanager

@@ -1,4 +1,5 @@
-"""Layers that bench must notice: one that is never active, one that needs another's slot, one that climbs instead of descending."""
+"""Layers that bench must notice: one that is never active, one that needs another's slot, one that climbs instead of descending, one that
+comes to nothing."""
 
 from __future__ import annotations
 
@@ -18,6 +19,19 @@ def _climbing(engine: Engine, options: Options) -> Iterator[None]:
         return norm
 
     undo = engine.wrap("clip", turned)
+    yield
+    undo()
+
+
+@contextmanager
+def _broken(engine: Engine, options: Options) -> Iterator[None]:
+    def spoilt(clip: Callable[[], Any]) -> Any:
+        norm = clip()
+        for parameter in engine.parameters():
+            parameter.grad.fill_(float("nan"))
+        return norm
+
+    undo = engine.wrap("clip", spoilt)
     yield
     undo()
 
@@ -48,4 +62,13 @@ UPHILL = Layer(
     wraps=("clip",),
     changes_numerics=True,
 )
-LAYERS = [IDLE, LEANING, UPHILL]
+NOWHERE = Layer(
+    name="nowhere",
+    slot="matmul",
+    card="Every update makes weights that are no numbers.",
+    apply=_broken,
+    verify=_says_yes,
+    wraps=("clip",),
+    changes_numerics=True,
+)
+LAYERS = [IDLE, LEANING, UPHILL, NOWHERE]

@@ -276,6 +276,14 @@ def test_flex_in_a_compiled_graph_on_a_cpu_says_what_to_type() -> None:
         plan_of(recipe_of("modern"), {"attention": "flex", "compile": "compile-blocks"})
 
 
+def test_blocks_that_somebody_else_compiled_are_told_before_torch_fails() -> None:
+    recipe = recipe_of("modern")
+    with engine_of(recipe, plan_of(recipe, {"attention": "flex"})) as engine:
+        engine.bare.blocks[0].compile(backend="aot_eager")
+        with pytest.raises(LayerError, match="attention=flex: torch has no backward of compiled flex_attention on a CPU"):
+            steps(engine, 1)
+
+
 @pytest.mark.parametrize("other", [math_attention, sdpa.attend])
 def test_one_block_with_another_attention_is_noticed(other: Any) -> None:
     recipe, layer = recipe_of("modern"), CATALOG["flex"]

@@ -14,43 +14,40 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptoughts.api import Setting, decide
-from gptoughts.bench.children import Child, ChildFailed, Told, Turns, _roomy, environment_of, measure, order
+from gptoughts.api import decide
+from gptoughts.bench.children import (
+    Child,
+    ChildFailed,
+    NoRoom,
+    Told,
+    Turns,
+    _add_losses,
+    _refuse_crowding,
+    _roomy,
+    environment_of,
+    measure,
+    order,
+)
 from gptoughts.bench.curves import first_below, mean_difference, smoothed, window_of
 from gptoughts.bench.figures import spread
 from gptoughts.bench.gains import gains
-from gptoughts.bench.layers import BASELINE, PLAN, bench_layers, mark_not_finite, variants_of
+from gptoughts.bench.layers import BASELINE, PLAN, bench_layers, variants_of
 from gptoughts.bench.layers_table import layers_markdown, layers_text
 from gptoughts.bench.text import aligned
 from gptoughts.bench.training import opened_training
 from gptoughts.bench.variant import OUT_OF_MEMORY, Job
-from gptoughts.bench.variants import Ask, job_of, plan_of
+from gptoughts.bench.variants import job_of, plan_of
 from gptoughts.cli import main
 from gptoughts.environment import GUARD
 from gptoughts.errors import ConfigError, DataError, LayerError
 from gptoughts.units import bytes_in_words
+from tests.bench_settings import PLAIN, PLUGIN, asked, fields_in, flags_of
 from tests.engines import config_folder
-
-PLUGIN = str(Path(__file__).with_name("bench_plugin.py"))
-PLAIN = {
-    "host": "system", "allocator": "native", "matmul": "ieee", "attention": "math", "kernels": "torch-kernels", "precision": "fp32",
-    "loss": "full-ce", "recompute": "keep", "compile": "eager", "optimizer": "plain", "loader": "direct", "microbatch": "whole",
-}  # fmt: skip
 
 
 @pytest.fixture
 def fields(tmp_path: Path) -> dict[str, str]:
-    """A tiny recipe over a text of its own."""
-    text = tmp_path / "text.txt"
-    text.write_text("the quick brown fox jumps over the lazy dog. " * 400, encoding="utf-8")
-    values = {"data.path": text, "data.cache": tmp_path / "cache", "data.tokenizer": "bytes", "data.sequence_length": 16}
-    values |= {"model.depth": 1, "model.width": 32, "model.heads": 2, "train.global_batch": 4, "optim.warmup_steps": 0}
-    return {key: str(value) for key, value in values.items()}
-
-
-def asked(fields: dict[str, str], *plugins: str, **layers: str) -> tuple[Setting, Ask]:
-    ask = Ask("quickstart", "auto", fields, plugins)
-    return decide("quickstart", "auto", fields, {**PLAIN, **layers}, plugins), ask
+    return fields_in(tmp_path)
 
 
 def job(fields: dict[str, str], *plugins: str, **layers: str) -> Job:
@@ -235,8 +232,7 @@ def test_a_plan_that_changed_is_noticed(fields: dict[str, str], tmp_path: Path) 
 
 
 def test_ctrl_c_ends_the_processes(fields: dict[str, str]) -> None:
-    flags = [word for key, value in fields.items() for word in (f"--{key}", value)]
-    flags += [word for slot, layer in {**PLAIN, "attention": "sdpa"}.items() for word in (f"--layer.{slot}", layer)]
+    flags = flags_of(fields, attention="sdpa")
     # A job in a shell's background ignores the signal and hands that on.
     program = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from gptoughts.cli import main; main()"
     words = [sys.executable, "-c", program, "bench", "layers", "quickstart", *flags, "--rounds", "2", "--steps", "2000"]
@@ -312,12 +308,20 @@ def test_overlap_and_help_are_told_apart() -> None:
 
 
 def test_a_training_that_came_to_nothing_is_not_counted() -> None:
-    told = Told(seconds=[1.0], losses=[2.0, 1.5, float("nan")])
-    mark_not_finite(told)
-    assert told.failure == "its loss is not finite from step 3 on" and not told.counted
-    whole = Told(seconds=[1.0], losses=[2.0, 1.5])
-    mark_not_finite(whole)
-    assert whole.counted
+    told = Told(seconds=[1.0])
+    _add_losses(told, [2.0, 1.5])
+    assert told.counted
+    _add_losses(told, [float("nan"), 1.0])
+    assert told.failure == "its loss is not finite from step 3 on" and told.diverged and not told.counted
+
+
+def test_a_variant_that_runs_out_of_memory_beside_others_is_tried_alone() -> None:
+    short = Told(failure=f"{OUT_OF_MEMORY}: no")
+    with pytest.raises(NoRoom, match="plan ran out of memory beside 2 others"):
+        _refuse_crowding("plan", short, 3, False)
+    for alive, forced in ((1, False), (3, True)):
+        _refuse_crowding("plan", short, alive, forced)
+    _refuse_crowding("plan", Told(failure="inactive: x"), 3, False)
 
 
 def test_a_part_that_was_not_measured_is_named() -> None:
@@ -332,7 +336,8 @@ def test_smoothing_stays_inside_its_window(losses: list[float], window: int) -> 
     for place, value in enumerate(curve):
         seen = losses[max(0, place - window + 1) : place + 1]
         assert min(seen) - 1e-9 <= value <= max(seen) + 1e-9
-    assert curve == smoothed(losses, 1) or window > 1
+    assert smoothed(losses, 1) == pytest.approx(losses)
+    assert smoothed([1.0, 3.0, 5.0, 7.0], 2) == [1.0, 2.0, 4.0, 6.0]
 
 
 def test_differences_of_curves() -> None:

@@ -4,7 +4,7 @@ Every ```bash block of README.md and docs/ is run by bash, the blocks of a page 
 a user's shell, and nothing else does:
 
 - `gptoughts` is a small program that makes a training run short before it hands the line on (`shortened`, below), in a process that has
-  imported torch already (tests/warm.py);
+  imported torch already, as Python blocks are, too (tests/warm.py);
 - lines that begin with one of `ELSEWHERE` are left out; each is tested where that table says.
 
 `python tests/test_docs.py` prints the tree of README.md as it should be, with `--write` it puts it there.

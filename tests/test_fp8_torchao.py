@@ -201,6 +201,7 @@ KERNEL = "nvjet_sm90_qqtst_128x128_128x6_1x2_h_bz_ovscale_TNT"
         ),
         ({(E4M3, E4M3): 24, (E4M3, E5M2): 12}, {KERNEL: 36}, 3, Status.INACTIVE, "36 FP8 products, 12 of them backward"),
         ({(BF16, BF16): 36}, {KERNEL: 36}, 3, Status.INACTIVE, "0 FP8 products, 0 of them backward, at least 36 and 24 needed"),
+        ({(E4M3, E4M3): 24, (E4M3, E5M2): 24}, {KERNEL: 36}, 3, Status.INACTIVE, "by 36 FP8 kernels"),
         (GOOD, {"nvjet_sm90_tst_256x160": 36}, 3, Status.INACTIVE, "by 0 FP8 kernels"),
         (GOOD, {}, 3, Status.UNPROVEN, "the profiler saw no kernel"),
     ],

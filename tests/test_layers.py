@@ -45,8 +45,6 @@ RECIPES: dict[str, dict[str, Any]] = {
     "in-backward": {"optim": {"warmup_steps": 0, "learning_rate": 1e-3, "clip_norm": 0}},
 }
 TWO_RANKS = ("ddp",)  # tests/test_ddp.py runs these
-# A graph of a whole model takes half a minute to compile: one that is native, one of transformers, one that reads both ways.
-SOME_FAMILIES = {"compile-model": ("modern", "llama", "bert")}
 
 
 def demanded(layer: Layer) -> dict[str, Any]:
@@ -69,12 +67,7 @@ def refusals(layer: Layer, family: str) -> list[str]:
 
 
 def applicable() -> list[Any]:
-    rows = [
-        (layer, family)
-        for layer in OPTIMISATIONS
-        for family in SOME_FAMILIES.get(layer.name, FAMILIES_UNDER_TEST)
-        if layer.name not in TWO_RANKS
-    ]
+    rows = [(layer, family) for layer in OPTIMISATIONS for family in FAMILIES_UNDER_TEST if layer.name not in TWO_RANKS]
     return [
         pytest.param(layer, family, id=f"{layer.name}-{family}", marks=marks(layer.name))
         for layer, family in rows
@@ -294,8 +287,8 @@ TOLERANCE = {
 def test_a_layer_that_changes_numerics_stays_near_the_baseline(name: str) -> None:
     """Loss within the first tolerance, gradient direction (cosine) above the second, with ragged labels."""
     layer, recipe = CATALOG[name], recipe_of("modern")
-    if why := refusals(layer, "modern"):
-        pytest.skip(why[0])
+    if name == "tf32" and probe().has_older("torch", (2, 12)):
+        pytest.skip("this torch has no such products on a CPU; tests/test_matmul.py shows the refusal")
     torch._dynamo.reset()
     results = [gradient(recipe, {}), gradient(recipe, demanded(layer))]
     (loss, flat), (other, its) = results

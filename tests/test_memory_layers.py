@@ -429,6 +429,12 @@ def test_what_cannot_be_weighed_would_not_pay(name: str) -> None:
     assert "cannot be weighed" in told_of(name, case)
 
 
+def test_state_of_a_model_whose_sizes_are_not_known_stays() -> None:
+    case = a_billion()
+    case = dataclasses.replace(case, budget=None, facts=dataclasses.replace(case.facts, width=None, parameters=None))
+    assert "optimiser state cannot be weighed" in told_of("state-on-cpu", case)
+
+
 @pytest.mark.parametrize(("wish", "said"), [("compile-blocks", True), ("cuda-graph", True), ("eager", False)])
 @pytest.mark.parametrize("name", ["recompute-blocks", "recompute-ops", "offload-activations"])
 def test_a_figure_that_the_compiler_will_lower_says_so(name: str, wish: str, said: bool) -> None:

@@ -9,36 +9,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptoughts.api import Setting, decide
 from gptoughts.bench.children import Told, Turns
 from gptoughts.bench.parity import LEAST_LIMIT, _demand, bench_parity, in_question, reference_of, verdict
 from gptoughts.bench.parity_table import parity_markdown, parity_text
 from gptoughts.bench.picture import draw_parity
-from gptoughts.bench.variants import Ask
 from gptoughts.cli import main
 from gptoughts.errors import ConfigError, LayerError
 from gptoughts.layers import CATALOG
-
-PLUGIN = str(Path(__file__).with_name("bench_plugin.py"))
-PLAIN = {
-    "host": "system", "allocator": "native", "matmul": "ieee", "attention": "math", "kernels": "torch-kernels", "precision": "fp32",
-    "loss": "full-ce", "recompute": "keep", "compile": "eager", "optimizer": "plain", "loader": "direct", "microbatch": "whole",
-}  # fmt: skip
+from tests.bench_settings import PLUGIN, asked, fields_in, flags_of
 
 
 @pytest.fixture
 def fields(tmp_path: Path) -> dict[str, str]:
-    """A tiny recipe over a text of its own."""
-    text = tmp_path / "text.txt"
-    text.write_text("the quick brown fox jumps over the lazy dog. " * 400, encoding="utf-8")
-    values = {"data.path": text, "data.cache": tmp_path / "cache", "data.tokenizer": "bytes", "data.sequence_length": 16}
-    values |= {"model.depth": 1, "model.width": 32, "model.heads": 2, "train.global_batch": 4, "optim.warmup_steps": 0}
-    return {key: str(value) for key, value in values.items()}
-
-
-def asked(fields: dict[str, str], *plugins: str, **layers: str) -> tuple[Setting, Ask]:
-    ask = Ask("quickstart", "auto", fields, plugins)
-    return decide("quickstart", "auto", fields, {**PLAIN, **layers}, plugins), ask
+    return fields_in(tmp_path)
 
 
 def test_low_precision_is_compared_with_bf16_and_bf16_with_fp32(fields: dict[str, str]) -> None:
@@ -106,6 +89,7 @@ def test_the_same_training_passes_and_is_drawn(fields: dict[str, str], tmp_path:
     assert set(run["losses"]) == {"plan", "reference", "reference, weights of seed 1338"} and run["steps"] == 9
     assert len({len(curve) for curve in run["losses"].values()}) == 1
     assert run["evidence"]["attention"].startswith("1 flash")
+    assert set(run["to_equal_loss"]) == {"plan", "reference"}
     for row in run["to_equal_loss"].values():
         assert row["tokens"] == 64 * row["steps"] and row["seconds"] == pytest.approx(
             row["steps"] * row["step_seconds"], rel=1e-2
@@ -117,10 +101,21 @@ def test_the_same_training_passes_and_is_drawn(fields: dict[str, str], tmp_path:
 
 
 def test_a_plan_that_climbs_leaves_with_1(fields: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = [word for key, value in fields.items() for word in (f"--{key}", value)]
-    flags += [word for slot, layer in {**PLAIN, "matmul": "uphill"}.items() for word in (f"--layer.{slot}", layer)]
     out = tmp_path / "parity.json"
-    words = ["bench", "parity", "quickstart", "--plugin", PLUGIN, *flags, "--steps", "12", "--seeds", "0", "--to", str(out)]
+    words = [
+        "bench",
+        "parity",
+        "quickstart",
+        "--plugin",
+        PLUGIN,
+        *flags_of(fields, matmul="uphill"),
+        "--steps",
+        "12",
+        "--seeds",
+        "0",
+        "--to",
+        str(out),
+    ]
     with pytest.raises(SystemExit) as left:
         main(words)
     assert left.value.code == 1
@@ -129,6 +124,32 @@ def test_a_plan_that_climbs_leaves_with_1(fields: dict[str, str], tmp_path: Path
     run = json.loads(out.read_text(encoding="utf-8"))["runs"][0]
     assert run["difference"] > run["limit"] == LEAST_LIMIT
     assert out.with_suffix(".png").exists() and "NOT passed" in out.with_suffix(".md").read_text(encoding="utf-8")
+
+
+def test_a_plan_that_comes_to_nothing_leaves_with_1(
+    fields: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "parity.json"
+    words = [
+        "bench",
+        "parity",
+        "quickstart",
+        "--plugin",
+        PLUGIN,
+        *flags_of(fields, matmul="nowhere"),
+        "--steps",
+        "12",
+        "--seeds",
+        "0",
+    ]
+    with pytest.raises(SystemExit) as left:
+        main([*words, "--to", str(out)])
+    assert left.value.code == 1
+    said = capsys.readouterr().out
+    assert "NOT passed" in said and "difference of the smoothed loss: not finite" in said
+    (run,) = json.loads(out.read_text(encoding="utf-8"), parse_constant=pytest.fail)["runs"]
+    assert run["difference"] is run["final_losses"]["plan"] is None and run["final_losses"]["reference"] > 0
+    assert out.with_suffix(".png").exists()
 
 
 def test_a_layer_that_is_not_active_has_no_parity() -> None:

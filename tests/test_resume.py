@@ -263,8 +263,9 @@ def test_ctrl_c_saves_and_says_how_to_go_on(text: Path, finished: Path, tmp_path
     assert process.returncode == code, wrong
     assert "stopped at step" in said
     assert f"--run-dir {shlex.quote(str(place))}" in said
-    ran = run(text, place)
+    ran = run_cold(text, place)
     assert ran.returncode == 0, ran.stderr
+    assert ", bit for bit" in ran.stdout and "no longer" not in ran.stdout
     assert losses(place) == losses(finished)
     assert hashes(place) == hashes(finished)
 

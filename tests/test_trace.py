@@ -243,6 +243,12 @@ def test_an_allocator_that_held_nothing_is_said(tmp_path: Path) -> None:
     assert "held nothing" in memory_report(tmp_path / "memory.json", [])
 
 
-def test_a_history_on_a_cpu_is_nothing() -> None:
+def test_only_a_gpus_allocator_notes_who_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Any] = []
+    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda enabled, **_: told.append(enabled))
     with history(torch.device("cpu")):
-        pass
+        assert told == []
+    assert told == []
+    with history(torch.device("cuda", 0)):
+        assert told == ["state"]
+    assert told == ["state", None]

@@ -59,13 +59,17 @@ def test_what_is_started_ends_with_its_caller(tmp_path: Path) -> None:
         while not (place.exists() and place.read_text()) and time.monotonic() < until:
             time.sleep(0.01)
         child = int(place.read_text())
-        os.kill(child, 0)
+        assert lives(child)
         caller.send_signal(signal.SIGKILL)
     until = time.monotonic() + 30
-    while time.monotonic() < until:
-        try:
-            os.kill(child, 0)
-        except ProcessLookupError:
-            return
+    while lives(child) and time.monotonic() < until:
         time.sleep(0.01)
-    raise AssertionError("it still runs")
+    assert not lives(child)
+
+
+def lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True

@@ -1,9 +1,9 @@
 """Processes that begin with torch already imported: what a command line does is tested a hundred times, and the import once.
 
-A server imports what every verb imports and then only forks. A fork gets the caller's folder, variables, streams and words, and is a
-process of its own in every other way; torch has no threads before its first computation, so nothing is lost by the fork. `command(...)`
-is the program to start instead of `python -m gptoughts ...`, `script(...)` instead of `python -c ...`. What is about processes themselves
-(signals, kill -9, a restart with other variables, imports) is tested with real ones.
+A server imports what every verb imports and then only forks. A fork gets the caller's folder, variables, streams and words, and plans as a
+process that begins. `command(...)` is the program to start instead of `python -m gptoughts ...`, `script(...)` instead of `python -c ...`.
+What the forks share, and a test must not be about: what is imported already, and the seed of string hashes. What is about processes
+themselves (signals, kill -9, a restart with other variables, imports, bits that two processes must share) is tested with real ones.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import NoReturn, TypedDict
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,7 +32,10 @@ IMPORTS = (
     "transformers.modeling_utils",
     "gptoughts.run", "gptoughts.loading", "gptoughts.layers", "gptoughts.models.hf", "pytest",
 )  # fmt: skip
-LASTING = ("OMP_", "MKL_", "PYTORCH_", "TORCH", "CUDA_", "HF_", "TRANSFORMERS_", "MPL", "LD_", "PYTHON")
+LASTING = (
+    "OMP_", "MKL_", "OPENBLAS_", "KMP_", "PYTORCH_", "TORCH", "CUDA_", "HF_", "HUGGINGFACE_", "TRANSFORMERS_", "MPL", "LD_", "PYTHON", "XDG_",
+    "HOME",
+)  # fmt: skip
 """Variables that count when something is imported begin like this: each set of their values has a server of its own."""
 
 
@@ -56,10 +60,17 @@ def script(text: str, environment: dict[str, str] | None = None) -> list[str]:
     return [*_client(environment), "-c", text]
 
 
+def lasting(environment: Mapping[str, str]) -> dict[str, str]:
+    """What of `environment` counts at an import."""
+    return {name: value for name, value in sorted(environment.items()) if name.startswith(LASTING)}
+
+
+IMPORTED_WITH = lasting(os.environ)
+
+
 def _client(environment: dict[str, str] | None) -> list[str]:
     given = dict(os.environ if environment is None else environment)
-    lasting = {name: value for name, value in sorted(given.items()) if name.startswith(LASTING)}
-    key = json.dumps(lasting)
+    key = json.dumps(lasting(given))
     if key not in _servers:
         place = str(Path(tempfile.mkdtemp(prefix="warm-")) / "socket")
         server = subprocess.Popen(
@@ -68,7 +79,7 @@ def _client(environment: dict[str, str] | None) -> list[str]:
         )  # fmt: skip
         assert server.stdout is not None and server.stdout.readline() == b"ready\n"
         _servers[key] = server, place
-    # -S -E: it needs nothing but the standard library, and starts in a few milliseconds.
+    # -I -S: it needs nothing but the standard library, and starts in a few milliseconds.
     return [sys.executable, "-I", "-S", str(Path(__file__)), _servers[key][1]]
 
 
@@ -121,7 +132,10 @@ def _minded(caller: socket.socket) -> NoReturn:
     """Fork once more: one side becomes the command, the other waits for it, ends it where its caller has gone, and tells."""
     text, streams, _, _ = socket.recv_fds(caller, 1 << 22, 3)
     while not text.endswith(b"\n"):
-        text += caller.recv(1 << 22)
+        part = caller.recv(1 << 22)
+        if not part:  # its caller has gone before it had said all
+            os._exit(1)
+        text += part
     order: Order = json.loads(text)
     child = os.fork()
     if child == 0:
@@ -172,18 +186,29 @@ def _become(order: Order) -> None:
     os.environ.clear()
     os.environ.update(order["environment"])
     first, *rest = order["words"]
+    sys.argv, sys.orig_argv[:] = [first, *rest], [sys.executable, *([first] if first == "-c" else ["-m", first]), *rest]
+    if lasting(order["environment"]) != IMPORTED_WITH:  # a shell has set another one on the way here
+        os.execve(sys.executable, sys.orig_argv, order["environment"])
+    gc.unfreeze()
+    import numpy
+
+    from gptoughts import environment
+
+    numpy.random.seed()
+    # Its variables are what they would be, so plans are those of a process that begins.
+    environment.torch_is_loaded = lambda: False
     sys.stdin, sys.stdout, sys.stderr = (
         open(number, mode, encoding="utf-8", closefd=False, buffering=-1 if number < 2 else 1)  # noqa: SIM115
         for number, mode in ((0, "r"), (1, "w"), (2, "w"))
     )
     if first == "-c":
-        sys.argv, sys.orig_argv[:] = ["-c", *rest[1:]], [sys.executable, "-c", *rest]
+        sys.argv = ["-c", *rest[1:]]
         sys.path.insert(0, "")
-        exec(compile(rest[0], "<string>", "exec"), vars(sys.modules["__main__"]))
+        sys.modules["__main__"] = program = ModuleType("__main__")
+        exec(compile(rest[0], "<string>", "exec"), vars(program))
         return
     from gptoughts.cli import main
 
-    sys.argv, sys.orig_argv[:] = ["gptoughts", *rest], [sys.executable, "-m", "gptoughts", *rest]
     main()
 
 

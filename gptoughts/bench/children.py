@@ -12,7 +12,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -67,6 +67,8 @@ class Told:
     clock_mhz: list[int] = field(default_factory=list)
     failure: str = ""
     """Why it is not counted; empty where it is."""
+    diverged: bool = False
+    """Whether that is because its loss was no number any more."""
 
     @property
     def counted(self) -> bool:
@@ -197,8 +199,7 @@ def _together(jobs: Mapping[str, Job], rounds: int, steps: int, say: Say, folder
             say(f"starting {number + 1} of {len(jobs)}: {name}")
             children[name] = Child(job, folder / f"{number}.log")
             _start(children[name], told[name], not any(one.ready for one in told.values()))
-            if told[name].failure.startswith(OUT_OF_MEMORY) and len(children) > 1 and not forced:
-                raise NoRoom(f"{name} ran out of memory beside {len(children) - 1} others")
+            _refuse_crowding(name, told[name], len(children), forced)
             if told[name].failure:
                 say(f"  {name} is not counted: {told[name].failure}")
                 children.pop(name).close()
@@ -206,10 +207,17 @@ def _together(jobs: Mapping[str, Job], rounds: int, steps: int, say: Say, folder
             say(f"round {number + 1} of {rounds}")
             for name in order(list(children), number):
                 _run(children[name], told[name], steps)
+                _refuse_crowding(name, told[name], len(children), forced)
                 if told[name].failure:
                     say(f"  {name} is not counted: {told[name].failure}")
                     children.pop(name).close()
     return told
+
+
+def _refuse_crowding(name: str, told: Told, alive: int, forced: bool) -> None:
+    """Raises NoRoom where a variant ran out of memory beside others: alone it may fit."""
+    if told.failure.startswith(OUT_OF_MEMORY) and alive > 1 and not forced:
+        raise NoRoom(f"{name} ran out of memory beside {alive - 1} others")
 
 
 def _apart(jobs: Mapping[str, Job], rounds: int, steps: int, say: Say, folder: Path) -> dict[str, Told]:
@@ -229,7 +237,7 @@ def _apart(jobs: Mapping[str, Job], rounds: int, steps: int, say: Say, folder: P
     return told
 
 
-def _roomy(told: Any) -> bool:
+def _roomy(told: Iterable[Told]) -> bool:
     """Whether one more process would fit, as far as those before it tell."""
     ready = [one.ready for one in told if one.ready]
     held = [one["held_bytes"] for one in ready if one["held_bytes"] is not None]
@@ -252,6 +260,7 @@ def _start(child: Child, told: Told, first: bool) -> None:
     told.peak_bytes = told.peak_bytes or told.ready["peak_bytes"]
     idle = [line for line in told.ready["evidence"] if line["status"] == "inactive"]
     if idle:
+        told.diverged = False  # what was not active says nothing of the layer
         told.failure = "inactive: " + "; ".join(f"{line['slot']}={line['layer']}: {line['proof']}" for line in idle)
 
 
@@ -269,7 +278,8 @@ def _run(child: Child, told: Told, steps: int) -> None:
 
 
 def _add_losses(told: Told, losses: list[float]) -> None:
-    """Keep the losses; a training that is none any more is not counted, however fast it is."""
+    """Keep the losses; a training that has come to nothing is not counted, however fast it is."""
     told.losses += losses
-    if not told.failure and not all(math.isfinite(loss) for loss in losses):
-        told.failure = f"its loss is {losses[-1]}"
+    wrong = next((step for step, loss in enumerate(told.losses, 1) if not math.isfinite(loss)), None)
+    if wrong is not None and not told.failure:
+        told.failure, told.diverged = f"its loss is not finite from step {wrong} on", True

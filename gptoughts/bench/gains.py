@@ -14,6 +14,19 @@ from typing import Any
 
 from gptoughts.bench.figures import paired
 
+BASELINE, PLAN = "baseline", "plan"
+
+
+def without(layer: str) -> str:
+    """The name of the plan without `layer`."""
+    return f"{PLAN} without {layer}"
+
+
+def with_(layer: str) -> str:
+    """The name of the baseline with `layer`."""
+    return f"{BASELINE} with {layer}"
+
+
 Seconds = Mapping[str, Sequence[float]]
 Pair = tuple[str, str]
 
@@ -30,7 +43,7 @@ def gains(parts: Mapping[str, str], seconds: Seconds) -> dict[str, Any]:
     rows = {}
     pairs: dict[str, list[Pair]] = {"alone": [], "in_plan": []}
     for slot, layer in parts.items():
-        alone, beside = ("baseline", f"baseline with {layer}"), (f"plan without {layer}", "plan")
+        alone, beside = (BASELINE, with_(layer)), (without(layer), PLAN)
         rows[slot] = {"layer": layer, "alone": _ratio(seconds, alone), "in_plan": _ratio(seconds, beside)}
         rows[slot] |= {"interaction": _interaction(seconds, alone, beside)}
         pairs["alone"].append(alone)
@@ -42,7 +55,7 @@ def gains(parts: Mapping[str, str], seconds: Seconds) -> dict[str, Any]:
         }
         for how, found in pairs.items()
     }
-    ends = ("baseline", "plan")
+    ends = (BASELINE, PLAN)
     whole = _ratio(seconds, ends)
     ranged = _ranged(seconds, [ends] if whole else [])
     words = _words(rows, ranged, products)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -13,15 +12,13 @@ from gptoughts.api import Setting
 from gptoughts.bench.children import Say, Told, Turns, measure
 from gptoughts.bench.curves import mean_difference
 from gptoughts.bench.figures import machine_figures, spread
-from gptoughts.bench.gains import gains
+from gptoughts.bench.gains import BASELINE, PLAN, gains, with_, without
 from gptoughts.bench.variant import Job
 from gptoughts.bench.variants import Ask, Layers, baseline_of, job_of, layers_of, plan_of, why_not, with_slot
 from gptoughts.ceilings import ceilings_for, reached
 from gptoughts.errors import LayerError, PlanError
 from gptoughts.machine import Machine, World
 from gptoughts.planner import Plan
-
-BASELINE, PLAN = "baseline", "plan"
 
 
 @dataclass
@@ -46,16 +43,6 @@ class Variants:
             self.same_as[name] = twin
         else:
             self.plans[name] = plan
-
-
-def without(layer: str) -> str:
-    """The name of the plan without `layer`."""
-    return f"plan without {layer}"
-
-
-def with_(layer: str) -> str:
-    """The name of the baseline with `layer`."""
-    return f"baseline with {layer}"
 
 
 def variants_of(setting: Setting, ask: Ask) -> Variants:
@@ -100,20 +87,11 @@ def bench_layers(
         say(text)
 
     told, how = measure(jobs, rounds, steps, told_on, turns)
-    for one in told.values():
-        mark_not_finite(one)
     seconds = time.perf_counter() - began
     return _run(setting, variants, told, {
         "command": command, "rounds": rounds, "steps_per_round": steps, "processes": str(how),
         "seconds_in_all": round(seconds, 1), "load_averages": load,
     })  # fmt: skip
-
-
-def mark_not_finite(told: Told) -> None:
-    """A training that has come to nothing is not counted, however fast it is."""
-    wrong = next((step for step, loss in enumerate(told.losses, 1) if not math.isfinite(loss)), None)
-    if wrong is not None and not told.failure:
-        told.failure = f"its loss is not finite from step {wrong} on"
 
 
 def _jobs(setting: Setting, ask: Ask, variants: Variants) -> dict[str, Job]:

@@ -35,7 +35,7 @@ def layers_markdown(runs: Sequence[Mapping[str, Any]], picture: str) -> str:
 def _head(run: Mapping[str, Any]) -> list[str]:
     machine, model = run["machine"], run["model"]
     parameters = count(model["parameters"]) if "parameters" in model else "n/a"
-    loads = [load for load in run["load_averages"] if load is not None]
+    loads = run["load_averages"]
     watts = machine.get("power_limit_watts")
     power = f", power limit {watts:g} W" if watts else ", power limit n/a" if "power_limit_watts" in machine else ""
     return [

@@ -60,7 +60,10 @@ def _finals(run: Mapping[str, Any]) -> list[Row]:
     reference = run["final_losses"]["reference"]
     rows: list[Row] = [("training", "final loss", "against the reference")]
     for name, value in run["final_losses"].items():
-        rows.append((name, f"{value:.5f}", "" if name == "reference" else f"{100 * (value / reference - 1):+.3f} %"))
+        if value is None:
+            rows.append((name, "not finite", ""))
+        else:
+            rows.append((name, f"{value:.5f}", "" if name == "reference" else f"{100 * (value / reference - 1):+.3f} %"))
     return rows
 
 
@@ -71,7 +74,14 @@ def _race(run: Mapping[str, Any]) -> list[Row]:
     ]
     for name, row in run["to_equal_loss"].items():
         reached = [count(row["steps"]), count(row["tokens"]), f"{row['seconds']:.1f}"] if row["steps"] else ["n/a"] * 3
-        rows.append((name, *reached, f"{row['step_seconds']:.4f}", f"{row['first_step_seconds']:.1f}"))
+        rows.append(
+            (
+                name,
+                *reached,
+                "n/a" if row["step_seconds"] is None else f"{row['step_seconds']:.4f}",
+                f"{row['first_step_seconds']:.1f}",
+            )
+        )
     return rows
 
 

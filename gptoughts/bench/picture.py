@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptoughts.bench.curves import smoothed, window_of
+from gptoughts.bench.gains import BASELINE, PLAN, with_, without
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 BASELINE_COLOUR, PLAN_COLOUR, BAR_COLOUR = "#9aa0a6", "#1a73e8", "#7baaf7"
-EDGES = {"baseline": BASELINE_COLOUR, "plan": PLAN_COLOUR}
+EDGES = {BASELINE: BASELINE_COLOUR, PLAN: PLAN_COLOUR}
 
 
 def draw_layers(runs: Sequence[Mapping[str, Any]], picture: Path) -> None:
@@ -22,8 +24,8 @@ def draw_layers(runs: Sequence[Mapping[str, Any]], picture: Path) -> None:
     figure, rows = _figure(len(runs), 2, (12, 0.42 * most * len(runs) + 1.2 * len(runs)))
     for run, (left, right) in zip(runs, rows, strict=True):
         layers = run["parts"].values()
-        _bars(left, run, ["plan", *(f"plan without {layer}" for layer in layers), "baseline"], "plan")
-        _bars(right, run, ["baseline", *(f"baseline with {layer}" for layer in layers), "plan"], "baseline")
+        _bars(left, run, [PLAN, *map(without, layers), BASELINE], PLAN)
+        _bars(right, run, [BASELINE, *map(with_, layers), PLAN], BASELINE)
         limit = max(left.get_xlim()[1], right.get_xlim()[1])
         for axes, words in ((left, "the plan without each layer"), (right, "the baseline with each layer")):
             axes.set(xlim=(0, limit))
@@ -62,7 +64,10 @@ def draw_parity(run: Mapping[str, Any], picture: Path) -> None:
     figure, rows = _figure(2, 1, (9, 6.5))
     (above,), (below,) = rows
     per_step = run["tokens_per_step"]
-    curves = {name: smoothed(values, window_of(len(values))) for name, values in run["losses"].items()}
+    curves = {
+        name: smoothed([math.nan if one is None else one for one in values], window_of(len(values)))
+        for name, values in run["losses"].items()
+    }
     for name, curve in curves.items():
         tokens = [per_step * step for step in range(1, len(curve) + 1)]
         known = {"plan": (PLAN_COLOUR, 1.8), "reference": ("#3c4043", 1.4)}

@@ -3,7 +3,7 @@
     python -m gptoughts.bench.start quickstart --to docs/measurements/cpu/compile.json
 
 Cold starts get an empty cache folder, warm ones the folder of the cold one before them. Processor seconds (of the process and the
-compilers that it starts) are told beside the clock's, because a shared machine stretches the clock.
+compilers that it starts) are told beside the clock's, because a shared machine stretches the clock. Each has one compute thread.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 import click
 
 from gptoughts.bench.figures import machine_figures, spread
-from gptoughts.errors import RunError
+from gptoughts.errors import LayerError, RunError
 from gptoughts.machine import probe
 
 LAYERS = ("compile-blocks", "compile-model")
@@ -50,7 +50,7 @@ def _found(recipe: str, rounds: int, starts: dict[str, list[dict[str, Any]]]) ->
     layers = [layer for layer in LAYERS if f"{layer} warm" in medians]
     return {
         "what": "seconds of the first step less those of the second, cold and warm, each in a fresh process",
-        "command": f"OMP_NUM_THREADS=1 python -m gptoughts.bench.start {recipe} --rounds {rounds}",
+        "command": f"python -m gptoughts.bench.start {recipe} --rounds {rounds}",
         "machine": machine_figures(probe(), 1),
         "goal": f"warm <= {GOAL:.0%} of cold",
         "warm_share_of_cold": {
@@ -67,7 +67,11 @@ def _found(recipe: str, rounds: int, starts: dict[str, list[dict[str, Any]]]) ->
 def _started(recipe: str, layer: str, folder: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "gptoughts.bench.start", recipe, "--one", layer]
     ran = subprocess.run(
-        command, env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": folder}, capture_output=True, text=True, check=False
+        command,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_CACHE_DIR": folder},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if ran.returncode:
         raise RunError(f"{' '.join(command)} failed:\n{ran.stderr[-2000:]}")
@@ -96,6 +100,8 @@ def one(recipe: str, layer: str) -> dict[str, Any]:
             training.steps(1)
             took.append((perf_counter() - began, _processor_seconds() - processor))
         made = newest()
+        if made is None or not made.figures["made"] + made.figures["cached"]:
+            raise LayerError(f"compile={layer}: two steps made no graph, so there is no start to measure")
         names, seconds = compile_times(repr="csv", aggregate=True)
         parts = sorted(
             ((str(name), float(str(told))) for name, told in zip(names, seconds, strict=True)), key=lambda row: -row[1]
@@ -103,7 +109,7 @@ def one(recipe: str, layer: str) -> dict[str, Any]:
         return {
             "clock_seconds": took[0][0] - took[1][0],
             "processor_seconds": took[0][1] - took[1][1],
-            "graphs": made.figures if made else {},
+            "graphs": made.figures,
             "compile_times": {name: round(value, 2) for name, value in parts[:12]},
         }
 

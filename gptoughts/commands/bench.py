@@ -168,7 +168,7 @@ def _target(out: str | None) -> Path | None:
     path = Path(out)
     if path.suffix != ".json":
         raise ConfigError(
-            f"--to {out}: needs a name that ends in .json; a table and a picture take its place with their own ends"
+            f"--to {out}: needs a name that ends in .json: measurements are JSON\n  try: --to {path.with_suffix('.json')}"
         )
     refuse_unwritable(path)
     return path

@@ -1,6 +1,6 @@
 """Memory segments that grow in place, so that batches of changing size leave no unusable gaps.
 
-It buys room on a nearly full GPU and costs nothing measurable otherwise. It hurts where CUDA memory is shared between processes
+It buys room on a nearly full GPU; what it costs in time was not measured. It hurts where CUDA memory is shared between processes
 (IPC), which expandable segments support only on recent drivers.
 Source: torch's notes on CUDA memory management, `PYTORCH_ALLOC_CONF=expandable_segments:True`.
 """

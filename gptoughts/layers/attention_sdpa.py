@@ -144,4 +144,5 @@ LAYER = Layer(
     wraps=("forward_context", "eval_context"),
     changes_numerics=True,
     repeatable_on_gpu=False,
+    measured="docs/measurements/cpu/layers.json on a CPU; not measured on a GPU",
 )

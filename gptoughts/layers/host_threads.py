@@ -201,4 +201,5 @@ LAYER = Layer(
         "collect_every": Option(COLLECT_EVERY, "updates between two garbage collections; 1 collects after each", int),
     },
     warm_steps=1,
+    measured="docs/measurements/cpu/layers.json on a CPU; not measured beside a GPU",
 )

@@ -1,9 +1,10 @@
-"""The micro-batch is found by measuring on this very machine before step 1: the fastest that fits, nothing to guess or to try by hand.
+"""The micro-batch is found by measuring on this very machine before step 1: a fast one that fits, nothing to guess or to try by hand.
 
 Two small sizes are run forward and backward with gradients and optimiser state in place; a line through their highest memory says what the
-largest fitting size should be, which is then run, and the half of it; the fastest is taken. Weights, optimiser and random state are put
-back: the training is that of `fixed` with the same size. It costs a few forwards, under compilation as many graphs. The size is a divisor
-of the rank's share, so that all forwards have one shape; a run that goes on keeps the size that it had.
+largest fitting size should be, which is then run, and the half of it; the smallest that reaches 97 % of the best speed is taken. Weights,
+optimiser and random state are put back: the training is that of `fixed` with the same size. It costs a few forwards, under compilation
+as many graphs. The size is a divisor of the rank's share, so that all forwards have one shape; a run that goes on keeps the size that it
+had.
 """
 
 from __future__ import annotations

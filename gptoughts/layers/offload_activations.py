@@ -3,7 +3,7 @@
 A side stream copies each saved tensor into pinned memory while the forward goes on and fetches it before the backward asks. Weights stay, and
 their casts; so do tensors below `least_bytes`. With recomputation only what enters a block is saved, and so only that travels; with compiled
 blocks what the compiled graph saves. It hurts where the bus is slower than the forward is: every byte crosses it twice, and 1 GiB each way
-takes about 40 ms on PCIe 4.0 x16 (its 32 GB/s). It takes that much pinned memory of the host, and the first step is slow while that is
+takes at least 34 ms on PCIe 4.0 x16 (its 32 GB/s). It takes that much pinned memory of the host, and the first step is slow while that is
 allocated. The gradient is bit for bit the same. Llama-3.2-3B on an A100 with recomputation: 23.1 to 21.8 GiB, 7,309 to 7,301
 tok/s (torchtune's README). Source: Rhu et al. 2016, vDNN; `torch.autograd.graph.saved_tensors_hooks`.
 """

@@ -53,7 +53,9 @@ def fits(case: Case, options: Options) -> Iterator[Reason]:
         )
         return
     everything = room(case)
-    if everything is not None and everything.is_enough:
+    if everything is None:
+        yield would_not_pay("not all sizes of the model are known before its data is read", "optimiser state cannot be weighed")
+    elif everything.is_enough:
         yield would_not_pay(f"weights, gradients, state and activations take {everything}", SOURCE)
 
 

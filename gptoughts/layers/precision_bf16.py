@@ -85,5 +85,5 @@ LAYER = Layer(
     fits=fits,
     wraps=("forward_context", "eval_context"),
     changes_numerics=True,
-    measured="docs/measurements/cpu/widths.json on a CPU; not measured on a GPU",
+    measured="docs/measurements/cpu/widths.json and layers.json on a CPU; not measured on a GPU",
 )
