@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import gc
-
 import torch
 from torch import Tensor
 
 from gptoughts.engine import Engine
 from gptoughts.errors import RunError
 from gptoughts.objectives import Batch
-from gptoughts.out_of_memory import OutOfMemory, ran_out, smaller
+from gptoughts.out_of_memory import OutOfMemory, ran_out, release, smaller
 from gptoughts.track.console import aside
 
 
@@ -54,9 +52,7 @@ def _make_smaller(engine: Engine, batch: Batch, told: str) -> None:
     for parameter in engine.parameters():
         parameter.grad = None
     getattr(engine.objective, "forget", lambda: None)()
-    gc.collect()
-    if engine.device.type == "cuda":
-        torch.cuda.empty_cache()
+    release(engine.device)
     if less is None:
         raise RunError(
             f"memory ran out with one sequence per forward: {told}\n"

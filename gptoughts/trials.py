@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -17,7 +16,7 @@ from gptoughts.engine import Engine
 from gptoughts.errors import RunError
 from gptoughts.held import held_bytes, measured
 from gptoughts.objectives import Batch
-from gptoughts.out_of_memory import ran_out
+from gptoughts.out_of_memory import ran_out, release
 from gptoughts.track.console import aside
 from gptoughts.units import GIB, bytes_in_words
 
@@ -180,10 +179,9 @@ def _cleared(engine: Engine, peak: int) -> int:
     """Free what a trial has left. Returns `peak`, or on a GPU, where that is 0, the most that was held: a trial that ran out tells none."""
     for parameter in engine.parameters():
         parameter.grad = None
-    gc.collect()
     if engine.device.type == "cuda":
         peak = peak or torch.cuda.max_memory_allocated(engine.device)
-        torch.cuda.empty_cache()
+    release(engine.device)
     return peak
 
 
