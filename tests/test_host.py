@@ -32,6 +32,7 @@ OPTIONS = {"threads": None, "collect_every": 5000}
 def as_asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As the plan's environment would have it; and a collector that is left as it was found."""
     monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
+    gc.unfreeze()  # what lies frozen is the layer's doing, here
     before, ours = gc.isenabled(), len(gc.callbacks)
     yield
     assert gc.isenabled() == before and gc.get_freeze_count() == 0
