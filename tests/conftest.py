@@ -19,8 +19,7 @@ def _small_collections() -> Iterator[None]:
     """
     gc.freeze()
     yield
-    if gc.get_freeze_count():  # else a layer took everything back in
-        gc.collect()
+    gc.collect()
 
 
 @pytest.fixture(autouse=True, scope="module")
