@@ -39,13 +39,12 @@ def ran_out(error: BaseException) -> bool:
 def release(device: torch.device) -> None:
     """Free what a forward or backward on `device` held when it failed. Call it outside of the handler, whose traceback holds the frames.
 
-    After a failed backward the tasks that were waiting stay in the calling thread's queue, and with them the activations that they
-    saved, until that thread runs a backward again: https://github.com/pytorch/pytorch/issues/82218. The next forward has to find its
-    memory before that, so the smallest of backwards runs here.
+    After a failed backward on a CPU the tasks that were waiting stay in the calling thread's queue, and with them the activations that
+    they saved, until that thread runs a backward again: https://github.com/pytorch/pytorch/issues/82218. The next forward has to find
+    its memory before that, so the smallest of backwards runs here.
     """
-    gc.collect()
     with torch.enable_grad():
-        torch.zeros((), requires_grad=True).clone().backward()
+        torch.zeros((), device="cpu", requires_grad=True).clone().backward()
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

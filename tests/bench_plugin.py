@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 from gptoughts.layer import Engine, Evidence, Layer, Options, Sight, active, inactive
@@ -62,13 +63,5 @@ UPHILL = Layer(
     wraps=("clip",),
     changes_numerics=True,
 )
-NOWHERE = Layer(
-    name="nowhere",
-    slot="matmul",
-    card="Every update makes weights that are no numbers.",
-    apply=_broken,
-    verify=_says_yes,
-    wraps=("clip",),
-    changes_numerics=True,
-)
+NOWHERE = replace(UPHILL, name="nowhere", card="Every update makes weights that are no numbers.", apply=_broken)
 LAYERS = [IDLE, LEANING, UPHILL, NOWHERE]

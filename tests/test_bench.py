@@ -18,16 +18,13 @@ from gptoughts.bench.table import step_table
 from gptoughts.cli import main
 from gptoughts.errors import ConfigError
 from gptoughts.trainer import Progress, train
+from tests.bench_settings import fields_in
 
 
 @pytest.fixture
 def fields(tmp_path: Path) -> dict[str, str]:
     """A tiny recipe over a text of its own; logged every step."""
-    text = tmp_path / "text.txt"
-    text.write_text("the quick brown fox jumps over the lazy dog. " * 400, encoding="utf-8")
-    values = {"data.path": text, "data.cache": tmp_path / "cache", "data.tokenizer": "bytes", "data.sequence_length": 16}
-    values |= {"model.depth": 1, "model.width": 32, "model.heads": 2, "train.global_batch": 4, "log.every": 1}
-    return {key: str(value) for key, value in values.items()}
+    return {**fields_in(tmp_path), "log.every": "1"}
 
 
 def setting_of(fields: dict[str, str], **layers: str) -> Any:

@@ -218,7 +218,7 @@ LIMITED = textwrap.dedent(
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the size of the process from /proc")
 def test_a_process_whose_memory_is_limited_goes_on() -> None:
-    """A limit of the operating system, a real allocator, and a step that finishes: one sequence needs 28 MiB more, two need 57."""
+    """A limit of the operating system, a real allocator, and a step that finishes: one sequence fits in 30 MiB more and two do not in 50."""
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",

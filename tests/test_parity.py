@@ -100,25 +100,18 @@ def test_the_same_training_passes_and_is_drawn(fields: dict[str, str], tmp_path:
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_plan_that_climbs_leaves_with_1(fields: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "parity.json"
-    words = [
-        "bench",
-        "parity",
-        "quickstart",
-        "--plugin",
-        PLUGIN,
-        *flags_of(fields, matmul="uphill"),
-        "--steps",
-        "12",
-        "--seeds",
-        "0",
-        "--to",
-        str(out),
-    ]
+def failed_verdict(fields: dict[str, str], out: Path, layer: str) -> None:
+    """`bench parity` of a plan with this layer, which must leave with 1."""
+    flags = flags_of(fields, matmul=layer)
+    words = ["bench", "parity", "quickstart", "--plugin", PLUGIN, *flags, "--steps", "12", "--seeds", "0", "--to", str(out)]
     with pytest.raises(SystemExit) as left:
         main(words)
     assert left.value.code == 1
+
+
+def test_a_plan_that_climbs_leaves_with_1(fields: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "parity.json"
+    failed_verdict(fields, out, "uphill")
     said = capsys.readouterr().out
     assert "NOT passed" in said and "matmul uphill against ieee" in said
     run = json.loads(out.read_text(encoding="utf-8"))["runs"][0]
@@ -130,21 +123,7 @@ def test_a_plan_that_comes_to_nothing_leaves_with_1(
     fields: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "parity.json"
-    words = [
-        "bench",
-        "parity",
-        "quickstart",
-        "--plugin",
-        PLUGIN,
-        *flags_of(fields, matmul="nowhere"),
-        "--steps",
-        "12",
-        "--seeds",
-        "0",
-    ]
-    with pytest.raises(SystemExit) as left:
-        main([*words, "--to", str(out)])
-    assert left.value.code == 1
+    failed_verdict(fields, out, "nowhere")
     said = capsys.readouterr().out
     assert "NOT passed" in said and "difference of the smoothed loss: not finite" in said
     (run,) = json.loads(out.read_text(encoding="utf-8"), parse_constant=pytest.fail)["runs"]
