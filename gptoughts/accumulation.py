@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gptoughts.console import aside
 from gptoughts.engine import Engine
 from gptoughts.errors import RunError
 from gptoughts.objectives import Batch
 from gptoughts.out_of_memory import OutOfMemory, ran_out, release, smaller
-from gptoughts.track.console import aside
 
 
 def accumulate(engine: Engine, batch: Batch, scale: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from gptoughts import hf_facts, training_state
-from gptoughts.build import Initialisation
 from gptoughts.config import Recipe
 from gptoughts.data.tokenizer import Tokenizer
 from gptoughts.engine import Source
@@ -22,6 +21,7 @@ from gptoughts.facts import of as facts_of
 from gptoughts.masked_diffusion import MaskedDiffusion, mask_token, require_unpacked
 from gptoughts.models import llada_layout
 from gptoughts.models.family import Family, family_of
+from gptoughts.models.source import Initialisation
 from gptoughts.objectives import OBJECTIVES, Objective
 from gptoughts.question_answering import QuestionAnswering
 

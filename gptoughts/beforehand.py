@@ -10,11 +10,11 @@ from torch import nn
 from gptoughts import resume
 from gptoughts.assembly import Parts
 from gptoughts.config import Recipe, Resolved
+from gptoughts.console import count
 from gptoughts.data.corpus import Corpus, TableCorpus
 from gptoughts.data.marking import Style, first_rows, said, shown
 from gptoughts.errors import ConfigError, DataError
 from gptoughts.planner import Plan
-from gptoughts.track.console import count
 from gptoughts.writing import check_sampling
 
 SHOWN_SAMPLES = 3

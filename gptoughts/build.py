@@ -8,63 +8,17 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gptoughts.balance import balanced
-from gptoughts.config import ModelConfig, Recipe
+from gptoughts.config import Recipe
 from gptoughts.distributed import Ranks
 from gptoughts.engine import Engine, Source
 from gptoughts.errors import GptoughtsError, LayerError
 from gptoughts.layer import Layer, Moment
-from gptoughts.models.family import Family, draw
-from gptoughts.models.meta import on_meta
+from gptoughts.models.family import Family
 from gptoughts.objectives import Objective
 from gptoughts.planner import Plan
-
-
-class Initialisation:
-    """Fresh weights: a pure function of (seed, native name, full shape), the same on every rank."""
-
-    def __init__(self, family: Family, config: ModelConfig, seed: int) -> None:
-        self._family, self._config, self._seed = family, config, seed
-
-    def tensor(self, name: str, shape: torch.Size) -> Tensor | None:
-        """The first value of the parameter `name`."""
-        assert self._family.initial is not None
-        return draw(self._seed, name, shape, self._family.initial(name, shape, self._config))
-
-    def buffer(self, name: str) -> Tensor | None:
-        """Buffers stay as they were built."""
-        return None
-
-    def unused(self) -> list[str]:
-        """Nothing is left over: values are drawn when asked for."""
-        return []
-
-
-class AsTheyAre:
-    """A user's own model: its parameters keep the values that they have."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._values = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-
-    def tensor(self, name: str, shape: torch.Size) -> Tensor | None:
-        """The value that the parameter had."""
-        return self._values.get(name)
-
-    def buffer(self, name: str) -> Tensor | None:
-        """Buffers stay as they were built."""
-        return None
-
-    def unused(self) -> list[str]:
-        """Nothing is left over."""
-        return []
-
-
-def meta_model(recipe: Recipe, family: Family, rows: int) -> nn.Module:
-    """The recipe's model without memory, over `rows` embedding rows."""
-    with on_meta():
-        return family.build(recipe.model, rows, recipe.data.sequence_length)
 
 
 def seed_generators(seed: int, rank: int, step: int) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gptoughts.ceilings import reached
 from gptoughts.checkpoint import Snapshot, Writer
+from gptoughts.console import Console, count, duration, share
 from gptoughts.engine import Engine
 from gptoughts.errors import RunError
 from gptoughts.evals.perplexity import mean_loss
@@ -21,7 +22,6 @@ from gptoughts.facts import ModelFacts, flops_per_token
 from gptoughts.machine import Machine, World
 from gptoughts.mfu import Mfu, utilisation
 from gptoughts.plans import Plan
-from gptoughts.track.console import Console, count, duration, share
 from gptoughts.track.jsonl import Jsonl
 from gptoughts.trainer import Progress, StepStats
 

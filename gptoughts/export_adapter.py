@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from gptoughts.assembly import base_record, base_weights, first_weights, parts_of
-from gptoughts.build import meta_model
 from gptoughts.engine import Source
 from gptoughts.errors import CheckpointError, ConfigError
 from gptoughts.exporting import Proof, compare, export, fresh, ids_of, passage_of, require
@@ -18,6 +17,7 @@ from gptoughts.models.adapter import NAME, adapter_layers, frozen_values, peft
 from gptoughts.models.adapter_folder import AdapterFolder, save_adapter
 from gptoughts.models.adapter_source import AdapterSource
 from gptoughts.models.quantised import is_turned, quiet
+from gptoughts.models.source import meta_model
 
 
 class Held:

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from gptoughts import prove
+from gptoughts.console import GIB, Console
 from gptoughts.distributed import Ranks
 from gptoughts.engine import Engine
 from gptoughts.errors import LayerError
 from gptoughts.layer import Layer, Sight, unproven
 from gptoughts.planner import Plan
-from gptoughts.track.console import Console
 from gptoughts.trainer import Callback, Progress, advance, call_back, train
-from gptoughts.units import GIB
 
 
 @dataclass

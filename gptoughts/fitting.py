@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from gptoughts import checkpoint, prove, training_state
-from gptoughts.build import AsTheyAre, built
+from gptoughts.build import built
 from gptoughts.callbacks import Log
 from gptoughts.config import Recipe, Resolved
+from gptoughts.console import Silent
 from gptoughts.data.device import to_device
 from gptoughts.distributed import started
 from gptoughts.engine import Engine
@@ -23,11 +24,11 @@ from gptoughts.errors import ConfigError, DataError
 from gptoughts.layer import Layer
 from gptoughts.machine import Machine, World
 from gptoughts.models.family import custom_family
+from gptoughts.models.source import AsTheyAre
 from gptoughts.objectives import Batch, Objective, Rows
 from gptoughts.optim import learning_rate
 from gptoughts.planner import Plan
 from gptoughts.run import device_of
-from gptoughts.track.console import Silent
 from gptoughts.track.folder import run_folder
 from gptoughts.track.jsonl import Jsonl, attempts
 from gptoughts.trainer import Progress, advance, call_back, train

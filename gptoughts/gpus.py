@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gptoughts.units import GIB
+from gptoughts.console import GIB
 
 # NVML and torch hold back some memory (ECC, firmware): a T4 of 16 GiB shows 14.6. A MIG slice shows half at most.
 MEMORY_TOLERANCE = 0.15

@@ -13,7 +13,6 @@ from torch import nn
 
 from gptoughts import checkpoint, hf_facts
 from gptoughts.assembly import Parts, first_weights, parts_of, resumed_weights
-from gptoughts.build import meta_model
 from gptoughts.config import Recipe, from_values
 from gptoughts.data.tokenizer import Tokenizer, bpe_from_files
 from gptoughts.distributed import Ranks
@@ -23,6 +22,7 @@ from gptoughts.hub import PACKAGE, folder_of
 from gptoughts.machine import World
 from gptoughts.models.adapter_folder import read_config as read_adapter
 from gptoughts.models.sdpa import attend
+from gptoughts.models.source import meta_model
 from gptoughts.recipe import ModelConfig
 from gptoughts.settle import settled
 

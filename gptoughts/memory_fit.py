@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from gptoughts.console import GIB, bytes_in_words
 from gptoughts.layer import Case, Choice, Kind, Layer
 from gptoughts.memory import Budget, Verdict, baseline, verdict
-from gptoughts.units import GIB, bytes_in_words
 
 Choices = Mapping[str, Choice]
 

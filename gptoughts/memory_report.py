@@ -11,8 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from gptoughts.track.console import share
-from gptoughts.units import bytes_in_words
+from gptoughts.console import bytes_in_words, share
 
 MOST_ROWS = 15
 OURS = "/gptoughts/"

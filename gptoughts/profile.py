@@ -10,9 +10,9 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gptoughts.config import describe, find_toml, read_toml, shown
+from gptoughts.console import GIB
 from gptoughts.errors import ConfigError, PlanError, listed
 from gptoughts.machine import Machine
-from gptoughts.units import GIB
 
 _PACKAGE = Path(__file__).parent
 

@@ -13,9 +13,10 @@ import torch
 
 from gptoughts import beforehand, checkpoint, numerics, prove, resume, training_state
 from gptoughts.assembly import Parts, first_weights, kept_documents, parts_of, resumed_weights
-from gptoughts.build import built, meta_model, seed_generators
+from gptoughts.build import built, seed_generators
 from gptoughts.callbacks import Evaluate, Log, Sample, Save, yardsticks
 from gptoughts.config import Resolved
+from gptoughts.console import Console, Silent
 from gptoughts.data.corpus import Corpus, TableCorpus, opened, prepared, prepared_validation
 from gptoughts.data.device import to_device
 from gptoughts.distributed import Ranks, started
@@ -25,12 +26,12 @@ from gptoughts.evals import squad
 from gptoughts.first_steps import FirstSteps
 from gptoughts.length import Length
 from gptoughts.machine import Machine, World
+from gptoughts.models.source import meta_model
 from gptoughts.objectives import preparing
 from gptoughts.planner import Plan
 from gptoughts.plugins import Extensions
 from gptoughts.shortage import leaving
 from gptoughts.stopping import Stopper
-from gptoughts.track.console import Console, Silent
 from gptoughts.track.folder import RunFolder
 from gptoughts.track.jsonl import Jsonl, attempts
 from gptoughts.track.picture import draw_losses

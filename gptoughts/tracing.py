@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
+from gptoughts.console import share as in_per_cent
 from gptoughts.errors import DataError
-from gptoughts.track.console import share as in_per_cent
 
 STEP, WAITING, CLIPPING = "step", "waiting for data", "clipping"
 IDLE, PYTHON = "no kernel runs", "Python between operators"

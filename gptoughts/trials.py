@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 
+from gptoughts.console import GIB, aside, bytes_in_words
 from gptoughts.engine import Engine
 from gptoughts.errors import RunError
 from gptoughts.held import held_bytes, measured
 from gptoughts.objectives import Batch
 from gptoughts.out_of_memory import ran_out, release
-from gptoughts.track.console import aside
-from gptoughts.units import GIB, bytes_in_words
 
 FREE_SHARE = 11 / 12
 """Of the free memory that a trial may fill: validation, fragmentation and the update's own buffers take from the rest."""

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from gptoughts import prove
-from gptoughts.build import Initialisation, built, meta_model
+from gptoughts.build import built
 from gptoughts.config import Recipe, from_values
 from gptoughts.distributed import Ranks
 from gptoughts.engine import Engine
@@ -25,6 +25,7 @@ from gptoughts.layers import CATALOG
 from gptoughts.machine import Machine, World, probe
 from gptoughts.masked_diffusion import MaskedDiffusion
 from gptoughts.models.family import FAMILIES, Family
+from gptoughts.models.source import Initialisation, meta_model
 from gptoughts.objectives import NextToken, Objective
 from gptoughts.planner import Plan, resolve
 from gptoughts.profile import Match, Profile

@@ -38,9 +38,9 @@ from gptoughts.bench.training import opened_training
 from gptoughts.bench.variant import OUT_OF_MEMORY, Job
 from gptoughts.bench.variants import job_of, plan_of
 from gptoughts.cli import main
+from gptoughts.console import bytes_in_words
 from gptoughts.environment import GUARD
 from gptoughts.errors import ConfigError, DataError, LayerError
-from gptoughts.units import bytes_in_words
 from tests.bench_settings import PLAIN, PLUGIN, asked, fields_in, flags_of
 from tests.engines import config_folder
 

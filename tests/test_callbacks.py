@@ -12,9 +12,9 @@ import torch
 
 from gptoughts.callbacks import Evaluate, Log, Save, every
 from gptoughts.checkpoint import Snapshot, Writer
+from gptoughts.console import Console, Silent, count, duration, share
 from gptoughts.errors import DataError, RunError
 from gptoughts.evals.perplexity import mean_loss
-from gptoughts.track.console import Console, Silent, count, duration, share
 from gptoughts.track.jsonl import Jsonl, attempts, read
 from gptoughts.trainer import Progress, StepStats, train
 from tests.engines import engine_of, plan_of, random_batches, recipe_of

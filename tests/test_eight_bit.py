@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from gptoughts import checkpoint, lowbit, training_state
-from gptoughts.build import built, meta_model
+from gptoughts.build import built
 from gptoughts.distributed import Ranks
 from gptoughts.engine import Engine
 from gptoughts.errors import CheckpointError, ConfigError, LayerError
@@ -23,6 +23,7 @@ from gptoughts.layer import Case, Kind, Status
 from gptoughts.layers import CATALOG
 from gptoughts.machine import World, probe
 from gptoughts.memory import baseline
+from gptoughts.models.source import meta_model
 from gptoughts.optim import set_rate
 from gptoughts.optimisers import optimiser
 from tests import engines

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from gptoughts.build import Initialisation, meta_model
 from gptoughts.distributed import Ranks
 from gptoughts.engine import Engine, allocate
 from gptoughts.errors import LayerError, RunError
@@ -16,6 +15,7 @@ from gptoughts.layer import Layer, active
 from gptoughts.layers import CATALOG
 from gptoughts.machine import World
 from gptoughts.models.family import FAMILIES
+from gptoughts.models.source import Initialisation, meta_model
 from gptoughts.objectives import NextToken
 from tests.engines import ROWS, engine_of, plan_of, random_batches, recipe_of, steps
 

@@ -22,7 +22,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gptoughts import machine
-from gptoughts.build import meta_model
 from gptoughts.errors import LayerError
 from gptoughts.evidence import Sight, Status
 from gptoughts.facts import facts_for
@@ -32,6 +31,7 @@ from gptoughts.machine import World
 from gptoughts.models import liger, liger_places
 from gptoughts.models.attention import rotate_both
 from gptoughts.models.gpt import Attention
+from gptoughts.models.source import meta_model
 from tests.engines import FAMILIES_UNDER_TEST, ROWS, config_folder, engine_of, family_for, plan_of, recipe_of, steps, watched
 from tests.test_attention import packed_batches, seen
 

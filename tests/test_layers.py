@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from gptoughts.build import meta_model
 from gptoughts.facts import facts_for
 from gptoughts.layer import Case, Kind, Layer, Status
 from gptoughts.layers import CATALOG
 from gptoughts.machine import World, probe
 from gptoughts.models.family import custom_family
+from gptoughts.models.source import meta_model
 from tests.engines import (
     FAMILIES_UNDER_TEST,
     NEEDS_INDUCTOR,

@@ -21,8 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gptoughts import checkpoint, training_state
-from gptoughts.build import built, meta_model
+from gptoughts.build import built
 from gptoughts.config import Recipe
+from gptoughts.console import bytes_in_words
 from gptoughts.distributed import Ranks
 from gptoughts.engine import Engine
 from gptoughts.errors import CheckpointError, LayerError
@@ -35,8 +36,8 @@ from gptoughts.layers.recompute_ops import is_kept
 from gptoughts.machine import World, probe, read
 from gptoughts.memory import baseline
 from gptoughts.memory_fit import room
+from gptoughts.models.source import meta_model
 from gptoughts.optimisers import optimiser
-from gptoughts.units import bytes_in_words
 from tests.engines import ROWS, engine_of, family_for, objective_for, plan_of, random_batches, recipe_of, steps, watched
 from tests.golden_files import ROOT
 from tests.test_layers import gradient

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from gptoughts import numerics
-from gptoughts.build import Initialisation, meta_model
 from gptoughts.errors import ConfigError, LayerError
 from gptoughts.layer import Layer
 from gptoughts.layers import CATALOG
+from gptoughts.models.source import Initialisation, meta_model
 from tests.engines import FAMILIES_UNDER_TEST, ROWS, family_for, objective_for, plan_of, random_batches, recipe_of
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from gptoughts import checkpoint, training_state
 from gptoughts.apollo import Apollo
-from gptoughts.build import built, meta_model
+from gptoughts.build import built
 from gptoughts.distributed import Ranks
 from gptoughts.engine import Engine
 from gptoughts.errors import CheckpointError, ConfigError, PlanError
@@ -27,6 +27,7 @@ from gptoughts.layer import Status
 from gptoughts.layers import CATALOG
 from gptoughts.machine import World
 from gptoughts.models.family import FAMILIES, custom_family
+from gptoughts.models.source import meta_model
 from gptoughts.objectives import NextToken
 from gptoughts.optim import GROUP_STATE, set_rate
 from gptoughts.optim_rules import PARTIAL, USES, problems

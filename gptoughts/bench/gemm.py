@@ -19,9 +19,9 @@ from gptoughts.bench.figures import machine_figures, spread
 from gptoughts.bench.text import Row, aligned, markdown
 from gptoughts.bench.variant import clock_mhz
 from gptoughts.ceilings import Ceilings, datasheet, key
+from gptoughts.console import share
 from gptoughts.machine import Machine
 from gptoughts.timing import timed
-from gptoughts.track.console import share
 
 Say = Callable[[str], None]
 

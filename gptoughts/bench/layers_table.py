@@ -6,8 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from gptoughts.bench.text import aligned, markdown, ratio
-from gptoughts.track.console import count, share
-from gptoughts.units import bytes_in_words
+from gptoughts.console import bytes_in_words, count, share
 
 HEAD = ("variant", "ms/step", "q1 - q3", "tok/s", "MFU", "of GEMM", "peak", "start s", "loss diff.", "last loss")
 

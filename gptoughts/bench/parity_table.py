@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gptoughts.bench.text import Row, aligned, markdown
-from gptoughts.track.console import count
+from gptoughts.console import count
 
 
 def parity_text(run: Mapping[str, Any]) -> str:

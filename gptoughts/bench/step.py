@@ -23,19 +23,20 @@ from gptoughts.assembly import first_weights, parts_of
 from gptoughts.bench.figures import machine_figures, paired, spread
 from gptoughts.bench.outside import outside_verbs
 from gptoughts.bench.plain import Settings, plain_loop
-from gptoughts.build import built, meta_model
+from gptoughts.build import built
 from gptoughts.callbacks import Log
 from gptoughts.config import Recipe
+from gptoughts.console import Silent
 from gptoughts.data.corpus import opened
 from gptoughts.distributed import Ranks
 from gptoughts.engine import Engine
 from gptoughts.errors import ConfigError
 from gptoughts.length import Length
 from gptoughts.mfu import utilisation
+from gptoughts.models.source import meta_model
 from gptoughts.objectives import NextToken
 from gptoughts.planner import Plan
 from gptoughts.run import device_of
-from gptoughts.track.console import Silent
 from gptoughts.track.jsonl import Jsonl
 from gptoughts.trainer import Progress, advance, train
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from gptoughts.track.console import count, share
+from gptoughts.console import count, share
 
 
 def step_table(run: Mapping[str, Any]) -> str:

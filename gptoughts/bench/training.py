@@ -16,7 +16,7 @@ from torch import Tensor
 from gptoughts import beforehand, prove
 from gptoughts.api import Setting
 from gptoughts.assembly import Parts, first_weights, parts_of
-from gptoughts.build import built, meta_model, seed_generators
+from gptoughts.build import built, seed_generators
 from gptoughts.callbacks import take_meters
 from gptoughts.data.corpus import opened, prepared
 from gptoughts.distributed import Ranks
@@ -25,6 +25,7 @@ from gptoughts.errors import ConfigError, LayerError
 from gptoughts.facts import flops_per_token
 from gptoughts.length import Length
 from gptoughts.mfu import utilisation
+from gptoughts.models.source import meta_model
 from gptoughts.objectives import preparing
 from gptoughts.run import device_of
 from gptoughts.trainer import Progress, StepStats, advance, call_back, train

@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass, replace
 from time import monotonic
 from typing import Any
 
+from gptoughts.console import GIB, bytes_in_words
 from gptoughts.health.finding import UNKNOWN, Check, Finding
 from gptoughts.machine import Machine
 from gptoughts.nvml import opened
-from gptoughts.units import GIB, bytes_in_words
 
 # Bits of nvmlDeviceGetCurrentClocksEventReasons that slow training, in NVML's order. An idle clock is none.
 REASONS = {

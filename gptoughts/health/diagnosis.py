@@ -9,13 +9,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from gptoughts.console import GIB, bytes_in_words
 from gptoughts.errors import GptoughtsError
 from gptoughts.gpus import peaks
 from gptoughts.health import clocks, disk, forks, host, imports, ranks, speed
 from gptoughts.health.finding import Check, Finding, worst_first
 from gptoughts.health.packages import EXTRAS, lacking, package_findings, torch_findings
 from gptoughts.machine import Machine
-from gptoughts.units import GIB, bytes_in_words
 
 # A small run writes tokens, two checkpoints and records; below this it would end in a full disk.
 LEAST_DISK_BYTES = 2 * GIB

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from gptoughts.console import GIB
 from gptoughts.health.finding import Check, Finding
 from gptoughts.health.forks import Job, Outcome
-from gptoughts.units import GIB
 
 SIZE_BYTES, BLOCK_BYTES = 256 << 20, 4 << 20
 MOST_SECONDS = 3.0

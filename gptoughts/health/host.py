@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from gptoughts.console import GIB, bytes_in_words
 from gptoughts.cpu import cgroup_cpu_quota, cgroup_memory_limit
 from gptoughts.health.finding import Check, Finding
 from gptoughts.machine import Machine
-from gptoughts.units import GIB, bytes_in_words
 
 # NCCL and worker processes pass data through /dev/shm; containers give it 64 MiB unless told otherwise.
 LEAST_SHM_BYTES = GIB

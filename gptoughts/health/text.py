@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from gptoughts.console import bytes_in_words
 from gptoughts.gpus import GpuPeaks, peaks
 from gptoughts.health.diagnosis import Diagnosis
 from gptoughts.health.finding import UNKNOWN, Finding
 from gptoughts.health.packages import cuda_of_build
 from gptoughts.machine import Gpu, Machine
-from gptoughts.units import bytes_in_words
 
 
 def text(diagnosis: Diagnosis) -> list[str]:

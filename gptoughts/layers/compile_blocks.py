@@ -35,7 +35,7 @@ def memory(case: Case, options: Options, budget: Budget) -> Budget:
 def apply(engine: Engine, options: Options) -> Iterator[None]:
     """Compile each block in place, which keeps parameter names as they are. What the compiler cannot do is told in one message."""
     from gptoughts.compiling import compiled
-    from gptoughts.track.console import aside
+    from gptoughts.console import aside
 
     with compiled(engine, LAYER.name, options["cache"], aside):
         for block in engine.blocks.values():

@@ -60,7 +60,7 @@ def apply(engine: Engine, options: Options) -> Iterator[None]:
     import torch
 
     from gptoughts.compiling import compiled
-    from gptoughts.track.console import aside
+    from gptoughts.console import aside
 
     @contextmanager
     def begun() -> Iterator[None]:

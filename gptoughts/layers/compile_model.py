@@ -59,7 +59,7 @@ def memory(case: Case, options: Options, budget: Budget) -> Budget:
 def apply(engine: Engine, options: Options) -> Iterator[None]:
     """Compile the model in place, which keeps parameter names as they are."""
     from gptoughts.compiling import compiled
-    from gptoughts.track.console import aside
+    from gptoughts.console import aside
 
     with compiled(engine, LAYER.name, options["cache"], aside):
         engine.bare.compile(fullgraph=True, dynamic=False)

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from gptoughts.compiling import counting, in_graphs
+from gptoughts.console import bytes_in_words
 from gptoughts.errors import LayerError
 from gptoughts.layer import (
     Budget,
@@ -33,7 +34,6 @@ from gptoughts.layer import (
     would_not_pay,
 )
 from gptoughts.memory_fit import counted, memory_of_rank
-from gptoughts.units import bytes_in_words
 
 # Of a rank's memory. Logits, their logarithms and their gradient count, 12 bytes a logit or more: without the logarithms that is a tenth.
 LOGITS_SHARE = 0.15

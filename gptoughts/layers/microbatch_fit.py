@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from gptoughts.console import bytes_in_words
 from gptoughts.layer import (
     Budget,
     Case,
@@ -28,7 +29,6 @@ from gptoughts.layer import (
 )  # fmt: skip
 from gptoughts.memory import Verdict, verdict
 from gptoughts.memory_fit import memory_of_rank
-from gptoughts.units import bytes_in_words
 
 
 def fits(case: Case, options: Options) -> Iterator[Reason]:

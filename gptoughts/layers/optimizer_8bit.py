@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
+from gptoughts.console import bytes_in_words
 from gptoughts.layer import (
     Budget,
     Case,
@@ -30,7 +31,6 @@ from gptoughts.layer import (
     would_not_pay,
 )
 from gptoughts.memory_fit import counted, memory_of_rank
-from gptoughts.units import bytes_in_words
 
 FULL, PACKED = (
     8,

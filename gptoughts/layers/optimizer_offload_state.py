@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
+from gptoughts.console import bytes_in_words
 from gptoughts.layer import (
     Budget,
     Case,
@@ -27,7 +28,6 @@ from gptoughts.layer import (
     would_not_pay,
 )
 from gptoughts.memory_fit import SOURCE, counted, room
-from gptoughts.units import bytes_in_words
 
 HOST_SHARE = 0.8  # of the machine's memory; the system, the data and Python's own take some too
 

@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
+from gptoughts.console import bytes_in_words
 from gptoughts.errors import LayerError
 from gptoughts.layer import (
     Budget,
@@ -29,7 +30,6 @@ from gptoughts.layer import (
     would_not_pay,
 )
 from gptoughts.memory_fit import SOURCE, counted, memory_of_rank
-from gptoughts.units import bytes_in_words
 
 MEMORY_SHARE = 0.05  # of the device; below that the gradients are not worth the order of things
 LEFT = "in-backward: gradients left"

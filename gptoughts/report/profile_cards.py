@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from gptoughts.config import Recipe
+from gptoughts.console import bytes_in_words
 from gptoughts.errors import PlanError
 from gptoughts.facts import facts_for
 from gptoughts.layer import SLOTS, Choice, Layer
 from gptoughts.machine import Machine, World
 from gptoughts.planner import Plan, resolve
 from gptoughts.profile import Match, Profile, Want, pick
-from gptoughts.units import bytes_in_words
 
 NOT_MEASURED = "not measured"
 # Newer than any bound of a layer.

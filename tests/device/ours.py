@@ -14,16 +14,17 @@ from torch import Tensor
 
 from gptoughts import prove
 from gptoughts.api import Setting, decide
-from gptoughts.build import built, meta_model
+from gptoughts.build import built
 from gptoughts.callbacks import Log
+from gptoughts.console import Silent
 from gptoughts.distributed import Ranks
 from gptoughts.engine import Engine
 from gptoughts.layers import CATALOG
 from gptoughts.machine import World
 from gptoughts.mfu import utilisation
 from gptoughts.models.family import Family, family_of
+from gptoughts.models.source import meta_model
 from gptoughts.objectives import NextToken
-from gptoughts.track.console import Silent
 from gptoughts.trainer import Progress, advance, train
 from tests.device.serving import Channel, served, settle, timed
 from tests.device.text import windows

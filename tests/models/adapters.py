@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gptoughts.build import Initialisation, built, meta_model
+from gptoughts.build import built
 from gptoughts.config import Recipe
 from gptoughts.distributed import Ranks
 from gptoughts.engine import Engine, Source
@@ -18,6 +18,7 @@ from gptoughts.machine import World
 from gptoughts.models.adapter import adapted
 from gptoughts.models.adapter_source import AdapterSource
 from gptoughts.models.family import FAMILIES, Family, repeated_blocks
+from gptoughts.models.source import Initialisation, meta_model
 from gptoughts.objectives import NextToken
 from gptoughts.planner import Plan
 from gptoughts.recipe import AdapterConfig, ModelConfig

@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from gptoughts.build import Initialisation, meta_model
 from gptoughts.errors import ConfigError
 from gptoughts.layer import Status
 from gptoughts.layers import CATALOG
 from gptoughts.models.adapter import adapted, adapter_layers, base_name, chosen, is_trained, merge, projections, summary
 from gptoughts.models.adapter_source import AdapterSource
 from gptoughts.models.family import FAMILIES
+from gptoughts.models.source import Initialisation, meta_model
 from gptoughts.recipe import AdapterConfig
 from tests.engines import NEEDS_INDUCTOR, ROWS, engine_of, plan_of, random_batches, recipe_of, steps, watched
 from tests.models import adapter_worker

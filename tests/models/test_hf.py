@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForQuestionAnswering, logging
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from gptoughts.build import Initialisation, built, meta_model
+from gptoughts.build import built
 from gptoughts.config import ModelConfig, Recipe, from_values
 from gptoughts.distributed import Ranks
 from gptoughts.engine import Engine, Source
@@ -26,6 +26,7 @@ from gptoughts.models.attention import math_attention
 from gptoughts.models.family import Family, draw
 from gptoughts.models.hf import HFEncoder, HFModel, hf_family
 from gptoughts.models.hf_sources import Pretrained
+from gptoughts.models.source import Initialisation, meta_model
 from gptoughts.objectives import NextToken
 from tests.engines import plan_of, random_batches, steps
 from tests.models.hf_configs import CAUSAL, DENSE, ENCODERS, LENGTH, ROWS, write_config

@@ -15,12 +15,12 @@ from torch import Tensor
 from transformers import BertModel, logging
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from gptoughts.build import Initialisation
 from gptoughts.config import ModelConfig
 from gptoughts.errors import CheckpointError, ConfigError, GptoughtsError
 from gptoughts.hub import folder_of
 from gptoughts.models.hf import hf_family
 from gptoughts.models.hf_sources import Pretrained, pretrained
+from gptoughts.models.source import Initialisation
 from tests.models.hf_configs import ENCODERS, write_config
 from tests.models.test_hf import ids_of, opened, plain, saved
 

@@ -12,7 +12,7 @@ from gptoughts.models.meta import on_meta
 
 BUILDS = """
 import sys
-from gptoughts.build import meta_model
+from gptoughts.models.source import meta_model
 from gptoughts.config import load
 from gptoughts.models.family import FAMILIES
 recipe = load("shakespeare-char").recipe

@@ -6,6 +6,8 @@ import os
 import sys
 from typing import Any, Literal, TextIO
 
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+
 
 class Console:
     """Prints rows as they come. On a terminal the newest row stays at the bottom, elsewhere each is a line of its own."""
@@ -78,3 +80,12 @@ def count(value: float) -> str:
 def share(value: Any) -> str:
     """A share in per cent, or n/a where it is not known."""
     return "n/a" if value is None else f"{100 * value:.1f} %"
+
+
+def bytes_in_words(count: float | None) -> str:
+    """`3.41 GiB`, `812 MiB`, `24 KiB`, or n/a where the number of bytes is not known."""
+    if count is None:
+        return "n/a"
+    if count >= GIB:
+        return f"{count / GIB:.2f} GiB"
+    return f"{count / KIB:.0f} KiB" if 0 < count < MIB else f"{count / MIB:.0f} MiB"
