@@ -13,7 +13,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
-from gptoughts.layer import Case, Engine, Evidence, Layer, Options, Reason, Sight, active, cannot, inactive
+from gptoughts.planning.layer import Case, Engine, Evidence, Layer, Options, Reason, Sight, active, cannot, inactive
 
 
 def fits(case: Case, options: Options) -> Iterator[Reason]:

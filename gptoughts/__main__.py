@@ -1,6 +1,6 @@
 """`python -m gptoughts`, which torchrun needs: the same as the command `gptoughts`."""
 
-from gptoughts.cli import main
+from gptoughts.cli.main import main
 
 if __name__ == "__main__":
     main()

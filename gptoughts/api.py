@@ -8,23 +8,23 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from gptoughts import environment
-from gptoughts.config import Recipe, Resolved, from_values, load
-from gptoughts.environment import in_effect, lacking
+from gptoughts.config.loader import Recipe, Resolved, from_values, load
+from gptoughts.config.model_spec import UNKNOWN, ModelFacts, facts_for
+from gptoughts.config.resolve import settled
 from gptoughts.errors import ConfigError, Mistakes
-from gptoughts.facts import UNKNOWN, ModelFacts, facts_for
-from gptoughts.machine import Machine, World, probe, read, world_from_environment
-from gptoughts.planner import Plan, resolve
-from gptoughts.plugins import Extensions, extensions
-from gptoughts.profile import pick
-from gptoughts.settle import settled
-from gptoughts.wants import wanted
+from gptoughts.hardware.machine import Machine, World, probe, read, world_from_environment
+from gptoughts.layers.plugins import Extensions, extensions
+from gptoughts.planning import environment
+from gptoughts.planning.environment import in_effect, lacking
+from gptoughts.planning.profile import pick
+from gptoughts.planning.requests import wanted
+from gptoughts.planning.resolve import Plan, resolve
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from gptoughts.fitting import Fitted
-    from gptoughts.run import Outcome
+    from gptoughts.run.fit import Fitted
+    from gptoughts.run.run import Outcome
 
 
 @dataclass(frozen=True)
@@ -146,8 +146,8 @@ def train_setting(
         raise ConfigError(f"numerics = {numerics!r}: needs check or off")
     if not environment.torch_is_loaded():  # from Python nobody has set the plan's variables, and now they still count
         os.environ.update(lacking(setting.plan, os.environ))
-    from gptoughts.run import Order, execute
-    from gptoughts.track.folder import run_folder
+    from gptoughts.run.run import Order, execute
+    from gptoughts.run.tracking.run_dir import run_folder
 
     name = run or f"{setting.resolved.recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     order = Order(
@@ -181,14 +181,14 @@ def fit(
 ) -> Fitted:
     """Train a model of your own in place.
 
-    objective  a function (model, batch) -> loss summed over the batch's rows, or an object as in gptoughts.objectives.Objective
+    objective  a function (model, batch) -> loss summed over the batch's rows, or an object as in gptoughts.engine.objectives.base.Objective
     batches    each a dict of tensors or arrays with the rows of one update first; ended ones are started again
     steps      updates; optim: keys of the recipe's [optim] table, such as {"learning_rate": 1e-3}
     run_dir    if given, plan.json, evidence.json, metrics.jsonl and a checkpoint are written there
 
     Layers that need a known family are passed over, with the reason in the plan. Raises ConfigError, PlanError, LayerError, RunError.
     """
-    from gptoughts.fitting import fit_model
+    from gptoughts.run.fit import fit_model
 
     here, world = probe(), world_from_environment(os.environ)
     # The batches bring their own size; for the plan it is enough that ranks share it evenly.

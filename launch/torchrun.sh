@@ -35,7 +35,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 enter train
 if [ -z "${OMP_NUM_THREADS:-}" ]; then
     # torchrun would set 1 for everybody, and a variable that is set wins over the plan.
-    cores="$("$PYTHON" -c 'from gptoughts.machine import probe; m = probe(); print(m.cpu.usable_cores, 8 if m.gpus else 10**6)')"
+    cores="$("$PYTHON" -c 'from gptoughts.hardware.machine import probe; m = probe(); print(m.cpu.usable_cores, 8 if m.gpus else 10**6)')"
     share=$((${cores% *} / ranks))
     most="${cores#* }"
     [ "$share" -le "$most" ] || share="$most"

@@ -1,1 +1,1 @@
-"""Text becomes shards, shards become batches: sources, tokenizers, tokenising, memory-mapped shards, and an order with a cursor."""
+"""From text to batches: sources, tokenizers, shards, chat and SQuAD rows, order, prefetch."""

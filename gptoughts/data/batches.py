@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from gptoughts.data.order import permuted
-from gptoughts.data.shards import Stream
+from gptoughts.data.text.shards import Stream
 from gptoughts.errors import DataError
 
 IGNORED = -100

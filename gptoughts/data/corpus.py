@@ -14,16 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from gptoughts.config import DataConfig, Recipe
+from gptoughts.config.loader import DataConfig, Recipe
 from gptoughts.data.batches import Batch, Batches, Cursor, eval_batches, rank_rows, samples_in
-from gptoughts.data.chat import Shape, prepare_chat
-from gptoughts.data.chat_tokenizer import ChatTokenizer
-from gptoughts.data.folder import locked
-from gptoughts.data.shards import Shards
-from gptoughts.data.squad import Questions, prepare_squad
+from gptoughts.data.chat.rows import Shape, prepare_chat
+from gptoughts.data.chat.tokenizer import ChatTokenizer
+from gptoughts.data.squad.examples import Questions, prepare_squad
 from gptoughts.data.table import Table
-from gptoughts.data.tokenize import cache_folder, prepare
-from gptoughts.data.tokenizer import CARD, Tokenizer, bpe_from_files
+from gptoughts.data.text.folder import locked
+from gptoughts.data.text.shards import Shards
+from gptoughts.data.text.tokenize import cache_folder, prepare
+from gptoughts.data.tokenizers.tokenizer import CARD, Tokenizer, bpe_from_files
 
 Prepare = Callable[[Batch, np.ndarray], Batch]
 """What an objective does to a batch on the host, given the global positions of its samples."""

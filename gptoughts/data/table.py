@@ -16,8 +16,8 @@ import numpy as np
 
 from gptoughts.data.batches import IGNORED, ORDER_CHUNK, Batch, Cursor, rank_rows
 from gptoughts.data.order import permuted
-from gptoughts.data.shards import INDEX, sha256_of
-from gptoughts.data.writer import sync, sync_folder, write_json
+from gptoughts.data.text.shards import INDEX, sha256_of
+from gptoughts.data.text.writer import sync, sync_folder, write_json
 from gptoughts.errors import DataError
 
 FORMAT, VERSION = "gptoughts-table", 1

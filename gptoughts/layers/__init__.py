@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from gptoughts.layer import Layer
 from gptoughts.layers import (
     allocator_expandable,
     attention_fa2,
@@ -35,6 +34,7 @@ from gptoughts.layers import (
     recompute_ops,
     update_in_backward,
 )
+from gptoughts.planning.layer import Layer
 
 CATALOG: dict[str, Layer] = {
     "system": baseline.SYSTEM,

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from gptoughts.layer import Case, Engine, Evidence, Layer, Options, Reason, Sight, active, cannot, inactive
+from gptoughts.planning.layer import Case, Engine, Evidence, Layer, Options, Reason, Sight, active, cannot, inactive
 
 SETTING = "expandable_segments:True"
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from gptoughts.flash_rules import HALF_PRECISION, limits, proof
-from gptoughts.layer import Budget, Case, Engine, Evidence, Layer, Options, Reason, Sight, would_not_pay
+from gptoughts.layers.support.flash_attention import HALF_PRECISION, limits, proof
+from gptoughts.planning.layer import Budget, Case, Engine, Evidence, Layer, Options, Reason, Sight, would_not_pay
 
 
 def fits(case: Case, options: Options) -> Iterator[Reason]:
@@ -37,7 +37,7 @@ def memory(case: Case, options: Options, budget: Budget) -> Budget:
 @contextmanager
 def apply(engine: Engine, options: Options) -> Iterator[None]:
     """Hand every attention module the package's functions, and the model what counts documents."""
-    from gptoughts.models import flash
+    from gptoughts.models.gpt import flash
 
     undo = engine.family.set_attention(engine.bare, flash.attention("fa2"), "lengths")
     yield

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from gptoughts.flash_rules import HALF_PRECISION, limits, proof
-from gptoughts.layer import Budget, Case, Engine, Evidence, Layer, Options, Reason, Sight, cannot
+from gptoughts.layers.support.flash_attention import HALF_PRECISION, limits, proof
+from gptoughts.planning.layer import Budget, Case, Engine, Evidence, Layer, Options, Reason, Sight, cannot
 
 PACKAGES = ("flash-attn-3", "tokenspeed-fa3")
 """Distributions that bring the module flash_attn_interface; one is enough."""
@@ -44,7 +44,7 @@ def memory(case: Case, options: Options, budget: Budget) -> Budget:
 @contextmanager
 def apply(engine: Engine, options: Options) -> Iterator[None]:
     """Hand every attention module the package's functions, and the model what counts documents."""
-    from gptoughts.models import flash
+    from gptoughts.models.gpt import flash
 
     undo = engine.family.set_attention(engine.bare, flash.attention("fa3"), "lengths")
     yield

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from gptoughts.flash_rules import HALF_PRECISION, limits, proof
-from gptoughts.layer import Budget, Case, Engine, Evidence, Layer, Options, Reason, Sight, cannot
+from gptoughts.layers.support.flash_attention import HALF_PRECISION, limits, proof
+from gptoughts.planning.layer import Budget, Case, Engine, Evidence, Layer, Options, Reason, Sight, cannot
 
 BLACKWELL = ((10, 0), (12, 0))
 BLACKWELL_WIDEST = 128
@@ -39,7 +39,7 @@ def memory(case: Case, options: Options, budget: Budget) -> Budget:
 @contextmanager
 def apply(engine: Engine, options: Options) -> Iterator[None]:
     """Hand every attention module the package's functions, and the model what counts documents."""
-    from gptoughts.models import flash
+    from gptoughts.models.gpt import flash
 
     undo = engine.family.set_attention(engine.bare, flash.attention("fa4"), "lengths")
     yield

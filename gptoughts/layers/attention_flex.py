@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from functools import partial
 
 from gptoughts.errors import LayerError
-from gptoughts.kernel_names import attention_forwards, told
-from gptoughts.layer import (
+from gptoughts.planning.kernel_names import attention_forwards, told
+from gptoughts.planning.layer import (
     Budget,
     Case,
     Engine,
@@ -68,7 +68,7 @@ def memory(case: Case, options: Options, budget: Budget) -> Budget:
 @contextmanager
 def apply(engine: Engine, options: Options) -> Iterator[None]:
     """Hand every attention module torch's flex_attention, and the model what makes masks of blocks."""
-    from gptoughts.models import flex
+    from gptoughts.models.gpt import flex
 
     undo = [engine.family.set_attention(engine.bare, flex.attend, "blocks")]
     if engine.device.type == "cpu":
@@ -90,7 +90,7 @@ def _eager(engine: Engine) -> Iterator[None]:
 
 def verify(engine: Engine, sight: Sight, options: Options) -> Evidence:
     """One flex_attention per block and micro-batch: by its kernel's name on a GPU, by the unfused operator's on a CPU."""
-    from gptoughts.models.flex import OPERATOR
+    from gptoughts.models.gpt.flex import OPERATOR
 
     wanted = sight.blocks * sight.micro_batches
     if engine.device.type == "cuda":

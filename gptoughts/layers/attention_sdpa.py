@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from functools import partial
 
 from gptoughts.errors import LayerError
-from gptoughts.kernel_names import attention_forwards, told
-from gptoughts.layer import (
+from gptoughts.planning.kernel_names import attention_forwards, told
+from gptoughts.planning.layer import (
     Budget,
     Case,
     Engine,
@@ -77,7 +77,7 @@ def memory(case: Case, options: Options, budget: Budget) -> Budget:
 @contextmanager
 def apply(engine: Engine, options: Options) -> Iterator[None]:
     """Hand every attention module torch's function, held to a backend where one was named."""
-    from gptoughts.models.sdpa import attend, held
+    from gptoughts.models.gpt.sdpa import attend, held
 
     backend = options["backend"]
     if backend == "auto":

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from gptoughts.kernel_names import attention_forwards, told
-from gptoughts.layer import (
+from gptoughts.planning.kernel_names import attention_forwards, told
+from gptoughts.planning.layer import (
     Budget,
     Case,
     Engine,
@@ -56,7 +56,7 @@ def memory(case: Case, options: Options, budget: Budget) -> Budget:
 @contextmanager
 def apply(engine: Engine, options: Options) -> Iterator[None]:
     """Hand every attention module the variable-length function, and the model what counts documents."""
-    from gptoughts.models import flash
+    from gptoughts.models.gpt import flash
 
     undo = engine.family.set_attention(engine.bare, flash.torch_varlen(), "lengths")
     yield

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from gptoughts.layer import Case, Engine, Evidence, Layer, Moment, Options, Reason, Sight, active, cannot, inactive
+from gptoughts.planning.layer import Case, Engine, Evidence, Layer, Moment, Options, Reason, Sight, active, cannot, inactive
 
 
 @contextmanager
@@ -48,7 +48,7 @@ def _length_is_known(case: Case, options: Options) -> Iterator[Reason]:
 
 @contextmanager
 def _plain_optimizer(engine: Engine, options: Options) -> Iterator[None]:
-    from gptoughts.optimisers import attached
+    from gptoughts.engine.optim.factory import attached
 
     with attached(engine, "plain"):
         yield
@@ -56,7 +56,7 @@ def _plain_optimizer(engine: Engine, options: Options) -> Iterator[None]:
 
 def _all_updated(engine: Engine, sight: Sight, options: Options) -> Evidence:
     """The recipe's optimiser has a memory of every parameter, no fused update ran, and weights moved."""
-    from gptoughts.optimisers import covered
+    from gptoughts.engine.optim.factory import covered
 
     name = engine.recipe.optim.name
     known, given = covered(engine.optimizer) if engine.optimizer else (0, 0)

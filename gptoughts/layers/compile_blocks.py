@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from gptoughts.compiling import CACHE, lacking
-from gptoughts.layer import Budget, Case, Engine, Evidence, Layer, Options, Reason, Sight, active, cannot, inactive
+from gptoughts.layers.support.compile import CACHE, lacking
+from gptoughts.planning.layer import Budget, Case, Engine, Evidence, Layer, Options, Reason, Sight, active, cannot, inactive
 
 
 def fits(case: Case, options: Options) -> Iterator[Reason]:
@@ -34,8 +34,8 @@ def memory(case: Case, options: Options, budget: Budget) -> Budget:
 @contextmanager
 def apply(engine: Engine, options: Options) -> Iterator[None]:
     """Compile each block in place, which keeps parameter names as they are. What the compiler cannot do is told in one message."""
-    from gptoughts.compiling import compiled
     from gptoughts.console import aside
+    from gptoughts.layers.support.compile import compiled
 
     with compiled(engine, LAYER.name, options["cache"], aside):
         for block in engine.blocks.values():
@@ -49,7 +49,7 @@ def apply(engine: Engine, options: Options) -> Iterator[None]:
 
 def verify(engine: Engine, sight: Sight, options: Options) -> Evidence:
     """Every forward of every block was a call of a compiled region. A full cache leaves blocks eager without a word: this counts."""
-    from gptoughts.compiling import newest
+    from gptoughts.layers.support.compile import newest
 
     wanted, made = sight.blocks * sight.micro_batches, newest()
     if sight.blocks == 0:

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from gptoughts.compiling import CACHE, lacking
-from gptoughts.layer import (
+from gptoughts.layers.support.compile import CACHE, lacking
+from gptoughts.planning.layer import (
     Budget,
     Case,
     Engine,
@@ -59,8 +59,8 @@ def apply(engine: Engine, options: Options) -> Iterator[None]:
     """Compile the model in place for recording, and say where every micro-batch begins: what the last one gave may be written over."""
     import torch
 
-    from gptoughts.compiling import compiled
     from gptoughts.console import aside
+    from gptoughts.layers.support.compile import compiled
 
     @contextmanager
     def begun() -> Iterator[None]:
@@ -91,7 +91,7 @@ def _outside_the_pool(engine: Any, inner: Callable[[Any], None], loss: Any) -> N
 
 def verify(engine: Engine, sight: Sight, options: Options) -> Evidence:
     """Every micro-batch launched at least one recorded graph, and torch left no graph out. What it left out it names."""
-    from gptoughts.compiling import newest
+    from gptoughts.layers.support.compile import newest
 
     made, launches = newest(), sight.operators[LAUNCH].calls if LAUNCH in sight.operators else 0
     if engine.device.type != "cuda":

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from gptoughts.compiling import CACHE, lacking
-from gptoughts.layer import (
+from gptoughts.layers.support.compile import CACHE, lacking
+from gptoughts.planning.layer import (
     Budget,
     Case,
     Engine,
@@ -58,8 +58,8 @@ def memory(case: Case, options: Options, budget: Budget) -> Budget:
 @contextmanager
 def apply(engine: Engine, options: Options) -> Iterator[None]:
     """Compile the model in place, which keeps parameter names as they are."""
-    from gptoughts.compiling import compiled
     from gptoughts.console import aside
+    from gptoughts.layers.support.compile import compiled
 
     with compiled(engine, LAYER.name, options["cache"], aside):
         engine.bare.compile(fullgraph=True, dynamic=False)
@@ -71,7 +71,7 @@ def apply(engine: Engine, options: Options) -> Iterator[None]:
 
 def verify(engine: Engine, sight: Sight, options: Options) -> Evidence:
     """One compiled call a micro-batch, and none of the operators of a model ran outside."""
-    from gptoughts.compiling import newest
+    from gptoughts.layers.support.compile import newest
 
     made, outside = newest(), sum(sight.operators[name].calls for name in OF_PYTHON if name in sight.operators)
     seen = f"{sight.regions} compiled calls in {sight.micro_batches} micro-batches, {outside} operators of the model outside"

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from gptoughts.layer import Case, Engine, Evidence, Layer, Option, Options, Reason, Sight, active, cannot, inactive
+from gptoughts.planning.layer import Case, Engine, Evidence, Layer, Option, Options, Reason, Sight, active, cannot, inactive
 
 _SET_MEMPOLICY, _GET_MEMPOLICY = {"x86_64": (238, 239), "aarch64": (237, 236)}.get(os.uname().machine, (None, None))
 _DEFAULT, _PREFERRED = 0, 1

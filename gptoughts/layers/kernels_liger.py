@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from gptoughts.layer import (
+from gptoughts.planning.layer import (
     Case,
     Engine,
     Evidence,
@@ -66,7 +66,7 @@ def fits(case: Case, options: Options) -> Iterator[Reason]:
 @contextmanager
 def apply(engine: Engine, options: Options) -> Iterator[None]:
     """Send every place that computes what a kernel computes through that kernel."""
-    from gptoughts.models import liger
+    from gptoughts.models.kernels import liger
 
     with ExitStack() as stack:
         for undo in liger.install(engine.bare, chosen(options)):
@@ -76,8 +76,8 @@ def apply(engine: Engine, options: Options) -> Iterator[None]:
 
 def verify(engine: Engine, sight: Sight, options: Options) -> Evidence:
     """Every place holds a kernel, and each ran forward once per micro-batch: by name on a GPU, by torch's operator elsewhere."""
-    from gptoughts.models import liger_places
-    from gptoughts.models.liger import OPERATORS
+    from gptoughts.models.kernels import liger_places
+    from gptoughts.models.kernels.liger import OPERATORS
 
     found, left = liger_places.places(engine.bare, chosen(options))
     on_gpu, short, told = engine.device.type == "cuda", [], []

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from gptoughts.layer import (
+from gptoughts.planning.layer import (
     Case,
     Engine,
     Evidence,

@@ -15,10 +15,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-from gptoughts.compiling import counting, in_graphs
 from gptoughts.console import bytes_in_words
 from gptoughts.errors import LayerError
-from gptoughts.layer import (
+from gptoughts.layers.support.compile import counting, in_graphs
+from gptoughts.planning.layer import (
     Budget,
     Case,
     Engine,
@@ -33,7 +33,7 @@ from gptoughts.layer import (
     inactive,
     would_not_pay,
 )
-from gptoughts.memory_fit import counted, memory_of_rank
+from gptoughts.planning.memory_fit import counted, memory_of_rank
 
 # Of a rank's memory. Logits, their logarithms and their gradient count, 12 bytes a logit or more: without the logarithms that is a tenth.
 LOGITS_SHARE = 0.15
@@ -162,7 +162,7 @@ class LigerCrossEntropy:
     """The same by Liger-Kernel, which chooses the size of its slices itself."""
 
     def __init__(self, tokens: int, marks: Counter[str]) -> None:
-        from gptoughts.models.liger import fused_linear_cross_entropy
+        from gptoughts.models.kernels.liger import fused_linear_cross_entropy
 
         self.compute, self.mark = fused_linear_cross_entropy(), counting(marks, LAYER.name)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from gptoughts.layer import (
+from gptoughts.planning.layer import (
     Case,
     Engine,
     Evidence,
@@ -76,7 +76,7 @@ def _on_a_gpu(case: Case, options: Options) -> Iterator[Reason]:
 @contextmanager
 def apply(engine: Engine, options: Options) -> Iterator[None]:
     """Turn torch's switches, for CUDA and oneDNN alike; afterwards they stand as they were found, backend by backend."""
-    from gptoughts.switches import float32_products, reduced_sums
+    from gptoughts.layers.support.matmul_flags import float32_products, reduced_sums
 
     with float32_products(SWITCH[options["units"]]), reduced_sums("bf16", options["accumulate"] == "reduced"):
         yield
@@ -88,7 +88,7 @@ def verify(engine: Engine, sight: Sight, options: Options) -> Evidence:
     1 + 2^-12 needs 12 bits of mantissa; TF32 keeps 10, bf16 7, float32 23. What cuBLAS adds up in bf16 depends on the shape, so of
     `accumulate` only the switch can be read.
     """
-    from gptoughts.switches import may_reduce
+    from gptoughts.layers.support.matmul_flags import may_reduce
 
     units = options["units"]
     error, finer = rounding(engine, ROUNDED_AWAY[units]), rounding(engine, KEPT_BY_TF32)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from gptoughts.console import bytes_in_words
-from gptoughts.layer import (
+from gptoughts.planning.layer import (  # fmt: skip
     Budget,
     Case,
     Engine,
@@ -26,9 +26,9 @@ from gptoughts.layer import (
     active,
     cannot,
     inactive,
-)  # fmt: skip
-from gptoughts.memory import Verdict, verdict
-from gptoughts.memory_fit import memory_of_rank
+)
+from gptoughts.planning.memory_fit import memory_of_rank
+from gptoughts.planning.memory_model import Verdict, verdict
 
 
 def fits(case: Case, options: Options) -> Iterator[Reason]:
@@ -55,7 +55,7 @@ def divisors(share: int, most: int | None) -> list[int]:
 @contextmanager
 def apply(engine: Engine, options: Options) -> Iterator[None]:
     """Find the size and tell the engine."""
-    from gptoughts.trials import search
+    from gptoughts.layers.support.micro_batch_search import search
 
     share = engine.recipe.train.global_batch // engine.ranks.size
     before = engine.micro_batch

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from gptoughts.layer import Budget, Case, Engine, Evidence, Layer, Option, Options, Sight, active, inactive
+from gptoughts.planning.layer import Budget, Case, Engine, Evidence, Layer, Option, Options, Sight, active, inactive
 
 
 def size(options: Options, share: int, sequence_length: int) -> int:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-from gptoughts.layer import (
+from gptoughts.planning.layer import (
     Budget,
     Case,
     Engine,
@@ -29,7 +29,7 @@ from gptoughts.layer import (
     inactive,
     would_not_pay,
 )
-from gptoughts.memory_fit import SOURCE, room
+from gptoughts.planning.memory_fit import SOURCE, room
 
 
 def fits(case: Case, options: Options) -> Iterator[Reason]:
@@ -53,7 +53,7 @@ def memory(case: Case, options: Options, budget: Budget) -> Budget:
 @contextmanager
 def apply(engine: Engine, options: Options) -> Iterator[None]:
     """Hooks on what autograd saves, around every training forward."""
-    from gptoughts.host_activations import HostActivations
+    from gptoughts.layers.support.activation_offload import HostActivations
 
     offload = HostActivations(engine.bare, options["least_bytes"], options["ahead"], len(engine.blocks), engine.counters.marks)
     undo = engine.wrap_context("forward_context", offload.context)
@@ -81,7 +81,7 @@ def verify(engine: Engine, sight: Sight, options: Options) -> Evidence:
 
 def _too_small(engine: Engine, options: Options) -> str:
     """Why nothing left, where size is the reason: what the hooks remember, whose largest tensor may be older than the watched step."""
-    from gptoughts.host_activations import LARGEST
+    from gptoughts.layers.support.activation_offload import LARGEST
 
     largest = engine.counters.marks[LARGEST]
     limit = f"below --layer.offload.least-bytes {options['least_bytes']}"

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from gptoughts.console import bytes_in_words
-from gptoughts.layer import (
+from gptoughts.planning.layer import (
     Budget,
     Case,
     Engine,
@@ -30,14 +30,14 @@ from gptoughts.layer import (
     inactive,
     would_not_pay,
 )
-from gptoughts.memory_fit import counted, memory_of_rank
+from gptoughts.planning.memory_fit import counted, memory_of_rank
 
 FULL, PACKED = (
     8,
     2 * (1 + 4 / 256),
 )  # bytes of two moments: in float32, and in one byte each with a float32 scale for 256 values
 # What the update holds for itself on a CPU, operator by operator: bytes per value of the largest tensor whose moments are float32, and of
-# the largest whose moments are packed. Measured with torch 2.13, torchao 0.18 and bitsandbytes 0.50: tests/test_eight_bit.py.
+# the largest whose moments are packed. Measured with torch 2.13, torchao 0.18 and bitsandbytes 0.50: tests/layers/test_eight_bit.py.
 TEMPORARY = {"torchao": (24, 53), "bitsandbytes": (12, 20)}
 MEMORY_SHARE = 0.05  # of the device; below that the time is not worth it
 FULL_UPDATES = ("aten::_fused_adamw_", "aten::_foreach_addcdiv_")
@@ -93,7 +93,7 @@ def _sparsely_graded(case: Case) -> int:
 @contextmanager
 def apply(engine: Engine, options: Options) -> Iterator[None]:
     """Give the engine the package's 8-bit AdamW over the recipe's groups."""
-    from gptoughts.optimisers import attached
+    from gptoughts.engine.optim.factory import attached
 
     with attached(engine, options["package"]):
         yield
@@ -101,7 +101,7 @@ def apply(engine: Engine, options: Options) -> Iterator[None]:
 
 def verify(engine: Engine, sight: Sight, options: Options) -> Evidence:
     """The moments of every parameter that is large enough are 8-bit codes, no float32 update ran, and weights moved."""
-    from gptoughts.lowbit import bytes_of, in_eight_bits, packs
+    from gptoughts.engine.optim.low_bit import bytes_of, in_eight_bits, packs
 
     held = [(parameter, state) for parameter, state in engine.optimizer.state.items() if state] if engine.optimizer else []
     large = [(parameter, state) for parameter, state in held if packs(engine.optimizer, parameter)]

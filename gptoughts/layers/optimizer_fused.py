@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from gptoughts.layer import Case, Engine, Evidence, Layer, Options, Reason, Sight, active, cannot, inactive
+from gptoughts.planning.layer import Case, Engine, Evidence, Layer, Options, Reason, Sight, active, cannot, inactive
 
 FUSED = "aten::_fused_adamw_"
 UNFUSED = ("aten::addcdiv_", "aten::_foreach_addcdiv_")
@@ -24,7 +24,7 @@ def fits(case: Case, options: Options) -> Iterator[Reason]:
 @contextmanager
 def apply(engine: Engine, options: Options) -> Iterator[None]:
     """Build AdamW with torch's fused implementation over the recipe's groups."""
-    from gptoughts.optimisers import attached
+    from gptoughts.engine.optim.factory import attached
 
     with attached(engine, "fused"):
         yield

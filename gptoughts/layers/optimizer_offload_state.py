@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from gptoughts.console import bytes_in_words
-from gptoughts.layer import (
+from gptoughts.planning.layer import (
     Budget,
     Case,
     Engine,
@@ -27,7 +27,7 @@ from gptoughts.layer import (
     inactive,
     would_not_pay,
 )
-from gptoughts.memory_fit import SOURCE, counted, room
+from gptoughts.planning.memory_fit import SOURCE, counted, room
 
 HOST_SHARE = 0.8  # of the machine's memory; the system, the data and Python's own take some too
 
@@ -67,7 +67,7 @@ def memory(case: Case, options: Options, budget: Budget) -> Budget:
 @contextmanager
 def apply(engine: Engine, options: Options) -> Iterator[None]:
     """Stand between the engine and the AdamW that the optimizer slot made."""
-    from gptoughts.host_state import OnHost
+    from gptoughts.layers.support.cpu_optimizer import OnHost
 
     before = engine.optimizer
     engine.optimizer = OnHost(before, engine.counters.marks)

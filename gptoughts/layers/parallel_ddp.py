@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
-from gptoughts.layer import Budget, Case, Engine, Evidence, Layer, Options, Reason, Sight, active, cannot, inactive
+from gptoughts.planning.layer import Budget, Case, Engine, Evidence, Layer, Options, Reason, Sight, active, cannot, inactive
 
 
 def fits(case: Case, options: Options) -> Iterator[Reason]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from gptoughts.layer import (
+from gptoughts.planning.layer import (
     Budget,
     Case,
     Engine,
@@ -24,7 +24,7 @@ from gptoughts.layer import (
     unproven,
     would_not_pay,
 )
-from gptoughts.products import dtypes
+from gptoughts.planning.matmul_dtypes import dtypes
 
 BF16_CPU = ("avx512_bf16", "amx_bf16", "bf16")
 SMALLEST_CPU_WIDTH = 256

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from gptoughts.errors import RunError
-from gptoughts.layer import (
+from gptoughts.planning.layer import (
     Budget,
     Case,
     Engine,
@@ -31,7 +31,7 @@ from gptoughts.layer import (
     unproven,
     would_not_pay,
 )
-from gptoughts.products import dtypes
+from gptoughts.planning.matmul_dtypes import dtypes
 
 NAME = "fp16"
 SKIPPED = "fp16 skipped"
@@ -68,7 +68,7 @@ def apply(engine: Engine, options: Options) -> Iterator[None]:
     """Autocast around forwards, scale around `backward`, divide before `clip`, and `step` only where the gradients are finite."""
     import torch
 
-    from gptoughts.switches import reduced_sums
+    from gptoughts.layers.support.matmul_flags import reduced_sums
 
     def autocast() -> torch.autocast:
         return torch.autocast(engine.device.type, dtype=torch.float16)

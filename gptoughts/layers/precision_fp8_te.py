@@ -20,7 +20,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from gptoughts.errors import LayerError
-from gptoughts.layer import (
+from gptoughts.planning.layer import (
     Budget,
     Case,
     Engine,
@@ -36,7 +36,7 @@ from gptoughts.layer import (
     unproven,
     would_not_pay,
 )
-from gptoughts.products import fp8_launches
+from gptoughts.planning.matmul_dtypes import fp8_launches
 
 NAME = "fp8-te"
 # Below this the gain over eager bf16 is at most 1.15, which compiled blocks give bf16 without FP8.
@@ -108,7 +108,7 @@ def memory(case: Case, options: Options, budget: Budget) -> Budget:
 @contextmanager
 def apply(engine: Engine, options: Options) -> Iterator[None]:
     """Send the forward of every fitting site through a Transformer Engine module that computes with the model's own parameters."""
-    from gptoughts.fused_fp8 import Fused, transformer_engine
+    from gptoughts.layers.support.transformer_engine import Fused, transformer_engine
 
     te, recipes = transformer_engine()
     kind, multiple = SCALINGS[options["scaling"]], MULTIPLES[options["scaling"]]
@@ -138,7 +138,7 @@ def apply(engine: Engine, options: Options) -> Iterator[None]:
 
 def sites_of(engine: Engine) -> tuple[list[Any], Mapping[str, int]]:
     """Places for modules, the family's own fused ones where it offers them, and what else multiplies in the blocks."""
-    from gptoughts.models.fusion import linear_sites, projections
+    from gptoughts.models.kernels.fusion import linear_sites, projections
 
     if engine.family.sites is not None:
         return engine.family.sites(engine.bare), {}

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from gptoughts.errors import LayerError
-from gptoughts.layer import (
+from gptoughts.planning.layer import (
     Budget,
     Case,
     Engine,
@@ -32,7 +32,7 @@ from gptoughts.layer import (
     unproven,
     would_not_pay,
 )
-from gptoughts.products import SCALED, emulated, fp8_launches, scaled
+from gptoughts.planning.matmul_dtypes import SCALED, emulated, fp8_launches, scaled
 
 NAME = "fp8-torchao"
 MULTIPLE = 16
@@ -109,8 +109,8 @@ def apply(engine: Engine, options: Options) -> Iterator[None]:
     """Swap the projections in the blocks, and autocast what stands around them to bf16."""
     import torch
 
-    from gptoughts.lowbit import quantise_projections, torchao_float8
-    from gptoughts.models.fusion import projections
+    from gptoughts.engine.optim.low_bit import quantise_projections, torchao_float8
+    from gptoughts.models.kernels.fusion import projections
 
     torchao_float8()
     found = projections(engine.bare, engine.blocks)
@@ -139,8 +139,8 @@ def left(counts) -> str:  # type: ignore[no-untyped-def]
 
 def verify(engine: Engine, sight: Sight, options: Options) -> Evidence:
     """Every projection that fits is converted, and 8-bit products ran, one forward and two backward, on a GPU by such kernels."""
-    from gptoughts.lowbit import is_quantised
-    from gptoughts.models.fusion import projections
+    from gptoughts.engine.optim.low_bit import is_quantised
+    from gptoughts.models.kernels.fusion import projections
 
     found = projections(engine.bare, engine.blocks)
     fitting, odd = found.split(MULTIPLE)

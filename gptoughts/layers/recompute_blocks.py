@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-from gptoughts.kernel_names import attention_forwards
-from gptoughts.layer import (
+from gptoughts.planning.kernel_names import attention_forwards
+from gptoughts.planning.layer import (
     Budget,
     Case,
     Engine,
@@ -26,7 +26,7 @@ from gptoughts.layer import (
     unproven,
     would_not_pay,
 )
-from gptoughts.memory_fit import SOURCE, room
+from gptoughts.planning.memory_fit import SOURCE, room
 
 
 def fits(case: Case, options: Options) -> Iterator[Reason]:

@@ -1,7 +1,7 @@
 """Keeps what is dear to compute again, the outputs of matmuls and attention, and computes norms, activations and rotary again.
 
 Takes about a third off the activations for a few per cent of the work, where `recompute-blocks` takes most of them for a third more (a
-tiny GPT in float32 keeps 61 % of all bytes, whole blocks 27 %, logits included: tests/test_memory_layers.py). `keep = "attention"` keeps
+tiny GPT in float32 keeps 61 % of all bytes, whole blocks 27 %, logits included: tests/layers/test_memory_layers.py). `keep = "attention"` keeps
 only attention's outputs: nearly as little memory as whole blocks (30 %), without attention's second forward. It hurts where the
 activations would have fitted, and in eager mode, where every operator of a block passes through Python. Compiled blocks are told the same
 and decide the rest themselves. The gradient is bit for bit the same. What it gains on a GPU was not measured.
@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
-from gptoughts.layer import (
+from gptoughts.planning.layer import (
     Budget,
     Case,
     Engine,
@@ -33,7 +33,7 @@ from gptoughts.layer import (
     unproven,
     would_not_pay,
 )
-from gptoughts.memory_fit import SOURCE, room
+from gptoughts.planning.memory_fit import SOURCE, room
 
 # By the operator's name without its overload. Products of two activations (bmm) are left out: attention written out makes T x T of them.
 PRODUCT_NAMES = ("aten::mm", "aten::addmm", "aten::_scaled_mm", "aten::_grouped_mm", "aten::_scaled_grouped_mm")

@@ -15,7 +15,7 @@ from typing import Any
 
 from gptoughts.console import bytes_in_words
 from gptoughts.errors import LayerError
-from gptoughts.layer import (
+from gptoughts.planning.layer import (
     Budget,
     Case,
     Engine,
@@ -29,7 +29,7 @@ from gptoughts.layer import (
     inactive,
     would_not_pay,
 )
-from gptoughts.memory_fit import SOURCE, counted, memory_of_rank
+from gptoughts.planning.memory_fit import SOURCE, counted, memory_of_rank
 
 MEMORY_SHARE = 0.05  # of the device; below that the gradients are not worth the order of things
 LEFT = "in-backward: gradients left"
@@ -106,7 +106,7 @@ class _Updates:
         """The hook for parameters of `group`: once a parameter's gradient is complete, tied uses and all."""
         import torch
 
-        from gptoughts.optim import step_one
+        from gptoughts.engine.optim.schedule_and_groups import step_one
 
         def update(parameter: Any) -> None:
             self.norms.append(torch.linalg.vector_norm(parameter.grad.detach()))
@@ -128,7 +128,7 @@ def _only_one(last: bool) -> AbstractContextManager[None]:
 
 def verify(engine: Engine, sight: Sight, options: Options) -> Evidence:
     """One update per parameter during the backward, no gradient left after it, and weights that moved."""
-    from gptoughts.optimisers import covered
+    from gptoughts.engine.optim.factory import covered
 
     known, given = covered(engine.optimizer) if engine.optimizer else (0, 0)
     done, left = sight.marks.get("in-backward", 0), sight.marks.get(LEFT, 0)

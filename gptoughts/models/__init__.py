@@ -1,1 +1,1 @@
-"""Architectures. `family` is the port that each of them offers; `gpt` is the native one."""
+"""Architectures: native GPT and LLaDA, Hugging Face models, adapters, kernels."""

@@ -15,11 +15,11 @@ from typing import Literal, Protocol
 import torch
 import torch.nn as nn
 
-from gptoughts.config import ModelConfig
+from gptoughts.config.loader import ModelConfig
 from gptoughts.errors import ConfigError, nearest
-from gptoughts.models.fusion import Site, gpt_sites
-from gptoughts.models.gpt import GPT, Attention, AttentionFunction
-from gptoughts.models.packing import MASKS, MaskForm
+from gptoughts.models.gpt.gpt import GPT, Attention, AttentionFunction
+from gptoughts.models.gpt.masks import MASKS, MaskForm
+from gptoughts.models.kernels.fusion import Site, gpt_sites
 
 Undo = Callable[[], None]
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.chat_parts import FAMILIES, folder_of
+from tests.support.chat_parts import FAMILIES, folder_of
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from gptoughts.data import batches as module
 from gptoughts.data.batches import IGNORED, Batches, Cursor, eval_batches, samples_in
 from gptoughts.data.order import permuted
-from gptoughts.data.shards import Index, Shard, Split, Stream
+from gptoughts.data.text.shards import Index, Shard, Split, Stream
 from gptoughts.errors import DataError
 
 EOT = 60_000

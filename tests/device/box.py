@@ -8,7 +8,7 @@ import subprocess
 from dataclasses import asdict
 from typing import Any
 
-from gptoughts.machine import Machine, probe
+from gptoughts.hardware.machine import Machine, probe
 
 CLOCKS = {"sm_mhz": "NVML_CLOCK_SM", "memory_mhz": "NVML_CLOCK_MEM"}
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from gptoughts.errors import GptoughtsError, PlanError
-from gptoughts.layer import Case, Layer, Sight, Status
+from gptoughts.hardware.machine import World, probe
 from gptoughts.layers import CATALOG
-from gptoughts.machine import World, probe
+from gptoughts.planning.layer import Case, Layer, Sight, Status
 from tests.device.kept import Deadline, Kept
 
 FAMILIES = ("modern", "llama", "llada", "deepseek", "bert", "gpt2")
@@ -38,9 +38,9 @@ def on_gpu() -> bool:
 
 @cache
 def engines() -> Any:
-    """tests.engines with models as large as fused kernels want them: head width 64, widths that are multiples of 16, 128 tokens."""
-    from tests import engines as small
-    from tests.models.hf_configs import write_config
+    """tests.support.engines with models as large as fused kernels want them: head width 64, widths that are multiples of 16, 128 tokens."""
+    from tests.models.hf.hf_configs import write_config
+    from tests.support import engines as small
 
     if not on_gpu():
         return small
@@ -68,9 +68,9 @@ def engines() -> Any:
 
 @cache
 def tables() -> Any:
-    """tests.test_layers, whose tables say which other layers a proof needs; loaded after the engines have their size."""
+    """tests.layers.test_contract, whose tables say which other layers a proof needs; loaded after the engines have their size."""
     engines()
-    from tests import test_layers
+    from tests.layers import test_contract as test_layers
 
     return test_layers
 
@@ -87,9 +87,9 @@ def demanded(layer: Layer) -> dict[str, str]:
 
 def plan_of(recipe: Any, layers: Mapping[str, Any]) -> Any:
     """Baselines with `layers` demanded, under the variables of this process. Raises PlanError with the reasons."""
-    from gptoughts.facts import facts_for
-    from gptoughts.planner import resolve
-    from gptoughts.profile import Match, Profile
+    from gptoughts.config.model_spec import facts_for
+    from gptoughts.planning.profile import Match, Profile
+    from gptoughts.planning.resolve import resolve
 
     bare = Profile("bare", "", False, Match(), {}, "the test")
     variables = dict(os.environ)
@@ -101,7 +101,7 @@ def engine_of(recipe: Any, plan: Any) -> Iterator[Any]:
     """The engine of `plan` on the device of this box."""
     import torch
 
-    from gptoughts.distributed import Ranks
+    from gptoughts.engine.distributed.ranks import Ranks
 
     device = torch.device("cuda", 0) if on_gpu() else torch.device("cpu")
     with engines().engine_of(recipe, plan, ranks=Ranks(World(), device)) as engine:
@@ -188,7 +188,7 @@ def _missed(layer: Layer, options: Any, family: str, plan: Any, plain: Plain, ro
 
 
 def _case(family: str) -> Case:
-    from gptoughts.facts import facts_for
+    from gptoughts.config.model_spec import facts_for
 
     recipe = engines().recipe_of(family)
     return Case(probe(), facts_for(recipe), recipe, World())
@@ -198,10 +198,10 @@ def profile_row(family: str) -> dict[str, Any]:
     """Every layer of the plan that `--profile auto` makes for the family, together in one step."""
     import torch
 
-    from gptoughts import prove
-    from gptoughts.facts import facts_for
-    from gptoughts.planner import resolve
-    from gptoughts.profile import pick
+    from gptoughts.config.model_spec import facts_for
+    from gptoughts.planning.profile import pick
+    from gptoughts.planning.resolve import resolve
+    from gptoughts.run import evidence as prove
 
     recipe, here, variables = engines().recipe_of(family), probe(), dict(os.environ)
     torch._dynamo.reset()
@@ -230,8 +230,8 @@ def variables() -> dict[str, str]:
 
 
 def _bare_case() -> Case:
-    from gptoughts.config import load
-    from gptoughts.facts import facts_for
+    from gptoughts.config.loader import load
+    from gptoughts.config.model_spec import facts_for
 
     recipe = load("quickstart").recipe
     return Case(probe(), facts_for(recipe), recipe, World())

@@ -12,20 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptoughts import prove
 from gptoughts.api import Setting, decide
-from gptoughts.build import built
-from gptoughts.callbacks import Log
 from gptoughts.console import Silent
-from gptoughts.distributed import Ranks
-from gptoughts.engine import Engine
+from gptoughts.engine.distributed.ranks import Ranks
+from gptoughts.engine.engine import Engine
+from gptoughts.engine.objectives.base import NextToken
+from gptoughts.engine.trainer import Progress, advance, train
+from gptoughts.hardware.machine import World
 from gptoughts.layers import CATALOG
-from gptoughts.machine import World
-from gptoughts.mfu import utilisation
 from gptoughts.models.family import Family, family_of
-from gptoughts.models.source import meta_model
-from gptoughts.objectives import NextToken
-from gptoughts.trainer import Progress, advance, train
+from gptoughts.models.sources import meta_model
+from gptoughts.run import evidence as prove
+from gptoughts.run.build import built
+from gptoughts.run.callbacks import Log
+from gptoughts.run.throughput import utilisation
 from tests.device.serving import Channel, served, settle, timed
 from tests.device.text import windows
 
@@ -80,7 +80,7 @@ def family_for(setting: Setting) -> Family:
     recipe = setting.resolved.recipe
     if recipe.model.family != "hf":
         return family_of(recipe.model.family)
-    from gptoughts.models.hf import hf_family
+    from gptoughts.models.hf.family import hf_family
 
     return hf_family(recipe.model, "causal")
 
@@ -187,7 +187,7 @@ def described(setting: Setting, engine: Engine) -> dict[str, Any]:
 
 
 def _facts(setting: Setting) -> Any:
-    from gptoughts.facts import facts_for
+    from gptoughts.config.model_spec import facts_for
 
     return facts_for(setting.resolved.recipe)
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from gptoughts.gpus import peaks
+from gptoughts.hardware.peak_flops import peaks
 from gptoughts.layers import CATALOG
 from tests.device.contract import FAMILIES
 from tests.device.kept import folder, write

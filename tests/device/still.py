@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-from gptoughts.cli import main
+from gptoughts.cli.main import main
 
 if __name__ == "__main__":
     torch.use_deterministic_algorithms(True)

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from gptoughts.config import ModelConfig
+from gptoughts.config.loader import ModelConfig
 from gptoughts.models.family import family_of, initialise
-from gptoughts.models.gpt import GPT
+from gptoughts.models.gpt.gpt import GPT
 
 GPT2 = {"norm": "layernorm", "positions": "learned", "mlp": "gelu", "qk_norm": False, "bias": True}
 MODERN = {"kv_heads": 2}

@@ -11,10 +11,10 @@ import pytest
 import torch
 import torch.nn as nn
 
-from gptoughts.config import ModelConfig
+from gptoughts.config.loader import ModelConfig
 from gptoughts.errors import ConfigError
 from gptoughts.models.family import FAMILIES, Initial, custom_family, draw, family_of, gpt_initial, initialise
-from gptoughts.models.gpt import GPT, math_attention
+from gptoughts.models.gpt.gpt import GPT, math_attention
 
 GPT_FAMILY = FAMILIES["gpt"]
 MakeModel = Callable[..., GPT]

@@ -1,0 +1,34 @@
+"""`gptoughts data show`: the samples that a recipe would train on, decoded, with the learnt tokens marked."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+
+from gptoughts.config.loader import load
+from gptoughts.config.resolve import settled
+from gptoughts.errors import ConfigError
+
+
+def show(recipe: str | None, fields: Mapping[str, str], layers: Mapping[str, str], count: int = 3) -> int:
+    """Print the first `count` samples in the order of the recipe's seed, and what the splits hold. Raises ConfigError, DataError."""
+    if layers:
+        raise ConfigError(f"data show runs nothing: --layer.{next(iter(layers))} has no meaning here")
+    from gptoughts.data.chat.marking import MARKS, Style, first_rows, said, shown, totals
+    from gptoughts.data.corpus import opened
+
+    resolved = settled(load(recipe or "quickstart", fields)).recipe
+    corpus = opened(resolved)
+    style: Style = "colour" if sys.stdout.isatty() and "NO_COLOR" not in os.environ else "brackets"
+    begin, end = MARKS[style]
+    print(
+        f"recipe {resolved.name}, data {resolved.data.path} ({resolved.data.format}); {begin}learnt tokens look like this{end}"
+    )
+    for number, row in enumerate(first_rows(corpus, resolved, count), 1):
+        print(f"--- sample {number}: {said(row)}")
+        print(shown(corpus.tokenizer, row, style))
+    print("---")
+    for line in totals(corpus, resolved):
+        print(line)
+    return 0

@@ -1,0 +1,195 @@
+"""`gptoughts eval`: loss and perplexity over a whole split, a likelihood bound for masked diffusion, SQuAD's figures."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gptoughts.data.corpus import TextCorpus
+    from gptoughts.inference.load import Loaded
+
+LONGEST_WINDOW = 1024
+"""Tokens of context for a folder that names none of its own."""
+
+
+def perplexity(checkpoint: str, data: str | None, split: str, batch: int, length: int | None, as_json: bool) -> int:
+    """Print nats per token, perplexity and bits per token over every label of the split."""
+    from gptoughts.data.batches import eval_batches
+    from gptoughts.errors import ConfigError
+    from gptoughts.inference.eval.perplexity import mean_loss
+    from gptoughts.inference.load import load
+
+    loaded = load(checkpoint)
+    if loaded.recipe.objective != "next-token":
+        verb = {"masked-diffusion": "likelihood", "question-answering": "squad"}.get(loaded.recipe.objective)
+        told = f"\n  try: gptoughts eval {verb}" if verb else ""
+        raise ConfigError(f"{loaded.folder} learnt {loaded.recipe.objective}; perplexity belongs to next-token models{told}")
+    most = loaded.recipe.data.sequence_length
+    if length is not None and length > most:
+        raise ConfigError(f"--length {length}: {loaded.folder} has a context of {most} tokens")
+    # A folder names the longest context that it has positions for; a whole row of logits of it would not fit.
+    sequence_length = length or (most if loaded.step is not None else min(most, LONGEST_WINDOW))
+    corpus = corpus_of(loaded, data, split, sequence_length)
+    loaded.engine.micro_batch = batch
+    stream = corpus.shards.split(split)
+    loss, labels = mean_loss(loaded.engine, eval_batches(stream, sequence_length, batch, vocab_size=loaded.parts.rows))
+    unigram = corpus.shards.index.splits[split].unigram_entropy
+    figures = {
+        "loss": loss,
+        "perplexity": math.exp(loss),
+        "bits_per_token": loss / math.log(2),
+        "labels": labels,
+        "unigram_entropy": unigram,
+    }
+    if as_json:
+        print(json.dumps({"checkpoint": str(loaded.folder), "step": loaded.step, "split": split, **figures}, indent=1))
+        return 0
+    print(f"{named(loaded)}, split {split} of {corpus.folder}: {labels:,} labels")
+    print(
+        f"loss {loss:.4f} nats per token, perplexity {math.exp(loss):.2f}, {loss / math.log(2):.3f} bits per token; "
+        f"unigram entropy {unigram:.4f}"
+    )
+    return 0
+
+
+def compare(checkpoint: str, other: str, data: str, batch: int, length: int | None, windows: int | None, as_json: bool) -> int:
+    """Print how much better OTHER predicts the whole text than CHECKPOINT, with a 95 % bootstrap interval over paired windows."""
+    from gptoughts.data.batches import eval_batches
+    from gptoughts.errors import ConfigError, DataError
+    from gptoughts.inference.eval.comparison import difference, window_losses
+    from gptoughts.inference.load import load
+
+    losses, hashes = [], []
+    for name in (checkpoint, other):
+        loaded = load(name)
+        if loaded.recipe.objective != "next-token":
+            raise ConfigError(f"{loaded.folder} learnt {loaded.recipe.objective}; only next-token models are compared")
+        size = length or min(loaded.recipe.data.sequence_length, LONGEST_WINDOW)
+        stream = corpus_of(loaded, data, "train", size, {"val_fraction": 0.0}).shards.split("train")
+        limit = None if windows is None else -(-windows // batch)
+        losses.append(
+            window_losses(loaded.engine, eval_batches(stream, size, batch, limit=limit, vocab_size=loaded.parts.rows))
+        )
+        hashes.append(loaded.tokenizer.hash)
+    if hashes[0] != hashes[1] or len(losses[0]) != len(losses[1]):
+        raise DataError(
+            f"{checkpoint} and {other} cut text into other tokens or windows; give --length, and models of one tokenizer"
+        )
+    found = difference(losses[0], losses[1])
+    if as_json:
+        print(json.dumps({"first": losses[0].mean(), "second": losses[1].mean(), **vars(found)}, indent=1))
+        return 0
+    print(f"{checkpoint}  {losses[0].mean():.4f} nats per token over {found.windows:,} windows of {data}")
+    print(f"{other}  {losses[1].mean():.4f}")
+    print(f"difference  {found.mean:+.4f}, 95 % bootstrap interval {found.low:+.4f} to {found.high:+.4f}")
+    return 0
+
+
+def named(loaded: Loaded) -> str:
+    """The checkpoint with its step, where it has one."""
+    return f"{loaded.folder}, step {loaded.step}" if loaded.step is not None else str(loaded.folder)
+
+
+def corpus_of(
+    loaded: Loaded, data: str | None, split: str, length: int | None, more: Mapping[str, Any] | None = None
+) -> TextCorpus:
+    """The text that the checkpoint is evaluated on, cut by its own tokenizer. Raises DataError, ConfigError."""
+    from gptoughts.data.corpus import text_corpus
+    from gptoughts.errors import ConfigError, DataError, nearest
+
+    settings = loaded.recipe.data
+    if data is None and (loaded.step is None or settings.format != "text"):
+        raise ConfigError(f"{loaded.folder} was not trained on text of its own\n  try: --data FILE")
+    if data is not None:
+        settings = settings.model_copy(update={"path": data, "format": "text", **(more or {})})
+        if settings.tokenizer != "gpt2" and loaded.step is not None:
+            # New text is cut into tokens as the checkpoint was, whatever its own vocabulary would have been.
+            settings = settings.model_copy(update={"tokenizer": str(loaded.folder / "tokenizer")})
+    if length is not None:
+        settings = settings.model_copy(update={"sequence_length": length})
+    corpus = text_corpus(settings)
+    if corpus.tokenizer.hash != loaded.tokenizer.hash:
+        raise DataError(
+            f"{corpus.folder} was cut by another tokenizer than {loaded.folder}\n  try: --data with the text itself"
+        )
+    if split not in corpus.shards.index.splits:
+        known = list(corpus.shards.index.splits)
+        raise DataError(f"--split {split!r}: not in {corpus.folder}{nearest(split, known)}; there are {', '.join(known)}")
+    return corpus
+
+
+def likelihood(
+    checkpoint: str,
+    data: str | None,
+    split: str,
+    batch: int,
+    length: int | None,
+    draws: int,
+    windows: int | None,
+    as_json: bool,
+) -> int:
+    """Print an upper bound on the nats of the split under a masked-diffusion model, with its standard error."""
+    from gptoughts.errors import ConfigError
+    from gptoughts.inference.eval.likelihood import text_bound
+    from gptoughts.inference.load import load, reading
+
+    loaded = load(checkpoint)
+    if loaded.mask_id is None:
+        raise ConfigError(f"{loaded.folder} predicts the next token and has no mask\n  try: gptoughts eval perplexity")
+    corpus = corpus_of(loaded, data, split, length)
+    stream = corpus.shards.split(split)
+    ids = stream.window(0, len(stream))
+    with reading(loaded):
+        found = text_bound(loaded.model, ids, loaded.mask_id, draws, loaded.recipe.seed, length, windows, batch)  # type: ignore[arg-type]
+    nats, error = found.per(found.tokens)
+    unigram = corpus.shards.index.splits[split].unigram_entropy
+    figures = {
+        "nats_per_token": nats,
+        "standard_error": error,
+        "tokens": found.tokens,
+        "draws": draws,
+        "unigram_entropy": unigram,
+    }
+    if as_json:
+        print(json.dumps({"checkpoint": str(loaded.folder), "step": loaded.step, "split": split, **figures}, indent=1))
+        return 0
+    print(f"{named(loaded)}, split {split} of {corpus.folder}: {found.tokens:,} tokens, {draws} maskings a window")
+    print(f"at most {nats:.4f} +- {error:.4f} nats per token (an upper bound); unigram entropy {unigram:.4f}")
+    return 0
+
+
+def squad(checkpoint: str, data: str | None, threshold: float | None, batch: int, out: str | None, as_json: bool) -> int:
+    """Print exact match and F1 as the official script counts them; with `out`, write predictions that it reads."""
+    from gptoughts.data.squad.examples import prepare_squad
+    from gptoughts.errors import ConfigError
+    from gptoughts.inference.eval.squad import evaluate
+    from gptoughts.inference.load import load
+
+    loaded = load(checkpoint)
+    if loaded.recipe.objective != "question-answering":
+        raise ConfigError(f"{loaded.folder} learnt {loaded.recipe.objective}, not question answering")
+    settings = loaded.recipe.data
+    if loaded.step is not None:
+        settings = settings.model_copy(update={"tokenizer": str(loaded.folder / "tokenizer")})
+    elif data is None:
+        raise ConfigError(f"{loaded.folder} names no questions of its own\n  try: --data FILE")
+    if data is not None:
+        settings = settings.model_copy(update={"path": data, "val_path": None, "val_fraction": 0.0})
+    tables, questions = prepare_squad(settings, settings.tokenizer)
+    split = "train" if data is not None else "val"
+    if split not in tables:
+        raise ConfigError(f"{loaded.folder} was trained without questions for validation\n  try: --data FILE")
+    loaded.engine.micro_batch = batch
+    figures = evaluate(loaded.engine, tables[split], questions[split], threshold=threshold, out=out)
+    if as_json:
+        print(json.dumps({"checkpoint": str(loaded.folder), "step": loaded.step, **figures}, indent=1))
+        return 0
+    print(f"{named(loaded)}: {len(questions[split].asked):,} questions of {data or settings.path}")
+    print("  ".join(f"{name} {value:.2f}" for name, value in figures.items()))
+    if out is not None:
+        print(f"predictions in {Path(out) / 'predictions.json'}")
+    return 0

@@ -1,0 +1,195 @@
+"""`gptoughts generate`: text from a checkpoint, an exported folder or an adapter, printed as it is written."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+TOKENS = 200
+"""What a model that writes token by token writes unasked."""
+
+
+def generate(
+    checkpoint: str,
+    prompt: Sequence[str],
+    tokens: int | None,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    seed: int,
+    chat: bool,
+    base: str | None,
+    steps: int | None,
+    block_length: int | None,
+    remasking: str | None,
+    guidance: float | None,
+    memory: float | None,
+    offload: str | None,
+) -> int:
+    """Continue each prompt; `-` stands for what comes on standard input, no prompt for an empty one."""
+    from gptoughts.errors import ConfigError
+    from gptoughts.inference.generate.write import write
+    from gptoughts.inference.load import load, reading
+
+    given = {"steps": steps, "block_length": block_length, "remasking": remasking, "guidance": guidance}
+    diffusion = {key: value for key, value in given.items() if value is not None}
+    stack = ExitStack()
+    if memory is not None or offload is not None:
+        if base is not None:
+            raise ConfigError("--base and --offload do not go together; merge the adapter first: gptoughts export")
+        model, tokenizer, recipe, folder, mask_id = offloaded(checkpoint, memory, offload)
+    else:
+        loaded = load(checkpoint, base=base)
+        model, tokenizer, recipe, folder, mask_id = (
+            loaded.model, loaded.tokenizer, loaded.recipe, loaded.folder, loaded.mask_id,
+        )  # fmt: skip
+        stack.enter_context(reading(loaded))
+    sample = {"temperature": temperature, "top_k": top_k} | ({} if tokens is None else {"tokens": tokens})
+    recipe = asked(recipe, sample, diffusion, mask_id)
+    texts = [sys.stdin.read() if text == "-" else text for text in prompt] or [""]
+    if chat:
+        prompts, stops = turns(checkpoint, folder, recipe, texts)
+    else:
+        prompts, stops = begun(tokenizer, recipe, texts), set()
+    stops |= noted_ends(places_of(folder, recipe))
+    check_room(model, recipe, mask_id, prompts, chat)
+    shown = -1
+
+    def on_text(index: int, piece: str) -> None:
+        nonlocal shown
+        if index != shown:
+            if shown >= 0:
+                print("\n" + "-" * 40)
+            print(f"> {texts[index]}\n" if chat else texts[index], end="")
+            shown = index
+        print(piece, end="", flush=True)
+
+    with stack:
+        write(model, tokenizer, prompts, recipe, mask_id, top_p, seed, on_text, stops)
+    print()
+    return 0
+
+
+def offloaded(name: str, memory_gib: float | None, offload: str | None) -> tuple[Any, Any, Any, Path, None]:
+    """Model, tokenizer, recipe, folder and no mask of a model that is spread over memories. Raises CheckpointError, ConfigError."""
+    from gptoughts.config.model_path import folder_of
+    from gptoughts.data.tokenizers.tokenizer import bpe_from_files
+    from gptoughts.errors import CheckpointError, ConfigError
+    from gptoughts.inference.generate.offloaded import opened
+    from gptoughts.inference.load import exported_recipe, find
+
+    place, run = Path(name).expanduser(), Path("checkpoints") / name
+    ours = (run.is_dir() and not place.exists()) or any(place.glob("step-*")) or (place / "state.json").is_file()
+    folder = find(name) if ours else place
+    if ours or (folder / "adapter_config.json").is_file():
+        raise CheckpointError(
+            f"{folder}: only whole models in transformers' layout are offloaded\n  try: gptoughts export {name} --to DIR"
+        )
+    folder = folder_of(name)
+    recipe = exported_recipe(folder, None)
+    if recipe.model.family != "hf" or recipe.objective != "next-token":
+        raise ConfigError(
+            f"{folder}: only models of transformers that predict the next token are offloaded\n  try: leave out --memory and --offload"
+        )
+    return opened(folder, memory_gib, offload), bpe_from_files(recipe.data.tokenizer), recipe, folder, None
+
+
+def places_of(folder: Path, recipe: Any) -> list[Path]:
+    """Where the files beside weights may lie: a checkpoint keeps a tokenizer/ and a base/, a model's own folder has them itself."""
+    names = (recipe.model.path, recipe.data.tokenizer)
+    named = [Path(name).expanduser() for name in names if name and name not in ("bytes", "chars", "gpt2", "bpe")]
+    return [folder / "tokenizer", folder / "base", folder, *(path.parent if path.is_file() else path for path in named)]
+
+
+def turns(name: str, folder: Path, recipe: Any, texts: list[str]) -> tuple[list[list[int]], set[int]]:
+    """The ids of users' turns in the model's chat template, up to where the answer begins, and the ids that end an answer.
+
+    Raises ConfigError for a model without a template, DataError.
+    """
+    from gptoughts.data.chat.answers import prompt, stops
+    from gptoughts.data.chat.template import templates_in
+    from gptoughts.data.chat.tokenizer import ChatTokenizer
+    from gptoughts.errors import ConfigError
+
+    for place in places_of(folder, recipe):
+        written = place / "chat_template.jinja"
+        if (place / "tokenizer.json").is_file() and templates_in(place):
+            chat = ChatTokenizer.open(place)
+        elif written.is_file():
+            chat = ChatTokenizer.open(recipe.data.tokenizer, str(written))
+        else:
+            continue
+        return [prompt(chat, [{"role": "user", "content": text}]).tolist() for text in texts], stops(chat)
+    raise ConfigError(f"{name} has no chat template; leave --chat out, or train it on conversations: --data.format chat")
+
+
+def begun(tokenizer: Any, recipe: Any, texts: list[str]) -> list[list[int]]:
+    """The ids of texts, behind the begin-of-text that a Hugging Face model's tokenizer puts before a text.
+
+    Our own training writes none; models that learnt with one write worse without it, or nothing of use.
+    """
+    from gptoughts.data.tokenizers.tokenizer import JsonTokenizer
+
+    opening: list[int] = []
+    if recipe.model.family == "hf" and isinstance(tokenizer, JsonTokenizer):
+        encoding = tokenizer.library.encode("a", add_special_tokens=True)
+        pairs = zip(encoding.ids, encoding.special_tokens_mask, strict=True)
+        opening = [index for index, _ in takewhile(lambda pair: pair[1], pairs)]
+    return [[*opening, *tokenizer.encode(text).tolist()] for text in texts]
+
+
+def noted_ends(places: list[Path]) -> set[int]:
+    """The ids that end a text by the first generation_config.json in these places. Raises DataError."""
+    from gptoughts.data.chat.template import read_json
+    from gptoughts.errors import DataError
+
+    path = next((place / "generation_config.json" for place in places if (place / "generation_config.json").is_file()), None)
+    noted = None if path is None else read_json(path).get("eos_token_id")
+    ids = noted if isinstance(noted, list) else [] if noted is None else [noted]
+    if not all(isinstance(index, int) for index in ids):
+        raise DataError(f"{path}: eos_token_id must be a number or a list of numbers, found {noted!r}")
+    return set(ids)
+
+
+def check_room(model: Any, recipe: Any, mask_id: int | None, prompts: list[list[int]], chat: bool) -> None:
+    """Say on standard error which prompts lose their beginning. Raises DataError for a chat, whose beginning holds its template,
+    and ConfigError where denoising is to write more than the model has places for.
+    """
+    from gptoughts.errors import DataError
+    from gptoughts.inference.generate.write import require_context, room
+
+    if mask_id is not None:
+        require_context(recipe.sample.tokens, int(model.sequence_length), "--tokens")
+    free = room(model, recipe, mask_id)
+    beside = "" if mask_id is None else f" beside {recipe.sample.tokens:,} new ones"
+    for number, ids in enumerate(prompts, 1):
+        if len(ids) <= free:
+            continue
+        said = f"prompt {number} has {len(ids):,} tokens, and the model reads {free:,}{beside}"
+        if chat:
+            raise DataError(f"{said}; shorten it{', or write fewer: --tokens' if beside else ''}")
+        print(f"note: {said}: its beginning is left out", file=sys.stderr, flush=True)
+
+
+def asked(recipe: Any, sample: dict[str, Any], diffusion: dict[str, Any], mask_id: int | None) -> Any:
+    """The recipe with the sampling that was asked for. Raises ConfigError for denoising by a model that does not."""
+    from gptoughts.errors import ConfigError
+
+    if diffusion and mask_id is None:
+        flags = ", ".join(f"--{key.replace('_', '-')}" for key in diffusion)
+        raise ConfigError(f"{flags}: only masked-diffusion models denoise; this one writes token by token")
+    if "tokens" not in sample:
+        sample = sample | {"tokens": TOKENS if mask_id is None else fitting(recipe)}
+    tables = {"sample": recipe.sample.model_copy(update=sample), "diffusion": recipe.diffusion.model_copy(update=diffusion)}
+    return recipe.model_copy(update=tables)
+
+
+def fitting(recipe: Any) -> int:
+    """How many tokens a model that denoises writes unasked: as many as its samples, or half its context where those are more."""
+    context: int = recipe.data.sequence_length
+    wanted: int = recipe.sample.tokens
+    return wanted if wanted <= context else max(1, context // 2)

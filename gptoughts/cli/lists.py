@@ -1,0 +1,86 @@
+"""`gptoughts recipes`, `profiles` and `layers`: what there is, and one of them in full."""
+
+from __future__ import annotations
+
+from gptoughts.api import default_recipe
+from gptoughts.config import loader as config
+from gptoughts.config.model_spec import facts_for
+from gptoughts.errors import ConfigError, PlanError, nearest
+from gptoughts.hardware.machine import World, probe
+from gptoughts.layers import CATALOG
+from gptoughts.planning import profile
+from gptoughts.planning.layer import SLOTS, Case, Kind, Layer
+
+
+def recipes(name: str | None) -> int:
+    """Names and notes, or one recipe's file."""
+    if name is not None:
+        config.load(name)
+        print(config.find_recipe(name).read_text(encoding="utf-8"), end="")
+        return 0
+    notes = {known: config.read_toml(config.PACKAGED_RECIPES / f"{known}.toml") for known in config.recipe_names()}
+    _print([(known, table.get("note", "")) for known, table in notes.items()])
+    return 0
+
+
+def profiles(name: str | None) -> int:
+    """Names and notes with the one that auto takes marked, or one profile's file."""
+    if name is not None:
+        profile.read(name)
+        print(profile.find(name).read_text(encoding="utf-8"), end="")
+        return 0
+    machine = probe()
+    try:
+        taken, said = profile.pick("auto", machine).name, "* is what --profile auto takes on this machine"
+    except PlanError as error:
+        taken, said = "", str(error)
+    known = [profile.read(one) for one in profile.names()]
+    _print(
+        [
+            (f"{'*' if one.name == taken else ' '} {one.name}", one.note + ("" if one.auto else " [by name only]"))
+            for one in known
+        ]
+    )
+    print(said)
+    return 0
+
+
+def layers(name: str | None, markdown: bool) -> int:
+    """One line per layer with its state here, one card, or the whole page."""
+    if markdown:
+        from gptoughts.cli.cards import layers_page
+
+        print(layers_page(CATALOG), end="")
+        return 0
+    if name is not None:
+        if name not in CATALOG:
+            raise ConfigError(f"no layer {name!r}{nearest(name, CATALOG)}; layers: {', '.join(CATALOG)}")
+        from gptoughts.cli.cards import card
+
+        print(card(CATALOG[name]))
+        return 0
+    machine = probe()
+    recipe = config.load(default_recipe(machine)).recipe
+    case = Case(machine, facts_for(recipe), recipe, World())
+    wide, wider = (2 + max(map(len, names)) for names in (SLOTS, CATALOG))
+    for slot in SLOTS:
+        for layer in (layer for layer in CATALOG.values() if layer.slot == slot):
+            print(f"{slot:<{wide}}{layer.name:<{wider}}{_state(layer, case)}")
+    print(f"for {recipe.name} on {machine.label()}; gptoughts layers NAME prints a card")
+    return 0
+
+
+def _state(layer: Layer, case: Case) -> str:
+    if layer.baseline:
+        return "baseline"
+    reasons = layer.unmet(case, layer.read_options({}, layer.name))
+    if not reasons:
+        return "fits"
+    worst = next((reason for reason in reasons if reason.kind is Kind.CANNOT), reasons[0])
+    return f"{worst.kind}: {worst}"
+
+
+def _print(rows: list[tuple[str, str]]) -> None:
+    width = max(len(row[0]) for row in rows)
+    for first, second in rows:
+        print(f"{first:<{width}}  {second}")

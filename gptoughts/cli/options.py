@@ -1,0 +1,211 @@
+"""Flags of the command line: every field of the recipe and every slot has one, and an unknown one is answered with ours."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import import_module
+from typing import Any
+
+import click
+
+from gptoughts.errors import listed, nearest
+
+CONTEXT = {
+    "token_normalize_func": lambda token: token.replace("_", "-"),
+    "help_option_names": ["-h", "--help"],
+    "max_content_width": 120,
+}
+
+
+class Verb(click.Command):
+    """A verb that tells every unknown flag at once, each with the nearest known one."""
+
+    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
+        """As click does. Raises ConfigError for flags that do not exist."""
+        known = {flag: parameter for parameter in self.get_params(context) for flag in parameter.opts if flag.startswith("--")}
+        problems = [f"{flag}: {self.unknown(flag, list(known))}" for flag in _unknown(args, known)]
+        if problems:
+            raise listed(context.command_path, problems)
+        return super().parse_args(context, args)
+
+    def unknown(self, flag: str, known: Sequence[str]) -> str:
+        """Why `flag` is none of `known`."""
+        return f"no such flag{nearest(spelled(flag), known)}"
+
+
+class RecipeVerb(Verb):
+    """A verb that takes a recipe: every field and every slot is a flag, and the help page is grouped by table."""
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        self._own = list(self.params)
+        self._filled = False
+
+    def get_params(self, context: click.Context) -> list[click.Parameter]:
+        """The verb's own parameters, then the recipe's fields, then the layers; made when they are needed."""
+        if not self._filled:
+            self.params = [*self._own, *_field_flags(), *_layer_flags()]
+            self._filled = True
+        return super().get_params(context)
+
+    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
+        """As above; with a plugin, options of its layers are taken unseen, and judged when the plugin has been read."""
+        if any(arg.partition("=")[0] == "--plugin" for arg in args):
+            there = {flag for parameter in self.get_params(context) for flag in parameter.opts}
+            named = {spelled(arg.partition("=")[0]) for arg in args if arg.startswith("--layer.") and arg.count(".") > 1}
+            self.params = [*self.params, *(_layer_flag(flag) for flag in sorted(named - there))]
+        return super().parse_args(context, args)
+
+    def unknown(self, flag: str, known: Sequence[str]) -> str:
+        """Other tools' words first, then the same field of a table, then the nearest."""
+        from gptoughts.config.aliases import our_flag
+
+        flag = spelled(flag)
+        ours, field = our_flag(flag), flag.lstrip("-").rpartition(".")[2]
+        if ours:
+            return f"no such flag; here that is {ours}"
+        tables = [other for other in known if other.endswith(f".{field}") and not other.startswith("--layer.")]
+        return f"no such flag (did you mean {' or '.join(tables)}?)" if tables else f"no such flag{nearest(flag, known)}"
+
+    def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        """One section per table of the recipe, one for layers."""
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(context):
+            row = parameter.get_help_record(context)
+            if row is not None:
+                sections.setdefault(_section(parameter.opts[0]), []).append(row)
+        for title, rows in sections.items():
+            with formatter.section(title):
+                formatter.write_dl(rows)
+
+
+def spelled(flag: str) -> str:
+    """A flag as `--help` spells it: hyphens for underscores."""
+    return flag.replace("_", "-")
+
+
+def split_flags(values: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, str], dict[str, Any]]:
+    """Parsed parameters as (recipe fields, layers and their options, the rest); what was not given is left out of the first two."""
+    parts: dict[str, dict[str, Any]] = {"field": {}, "layer": {}, "": {}}
+    for name, value in values.items():
+        kind, _, key = name.partition("__")
+        if key and value is not None:
+            parts[kind][key.replace("__", ".")] = value
+        elif not key:
+            parts[""][name] = value
+    return parts["field"], parts["layer"], parts[""]
+
+
+def _unknown(args: Sequence[str], known: Mapping[str, click.Parameter]) -> Iterator[str]:
+    """Words that look like flags and are none; a flag's value never does, whatever it looks like."""
+    words = iter(args)
+    for word in words:
+        if word == "--":
+            return
+        flag, equals, _ = word.partition("=")
+        if not flag.startswith("--"):
+            continue
+        parameter = known.get(spelled(flag))
+        if parameter is None:
+            yield flag
+        elif isinstance(parameter, click.Option) and not parameter.is_flag and not equals:
+            next(words, None)
+
+
+def _section(flag: str) -> str:
+    words = flag.lstrip("-").split(".")
+    if words[0] == "layer":
+        return "Layers (gptoughts layers)"
+    return f"Recipe, [{words[0]}]" if len(words) > 1 else "Options"
+
+
+def _field_flags() -> list[click.Option]:
+    from gptoughts.config.recipe import fields, type_word
+
+    return [
+        click.Option([f"--{spelled(key)}", _inner("field", key)], metavar=type_word(annotation), help=description)
+        for key, annotation, description in fields()
+        if key not in ("name", "note")
+    ]
+
+
+def _layer_flags() -> Iterator[click.Option]:
+    from gptoughts.layers import CATALOG
+    from gptoughts.planning.layer import SLOTS
+
+    for slot in SLOTS:
+        layers = [layer for layer in CATALOG.values() if layer.slot == slot]
+        yield _layer_flag(f"--layer.{slot}", "NAME", "|".join(layer.name for layer in layers))
+        options: dict[str, list[str]] = {}
+        values: dict[str, dict[str, None]] = {}  # of all layers that have the option, each once
+        for layer in layers:
+            for name, option in layer.options.items():
+                options.setdefault(name, []).append(f"{layer.name}: {option.help}")
+                values.setdefault(name, {}).update(dict.fromkeys(option.choices or (option.kind.__name__,)))
+        for name, helps in options.items():
+            yield _layer_flag(f"--layer.{slot}.{name}", "|".join(values[name]), "; ".join(helps))
+
+
+def _layer_flag(flag: str, metavar: str = "VALUE", text: str = "") -> click.Option:
+    key = flag.removeprefix("--layer.").replace("-", "_")
+    return click.Option([spelled(flag), _inner("layer", key)], metavar=metavar, help=text)
+
+
+def _inner(kind: str, key: str) -> str:
+    """A dotted key as the identifier that click wants: `field__model__depth`."""
+    return f"{kind}__{key.replace('.', '__')}"
+
+
+class Verbs(click.Group):
+    """The verbs in the order in which a newcomer meets them."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        """As they were added."""
+        return list(self.commands)
+
+    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
+        """No words at all ask for help."""
+        return super().parse_args(context, args or ["--help"])
+
+
+def call(module: str, function: str) -> Callable[..., None]:
+    """A click callback that imports its verb when it is run and leaves with the number that it returns."""
+
+    def run(**values: Any) -> None:
+        verb = getattr(import_module(f"gptoughts.cli.{module}"), function)
+        sys.exit(verb(**values) or 0)
+
+    return run
+
+
+def call_with_recipe(module: str, function: str) -> Callable[..., None]:
+    """As `call`, with the recipe's fields and the layers gathered in `fields` and `layers`."""
+
+    def run(**values: Any) -> None:
+        recipe, layers, rest = split_flags(values)
+        verb = getattr(import_module(f"gptoughts.cli.{module}"), function)
+        sys.exit(verb(fields=recipe, layers=layers, **rest) or 0)
+
+    return run
+
+
+def argument(name: str, **keywords: Any) -> click.Argument:
+    """A word that needs no flag."""
+    return click.Argument([name], **keywords)
+
+
+def option(*names: str, **keywords: Any) -> click.Option:
+    """A flag; its help page shows the default."""
+    if "default" in keywords and keywords["default"] is not None and not keywords.get("is_flag"):
+        keywords.setdefault("show_default", True)
+    return click.Option(list(names), **keywords)
+
+
+def recipe_options() -> list[click.Parameter]:
+    """What every verb that takes a recipe takes."""
+    return [
+        argument("recipe", required=False),
+        option("--profile", default="auto", help="hardware profile by name or path; auto takes the one that matches"),
+        option("--plugin", multiple=True, metavar="FILE.py", help="a file that adds layers, models or objectives"),
+    ]

@@ -1,0 +1,58 @@
+"""`gptoughts tokenize SOURCE --to DIR`: text becomes shards that `train` reads."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from gptoughts.errors import DataError
+
+SHARD_TOKENS = 100_000_000
+
+
+def tokenize(
+    source: str,
+    out: str | Path,
+    *,
+    tokenizer: str | None = None,
+    train_bpe: int | None = None,
+    val_fraction: float = 0.05,
+    val_from: str = "auto",
+    text_key: str = "text",
+    shard_tokens: int = SHARD_TOKENS,
+    processes: int | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Tokenises `source` into the folder `out` and prints what was read, how fast, and the line to train on it.
+
+    Without a tokenizer it is GPT-2's; `train_bpe` asks for a BPE of that vocabulary, trained on the text. Raises DataError.
+    """
+    from gptoughts.data.text.shards import INDEX
+    from gptoughts.data.text.tokenize import tokenise
+
+    if train_bpe is not None and tokenizer not in (None, "bpe"):
+        raise DataError(f"--tokenizer {tokenizer} and --train-bpe {train_bpe} name two tokenizers; give one of them")
+    name = "bpe" if train_bpe is not None else tokenizer or "gpt2"
+    folder = Path(out)
+    there = (folder / INDEX).exists() and not overwrite
+    begun = time.monotonic()
+    index = tokenise(
+        source, name, folder, train_bpe=train_bpe, val_fraction=val_fraction,
+        val_from=val_from, shard_tokens=shard_tokens, processes=processes, text_key=text_key, overwrite=overwrite, progress="console",
+    )  # fmt: skip
+    seconds = time.monotonic() - begun
+    read = index.source
+    size = f", {read['bytes'] / 1e6:.1f} MB" if read["bytes"] is not None else ""
+    skipped = f", {read['empty_rows']} empty rows passed over" if read["empty_rows"] else ""
+    print(f"source     {read['spec']}  ({read['files']} files{size}{skipped})")
+    print(f"tokenizer  {index.tokenizer['kind']}  {index.vocab_size} ids, {index.dtype}, run by {index.tokenizer['engine']}")
+    total = sum(split.tokens for split in index.splits.values())
+    for name, split in index.splits.items():
+        shards = f"{len(split.shards)} shard{'s' if len(split.shards) != 1 else ''}"
+        print(
+            f"{name:<10} {split.tokens:,} tokens, {split.documents:,} documents, {shards}, "
+            f"unigram entropy {split.unigram_entropy:.3f} nats per token"
+        )
+    print(f"time       {'already there' if there else f'{seconds:.1f} s, {total / seconds / 1e6:.2f} Mtok/s'}")
+    print(f"in         {folder}")
+    print(f"train on it: gptoughts train RECIPE --data.path {folder}")

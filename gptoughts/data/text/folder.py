@@ -1,0 +1,56 @@
+"""A tokenised folder is held by one process at a time, and cleared of nothing but its own files."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from gptoughts.data.text.shards import INDEX, JOURNAL, TOKENIZER_FOLDER
+from gptoughts.errors import DataError
+
+
+def is_ours(name: str) -> bool:
+    """Whether a file name is one that tokenising makes."""
+    base = name.removesuffix(".tmp")
+    return base in (INDEX, JOURNAL, TOKENIZER_FOLDER) or (
+        base.startswith(("train_", "val_")) and base.endswith((".npy", ".npy.part"))
+    )
+
+
+def clear(folder: Path) -> None:
+    """Removes what tokenising made in `folder`, the index first, and nothing else."""
+    (folder / INDEX).unlink(missing_ok=True)
+    for path in folder.iterdir():
+        if is_ours(path.name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Makes `folder` and holds it alone; a second process waits. The lock is on the folder itself and leaves no file."""
+    created = not folder.exists()
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError as error:
+            raise DataError(f"{folder}: cannot be made or opened as a folder ({error.strerror})") from None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"data: another process is tokenising into {folder}; waiting for it", file=sys.stderr, flush=True)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if folder.exists() and folder.stat().st_ino == os.fstat(descriptor).st_ino:
+            break
+        os.close(descriptor)  # The first process failed and removed the folder: make it anew.
+    try:
+        yield
+    finally:
+        if created and not any(folder.iterdir()):
+            folder.rmdir()
+        os.close(descriptor)

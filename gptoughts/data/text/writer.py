@@ -1,0 +1,165 @@
+"""Shards reach the disk so that a kill at any moment loses nothing that was counted.
+
+An open shard grows in `{split}_{index:06d}.npy.part`. When full it gets its header, is synced, read back (hash, counts, where
+documents start) and renamed. What a journal has recorded is on the disk before the journal says so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gptoughts.data.text.shards import HEADER_BYTES, JOURNAL, Shard, npy_header, sha256_of
+from gptoughts.errors import DataError
+
+READ_TOKENS = 1 << 22
+
+
+class SplitWriter:
+    """Writes one split's shards of `shard_tokens` tokens each; the last may be shorter.
+
+    `state()` and `resume(state)` carry a position over a kill: the bytes in the end are those of an unbroken run.
+    """
+
+    def __init__(self, folder: Path, split: str, dtype: np.dtype[Any], vocab_size: int, eot_id: int, shard_tokens: int) -> None:
+        self.folder, self.split, self.dtype = folder, split, dtype
+        self.eot_id, self.shard_tokens = eot_id, shard_tokens
+        self.finished: list[Shard] = []
+        self.histogram = np.zeros(vocab_size, dtype=np.int64)
+        self.tokens_open = 0
+        self.file: Any = None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens written so far, in finished shards and the open one."""
+        return sum(shard.tokens for shard in self.finished) + self.tokens_open
+
+    def path(self, index: int, end: str = ".npy") -> Path:
+        """The file of shard `index`."""
+        return self.folder / f"{self.split}_{index:06d}{end}"
+
+    def append(self, tokens: np.ndarray) -> None:
+        """Adds tokens, starting new shards as they fill."""
+        done = 0
+        while done < len(tokens):
+            if self.file is None:
+                self.file = self.path(len(self.finished), ".npy.part").open("wb", buffering=1 << 20)
+                self.file.write(bytes(HEADER_BYTES))
+            part = tokens[done : done + self.shard_tokens - self.tokens_open]
+            self.file.write(part.data)
+            self.tokens_open += len(part)
+            done += len(part)
+            if self.tokens_open == self.shard_tokens:
+                self.finish_shard()
+
+    def finish_shard(self) -> None:
+        """Closes the open shard, if one is open: header, sync, read back, rename."""
+        if self.file is None:
+            return
+        index, part = len(self.finished), self.path(len(self.finished), ".npy.part")
+        self.file.seek(0)
+        self.file.write(npy_header(self.dtype, self.tokens_open))
+        sync(self.file)
+        self.file.close()
+        self.file, self.tokens_open = None, 0
+        shard, starts = self.read_back(index, part)
+        replace_file(
+            self.folder / shard.docs_file, npy_header(np.dtype(np.int64), len(starts)) + starts.astype("<i8").tobytes()
+        )
+        os.replace(part, self.path(index))
+        sync_folder(self.folder)
+        self.finished.append(shard)
+
+    def read_back(self, index: int, path: Path) -> tuple[Shard, np.ndarray]:
+        """A shard's entry for the index, and where documents start, from the bytes on the disk; adds to the histogram."""
+        digest = hashlib.sha256()
+        starts, tokens, max_id = [], 0, 0
+        with path.open("rb") as file:
+            digest.update(file.read(HEADER_BYTES))
+            while raw := file.read(READ_TOKENS * self.dtype.itemsize):
+                digest.update(raw)
+                part = np.frombuffer(raw, dtype=self.dtype)
+                self.histogram += np.bincount(part, minlength=len(self.histogram))
+                # Only the writer puts the end-of-text id there, so the tokens themselves say where documents start.
+                starts.append(np.flatnonzero(part == self.eot_id) + tokens)
+                tokens, max_id = tokens + len(part), max(max_id, int(part.max()))
+        documents = np.concatenate(starts)
+        docs = npy_header(np.dtype(np.int64), len(documents)) + documents.astype("<i8").tobytes()
+        names = (self.path(index).name, self.path(index, ".docs.npy").name)
+        shard = Shard(names[0], tokens, len(documents), max_id, digest.hexdigest(), names[1], hashlib.sha256(docs).hexdigest())
+        return shard, documents
+
+    def state(self) -> dict[str, int]:
+        """The position, once everything up to it is on the disk."""
+        if self.file is not None:
+            sync(self.file)
+        return {"shards": len(self.finished), "tokens_open": self.tokens_open}
+
+    def resume(self, state: dict[str, int]) -> None:
+        """Goes back to `state`: finished shards are read again, the open one is cut to what was recorded, later files are removed."""
+        count, tokens = state["shards"], state["tokens_open"]
+        for index in range(count):
+            if not self.path(index).exists():
+                raise DataError(f"{self.path(index)}: missing, though {JOURNAL} counts it; start again with --overwrite")
+            shard, _ = self.read_back(index, self.path(index))
+            if not self.path(index, ".docs.npy").exists() or sha256_of(self.path(index, ".docs.npy")) != shard.docs_sha256:
+                raise DataError(f"{self.path(index, '.docs.npy')}: missing or damaged; start again with --overwrite")
+            self.finished.append(shard)
+        open_shard = self.path(count, ".npy.part")
+        if tokens and not open_shard.exists() and self.path(count).exists():
+            os.replace(self.path(count), open_shard)  # It was finished after the journal's last word.
+        for path in sorted(self.folder.glob(f"{self.split}_*")):
+            if path != open_shard and path.name[: len(self.split) + 7] >= open_shard.name[: len(self.split) + 7]:
+                path.unlink()
+        if tokens == 0:
+            open_shard.unlink(missing_ok=True)
+            return
+        size = HEADER_BYTES + tokens * self.dtype.itemsize
+        if not open_shard.exists() or open_shard.stat().st_size < size:
+            raise DataError(f"{open_shard}: shorter than {JOURNAL} says; start again with --overwrite")
+        os.truncate(open_shard, size)
+        self.file, self.tokens_open = open_shard.open("r+b", buffering=1 << 20), tokens
+        self.file.seek(size)
+
+
+def entropy(histogram: np.ndarray) -> float:
+    """Entropy in nats per token of the distribution that the counts describe; what a model gains by knowing frequencies alone."""
+    counts = [int(count) for count in histogram[histogram > 0]]
+    total = sum(counts)
+    return round(math.fsum(count * math.log(total / count) for count in counts) / total, 9) if total else 0.0
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Writes a whole file or none: temporary name, sync, rename."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        sync(file)
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON, the whole file or none."""
+    replace_file(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def sync(file: Any) -> None:
+    """Everything written so far is on the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Renames in a folder are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,1 @@
+"""Measure and inspect: benchmarks, doctor, traces. A training run imports nothing from here."""

@@ -1,0 +1,1 @@
+"""Benchmarks: layers, loss parity, matrix products. Variants run interleaved in child processes."""

@@ -1,0 +1,137 @@
+"""Measures the data room: batches from warm pages, and tokenising beside raw tiktoken on the same text. Nothing is asserted."""
+
+from __future__ import annotations
+
+import gc
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gptoughts.data.batches import Batches
+from gptoughts.data.text.shards import Shards
+from gptoughts.data.text.sources import Document, Source, open_source
+from gptoughts.data.text.tokenize import tokenise
+from gptoughts.data.tokenizers.tokenizer import JsonTokenizer, build_tokenizer
+from gptoughts.errors import DataError
+
+
+def bench_batches(
+    sequence_length: int = 1024, global_batch: int = 64, tokens: int = 100_000_000, rounds: int = 7, shards: int = 1
+) -> dict[str, Any]:
+    """Shuffled uint16 batches from memory-mapped shards whose pages are warm: median and spread in Mtok/s, one process."""
+    with tempfile.TemporaryDirectory() as folder:
+        rng = np.random.default_rng(0)
+        # Bytes read as text: one token a byte, so the corpus has the size that is asked for.
+        text = rng.integers(97, 123, tokens, dtype=np.uint8).tobytes().decode("ascii")
+        documents = [Document("random letters", text)]
+        source = Source("random letters", (), lambda _: iter(documents))
+        tokenise(source, "bytes", folder, val_fraction=0, processes=1, shard_tokens=-(-(tokens + 1) // shards))
+        del source
+        stream = Shards.open(folder).split("train")
+        for array in stream.arrays:
+            np.bincount(array[::2048])  # One token of each page.
+        batches = iter(Batches(stream, sequence_length, global_batch, seed=1))
+        count = max(1, 200_000_000 // (sequence_length * global_batch))
+        rates = []
+        for _ in range(rounds):
+            begun = time.perf_counter()
+            for _ in range(count):
+                next(batches)
+            rates.append(count * sequence_length * global_batch / (time.perf_counter() - begun) / 1e6)
+    shape = {"sequence_length": sequence_length, "global_batch": global_batch, "tokens": tokens, "shards": shards}
+    return {**shape, "dtype": "uint16", "rounds": rounds, **spread("mtok_per_second", rates)}
+
+
+def bench_tokenise(source: str = "python-stdlib", tokenizer: str = "gpt2", repeat: int = 4, rounds: int = 5) -> dict[str, Any]:
+    """Whole tokenising runs, from documents in memory to synced shards, in turns with raw tiktoken's `encode_ordinary`.
+
+    The corpus is `source`, `repeat` times. `tokenizer` is gpt2, bpe (4096 ids) or a file or folder that tiktoken can run.
+    Ratios are medians over rounds of ours divided by tiktoken's in the same round; the start of processes is included. CPU
+    seconds are those of all processes together, which tell on a busy machine what the wall clock cannot.
+    """
+    original = open_source(source)
+    built = build_tokenizer(tokenizer, original, 4096)
+    if not isinstance(built, JsonTokenizer) or built.encoding is None:
+        raise DataError(
+            f"tokenizer {tokenizer!r}: tiktoken cannot run it, so there is nothing to compare with; give gpt2 or bpe"
+        )
+    documents = list(original.documents()) * repeat
+    texts = [document.text for document in documents]
+    corpus = Source(f"{source} x {repeat}", (), lambda _: iter(documents))
+    encoding = built.encoding
+    tokens = sum(len(encoding.encode_ordinary(text)) for text in texts)
+    seconds: dict[str, list[float]] = {"tiktoken": [], "one_process": [], "two_processes": []}
+    work: dict[str, list[float]] = {name: [] for name in seconds}
+    for number in range(rounds):
+        order = list(seconds) if number % 2 == 0 else list(reversed(seconds))
+        for name in order:
+            with tempfile.TemporaryDirectory() as folder:
+                wall, cpu = timed(run_of(name, encoding, texts, corpus, built, Path(folder)))
+            seconds[name].append(wall)
+            work[name].append(cpu)
+    rates = {name: [tokens / value / 1e6 for value in values] for name, values in seconds.items()}
+    pairs = {
+        "one_process_to_tiktoken": [a / b for a, b in zip(rates["one_process"], rates["tiktoken"], strict=True)],
+        "two_processes_to_one": [a / b for a, b in zip(rates["two_processes"], rates["one_process"], strict=True)],
+    }
+    figures: dict[str, Any] = {
+        "source": source,
+        "repeat": repeat,
+        "tokenizer": built.kind,
+        "vocab_size": built.vocab_size,
+    }
+    figures |= {
+        "tokens": tokens,
+        "bytes": sum(len(text.encode()) for text in texts),
+        "documents": len(texts),
+        "rounds": rounds,
+    }
+    for name, values in rates.items():
+        figures |= spread(f"{name}_mtok_per_second", values)
+    for name, values in pairs.items():
+        figures |= spread(name, values)
+    for name, values in work.items():
+        figures |= spread(f"{name}_cpu_seconds", values)
+    return figures
+
+
+def run_of(
+    name: str, encoding: Any, texts: list[str], corpus: Source, tokenizer: JsonTokenizer, folder: Path
+) -> Callable[[], None]:
+    """One thing to time."""
+    if name == "tiktoken":
+
+        def raw() -> None:
+            for text in texts:
+                encoding.encode_ordinary(text)
+
+        return raw
+
+    def ours() -> None:
+        tokenise(corpus, tokenizer, folder, processes=1 if name == "one_process" else 2)
+
+    return ours
+
+
+def timed(call: Callable[[], None]) -> tuple[float, float]:
+    """Seconds that `call` takes, by the clock and of CPU with its child processes; garbage of what ran before is collected."""
+    gc.collect()
+    before, begun = os.times(), time.perf_counter()
+    call()
+    wall, after = time.perf_counter() - begun, os.times()
+    return wall, sum(after[:4]) - sum(before[:4])
+
+
+def spread(name: str, values: list[float]) -> dict[str, float]:
+    """Median, least and greatest under three keys."""
+    return {
+        name: round(statistics.median(values), 3),
+        f"{name}_min": round(min(values), 3),
+        f"{name}_max": round(max(values), 3),
+    }

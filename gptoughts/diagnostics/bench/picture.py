@@ -1,0 +1,101 @@
+"""Pictures of measurements: bars with their spread for layers, curves of the loss for parity."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gptoughts.diagnostics.bench.curves import smoothed, window_of
+from gptoughts.diagnostics.bench.gains import BASELINE, PLAN, with_, without
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BASELINE_COLOUR, PLAN_COLOUR, BAR_COLOUR = "#9aa0a6", "#1a73e8", "#7baaf7"
+EDGES = {BASELINE: BASELINE_COLOUR, PLAN: PLAN_COLOUR}
+
+
+def draw_layers(runs: Sequence[Mapping[str, Any]], picture: Path) -> None:
+    """Two panels per run: tokens per second of the plan without each layer, and of the baseline with each. Whiskers are quartiles."""
+    most = max(len(run["parts"]) for run in runs) + 2
+    figure, rows = _figure(len(runs), 2, (12, 0.42 * most * len(runs) + 1.2 * len(runs)))
+    for run, (left, right) in zip(runs, rows, strict=True):
+        layers = run["parts"].values()
+        _bars(left, run, [PLAN, *map(without, layers), BASELINE], PLAN)
+        _bars(right, run, [BASELINE, *map(with_, layers), PLAN], BASELINE)
+        limit = max(left.get_xlim()[1], right.get_xlim()[1])
+        for axes, words in ((left, "the plan without each layer"), (right, "the baseline with each layer")):
+            axes.set(xlim=(0, limit))
+            axes.set_title(f"{run['recipe']}: {words}", fontsize=10)
+    figure.suptitle(runs[-1]["machine"]["label"], fontsize=9)
+    _saved(figure, picture)
+
+
+def _bars(axes: Axes, run: Mapping[str, Any], names: Sequence[str], end: str) -> None:
+    tokens = run["tokens_per_step"] * 1000
+    for place, name in enumerate(names):
+        row = run["variants"].get(run["same_as"].get(name, name), {})
+        if "step_ms" not in row:
+            why = "not counted" if name not in run["left_out"] else "cannot be"
+            axes.text(0, place, f" {why}", va="center", fontsize=8, color="#b3261e")
+            continue
+        times = row["step_ms"]
+        speed, low, high = tokens / times["median"], tokens / times["q3"], tokens / times["q1"]
+        axes.barh(
+            place, speed, color=EDGES.get(name, BAR_COLOUR), height=0.7,
+            xerr=[[speed - low], [high - speed]], error_kw={"elinewidth": 1, "capsize": 3, "ecolor": "#3c4043"},
+        )  # fmt: skip
+    ends = run["variants"].get(end, {})
+    if "step_ms" in ends:
+        axes.axvline(tokens / ends["step_ms"]["median"], color=EDGES[end], linewidth=1, linestyle="--")
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("tokens per second, median; whiskers are quartiles over rounds", fontsize=8)
+    axes.tick_params(axis="x", labelsize=8)
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_axisbelow(True)
+
+
+def draw_parity(run: Mapping[str, Any], picture: Path) -> None:
+    """The smoothed loss of the plan, the reference and the reference's other seeds; below, the plan's distance and the limit."""
+    figure, rows = _figure(2, 1, (9, 6.5))
+    (above,), (below,) = rows
+    per_step = run["tokens_per_step"]
+    curves = {
+        name: smoothed([math.nan if one is None else one for one in values], window_of(len(values)))
+        for name, values in run["losses"].items()
+    }
+    for name, curve in curves.items():
+        tokens = [per_step * step for step in range(1, len(curve) + 1)]
+        known = {"plan": (PLAN_COLOUR, 1.8), "reference": ("#3c4043", 1.4)}
+        colour, width = known.get(name, (BASELINE_COLOUR, 0.8))
+        above.plot(tokens, curve, color=colour, linewidth=width, label=name)
+    above.set(ylabel="loss, smoothed (nats per token)", title=f"{run['recipe']}: {', '.join(run['in_question'].values())}")
+    above.legend(fontsize=8)
+    pairs = zip(curves.get("plan", []), curves.get("reference", []), strict=False)
+    distance = [100 * (one - other) / other for one, other in pairs]
+    below.plot([per_step * step for step in range(1, len(distance) + 1)], distance, color=PLAN_COLOUR, linewidth=1.4)
+    for sign in (1, -1):
+        below.axhline(sign * 100 * run["limit"], color="#b3261e", linewidth=1, linestyle="--")
+    below.set(xlabel="tokens", ylabel="plan - reference, %")
+    for axes in (above, below):
+        axes.grid(alpha=0.3)
+    _saved(figure, picture)
+
+
+def _figure(rows: int, columns: int, inches: tuple[float, float]) -> tuple[Figure, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=inches, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def _saved(figure: Figure, picture: Path) -> None:
+    temporary = picture.with_suffix(".tmp.png")
+    figure.savefig(temporary, dpi=110)
+    temporary.replace(picture)

@@ -1,0 +1,97 @@
+"""The loop that one writes without a framework, on the same model, batches and settings: what ours is compared with.
+
+It is meant to be fast as well as short: whatever a careful user of plain PyTorch switches on with one line is switched on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from gptoughts.config.loader import Recipe
+from gptoughts.models.family import Family, initialise
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a bare loop can be told. `autocast` None computes in float32."""
+
+    micro_batch: int
+    autocast: torch.dtype | None = None
+    compiled: bool = False
+    fused_attention: bool = True
+    fused_optimizer: bool = True
+
+
+def sdpa(
+    query: Tensor, key: Tensor, value: Tensor, causal: bool, mask: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    """Torch's own attention."""
+    grouped = query.shape[1] != key.shape[1]
+    causal = causal and mask is None
+    return functional.scaled_dot_product_attention(query, key, value, mask, is_causal=causal, scale=scale, enable_gqa=grouped)
+
+
+def plain_loop(
+    recipe: Recipe,
+    family: Family,
+    rows: int,
+    batches: Iterator[Any],
+    device: torch.device,
+    settings: Settings,
+    rate: Callable[[int], float],
+) -> Callable[[int], float]:
+    """A function that trains the recipe's model for so many more steps and returns the last loss that it read."""
+    with device:
+        model = family.build(recipe.model, rows, recipe.data.sequence_length)
+    initialise(model, family, recipe.model, recipe.seed)
+    if settings.fused_attention and family.set_attention is not None:
+        family.set_attention(model, sdpa)
+    if settings.compiled:
+        for block in family.blocks(model).values():
+            block.compile(fullgraph=True, dynamic=False)
+    optim, parameters = recipe.optim, list(model.parameters())
+    decayed = {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": optim.weight_decay}
+    kept = {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}
+    optimizer = torch.optim.AdamW(
+        [decayed, kept], betas=(optim.beta1, optim.beta2), eps=optim.epsilon, fused=settings.fused_optimizer
+    )
+    autocast = torch.autocast(device.type, settings.autocast) if settings.autocast else nullcontext()
+    done, last = 0, float("nan")
+
+    def moved(array: Any) -> Tensor:
+        tensor = torch.from_numpy(array)
+        return (tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor).long()
+
+    def run(steps: int) -> float:
+        nonlocal done, last
+        for _ in range(steps):
+            batch, _ = next(batches)
+            input_ids = moved(batch["input_ids"])
+            labels = moved(batch["labels"]) if "labels" in batch else input_ids
+            inputs, targets = input_ids[:, :-1], labels[:, 1:]
+            weight = (targets != -100).sum() if "labels" in batch else targets.numel()
+            total = torch.zeros((), device=device)
+            for x, y in zip(inputs.split(settings.micro_batch), targets.split(settings.micro_batch), strict=True):
+                with autocast:
+                    loss = model(x, labels=y) / weight
+                loss.backward()
+                total += loss.detach()
+            if optim.clip_norm > 0:
+                nn.utils.clip_grad_norm_(parameters, optim.clip_norm)
+            for group in optimizer.param_groups:
+                group["lr"] = rate(done)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            done += 1
+            if done == 1 or done % recipe.log.every == 0:
+                last = total.item()
+        return last
+
+    return run

@@ -1,0 +1,1 @@
+"""Checks of this machine: each finding names its cost and the command that fixes it."""

@@ -1,0 +1,1 @@
+"""Process group and collectives of a run."""

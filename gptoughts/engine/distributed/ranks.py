@@ -1,0 +1,115 @@
+"""Ranks that work together: sums, agreement, and the start of the process group."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gptoughts.errors import RunError
+from gptoughts.hardware.machine import World
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the others. With one process every method is free."""
+
+    world: World
+    device: torch.device
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return self.world.world_size
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank writes what is written once."""
+        return self.world.rank == 0
+
+    def sum(self, value: Tensor | float) -> Tensor:
+        """Sum over ranks, on the device, without waiting for it on the host."""
+        total = value.detach().clone() if isinstance(value, Tensor) else torch.full((), float(value), device=self.device)
+        if self.size > 1:
+            dist.all_reduce(total)
+        return total
+
+    def any(self, flag: bool) -> bool:
+        """Whether any rank says yes. Waits."""
+        if self.size == 1:
+            return flag
+        return bool(self.sum(float(flag)).item() > 0)
+
+    def largest(self, value: float) -> float:
+        """The largest value of all ranks. Waits."""
+        if self.size == 1:
+            return value
+        most = torch.full((), value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        return float(most)
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        if self.size > 1:
+            self.sum(0.0).item()
+
+    def same(self, what: str, text: str) -> None:
+        """Raise RunError on every rank unless all hold the same `text`."""
+        if self.size == 1:
+            return
+        digest = int(hashlib.sha256(text.encode()).hexdigest()[:12], 16)  # 48 bits are exact in float64
+        mine = torch.full((), digest, dtype=torch.float64, device=self.device)
+        least, most = mine.clone(), mine.clone()
+        dist.all_reduce(least, op=dist.ReduceOp.MIN)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        if least.item() != most.item():
+            raise RunError(f"ranks disagree on {what}; rank {self.world.rank} has:\n{text}")
+
+
+class Vote:
+    """Asks every step whether any rank says yes, and hears the answer one step later, so that nobody waits for the device."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._asked: tuple[Tensor, torch.cuda.Event | None] | None = None
+
+    def heard(self, mine: bool) -> bool:
+        """Cast this step's vote; the outcome of the step before, the same on every rank."""
+        total = self._ranks.sum(float(mine))
+        before, answer = self._asked, total.to("cpu", non_blocking=True)
+        arrived = None
+        if total.is_cuda:
+            arrived = torch.cuda.Event()
+            arrived.record()
+        self._asked = (answer, arrived)
+        if before is None:
+            return False
+        if before[1] is not None:
+            before[1].synchronize()
+        return bool(before[0].item() > 0)
+
+
+@contextmanager
+def started(world: World, device: torch.device) -> Iterator[Ranks]:
+    """The process group for as long as the block lasts; nothing where there is one process."""
+    if world.world_size == 1:
+        yield Ranks(world, device)
+        return
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(
+        backend,
+        rank=world.rank,
+        world_size=world.world_size,
+        timeout=timedelta(minutes=10),
+        device_id=device if backend == "nccl" else None,
+    )
+    try:
+        yield Ranks(world, device)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,191 @@
+"""What a recipe's model is made of: family, objective, embedding rows, facts, and the source of its first weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from gptoughts.config import hf_spec as hf_facts
+from gptoughts.config.loader import Recipe
+from gptoughts.config.model_spec import ModelFacts, embedding_rows, facts_for
+from gptoughts.config.model_spec import of as facts_of
+from gptoughts.data.tokenizers.tokenizer import Tokenizer
+from gptoughts.engine.checkpoint import state as training_state
+from gptoughts.engine.engine import Source
+from gptoughts.engine.objectives.base import OBJECTIVES, Objective
+from gptoughts.engine.objectives.masked_diffusion import MaskedDiffusion, mask_token, require_unpacked
+from gptoughts.engine.objectives.span_qa import QuestionAnswering
+from gptoughts.errors import ConfigError, nearest
+from gptoughts.models.family import Family, family_of
+from gptoughts.models.gpt import llada_layout
+from gptoughts.models.sources import Initialisation
+
+if TYPE_CHECKING:
+    from gptoughts.models.adapters.folder import BaseRecord
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts that training, generation and evaluation share."""
+
+    family: Family
+    objective: Objective
+    rows: int
+    """Rows of the embedding."""
+    facts: ModelFacts
+    base: Family | None = None
+    """The family without its adapter, where there is one."""
+    mask_id: int | None = None
+    """The token that stands for a masked one, where the objective masks."""
+
+
+def parts_of(
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    families: Mapping[str, Family],
+    objectives: Mapping[str, Any],
+    adapter: Path | None = None,
+) -> Parts:
+    """The parts of `recipe` over `tokenizer`, with the shape of the adapter in the folder `adapter` where one is given.
+
+    Raises ConfigError for names that are not known and sizes that do not fit.
+    """
+    mask_id, words = None, tokenizer.vocab_size
+    if recipe.objective == "masked-diffusion":
+        mask_id = mask_of(recipe, tokenizer)
+        words = max(words, mask_id + 1)
+    base = _family(recipe, families)
+    family = base
+    if adapter is not None:
+        from gptoughts.models.adapters.folder import adapted_as
+
+        family = adapted_as(base, adapter)
+    elif recipe.adapter.kind != "none":
+        from gptoughts.models.adapters.adapter import adapted  # imports peft
+
+        family = adapted(base, recipe.adapter)
+    if recipe.model.family == "hf":
+        rows, facts = hf_facts.rows(recipe.model, words), facts_for(recipe)
+    else:
+        wanted = embedding_rows(recipe.model, words)
+        assert wanted is not None
+        rows, facts = wanted, facts_of(recipe.model, recipe.data.sequence_length, words)
+    objective = _objective(recipe, mask_id, tokenizer, objectives)
+    return Parts(family, objective, rows, facts, None if base is family else base, mask_id)
+
+
+def mask_of(recipe: Recipe, tokenizer: Tokenizer) -> int:
+    """The id of the mask: what pretrained weights were trained with, else the tokenizer's, else a new one. Raises ConfigError."""
+    asked = recipe.diffusion.mask_token
+    found, _ = mask_token(tokenizer, asked)
+    trained = hf_facts.read_config(recipe.model).get("mask_token_id") if recipe.model.path else None
+    if trained is None:
+        return found
+    if asked is not None and trained != found:
+        raise ConfigError(
+            f"diffusion.mask_token = {asked!r} is token {found}, and the weights of {recipe.model.path} know token {trained} as "
+            "their mask; leave it out"
+        )
+    return int(trained)
+
+
+def _family(recipe: Recipe, families: Mapping[str, Family]) -> Family:
+    name = recipe.model.family
+    if name in families:
+        return families[name]
+    if name != "hf":
+        return family_of(name)
+    from gptoughts.models.hf.family import hf_family  # imports transformers
+
+    return hf_family(recipe.model, task_of(recipe))
+
+
+def task_of(recipe: Recipe) -> Literal["causal", "question-answering"]:
+    """Which of transformers' heads the recipe's objective needs."""
+    return "question-answering" if recipe.objective == "question-answering" else "causal"
+
+
+def _objective(recipe: Recipe, mask_id: int | None, tokenizer: Tokenizer, objectives: Mapping[str, Any]) -> Objective:
+    name = recipe.objective
+    if name == "masked-diffusion":
+        assert mask_id is not None
+        require_unpacked(recipe.data)
+        learns: Literal["text", "answers"] = "answers" if recipe.data.format == "chat" else "text"
+        return MaskedDiffusion(recipe.diffusion, recipe.seed, mask_id, tokenizer.eot_id, learns)
+    known = {**OBJECTIVES, "question-answering": QuestionAnswering, **objectives}
+    if name not in known:
+        names = ", ".join([*known, "masked-diffusion"])
+        raise ConfigError(f"objective = {name!r} is unknown{nearest(name, known)}; known: {names}")
+    return known[name]()
+
+
+def first_weights(recipe: Recipe, parts: Parts, model: nn.Module, device: torch.device, adapter: Path | None = None) -> Source:
+    """Where the weights of a new run come from: pretrained ones where the recipe names them, else initialisation.
+
+    `model` is the one to be filled, on meta or not, on `device`; `adapter` a folder with a trained adapter to lay over the weights.
+    Raises CheckpointError where that was trained over others.
+    """
+    base = base_weights(recipe, parts.base or parts.family)
+    if parts.base is None:
+        return base
+    from gptoughts.models.adapters.folder import AdapterFolder, check_base
+    from gptoughts.models.adapters.weights import AdapterSource
+
+    if adapter is not None:
+        check_base(adapter, base_record(recipe))
+    saved = None if adapter is None else AdapterFolder(adapter)
+    return AdapterSource(base, model, recipe.adapter.kind, recipe.seed, saved, device)
+
+
+def resumed_weights(recipe: Recipe, parts: Parts, model: nn.Module, device: torch.device, folder: Path) -> Source:
+    """The weights of a checkpoint; where it holds an adapter alone, over those that the recipe names.
+
+    Raises CheckpointError where those are not the ones that the adapter was trained over.
+    """
+    saved = training_state.Weights(folder)
+    if parts.base is None:
+        return saved
+    from gptoughts.models.adapters.folder import check_base
+    from gptoughts.models.adapters.weights import AdapterSource
+
+    check_base(folder, base_record(recipe))
+    return AdapterSource(base_weights(recipe, parts.base), model, recipe.adapter.kind, recipe.seed, saved, device)
+
+
+def base_weights(recipe: Recipe, family: Family) -> Source:
+    """All weights that the recipe begins from, an adapter's base among them."""
+    drawn = Initialisation(family, recipe.model, recipe.seed) if family.initial else None
+    if not recipe.model.path:
+        assert drawn is not None
+        return drawn
+    folder = hf_facts.folder_of(recipe.model.path)
+    if recipe.model.family == "llada":
+        return llada_layout.load(folder)
+    from gptoughts.models.hf.weights import Pretrained
+
+    return Pretrained(folder, task_of(recipe), drawn, recipe.model.remote_code)
+
+
+def base_record(recipe: Recipe) -> BaseRecord:
+    """What an adapter notes of the weights under it."""
+    from gptoughts.models.adapters.folder import record_of, record_of_drawn
+
+    if recipe.model.path:
+        return record_of(hf_facts.folder_of(recipe.model.path))
+    return record_of_drawn(recipe.model.model_dump(), recipe.seed)
+
+
+def kept_documents(recipe: Recipe) -> dict[str, str]:
+    """Small files that a checkpoint keeps: of a Hugging Face model what opens it (under base/), of an adapter's base its record."""
+    kept: dict[str, str] = {}
+    if recipe.model.family == "hf":
+        kept = {f"base/{name}": text for name, text in hf_facts.documents(recipe.model).items()}
+    if recipe.adapter.kind != "none":
+        kept["base.json"] = json.dumps(asdict(base_record(recipe)), indent=1)
+    return kept

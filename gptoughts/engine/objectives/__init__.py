@@ -1,0 +1,1 @@
+"""Objectives: each returns a loss sum and its weight."""

@@ -1,0 +1,52 @@
+"""How long a run is and which learning rate each of its steps has, in steps or by the clock."""
+
+from __future__ import annotations
+
+import math
+
+from gptoughts.config.loader import Recipe
+from gptoughts.engine.distributed.ranks import Ranks
+from gptoughts.engine.optim.schedule_and_groups import learning_rate
+from gptoughts.engine.trainer import Progress
+
+
+class Length:
+    """A run's length. `steps` is None where the recipe counts hours; then ranks agree on the time, since clocks differ.
+
+    `samples` make one epoch.
+    """
+
+    def __init__(self, recipe: Recipe, ranks: Ranks, samples: int) -> None:
+        self._recipe, self._ranks = recipe, ranks
+        self.steps = _steps(recipe, samples)
+        self._limit_seconds = (recipe.train.hours or 0.0) * 3600
+
+    def finished(self, progress: Progress) -> bool:
+        """Whether the run has reached its length."""
+        if self.steps is not None:
+            return progress.step >= self.steps
+        return self._ranks.any(progress.seconds >= self._limit_seconds)
+
+    def rate(self, progress: Progress) -> float:
+        """Learning rate of the next update. The last update has the schedule's last rate."""
+        optim = self._recipe.optim
+        if self.steps is not None:
+            last = max(1, self.steps - 1)
+            return learning_rate(optim, progress.step, progress.step / last, min(1.0, optim.warmup_steps / last))
+        seconds = float(self._ranks.sum(progress.seconds)) / self._ranks.size
+        return learning_rate(optim, progress.step, seconds / self._limit_seconds)
+
+    def remaining(self, progress: Progress) -> float | None:
+        """Seconds of steps that are left, at the run's own mean speed; None before the first."""
+        if self.steps is None:
+            return max(0.0, self._limit_seconds - progress.seconds)
+        return progress.seconds / progress.step * (self.steps - progress.step) if progress.step else None
+
+
+def _steps(recipe: Recipe, samples: int) -> int | None:
+    length, per_step, sequence_length = recipe.train, recipe.train.global_batch, recipe.data.sequence_length
+    if length.tokens is not None:
+        return math.ceil(length.tokens / (per_step * sequence_length))
+    if length.epochs is not None:
+        return max(1, math.ceil(length.epochs * samples / per_step))
+    return length.steps

@@ -1,0 +1,133 @@
+"""The loop. It pulls a batch, calls the engine's verbs, and lets callbacks look; it knows no optimisation by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from time import perf_counter
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from gptoughts.engine.accumulation import accumulate
+from gptoughts.engine.engine import Engine
+from gptoughts.engine.optim.schedule_and_groups import set_rate
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is. Everything that the loop needs to go on, and nothing else."""
+
+    step: int = 0
+    """Updates of the weights."""
+    tokens: int = 0
+    """Tokens consumed, over all ranks."""
+    seconds: float = 0.0
+    """Time spent in steps; callbacks are not counted."""
+    cursor: Any = None
+    """What the batches resume from."""
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """What one step gave. Tensors stay on the device: nobody waits for them here."""
+
+    loss_sum: Tensor
+    """Summed loss of this rank."""
+    weight: Tensor
+    """Weight of the loss, over all ranks."""
+    grad_norm: Tensor
+    updated: bool
+    tokens: int
+    cursor: Any
+    rate: float
+
+
+class Callback(Protocol):
+    """What happens between steps: log, evaluate, sample, save."""
+
+    touches_weights: bool
+    """Whether it reads the model, and so must wait for the device; the wait is counted to the steps."""
+    on_stop: bool
+    """Whether it runs when a signal ends the run: whoever sent it may kill within seconds."""
+
+    def due(self, step: int, last: bool) -> bool:
+        """Whether to run after update `step`."""
+
+    def run(self, engine: Engine, progress: Progress, stats: StepStats, last: bool) -> None:
+        """Look at, or save, what the run has reached."""
+
+
+def train_step(engine: Engine, rate: float) -> StepStats:
+    """One update from one global batch: forward and backward per micro-batch, clip, step.
+
+    The loss is the sum over all micro-batches and ranks divided by the sum of their weights. Ranks average gradients, hence the
+    factor of their number.
+    """
+    if engine.optimizer is not None:
+        set_rate(engine.optimizer, rate)  # before the backward, in which some engines update already
+    batch, cursor = engine.next_batch()
+    weight = engine.ranks.sum(engine.objective.weight(batch))
+    # A weight of 0 is an error that the log names; here it must only not poison the weights before it is read.
+    scale = engine.ranks.size / torch.where(weight > 0, weight, torch.ones_like(weight))
+    loss_sum = accumulate(engine, batch, scale)
+    grad_norm = engine.clip()
+    updated = engine.step()
+    engine.counters.updates += updated
+    tokens = engine.objective.tokens(batch) * engine.ranks.size
+    return StepStats(loss_sum, weight, grad_norm, updated, tokens, cursor, rate)
+
+
+def advance(engine: Engine, progress: Progress, schedule: Callable[[Progress], float]) -> tuple[Progress, StepStats]:
+    """One step from `progress`. Returns where the run stands then."""
+    began = perf_counter()
+    stats = train_step(engine, schedule(progress))
+    reached = replace(
+        progress,
+        step=progress.step + stats.updated,
+        tokens=progress.tokens + stats.tokens,
+        seconds=progress.seconds + perf_counter() - began,
+        cursor=stats.cursor,
+    )
+    return reached, stats
+
+
+def call_back(
+    engine: Engine, progress: Progress, stats: StepStats, callbacks: Sequence[Callback], last: bool, stopped: bool = False
+) -> Progress:
+    """Run the callbacks that are due after this step; the model is in training mode afterwards."""
+    last = last or stopped
+    due = [callback for callback in callbacks if callback.due(progress.step, last) and (callback.on_stop or not stopped)]
+    if any(callback.touches_weights for callback in due):
+        began = perf_counter()
+        engine.settle()
+        progress = replace(progress, seconds=progress.seconds + perf_counter() - began)
+    for callback in due:
+        callback.run(engine, progress, stats, last)
+        if callback.touches_weights:
+            engine.model.train()
+    return progress
+
+
+def train(
+    engine: Engine,
+    progress: Progress,
+    finished: Callable[[Progress], bool],
+    schedule: Callable[[Progress], float],
+    callbacks: Sequence[Callback] = (),
+    stop: Callable[[Progress], bool] = lambda progress: False,
+    pause: Callable[[Progress], bool] = lambda progress: False,
+) -> Progress:
+    """Run from `progress` until `finished`, `stop` or `pause` says so. Returns the progress reached.
+
+    The first two end the run: callbacks are told that the step was the last. A pause is for whoever wants to look in between.
+    """
+    engine.model.train()
+    while not (finished(progress) or pause(progress)):
+        progress, stats = advance(engine, progress, schedule)
+        stopped = stop(progress)
+        progress = call_back(engine, progress, stats, callbacks, finished(progress), stopped)
+        if stopped:
+            break
+    return progress

@@ -1,1 +1,0 @@
-"""Writing text with a model: `sampling` chooses one token, `autoregressive` strings them together."""

@@ -1,0 +1,1 @@
+"""Machine probe: GPUs, CPU, memory, packages, peak rates. Imports no torch."""

@@ -1,1 +1,0 @@
-"""What is wrong with this machine, what that costs, and the line that mends it."""

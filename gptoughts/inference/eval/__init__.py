@@ -1,0 +1,1 @@
+"""Evaluations: perplexity, likelihood bounds, SQuAD, paired comparison."""

@@ -1,0 +1,30 @@
+"""Mean loss over held-out text: the sum of all losses over the sum of all labels, over every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from gptoughts.data.device import to_device
+from gptoughts.engine.engine import Engine
+from gptoughts.errors import DataError
+
+
+def mean_loss(engine: Engine, batches: Iterable[dict[str, Any]]) -> tuple[float, int]:
+    """Loss in nats per label and the number of labels. Leaves the model in the mode it was in. Raises DataError without labels."""
+    model, was_training = engine.bare, engine.bare.training
+    model.eval()
+    total = torch.zeros(2, dtype=torch.float64, device=engine.device)
+    with torch.no_grad(), engine.eval_context():
+        for host_batch in batches:
+            batch = to_device(host_batch, engine.device)
+            for micro_batch in engine.micro_batches(batch):
+                total[0] += engine.objective(model, micro_batch).double()
+                total[1] += engine.objective.weight(micro_batch)
+    model.train(was_training)
+    loss_sum, weight = engine.ranks.sum(total).tolist()
+    if weight == 0:
+        raise DataError("the validation split has no label that counts")
+    return loss_sum / weight, int(weight)

@@ -1,0 +1,1 @@
+"""Text generation: autoregressive, diffusion, offloaded."""

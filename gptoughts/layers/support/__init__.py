@@ -1,0 +1,1 @@
+"""Torch code that several layers share."""

@@ -1,0 +1,118 @@
+"""AdamW whose moments live in host memory and whose update runs there: gradients go down, weights come back."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptoughts.engine.optim.schedule_and_groups import step_one
+from gptoughts.errors import CheckpointError
+
+MARK = "state-on-cpu"
+
+
+class OnHost(torch.optim.Optimizer):
+    """Stands for `inner`, an AdamW over the device's parameters that has not stepped yet, and lets it update copies in host memory.
+
+    Each parameter has a float32 copy and, while it waits to be used, a gradient there; both are pinned where the device is a GPU. All gradients
+    are sent on their way before the first is waited for, so the host updates one while the next ones travel. A weight that somebody
+    else wrote since the last update is read again.
+    """
+
+    made_by = "AdamW"
+    """What is kept is AdamW's own state, under its own names."""
+
+    def __init__(self, inner: torch.optim.Optimizer, marks: Counter[str]) -> None:
+        self.inner, self.marks = inner, marks
+        self._copies: dict[int, _Copy] = {}
+        super().__init__(inner.param_groups, inner.defaults)
+        inner.param_groups = self.param_groups  # one list of settings: whoever changes a rate changes both
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """One update of every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        waiting = []
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    copy = self._copy(parameter)
+                    waiting.append((group, copy, copy.fetch()))
+        for group, copy, arrived in waiting:
+            if arrived is not None:
+                arrived.synchronize()
+            step_one(self.inner, group, copy.host)
+            copy.send()
+            self.marks[MARK] += 1
+        return loss
+
+    def stored(self, parameter: Tensor) -> dict[str, Any]:
+        """The state as it is."""
+        return dict(self.state[parameter])
+
+    def take(self, parameter: Tensor, values: Mapping[str, Any]) -> None:
+        """State as `stored`, or AdamW on the device, gave it."""
+        wrong = [key for key in ("exp_avg", "exp_avg_sq") if key not in values or values[key].shape != parameter.shape]
+        if wrong:
+            raise CheckpointError(f"the optimiser's {', '.join(wrong)} do not fit a weight of shape {tuple(parameter.shape)}")
+        state = self._copy(parameter).state
+        state.clear()
+        state.update({key: value.cpu() if isinstance(value, Tensor) else value for key, value in values.items()})
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take a state back, or with an empty one begin anew: what lies on the host goes with what is replaced."""
+        super().load_state_dict(dict(state_dict))
+        loaded = dict(self.state)
+        self._copies.clear()
+        self.inner.state.clear()
+        self.state.clear()
+        self.inner.param_groups = self.param_groups
+        for parameter, values in loaded.items():
+            self.take(parameter, values)
+
+    def _copy(self, parameter: Tensor) -> _Copy:
+        if id(parameter) not in self._copies:
+            copy = self._copies[id(parameter)] = _Copy(parameter)
+            self.inner.state[copy.host] = self.state[parameter] = copy.state  # one memory under both names
+        return self._copies[id(parameter)]
+
+
+class _Copy:
+    """One parameter's twin in host memory."""
+
+    def __init__(self, parameter: Tensor) -> None:
+        self.parameter, self.pinned = parameter, parameter.is_cuda
+        self.host = torch.nn.Parameter(self._room())
+        self.host.grad = None
+        self.gradient = self._room()
+        self.state: dict[str, Any] = {}
+        self._version = -1
+
+    def _room(self) -> Tensor:
+        return torch.empty_like(self.parameter, device="cpu", pin_memory=self.pinned, requires_grad=False)
+
+    def fetch(self) -> torch.cuda.Event | None:
+        """Send the gradient, and a weight that is not the one sent back last, on their way. Returns what to wait for."""
+        assert self.parameter.grad is not None
+        if self.parameter._version != self._version:
+            self.host.copy_(self.parameter, non_blocking=self.pinned)
+        self.gradient.copy_(self.parameter.grad, non_blocking=self.pinned)
+        self.host.grad = self.gradient
+        if not self.pinned:
+            return None
+        arrived = torch.cuda.Event()
+        arrived.record()
+        return arrived
+
+    def send(self) -> None:
+        """Give the updated weight back."""
+        self.host.grad = None
+        self.parameter.copy_(self.host, non_blocking=self.pinned)
+        self._version = self.parameter._version

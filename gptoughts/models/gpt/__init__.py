@@ -1,0 +1,1 @@
+"""The native GPT, its attention functions, and its checkpoint layouts."""

@@ -1,0 +1,1 @@
+"""Hugging Face transformers models under their own parameter names."""

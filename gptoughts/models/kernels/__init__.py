@@ -1,0 +1,1 @@
+"""Fused kernels and the places in a model where they apply."""

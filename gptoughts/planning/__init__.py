@@ -1,0 +1,1 @@
+"""Resolve profile, machine and recipe to a plan. Imports no torch."""

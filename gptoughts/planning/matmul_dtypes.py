@@ -1,0 +1,89 @@
+"""In which precision the products of a watched step ran: by the dtypes of operators, and by the names of kernels.
+
+A product is a matrix product or a convolution. Names of FP8 kernels are those that public profiles of Ada, Hopper and Blackwell show
+(docs/decisions.md); tests/traces holds one of each kind.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+
+from gptoughts.planning.evidence import Sight
+
+FACTORS = {
+    "aten::mm": slice(0, 2),
+    "aten::bmm": slice(0, 2),
+    "aten::convolution": slice(0, 2),
+    "aten::addmm": slice(1, 3),
+    "aten::addmm_": slice(1, 3),
+    "aten::_addmm_activation": slice(1, 3),
+    "aten::baddbmm": slice(1, 3),
+    "aten::baddbmm_": slice(1, 3),
+    "aten::_grouped_mm": slice(0, 2),
+}
+"""Where the two factors stand among the arguments: the others are sums, outputs and scalars."""
+
+SCALED = ("aten::_scaled_mm", "aten::_scaled_mm_v2")
+"""Torch's products of scaled 8-bit factors."""
+
+FLOAT8 = "c10::Float8"
+
+# cuBLAS's own kernels: the first two letters after the optional architecture are the factors' types, q for E4M3 (t is bf16, h fp16, s fp32).
+# How E5M2 is spelled there no public profile shows, so anything but the known wide types beside a q counts as 8-bit.
+_NVJET = re.compile(r"^(?:void )?nvjet_(?:sm\d+[a-z]?_)?([a-z])([a-z])")
+_WIDE = frozenset("thsdc")
+_EIGHT_BITS = re.compile(r"e4m3|e5m2|float8|fp8|f8f8")
+_TEMPLATE = re.compile(r"^triton_(?:tem|mm)_.*scaled_mm")
+# Kernels of Transformer Engine that carry the same types in their arguments and multiply nothing.
+_AROUND = ("transformer_engine::", "nvte_", "transpose_kernel", "quantize", "amax", "swizzle")
+
+
+def dtypes(sight: Sight, low: str, full: str = "float") -> tuple[int, int]:
+    """Products whose factors all were `low`, and those of which any was `full`; names as the profiler gives them."""
+    counted: Counter[str] = Counter()
+    for name, place in FACTORS.items():
+        operator = sight.operators.get(name)
+        for given, calls in operator.input_dtypes.items() if operator else ():
+            factors = given[place]
+            counted["low"] += calls * all(dtype == low for dtype in factors)
+            counted["full"] += calls * any(dtype == full for dtype in factors)
+    return counted["low"], counted["full"]
+
+
+def scaled(sight: Sight) -> int:
+    """Calls of torch's scaled product with two 8-bit factors."""
+    return sum(
+        calls
+        for name in SCALED
+        if name in sight.operators
+        for given, calls in sight.operators[name].input_dtypes.items()
+        if len(given) > 1 and all(dtype.startswith(FLOAT8) for dtype in given[:2])
+    )
+
+
+def emulated(sight: Sight) -> int:
+    """Products over factors that were 8-bit before: each takes its two factors back to float32 and multiplies those."""
+    operator = sight.operators.get("aten::_to_copy")
+    widened = sum(calls for given, calls in operator.input_dtypes.items() if given[0].startswith(FLOAT8)) if operator else 0
+    return widened // 2
+
+
+def is_fp8_kernel(name: str) -> bool:
+    """Whether a CUDA kernel of this name multiplies 8-bit matrices; casting, transposing and norms of such types do not count."""
+    low = name.lower()
+    jet = _NVJET.match(low)
+    if jet:
+        factors = {jet[1], jet[2]}
+        return "q" in factors and not factors & _WIDE
+    if _TEMPLATE.match(low):
+        return True
+    if "gemm" not in low and "matmul" not in low:
+        return False
+    return bool(_EIGHT_BITS.search(low)) and not any(part in low for part in _AROUND)
+
+
+def fp8_launches(kernels: Mapping[str, int]) -> int:
+    """Launches of kernels that multiply 8-bit matrices."""
+    return sum(count for name, count in kernels.items() if is_fp8_kernel(name))

@@ -1,0 +1,205 @@
+"""Does it fit? The memory that a plan's step is expected to hold, against what a rank has, and the cheapest changes that would make it fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from gptoughts.console import GIB, bytes_in_words
+from gptoughts.planning.layer import Case, Choice, Kind, Layer
+from gptoughts.planning.memory_model import Budget, Verdict, baseline, verdict
+
+Choices = Mapping[str, Choice]
+
+SOURCE = "docs/measurements/cpu/memory.json"
+"""How near such a figure was to what a step held."""
+
+CHANGES: tuple[tuple[str, str, Mapping[str, Any]], ...] = (
+    ("loss", "fused-ce", {}),
+    ("recompute", "recompute-ops", {}),
+    ("optimizer", "8bit", {}),
+    ("recompute", "recompute-blocks", {}),
+    ("update", "in-backward", {}),
+    ("offload", "offload-activations", {}),
+    ("optimizer_offload", "state-on-cpu", {}),
+)
+"""What to try after a smaller micro-batch, the cheapest first. torchtune's ladder for Llama-3.2-3B on an A100 in tok/s: a chunked loss
+lost nothing, 8-bit state 5 %, recomputing blocks 21 %; the order of the others is ours."""
+
+COMPILING = ("compile-blocks", "compile-model", "cuda-graph")
+"""Layers after which the forward keeps less for the backward."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Expected memory of one rank. `changes` are flags that together would make it fit; None where nothing known does."""
+
+    budget: Budget | None
+    memory_bytes: int | None
+    verdict: Verdict
+    changes: tuple[str, ...] | None = ()
+    is_free: bool = False
+    """Whether `memory_bytes` are those that were free, not all there are."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; empty where the model's sizes are not known."""
+        if self.budget is None:
+            return {}
+        changes = None if self.changes is None else list(self.changes)
+        return {**self.budget.to_json(), "memory_bytes": self.memory_bytes, "verdict": str(self.verdict), "changes": changes}
+
+    def lines(self) -> Iterator[str]:
+        """The answer as a person reads it."""
+        if self.budget is None:
+            yield "memory n/a: not all sizes of the model are known before its data is read"
+            return
+        parts = self.budget.to_json()
+        named = ", ".join(f"{name} {bytes_in_words(value)}" for name, value in parts.items() if name != "peak" and value)
+        there = f"{bytes_in_words(self.memory_bytes)}{' that are free' if self.is_free else ''}"
+        whole = f" of {there}: {self.verdict}" if self.memory_bytes else ""
+        yield f"memory per rank: {named}"
+        yield f"  at most {bytes_in_words(parts['peak'])} at one time{whole}"
+        if self.verdict in (Verdict.DOES_NOT, Verdict.TIGHT):
+            what = "no layer that is known makes it fit; take a smaller model, --adapter.kind lora or more ranks"
+            yield f"  to make it fit: {what if self.changes is None else ' '.join(self.changes)}"
+
+
+def memory_of_rank(case: Case) -> int | None:
+    """Memory that one rank may fill: of the smallest GPU, or its share of the machine's."""
+    if case.on_gpu:
+        known = [gpu.memory_bytes for gpu in case.machine.gpus]
+        return None if None in known else min(size for size in known if size is not None)
+    whole = case.machine.memory_bytes
+    return None if whole is None else whole // case.world.local_world_size
+
+
+def free_of_rank(case: Case) -> int | None:
+    """What of that was free when the machine was looked at; None for a machine that is not here.
+
+    It is told and advised with, and decides nothing: a plan that changed with what else runs could not be resumed.
+    """
+    if case.on_gpu:
+        known = [gpu.free_bytes for gpu in case.machine.gpus]
+        return None if None in known else min(size for size in known if size is not None)
+    free = case.machine.free_bytes
+    return None if free is None else free // case.world.local_world_size
+
+
+@dataclass(frozen=True)
+class Room:
+    """Bytes that a step is expected to hold at most, and those that there are."""
+
+    need: int
+    have: int
+    when: str = ""
+    """What is still to change it; empty where the figure is the plan's own."""
+
+    @property
+    def is_enough(self) -> bool:
+        """Whether it fits with what nothing predicts left over."""
+        return verdict(self.need, self.have) is Verdict.FITS
+
+    def __str__(self) -> str:
+        return f"about {self.need / GIB:.1f} GiB of {self.have / GIB:.0f} GiB{self.when}"
+
+
+def counted(case: Case) -> Budget | None:
+    """Memory of a step with the layers chosen so far; None where the model's sizes are not known."""
+    return case.budget or baseline(case.facts, case.recipe, case.forward_sequences)
+
+
+def room(case: Case, change: Callable[[Budget], Budget] = lambda budget: budget) -> Room | None:
+    """What a step would hold with the layers chosen so far and `change`; None where it cannot be told.
+
+    Where the vocabulary is not known before the text is read the blocks alone are counted.
+    """
+    have, facts = memory_of_rank(case), case.facts
+    if have is None or facts.depth is None or facts.width is None or facts.sequence_length is None:
+        return None
+    # The slot comes after those that ask here, and makes the forward keep less; whether it will be had is not known yet.
+    compiles = case.on_gpu and "compile" not in case.chosen and case.wishes.get("compile") in COMPILING
+    when = " before compilation" if compiles else ""
+    if case.budget is not None:
+        return Room(change(case.budget).peak, have, when)
+    blocks = replace(facts, vocab_size=facts.vocab_size or 0, parameters=facts.parameters or 12 * facts.depth * facts.width**2)
+    budget = baseline(blocks, case.recipe, case.forward_sequences)
+    return None if budget is None else Room(change(budget).peak, have, when)
+
+
+def expected(case: Case, choices: Choices, catalog: Mapping[str, Layer]) -> Budget | None:
+    """The baseline's budget, changed by every chosen layer in the order of slots; None where sizes are not known."""
+    budget = baseline(case.facts, case.recipe, case.rank_sequences)
+    if budget is None:
+        return None
+    here = replace(case, chosen=dict(choices))
+    for choice in choices.values():
+        budget = catalog[choice.layer].memory(here, choice.options, budget)
+    return budget
+
+
+def fit(case: Case, choices: Choices, catalog: Mapping[str, Layer], stands: Callable[[Choices], bool]) -> Fit:
+    """The answer for a plan. `stands` says whether other choices could run together."""
+    budget, free = expected(case, choices, catalog), free_of_rank(case)
+    here = memory_of_rank(case) if free is None else free
+    if budget is None:
+        return Fit(None, here, Verdict.UNKNOWN)
+    found = verdict(budget.peak, here)
+    changes = _changes(case, choices, catalog, stands, here) if found in (Verdict.DOES_NOT, Verdict.TIGHT) else ()
+    return Fit(budget, here, found, changes, free is not None)
+
+
+def _changes(
+    case: Case, choices: Choices, catalog: Mapping[str, Layer], stands: Callable[[Choices], bool], memory_bytes: int | None
+) -> tuple[str, ...] | None:
+    """The first changes of the ladder that together fit, without those that turned out not to be needed."""
+    steps: list[tuple[Choice, str]] = []
+
+    def fits(taken: list[tuple[Choice, str]]) -> bool:
+        tried = {**choices, **{choice.slot: choice for choice, _ in taken}}
+        budget = expected(case, tried, catalog)
+        return budget is not None and verdict(budget.peak, memory_bytes) is Verdict.FITS
+
+    for choice, flags in _ladder(case, choices, catalog, steps):
+        tried = {**choices, **{one.slot: one for one, _ in steps}, choice.slot: choice}
+        if not stands(tried):
+            continue
+        steps[:] = [*(step for step in steps if step[0].slot != choice.slot), (choice, flags)]
+        if fits(steps):
+            for step in list(steps[:-1]):
+                rest = [other for other in steps if other is not step]
+                steps = rest if fits(rest) else steps
+            return (*_relied_on(choices, steps, catalog), *(flags for _, flags in steps))
+    return None
+
+
+def _relied_on(choices: Choices, steps: list[tuple[Choice, str]], catalog: Mapping[str, Layer]) -> Iterator[str]:
+    """Flags for layers of the plan that save memory: with a smaller micro-batch a profile might leave them out again."""
+    changed = {choice.slot for choice, _ in steps}
+    if "microbatch" in changed:
+        for slot in dict.fromkeys(slot for slot, _, _ in CHANGES):
+            name = choices[slot].layer
+            if slot not in changed and any((slot, name) == (one, other) for one, other, _ in CHANGES):
+                yield f"--layer.{slot.replace('_', '-')} {name}"
+
+
+def _ladder(
+    case: Case, choices: Choices, catalog: Mapping[str, Layer], taken: list[tuple[Choice, str]]
+) -> Iterator[tuple[Choice, str]]:
+    """Changes one after the other; those further up are asked with what is `taken` already."""
+    sequences = case.forward_sequences
+    while sequences > 1 and "fixed" in catalog:
+        sequences //= 2
+        options = catalog["fixed"].read_options({"sequences": sequences}, "memory")
+        yield (
+            Choice("microbatch", "fixed", options, "memory"),
+            f"--layer.microbatch fixed --layer.microbatch.sequences {sequences}",
+        )
+    for slot, name, given in CHANGES:
+        if name not in catalog or choices[slot].layer == name:
+            continue
+        options = catalog[name].read_options(given, "memory")
+        micro_batch = next((choice.options for choice, _ in taken if choice.slot == "microbatch"), case.micro_batch)
+        reasons = catalog[name].unmet(replace(case, chosen=dict(choices), micro_batch=micro_batch), options)
+        if not any(reason.kind is Kind.CANNOT for reason in reasons):
+            yield Choice(slot, name, options, "memory"), f"--layer.{slot.replace('_', '-')} {name}"

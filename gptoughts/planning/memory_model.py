@@ -1,0 +1,249 @@
+"""How much memory a step will hold per rank, from sizes alone: no torch, so it can be told for a machine that is not here.
+
+The baseline is float32, eager, everything kept; each planned layer then changes the part that it is there for (`Layer.memory`). Counted are
+tensors as torch's allocator sees them. What a driver, a context or fragmentation take is not; the verdict leaves room for it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Any
+
+from gptoughts.config.loader import Recipe
+from gptoughts.config.model_spec import ModelFacts
+
+MASTER_BYTES = 4  # weights, gradients and moments are float32
+MOMENTS = {"adamw": 2, "lion": 1, "ademamix": 3, "schedule-free": 2}
+NF4_BYTES = 0.5 + 4 / 64  # four bits and one float32 scale in 64 values
+
+FITS_SHARE, TIGHT_SHARE = 0.85, 0.95
+"""Of the memory that is there. The rest is the driver's context, cuBLAS and cuDNN workspaces and fragmentation, which nothing predicts."""
+
+
+class Verdict(StrEnum):
+    """Whether a plan's step fits the memory of its rank."""
+
+    FITS = "fits"
+    TIGHT = "tight"
+    DOES_NOT = "does not fit"
+    UNKNOWN = "n/a"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes of one rank, part by part, and the counts that activations follow from.
+
+    `full` and `compute` are elements per token that a block keeps for its backward: those that stay float32, and those in the dtype that
+    matmuls take. `scores` are elements per token, sequence position and block that written-out attention keeps. `inner` is the share of
+    a block's inside that is kept for the backward; the rest is computed again from the block's input.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    tokens: int
+    """Per forward."""
+    sequence_length: int
+    depth: int
+    width: int
+    inner_width: int
+    """Elements per token inside the MLP."""
+    gated: bool
+    """Whether the MLP multiplies two branches."""
+    full: float
+    compute: float
+    scores: float
+    products: float
+    """Elements per token that matmuls and attention of a block put out."""
+    mixed: float
+    """Elements per token that attention alone puts out."""
+    matmul_parameters: int
+    vocab_size: int
+    compute_bytes: float = 4
+    cast_weights: int = 0
+    inner: float = 1.0
+    moved: float = 0.0
+    """Share of the activations that lies elsewhere until the backward."""
+    logits_tokens: int | None = None
+    """Tokens whose logits exist at one time; None for all of a forward."""
+    logit_bytes: int = 12
+    accumulates: bool = False
+    """Whether gradients of an earlier micro-batch are there while a forward runs."""
+    largest: int = 0
+    """Elements of the largest weight."""
+    temporary: int = 0
+    """What the update holds for itself."""
+
+    @property
+    def block_bytes(self) -> float:
+        """What the inside of one block keeps."""
+        per_token = self.full * MASTER_BYTES + (self.compute + self.scores * self.sequence_length) * self.compute_bytes
+        return per_token * self.tokens
+
+    @property
+    def kept(self) -> int:
+        """What all blocks together keep until the backward reaches them."""
+        inputs = self.depth * self.tokens * self.width * MASTER_BYTES if self.inner < 1 else 0
+        inside = self.depth * self.inner * self.block_bytes + inputs
+        return int((inside + 2 * self.tokens * self.width * MASTER_BYTES) * (1 - self.moved))
+
+    @property
+    def activations(self) -> int:
+        """Everything of the forward that the backward holds at one time, the loss left out."""
+        return self.kept + int((1 - self.inner) * self.block_bytes)
+
+    @property
+    def logits(self) -> int:
+        """Logits, their logarithms and their gradient."""
+        tokens = self.tokens if self.logits_tokens is None else min(self.logits_tokens, self.tokens)
+        return tokens * self.vocab_size * self.logit_bytes
+
+    def per_forward(self, sequences: int, share: int) -> Budget:
+        """With `sequences` of a rank's `share` in a forward, gradients adding up over the others."""
+        return replace(self, tokens=sequences * self.sequence_length, accumulates=self.accumulates or sequences < share)
+
+    def without_scores(self) -> Budget:
+        """With attention in one kernel, which keeps no scores."""
+        return replace(self, scores=0)
+
+    def half(self) -> Budget:
+        """With matmuls in 16 bits: their inputs halve, a cast copy of every weight is kept for the backward, logits exist twice."""
+        return replace(self, compute_bytes=2, cast_weights=2 * self.matmul_parameters, logit_bytes=self.logit_bytes + 2)
+
+    def only(self, outputs: float) -> Budget:
+        """With a block's input and `outputs` elements per token kept, and the rest computed again, one block at a time."""
+        return replace(self, full=float(self.width), compute=outputs, scores=0, gated=False)
+
+    def compiled(self) -> Budget:
+        """With blocks compiled: what a norm or an activation function gives is computed again from its input, which is kept anyway."""
+        return replace(
+            self, full=min(self.full, 2.0 * self.width), compute=self.compute - (self.inner_width if self.gated else 0)
+        )
+
+    @property
+    def workspace(self) -> int:
+        """Weights cast for the matmuls."""
+        return self.cast_weights
+
+    @property
+    def peak(self) -> int:
+        """The most that is held at one time: in the loss, at the end of the backward, or in the update."""
+        always = self.weights + self.optimizer
+        before = always + self.workspace + (self.gradients if self.accumulates else 0)
+        # The head's gradient is the first one, and the largest weight of most models.
+        head = 0 if self.accumulates else self.largest * MASTER_BYTES
+        loss = before + self.kept + max(self.logits, head)
+        first = before + head + self.activations
+        ending = always + self.workspace + self.gradients + int(self.block_bytes)
+        return max(loss, first, ending, always + self.gradients + self.temporary)
+
+    def to_json(self) -> dict[str, Any]:
+        """Parts in bytes."""
+        names = ("weights", "gradients", "optimizer", "activations", "logits", "workspace", "peak")
+        return {name: getattr(self, name) for name in names}
+
+
+def verdict(need: int, memory_bytes: int | None) -> Verdict:
+    """Whether `need` bytes are safe in a memory of `memory_bytes`."""
+    if memory_bytes is None:
+        return Verdict.UNKNOWN
+    share = need / memory_bytes
+    return Verdict.FITS if share <= FITS_SHARE else Verdict.TIGHT if share <= TIGHT_SHARE else Verdict.DOES_NOT
+
+
+def baseline(facts: ModelFacts, recipe: Recipe, sequences: int) -> Budget | None:
+    """The budget of a float32 eager step with all of a rank's `sequences` in one forward; None where the model's sizes are not known."""
+    width, depth, parameters = facts.width, facts.depth, facts.parameters
+    if width is None or depth is None or parameters is None or facts.sequence_length is None or facts.vocab_size is None:
+        return None
+    trained = parameters if recipe.adapter.kind == "none" else _adapter_parameters(facts, recipe)
+    frozen = 0 if recipe.adapter.kind == "none" else parameters
+    embedding = facts.embedding_parameters or 0
+    frozen_bytes = frozen * MASTER_BYTES
+    if recipe.adapter.base == "nf4" and frozen:
+        frozen_bytes = int(embedding * MASTER_BYTES + (frozen - embedding) * NF4_BYTES)
+    full, compute, scores = _kept(facts, recipe)
+    products, mixed = _put_out(facts)
+    head = facts.vocab_size * width
+    return Budget(
+        weights=frozen_bytes + trained * MASTER_BYTES,
+        gradients=trained * MASTER_BYTES,
+        optimizer=int(trained * MASTER_BYTES * _moments(facts, recipe)),
+        tokens=sequences * facts.sequence_length,
+        sequence_length=facts.sequence_length,
+        depth=depth,
+        width=width,
+        inner_width=_inner(facts),
+        gated=facts.mlp == "swiglu",
+        full=full,
+        compute=compute,
+        scores=scores,
+        products=products,
+        mixed=mixed,
+        matmul_parameters=parameters - embedding + (head if facts.tied else 0),
+        vocab_size=facts.vocab_size if recipe.objective != "question-answering" else 2,
+        largest=head if frozen == 0 else 0,
+        temporary=2 * max(head, embedding) * MASTER_BYTES if frozen == 0 else 0,
+    )
+
+
+def _moments(facts: ModelFacts, recipe: Recipe) -> float:
+    """Float32 values of optimiser state per trained parameter."""
+    name = recipe.optim.name
+    if name in MOMENTS:
+        return MOMENTS[name]
+    # muon and the apollos keep AdamW for everything outside the blocks' matrices.
+    outside = (facts.embedding_parameters or 0) / facts.parameters if facts.parameters else 0.0
+    inside = {"muon": 1.0}.get(name, 2 * min(1.0, recipe.optim.rank / (facts.width or 1)))
+    return 2 * outside + inside * (1 - outside)
+
+
+def _adapter_parameters(facts: ModelFacts, recipe: Recipe) -> int:
+    """Parameters of low-rank factors on every projection of every block."""
+    assert facts.width is not None and facts.depth is not None
+    width, inner = facts.width, facts.hidden or 4 * facts.width
+    attention = facts.attention_width or width
+    keys = attention * (facts.kv_heads or facts.heads or 1) // (facts.heads or 1)
+    sides = (width + attention) * 2 + 2 * (width + keys)
+    sides += (3 if facts.mlp == "swiglu" else 2) * (width + inner)
+    return facts.depth * sides * recipe.adapter.rank
+
+
+def _inner(facts: ModelFacts) -> int:
+    return (facts.hidden or 4 * (facts.width or 0)) * (facts.experts_per_token or 1)
+
+
+def _kept(facts: ModelFacts, recipe: Recipe) -> tuple[float, float, float]:
+    """Elements per token that a block keeps in an eager forward: float32 ones, those of matmuls, and scores per position.
+
+    Counted tensor by tensor on the models themselves; tests compare them with what a step holds.
+    """
+    width, attention, keys = _widths(facts)
+    inner = _inner(facts)
+    native = recipe.model.family in ("gpt", "llada")
+    rotary = facts.norm == "rmsnorm" if not native else recipe.model.positions == "rope"
+    grouped = keys < attention
+    # A norm keeps its input and, where it is written as several operators, the normalised value too.
+    full = 2.0 * width * (2 if facts.norm == "rmsnorm" else 1)
+    full += 2.0 * (attention + keys) if native and recipe.model.qk_norm else 0.0
+    # Inputs of the two groups of projections, and queries, keys, values and the mixed values.
+    compute = 2.0 * width + (attention + 2 * keys) + attention
+    compute += (attention + keys if native else 0) if rotary else 0
+    compute += attention if grouped and native else 0
+    compute += 4.0 * inner if facts.mlp == "swiglu" else 2.0 * inner
+    return full, compute, float(facts.heads or 1)
+
+
+def _put_out(facts: ModelFacts) -> tuple[float, float]:
+    """Elements per token that the matmuls and the attention of a block put out, and attention alone."""
+    width, attention, keys = _widths(facts)
+    up = _inner(facts) * (2 if facts.mlp == "swiglu" else 1)
+    return attention + 2.0 * keys + attention + 2 * width + up, float(attention)
+
+
+def _widths(facts: ModelFacts) -> tuple[int, int, int]:
+    """Of the model, of its queries and of its keys."""
+    assert facts.width is not None
+    attention, heads = facts.attention_width or facts.width, facts.heads or 1
+    return facts.width, attention, attention * (facts.kv_heads or heads) // heads

@@ -1,0 +1,112 @@
+"""The plan itself: what will run, why the others will not, what memory it is expected to hold. A record that prints and compares."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from gptoughts.planning.layer import SLOTS, Choice
+from gptoughts.planning.memory_fit import Fit
+
+RANK_LOCAL = "GPTOUGHTS_"
+"""Variables that differ from rank to rank, such as the NUMA node, start with this and are no part of the digest."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will run: one layer per slot, the environment it needs, and the reasons."""
+
+    profile: str
+    machine: str
+    world_size: int
+    choices: tuple[Choice, ...]
+    environment: Mapping[str, str]
+    notes: tuple[str, ...] = ()
+    not_repeatable: tuple[str, ...] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    memory: Fit | None = None
+
+    def choice(self, slot: str) -> Choice:
+        """The choice of one slot."""
+        return self.choices[SLOTS.index(slot)]
+
+    @property
+    def layers(self) -> dict[str, str]:
+        """Slot -> layer."""
+        return {choice.slot: choice.layer for choice in self.choices}
+
+    @property
+    def gemm_dtype(self) -> str:
+        """The type of number of its matrix products, as `gptoughts bench gemm` names it. FP8 is held against bf16, as in MFU."""
+        precision, matmul = self.layers.get("precision", "fp32"), self.choice("matmul")
+        if precision != "fp32":
+            return precision if precision == "fp16" else "bf16"
+        return str(matmul.options["units"]) if matmul.layer == "tf32" else "fp32"
+
+    def digest(self) -> str:
+        """A hash of what ranks and a resumed run must share: layers, options, environment; nothing that is one rank's own."""
+        shared = {
+            "layers": {choice.slot: [choice.layer, dict(choice.options)] for choice in self.choices},
+            "environment": {name: value for name, value in self.environment.items() if not name.startswith(RANK_LOCAL)},
+            "world_size": self.world_size,
+        }
+        return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:16]
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as plain data, with every reason."""
+        return {
+            "profile": self.profile,
+            "machine": self.machine,
+            "world_size": self.world_size,
+            "digest": self.digest(),
+            "choices": [_choice_json(choice) for choice in self.choices],
+            "environment": dict(self.environment),
+            "notes": list(self.notes),
+            "not_repeatable": list(self.not_repeatable),
+            "model": dict(self.facts),
+            "memory": self.memory.to_json() if self.memory else {},
+        }
+
+    def table(self) -> str:
+        """The plan as a person reads it: slot, layer, and every reason."""
+        width = max(len(slot) for slot in SLOTS)
+        wide = max(len(_titled(choice)) for choice in self.choices)
+        lines = [f"profile {self.profile} on {self.machine}, {ranks_in_words(self.world_size)}"]
+        for choice in self.choices:
+            reasons = [f"not {layer}: {'; '.join(map(str, why))}" for layer, why in choice.passed_over]
+            reasons += [f"expect a loss: {reason}" for reason in choice.expected_loss]
+            first, *rest = reasons or [""]
+            lines.append(f"{choice.slot:<{width}}  {_titled(choice):<{wide}}  {first}".rstrip())
+            lines += [f"{'':<{width}}  {'':<{wide}}  {reason}" for reason in rest]
+        lines += list(self.memory.lines()) if self.memory else []
+        lines += [f"environment  {name}={value}" for name, value in self.environment.items()]
+        if self.not_repeatable:
+            lines.append(f"not bit for bit after a resume: {', '.join(self.not_repeatable)}")
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+
+def ranks_in_words(world_size: int) -> str:
+    """`1 process` or `8 ranks`."""
+    return "1 process" if world_size == 1 else f"{world_size} ranks"
+
+
+def _titled(choice: Choice) -> str:
+    options = ", ".join(f"{name}={value}" for name, value in choice.options.items() if value is not None)
+    return f"{choice.layer} ({options})" if options else choice.layer
+
+
+def _choice_json(choice: Choice) -> dict[str, Any]:
+    return {
+        "slot": choice.slot,
+        "layer": choice.layer,
+        "options": dict(choice.options),
+        "origin": choice.origin,
+        "passed_over": [
+            {"layer": layer, "reasons": [{"kind": str(why.kind), "text": str(why)} for why in reasons]}
+            for layer, reasons in choice.passed_over
+        ],
+        "expected_loss": [str(reason) for reason in choice.expected_loss],
+    }

@@ -1,0 +1,1 @@
+"""Run folder and sinks: where metrics and plots of a run go."""

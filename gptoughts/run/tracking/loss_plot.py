@@ -1,0 +1,31 @@
+"""loss.png: training and validation loss over tokens, for people who would rather look than read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gptoughts.run.tracking.jsonl import read
+
+
+def draw_losses(metrics: Path, picture: Path, title: str) -> None:
+    """Draw the losses of `metrics` (a metrics.jsonl) into `picture`. Nothing is drawn where nothing was logged."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = read(metrics)
+    train = [(row["train/tokens"], row["train/loss"]) for row in rows if "train/loss" in row]
+    val = [(row["train/tokens"], row["eval/val_loss"]) for row in rows if "eval/val_loss" in row]
+    if not train:
+        return
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.plot(*zip(*train, strict=True), linewidth=1.2, label=f"training (last {train[-1][1]:.3f})")
+    if val:
+        axes.plot(*zip(*val, strict=True), marker="o", markersize=4, linewidth=1.5, label=f"validation (last {val[-1][1]:.3f})")
+    axes.set(xlabel="tokens", ylabel="loss (nats per token)", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    temporary = picture.with_suffix(".tmp.png")
+    figure.savefig(temporary, dpi=120)
+    temporary.replace(picture)

@@ -1,0 +1,120 @@
+"""The micro-batch that is found by measuring: it stays within memory, all is put back, and the training is that of the same size by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from gptoughts.errors import PlanError, RunError
+from gptoughts.layers import CATALOG
+from gptoughts.layers.microbatch_fit import divisors
+from gptoughts.layers.support.micro_batch_search import Trial, _largest
+from gptoughts.run import evidence as prove
+from tests.support import engines
+from tests.support.engines import engine_of, plan_of, random_batches, recipe_of, steps, watched
+
+
+def trained(recipe: Any, layers: dict[str, Any]) -> tuple[int | None, list[float], list[torch.Tensor]]:
+    torch.manual_seed(11)
+    with engine_of(recipe, plan_of(recipe, layers), random_batches(recipe, ragged=recipe.objective == "next-token")) as engine:
+        losses = steps(engine, 3)
+        return engine.micro_batch, losses, [parameter.detach().clone() for parameter in engine.parameters()]
+
+
+BESIDE = {
+    "plain": {},
+    "scaler": {"precision": "fp16"},
+    "prefetch": {"loader": "prefetch"},
+    "on the host": {"optimizer": "fused", "optimizer_offload": "state-on-cpu"},
+    "8bit": {"optimizer": "8bit"},
+}
+
+
+@pytest.mark.parametrize("more", BESIDE.values(), ids=BESIDE)
+@pytest.mark.parametrize("family", ["modern", "deepseek", "bert"])
+def test_the_training_is_that_of_the_same_size_by_hand(family: str, more: dict[str, Any]) -> None:
+    """To the bit: trials leave no trace in weights, state, batches, random draws, scaler or loads of experts."""
+    if family != "modern" and more:
+        pytest.skip("one family tells")
+    recipe = recipe_of(family)
+    if family == "modern":
+        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"dropout": 0.2})})
+    size, losses, weights = trained(recipe, {**more, "microbatch": "fit"})
+    by_hand = trained(recipe, {**more, "microbatch": "fixed", "microbatch.sequences": size})
+    assert by_hand[0] == size and losses == by_hand[1]
+    assert all(torch.equal(one, other) for one, other in zip(weights, by_hand[2], strict=True))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"loss": "fused-ce", "loss.tokens": 16},
+        {"recompute": "recompute-ops"},
+        {"offload": "offload-activations", "offload.least_bytes": 64},
+    ],
+    ids=["fused-ce", "recompute-ops", "offload"],
+)
+def test_layers_that_count_themselves_still_do(more: dict[str, Any]) -> None:
+    recipe = recipe_of("modern")
+    plan = plan_of(recipe, {**more, "attention": "sdpa", "microbatch": "fit"})
+    with engine_of(recipe, plan) as engine:
+        seen = prove.evidence(engine, plan, CATALOG, watched(engine))
+    assert not prove.failures(seen), [line.evidence.text for line in prove.failures(seen)]
+
+
+def test_no_room_for_the_optimisers_state_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    def step(self: Any, closure: Any = None) -> None:
+        torch.empty(2**46)
+
+    recipe = recipe_of("modern")
+    plan = plan_of(recipe, {"microbatch": "fit"})
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    with pytest.raises(RunError, match="microbatch=fit: one forward of 1 sequences"), engine_of(recipe, plan):
+        pass
+
+
+def test_it_stays_within_the_memory_that_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit lies between what two sizes hold; the larger is not taken, and the watched step holds no more than the limit."""
+    monkeypatch.setattr(engines, "BATCH", 16)
+    monkeypatch.setattr(engines, "LENGTH", 64)
+    recipe, held = recipe_of("modern"), {}
+    for size in (2, 16):
+        with engine_of(recipe, plan_of(recipe, {"microbatch": "fixed", "microbatch.sequences": size})) as engine:
+            held[size] = watched(engine).peak_bytes
+    limit = (held[2] + held[16]) // 2
+    layers = {"microbatch": "fit", "microbatch.memory_gib": limit / 2**30}
+    with engine_of(recipe, plan_of(recipe, layers)) as engine:
+        assert engine.micro_batch is not None and engine.micro_batch < 16
+        sight = watched(engine)
+        proof = CATALOG["fit"].verify(engine, sight, {"sequences": None, "memory_gib": None})
+    assert sight.peak_bytes <= limit * 1.02 and str(proof.status) == "active", proof.text
+
+
+def test_too_little_memory_for_one_sequence_is_one_message() -> None:
+    recipe = recipe_of("modern")
+    plan = plan_of(recipe, {"microbatch": "fit", "microbatch.memory_gib": 1e-6})
+    told = r"microbatch=fit: one forward of 1 sequences holds [0-9]+ MiB, there are 1 KiB\n  try: gptoughts plan"
+    with pytest.raises(RunError, match=told), engine_of(recipe, plan):
+        pass
+
+
+def test_a_backward_that_updates_cannot_be_tried() -> None:
+    recipe = recipe_of("modern")
+    recipe = recipe.model_copy(update={"optim": recipe.optim.model_copy(update={"clip_norm": 0.0})})
+    with pytest.raises(PlanError, match="in-backward and fit clash"):
+        plan_of(recipe, {"microbatch": "fit", "update": "in-backward"})
+
+
+def test_sizes_cut_the_share_evenly() -> None:
+    assert divisors(12, None) == [1, 2, 3, 4, 6, 12] and divisors(12, 4) == [1, 2, 3, 4] and divisors(7, 3) == [1]
+
+
+@pytest.mark.parametrize(
+    ("peaks", "room", "wanted"),
+    [({1: 10, 2: 14}, 30, 6), ({1: 10, 2: 14}, 13, 1), ({1: 10, 2: 10}, 11, 12), ({1: 10}, 100, 1), ({1: 10, 2: 40}, 20, 1)],
+)
+def test_a_line_through_two_trials_says_what_the_largest_may_be(peaks: dict[int, int], room: int, wanted: int) -> None:
+    trials = {size: Trial(size, peak, 1.0) for size, peak in peaks.items()}
+    assert _largest(trials, [1, 2, 3, 4, 6, 12], room) == wanted

@@ -1,0 +1,250 @@
+"""docs/coming-from.md is true: each of its commands runs, at toy size, and its table agrees with what the command line answers.
+
+Lines of its ```sh blocks are run as they stand but for what a machine without network and GPU cannot have: names of models and files
+(`STANDS_FOR`), sizes and lengths (`small`), and torchrun, in whose place the plan for its ranks is made and one process trains.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from gptoughts.cli.main import main, verbs
+from gptoughts.config import model_spec as facts
+from gptoughts.config.aliases import our_flag
+from gptoughts.config.hf_spec import SHIPPED
+from gptoughts.config.loader import load
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs" / "coming-from.md").read_text(encoding="utf-8")
+FINE_TUNING = (ROOT / "docs" / "fine-tuning.md").read_text(encoding="utf-8")
+LLADA = (ROOT / "docs" / "llada.md").read_text(encoding="utf-8")
+
+STANDS_FOR = {
+    "huggyllama/llama-7b": "tiny",
+    "/path/to/your/training_data.txt": "my-text.txt",
+    "50000": "300",
+    "gpt2": "bytes",  # its files are downloaded once
+}
+ELSEWHERE = {"hf": "a hub is not asked here; what it would bring is made below"}
+"""First words of lines that are left out, and why."""
+
+TINY = [
+    "--data.sequence-length",
+    "32",
+    "--train.global-batch",
+    "4",
+    "--eval.batches",
+    "1",
+    "--sample.tokens",
+    "4",
+    "--layer.compile",
+    "eager",
+]
+NATIVE = ["--model.depth", "1", "--model.width", "64", "--model.heads", "2"]
+MIXTURE = {
+    "hidden_size": 32, "intermediate_size": 64, "moe_intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "n_routed_experts": 4,
+    "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "vocab_size": 320, "max_position_embeddings": 128,
+}  # fmt: skip
+"""A DeepSeek of a shipped config's kind, small enough for one core."""
+
+
+# --- what stands in the page
+
+
+def sections() -> dict[str, list[list[str]]]:
+    """Heading -> the words of each of its commands."""
+    found = {}
+    for part in re.split(r"^## ", PAGE, flags=re.MULTILINE)[1:]:
+        lines = "\n".join(re.findall(r"^```sh\n(.*?)^```$", part, re.MULTILINE | re.DOTALL)).splitlines()
+        if lines:
+            found[part.partition("\n")[0]] = [shlex.split(line) for line in lines]
+    return found
+
+
+SECTIONS = sections()
+
+
+def small(words: list[str]) -> list[str]:
+    """A `train` line with the last word on everything that costs time."""
+    recipe = load(words[1]).recipe
+    more = list(TINY) if "--data.format" not in words else [*TINY[2:], "--data.sequence-length", "64"]
+    if recipe.model.config:
+        more += ["--model.config", "mixture.json"]
+    elif recipe.objective == "question-answering":
+        more += ["--model.path", "encoder", "--data.sequence-length", "48", "--data.stride", "16"]
+    elif recipe.model.path is None:
+        more += NATIVE
+    if recipe.data.path == "python-stdlib" and "--data.path" not in words:
+        more += ["--data.path", "my-text.txt", "--data.tokenizer", "bytes"]
+    if recipe.model.vocab_size:
+        more += ["--model.vocab-size", "320"]
+    return [*words, *more, *([] if "--train.epochs" in words else ["--train.steps", "2"]), "--profile", "auto"]
+
+
+# --- the toys
+
+
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with everything that the page's commands name."""
+    here = tmp_path_factory.mktemp("toys")
+    before, cache = Path.cwd(), os.environ.get("XDG_CACHE_HOME")
+    os.chdir(here)
+    os.environ["XDG_CACHE_HOME"] = str(here / "cache")
+    script = re.search(r"^python - <<'END'\n(.*?)^END$", FINE_TUNING, re.MULTILINE | re.DOTALL)
+    assert script is not None
+    exec(compile(script[1], "docs/fine-tuning.md", "exec"), {})  # its own words: the page's tiny model, chat.jsonl, my-text.txt
+    Path("data").mkdir()
+    Path("data/tinyshakespeare.txt").write_text("To be, or not to be, that is the question:\n" * 60, encoding="utf-8")
+    shipped = json.loads((SHIPPED / "deepseek-small.json").read_text(encoding="utf-8"))
+    Path("mixture.json").write_text(json.dumps(shipped | MIXTURE), encoding="utf-8")
+    (here / "tests").symlink_to(ROOT / "tests")
+    make_encoder(Path("encoder"))
+    make_questions()
+    make_parquet(Path("fineweb/sample/10BT"))
+    yield here
+    os.chdir(before)
+    os.environ.pop("XDG_CACHE_HOME") if cache is None else os.environ.update(XDG_CACHE_HOME=cache)
+
+
+def make_encoder(folder: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+    from transformers import BertConfig, BertForQuestionAnswering, PreTrainedTokenizerFast
+
+    library = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    library.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    library.train_from_iterator(
+        [context(number) for number in range(40)], trainers.WordPieceTrainer(vocab_size=120, special_tokens=special)
+    )
+    library.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+    PreTrainedTokenizerFast(tokenizer_object=library, **names).save_pretrained(folder)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = BertConfig(vocab_size=library.get_vocab_size(), max_position_embeddings=64, **sizes)
+    BertForQuestionAnswering(config).save_pretrained(folder)
+
+
+def context(number: int) -> str:
+    return f"The box number {number} holds {number + 1} stones and a letter from a friend."
+
+
+def make_questions() -> None:
+    for name, numbers in (("train-v2.0.json", range(24)), ("dev-v2.0.json", range(24, 32))):
+        paragraphs = []
+        for number in numbers:
+            text, answer = context(number), f"{number + 1} stones"
+            asked = {
+                "id": f"{number}",
+                "question": "What is in the box?",
+                "answers": [{"text": answer, "answer_start": text.index(answer)}],
+            }
+            unanswered = {"id": f"{number}-none", "question": "Who painted it?", "answers": [], "is_impossible": True}
+            paragraphs.append({"context": text, "qas": [asked, unanswered]})
+        articles = [{"title": name, "paragraphs": paragraphs}]
+        Path(name).write_text(json.dumps({"version": "v2.0", "data": articles}), encoding="utf-8")
+
+
+def make_parquet(folder: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    folder.mkdir(parents=True)
+    texts = [f"Lesson {number}: water boils at a lower temperature on a mountain." for number in range(200)]
+    parquet.write_table(pyarrow.table({"text": texts}), folder / "000_00000.parquet")
+
+
+# --- the tests
+
+
+def gptoughts(words: list[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(words)
+    assert left.value.code == 0, shlex.join(words)
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_commands_of_the_page_run(section: str, toys: Path) -> None:
+    for words in SECTIONS[section]:
+        words = [STANDS_FOR.get(word, word) for word in words]
+        if words[0] == "torchrun":
+            ranks, words = words[words.index("--nproc-per-node") + 1], words[words.index("-m") + 1 :]
+            words.remove("--")  # it keeps torchrun from reading our flags as its own
+            planned = [*words[2:], "--ranks", ranks, "--machine", "tests/machines/h100x8.json"]
+            planned += ["--model.path", "encoder", "--data.sequence-length", "48"] if "bert-squad" in words else []
+            gptoughts(["plan", *without(planned, "--run")])
+        elif "h100-fp8" in words:
+            gptoughts(["plan", *words[2:], "--machine", "tests/machines/h100.json"])
+        if words[0] == "gptoughts":
+            shorter = {
+                "train": small,
+                "doctor": lambda line: [*line, "--quick"],
+            }  # all of doctor: tests/diagnostics/test_doctor.py
+            gptoughts(shorter.get(words[1], list)(words[1:]))
+        elif words[0] not in ELSEWHERE:
+            assert subprocess.run(words, check=False, capture_output=True).stdout, shlex.join(words)
+
+
+def without(words: list[str], flag: str) -> list[str]:
+    """`words` without `flag` and its value."""
+    if flag not in words:
+        return words
+    place = words.index(flag)
+    return [*words[:place], *words[place + 2 :]]
+
+
+def test_sections_have_their_commands() -> None:
+    assert len(SECTIONS) == 5
+    firsts = {words[0] for lines in SECTIONS.values() for words in lines}
+    assert firsts == {"gptoughts", "torchrun", "tail", *ELSEWHERE}
+
+
+def test_table_of_flags_agrees_with_the_answers() -> None:
+    table = PAGE.split("\n## Flags\n")[1].split("\n## ")[0]
+    rows = [
+        re.findall(r"`([^`]+)`", cell) for line in table.splitlines() if line.startswith("| `") for cell in line.split("|")[1:3]
+    ]
+    pairs = list(zip(rows[::2], rows[1::2], strict=True))
+    assert len(pairs) > 30
+    known = {flag for name in ("train", "generate", "tokenize") for flag in flags_of(name)}
+    for theirs, here in pairs:
+        flags = [word.split(" ")[0] for word in here if word.startswith("--")]
+        assert all(flag in known for flag in flags), here
+        for word in theirs:
+            answer = our_flag(word.split(" ")[0])
+            assert not (answer and flags) or any(flag in answer for flag in flags), (
+                f"{word}: the page says {flags}, the command line {answer}"
+            )
+
+
+def flags_of(name: str) -> list[str]:
+    command = verbs().commands[name]
+    return [
+        flag
+        for parameter in command.get_params(command.make_context(name, [], resilient_parsing=True))
+        for flag in parameter.opts
+    ]
+
+
+def test_sizes_of_the_diffusion_recipes_are_those_of_the_page() -> None:
+    rows = re.findall(r"^\| `(llada-\w+)` \|(.*)\|$", LLADA, re.MULTILINE)
+    assert {name for name, _ in rows} == {"llada-tiny", "llada-small", "llada-medium", "llada-large"}
+    for name, cells in rows:
+        depth, width, heads, length, words, parameters = (
+            int(re.match(r"[\d,]+", cell.strip())[0].replace(",", "")) for cell in cells.split("|")
+        )
+        model, data = load(name).recipe.model, load(name).recipe.data
+        assert (depth, width, heads, length) == (model.depth, model.width, model.heads, data.sequence_length)
+        found = facts.of(model, length, 67 if name == "llada-tiny" else 50258)
+        assert (words, parameters) == (found.vocab_size, found.parameters)

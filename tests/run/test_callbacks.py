@@ -1,0 +1,186 @@
+"""What is logged is what happened; a loss that is not finite, or labels that do not count, stop the run without poisoning a checkpoint."""
+
+from __future__ import annotations
+
+import math
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gptoughts.console import Console, Silent, count, duration, share
+from gptoughts.engine.checkpoint.store import Snapshot, Writer
+from gptoughts.engine.trainer import Progress, StepStats, train
+from gptoughts.errors import DataError, RunError
+from gptoughts.inference.eval.perplexity import mean_loss
+from gptoughts.run.callbacks import Evaluate, Log, Save, every
+from gptoughts.run.tracking.jsonl import Jsonl, attempts, read
+from tests.support.engines import engine_of, plan_of, random_batches, recipe_of
+
+
+def log_to(rows: list[dict[str, Any]]) -> Log:
+    class Sink:
+        def log(self, step: int, values: Any) -> None:
+            rows.append({"step": step, **values})
+
+        def close(self) -> None: ...
+
+    return Log(2, [Sink()], Silent(), lambda speed: speed / 100, 6, lambda progress: 1.0)  # type: ignore[list-item]
+
+
+def test_rows_are_written_at_the_first_each_period_and_the_last() -> None:
+    recipe, rows = recipe_of("modern"), []
+    with engine_of(recipe, plan_of(recipe)) as engine:
+        log = log_to(rows)
+        log.start(Progress(), engine)
+        progress = train(engine, Progress(), lambda now: now.step >= 5, lambda now: 1e-3, [log])
+    assert [row["step"] for row in rows] == [1, 2, 4, 5]
+    assert rows[-1]["train/tokens"] == progress.tokens == 5 * 4 * 32
+    assert rows[-1]["perf/mfu"] == pytest.approx(rows[-1]["perf/tokens_per_second"] / 100)
+    assert all(0 <= row["perf/data_wait"] <= 1 for row in rows)
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_cursor() -> None:
+    recipe, rows = recipe_of("modern"), []
+    with engine_of(recipe, plan_of(recipe)) as engine:
+        log = log_to(rows)
+        log.start(Progress(), engine)
+        with torch.no_grad():
+            engine.bare.blocks[0].mlp.down.weight.fill_(math.inf)
+        with pytest.raises(RunError, match=r"loss nan and gradient norm nan at step 1, up to data cursor 1\n  try: "):
+            train(engine, Progress(), lambda now: now.step >= 5, lambda now: 1e-3, [log])
+
+
+def test_labels_that_do_not_count_are_an_error_and_move_no_weight() -> None:
+    recipe, rows = recipe_of("modern", optim={"warmup_steps": 0, "weight_decay": 0.0}), []
+    batch, number = next(random_batches(recipe))
+    batch["labels"] = torch.full_like(batch["input_ids"], -100)
+    with engine_of(recipe, plan_of(recipe), iter([(batch, number)])) as engine:
+        before = [parameter.clone() for parameter in engine.parameters()]
+        log = log_to(rows)
+        log.start(Progress(), engine)
+        with pytest.raises(RunError, match="step 1: none of its labels counts, up to data cursor 1"):
+            train(engine, Progress(), lambda now: now.step >= 1, lambda now: 1e-3, [log])
+        assert all(torch.equal(a, b) for a, b in zip(before, engine.parameters(), strict=True))
+
+
+def test_no_checkpoint_is_written_of_weights_that_are_not_finite(tmp_path: Path) -> None:
+    recipe = recipe_of("modern")
+
+    def take(engine: Any, progress: Progress) -> Snapshot:
+        raise AssertionError("a poisoned state was taken")
+
+    save = Save(1, Writer(tmp_path, 1, False), take, lambda: None)
+    stats = StepStats(torch.tensor(1.0), torch.tensor(1.0), torch.tensor(math.nan), True, 1, 1, 1e-3)
+    with engine_of(recipe, plan_of(recipe)) as engine, pytest.raises(RunError, match="no checkpoint is written"):
+        save.run(engine, Progress(step=3), stats, last=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_validation_is_the_sum_over_labels_and_leaves_the_model_training() -> None:
+    recipe, _rows = recipe_of("modern"), []
+    batches = [next(random_batches(recipe, ragged=True, seed=seed))[0] for seed in range(3)]
+    with engine_of(recipe, plan_of(recipe)) as engine:
+        engine.model.train()
+        loss, labels = mean_loss(engine, batches)
+        assert engine.bare.training
+        total = sum(float(engine.objective(engine.bare, batch).detach()) for batch in batches)
+        weight = sum(float(engine.objective.weight(batch)) for batch in batches)
+        assert loss == pytest.approx(total / weight, rel=1e-6)
+        assert labels == weight
+        text = StringIO()
+        evaluate = Evaluate(0, lambda: batches, [], Console(text))
+        evaluate.run(engine, Progress(step=7), None, last=True)  # type: ignore[arg-type]
+        assert evaluate.result == (7, pytest.approx(loss))
+        assert f"step 7  validation loss {loss:.4f}" in text.getvalue()
+        empty = [{"input_ids": batches[0]["input_ids"], "labels": torch.full_like(batches[0]["input_ids"], -100)}]
+        with pytest.raises(DataError, match="no label that counts"):
+            mean_loss(engine, empty)
+
+
+def test_periods() -> None:
+    assert [step for step in range(1, 9) if every(3, step, False)] == [3, 6]
+    assert not every(0, 4, False)
+    assert every(0, 4, True)
+
+
+def test_rows_of_several_attempts_are_read_as_the_last_one_says(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    first = Jsonl(path, 1)
+    for step in (1, 2, 3, 4):
+        first.log(step, {"train/loss": float(step)})
+    first.close()
+    with path.open("a", encoding="utf-8") as file:
+        file.write('{"step": 5, "attempt": 1, "train/lo')  # torn by a kill
+    assert attempts(path) == 1
+    second = Jsonl(path, 2)
+    for step in (3, 4):
+        second.log(step, {"train/loss": 10.0 * step})
+    second.close()
+    assert attempts(path) == 2
+    assert [(row["step"], row["train/loss"]) for row in read(path)] == [(1, 1.0), (2, 2.0), (3, 30.0), (4, 40.0)]
+
+
+class Terminal(StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_gets_one_live_line_and_a_log_gets_lines() -> None:
+    live, plain = Terminal(), StringIO()
+    for stream in (live, plain):
+        console = Console(stream)
+        console.row("step 1")
+        console.row("step 2")
+        console.say("saved")
+    assert plain.getvalue() == "step 1\nstep 2\nsaved\n"
+    assert live.getvalue().count("\n") == 1
+    assert live.getvalue().endswith("\x1b[2Ksaved\n")
+
+
+@pytest.mark.parametrize(
+    ("made", "expected"),
+    [
+        (duration(7.2), "7 s"),
+        (duration(200), "3 min 20 s"),
+        (duration(7500), "2 h 05 min"),
+        (count(950), "950"),
+        (count(12300), "12.3 k"),
+        (count(4.56e6), "4.56 M"),
+        (count(1.2e9), "1.2 B"),
+        (share(None), "n/a"),
+        (share(0.1234), "12.3 %"),
+    ],
+)
+def test_words_for_figures(made: str, expected: str) -> None:
+    assert made == expected
+
+
+def test_a_weight_below_one_scales_the_gradient_as_it_scales_the_loss() -> None:
+    """An objective whose sum and weight shrink alike is the same objective."""
+
+    class Scaled:
+        def __init__(self, factor: float) -> None:
+            self.factor = factor
+
+        def __call__(self, model: Any, batch: Any) -> torch.Tensor:
+            return model(batch["input_ids"][:, :-1], labels=batch["input_ids"][:, 1:]) * self.factor
+
+        def weight(self, batch: Any) -> float:
+            return self.tokens(batch) * self.factor
+
+        def tokens(self, batch: Any) -> int:
+            return batch["input_ids"][:, 1:].numel()
+
+    recipe, norms = recipe_of("modern"), []
+    for factor in (1.0, 1e-4):
+        with engine_of(recipe, plan_of(recipe)) as engine:
+            engine.objective = Scaled(factor)
+            rows: list[dict[str, Any]] = []
+            log = log_to(rows)
+            log.start(Progress(), engine)
+            train(engine, Progress(), lambda now: now.step >= 1, lambda now: 1e-3, [log])
+            norms.append((rows[0]["train/loss"], rows[0]["train/grad_norm"]))
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
