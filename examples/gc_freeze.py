@@ -13,13 +13,13 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
-from gptoughts.planning.layer import Case, Engine, Evidence, Layer, Options, Reason, Sight, active, cannot, inactive
+from gptoughts.planning.layer import Case, Engine, Evidence, Layer, Options, Reason, StepTrace, active, inactive, unsupported
 
 
-def fits(case: Case, options: Options) -> Iterator[Reason]:
+def unmet(case: Case, options: Options) -> Iterator[Reason]:
     """It acts after the first update, so there must be a second."""
     if case.recipe.train.steps == 1:
-        yield cannot("needs a second step: it acts after the first", remedy="--train.steps 2")
+        yield unsupported("needs a second step: it acts after the first", remedy="--train.steps 2")
 
 
 class Collections:
@@ -58,7 +58,7 @@ def apply(engine: Engine, options: Options) -> Iterator[None]:
             gc.enable()
 
 
-def verify(engine: Engine, sight: Sight, options: Options) -> Evidence:
+def verify(engine: Engine, trace: StepTrace, options: Options) -> Evidence:
     """The collector is off, objects are set aside, and none of the steps since then began a collection."""
     counter = next((one for one in gc.callbacks if isinstance(one, Collections)), None)
     if gc.isenabled() or counter is None or gc.get_freeze_count() == 0:
@@ -74,9 +74,9 @@ LAYER = Layer(
     card=__doc__ or "",
     apply=apply,
     verify=verify,
-    fits=fits,
+    unmet=unmet,
     wraps=("step",),
-    warm_steps=1,
+    warmup_steps=1,
 )
 
 CONTROL = replace(LAYER, name="gc-control", apply=lambda engine, options: nullcontext())

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from gptoughts.config.loader import Recipe, Resolved, from_values, load
-from gptoughts.config.model_spec import UNKNOWN, ModelFacts, facts_for
-from gptoughts.config.resolve import settled
+from gptoughts.config.model_spec import UNKNOWN, ModelSpec, spec_for
+from gptoughts.config.resolve import resolve_recipe
 from gptoughts.errors import ConfigError, Mistakes
 from gptoughts.hardware.machine import Machine, World, probe, read, world_from_environment
 from gptoughts.layers.plugins import Extensions, extensions
@@ -23,12 +23,12 @@ from gptoughts.planning.resolve import Plan, resolve
 if TYPE_CHECKING:
     from torch import nn
 
-    from gptoughts.run.fit import Fitted
+    from gptoughts.run.fit import FitResult
     from gptoughts.run.run import Outcome
 
 
 @dataclass(frozen=True)
-class Setting:
+class ResolvedRun:
     """Everything that is decided before torch is needed."""
 
     resolved: Resolved
@@ -53,7 +53,7 @@ def decide(
     machine: str | Machine | None = None,
     world: World | None = None,
     ranks: int | None = None,
-) -> Setting:
+) -> ResolvedRun:
     """Recipe, machine and profile met: the plan. Loads no torch by itself.
 
     `fields` are dotted keys of the recipe, `layers` slots and their options as on the command line, `machine` a machine file, `ranks` a
@@ -70,7 +70,7 @@ def decide(
         world = world or (_ranks(ranks, here) if ranks and here else world_from_environment(os.environ))
     with mistakes.gathered():
         resolved = _recipe(recipe, fields, here)
-        resolved = None if resolved is None else settled(resolved)
+        resolved = None if resolved is None else resolve_recipe(resolved)
     with mistakes.gathered():
         chosen = None if here is None else pick(profile, here)
         if chosen and known:
@@ -79,11 +79,11 @@ def decide(
     assert here and known and world and resolved and chosen
     # Torch reads its variables once: where it is loaded, only what is in effect counts. A machine file is only planned for.
     fixed = dict(os.environ) if environment.torch_is_loaded() and machine is None else None
-    facts = facts_for(resolved.recipe)
+    spec = spec_for(resolved.recipe)
     made = resolve(
-        chosen, here, facts, resolved.recipe, world, known.catalog, layers, fixed, dict(os.environ) if machine is None else None
+        chosen, here, spec, resolved.recipe, world, known.catalog, layers, fixed, dict(os.environ) if machine is None else None
     )
-    return Setting(resolved, here, world, known, made if machine is not None else in_effect(made, os.environ), seconds)
+    return ResolvedRun(resolved, here, world, known, made if machine is not None else in_effect(made, os.environ), seconds)
 
 
 def _ranks(ranks: int, machine: Machine) -> World:
@@ -139,18 +139,18 @@ def train(
 
 
 def train_setting(
-    setting: Setting, run: str | None, run_dir: str | None, resume: str, strict: bool, numerics: str = "check"
+    setting: ResolvedRun, run: str | None, run_dir: str | None, resume: str, strict: bool, numerics: str = "check"
 ) -> Outcome:
     """Run what was decided. Raises ConfigError for a word that `numerics` does not know."""
     if numerics not in ("check", "off"):
         raise ConfigError(f"numerics = {numerics!r}: needs check or off")
     if not environment.torch_is_loaded():  # from Python nobody has set the plan's variables, and now they still count
         os.environ.update(lacking(setting.plan, os.environ))
-    from gptoughts.run.run import Order, execute
+    from gptoughts.run.run import TrainingJob, execute
     from gptoughts.run.tracking.run_dir import run_folder
 
     name = run or f"{setting.resolved.recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    order = Order(
+    order = TrainingJob(
         setting.resolved,
         setting.plan,
         setting.machine,
@@ -173,12 +173,12 @@ def fit(
     steps: int,
     optim: Mapping[str, Any] | None = None,
     layers: Mapping[str, Any] | None = None,
-    facts: ModelFacts = UNKNOWN,
+    spec: ModelSpec = UNKNOWN,
     run_dir: str | None = None,
     seed: int = 1337,
     strict: bool = False,
     plugins: Sequence[str] = (),
-) -> Fitted:
+) -> FitResult:
     """Train a model of your own in place.
 
     objective  a function (model, batch) -> loss summed over the batch's rows, or an object as in gptoughts.engine.objectives.base.Objective
@@ -195,7 +195,7 @@ def fit(
     train = {"steps": steps, "global_batch": world.world_size}
     values = {"name": "fit", "seed": seed, "train": train, "optim": {"warmup_steps": 0, **(optim or {})}}
     resolved = from_values(values, "the call")
-    known, facts = extensions(plugins), replace(facts, family=None)  # its blocks and head are not ours to change
+    known, spec = extensions(plugins), replace(spec, family=None)  # its blocks and head are not ours to change
     fixed = dict(os.environ)  # there is a model, so torch is loaded
-    made = resolve(pick(profile, here), here, facts, resolved.recipe, world, known.catalog, layers, fixed)
+    made = resolve(pick(profile, here), here, spec, resolved.recipe, world, known.catalog, layers, fixed)
     return fit_model(model, objective, batches, resolved, made, here, world, known.catalog, run_dir, strict)

@@ -18,9 +18,9 @@ class Console:
         self._open = False
 
     @property
-    def style(self) -> Literal["colour", "brackets"]:
-        """How marked text is shown: in colour on a terminal that wants it, else in brackets."""
-        return "colour" if self._live and "NO_COLOR" not in os.environ else "brackets"
+    def style(self) -> Literal["color", "brackets"]:
+        """How marked text is shown: in color on a terminal that wants it, else in brackets."""
+        return "color" if self._live and "NO_COLOR" not in os.environ else "brackets"
 
     def say(self, text: str) -> None:
         """A line that stays."""
@@ -42,7 +42,7 @@ class Console:
             self._open = False
 
 
-class Silent(Console):
+class SilentConsole(Console):
     """Says nothing: for ranks that do not write."""
 
     def say(self, text: str) -> None:

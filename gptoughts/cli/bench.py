@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from gptoughts.api import Setting, decide
+from gptoughts.api import ResolvedRun, decide
 from gptoughts.cli.train import needs_torch, put_environment_in_place
 from gptoughts.diagnostics.bench.variants import Ask
 from gptoughts.errors import ConfigError, LayerError
@@ -46,14 +46,14 @@ def step(
 
 
 def data(source: str, tokenizer: str, out: str | None) -> int:
-    """Measure batches and tokenising; print the figures and, if asked, keep them."""
+    """Measure batches and tokenizing; print the figures and, if asked, keep them."""
     needs_torch()
-    from gptoughts.diagnostics.bench.data import bench_batches, bench_tokenise
+    from gptoughts.diagnostics.bench.data import bench_batches, bench_tokenize
     from gptoughts.diagnostics.bench.figures import keep, machine_figures
     from gptoughts.hardware.machine import probe
 
     here, path = machine_figures(probe()), _target(out)
-    measures = (("batches", bench_batches), ("tokenise", partial(bench_tokenise, source, tokenizer)))
+    measures = (("batches", bench_batches), ("tokenize", partial(bench_tokenize, source, tokenizer)))
     for what, measure in measures:
         figures = measure()
         print(what, *(f"  {name:<34} {value}" for name, value in figures.items()), sep="\n", flush=True)
@@ -150,7 +150,7 @@ def gemm(largest: int | None, out: str | None) -> int:
 
 def _asked(
     recipe: str | None, profile: str, fields: Mapping[str, str], layers: Mapping[str, str], plugin: Sequence[str]
-) -> tuple[Setting, Ask]:
+) -> tuple[ResolvedRun, Ask]:
     """What was asked for, decided here and to be decided again in other processes; this one needs none of the plan's variables."""
     setting = decide(recipe, profile, fields, layers, plugin)
     needs_torch()

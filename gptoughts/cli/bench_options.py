@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import click
 
-from gptoughts.cli.options import CONTEXT, RecipeVerb, Verb, Verbs, call, call_with_recipe, option, recipe_options
+from gptoughts.cli.options import CONTEXT, Command, CommandGroup, RecipeCommand, call, call_with_recipe, option, recipe_options
 
 
 def bench_group() -> click.Command:
     """`gptoughts bench` with its verbs."""
-    group = Verbs("bench", help="Measure, interleaved, with medians and spread.", context_settings=CONTEXT)
+    group = CommandGroup("bench", help="Measure, interleaved, with medians and spread.", context_settings=CONTEXT)
     own = [
         *recipe_options(),
         option("--rounds", type=click.IntRange(2), default=7, help="paired rounds"),
@@ -18,17 +18,17 @@ def bench_group() -> click.Command:
     ]
     text = "Our loop, a bare PyTorch loop with the same settings, and float32 eager, taking turns."
     group.add_command(
-        RecipeVerb("step", params=own, callback=call_with_recipe("bench", "step"), help=text, context_settings=CONTEXT)
+        RecipeCommand("step", params=own, callback=call_with_recipe("bench", "step"), help=text, context_settings=CONTEXT)
     )
     data: list[click.Parameter] = [
-        option("--source", default="python-stdlib", metavar="PATH", help="text to tokenise"),
+        option("--source", default="python-stdlib", metavar="PATH", help="text to tokenize"),
         option(
             "--tokenizer", default="bpe", metavar="NAME", help="bpe (trained on the text), gpt2, or a folder with its files"
         ),
         option("--to", "out", metavar="FILE", help="write JSON to FILE"),
     ]
     group.add_command(
-        Verb("data", params=data, callback=call("bench", "data"), help="Tokenising and batches.", context_settings=CONTEXT)
+        Command("data", params=data, callback=call("bench", "data"), help="Tokenizing and batches.", context_settings=CONTEXT)
     )
     for command in _bench_plan():
         group.add_command(command)
@@ -42,7 +42,7 @@ def bench_group() -> click.Command:
         option("--to", "--out", "out", metavar="FILE", help="write JSON, and a Markdown table beside it"),
     ]
     text = "What matrix products and copies reach on this machine; kept in the user's cache, for other verbs to compare with."
-    group.add_command(Verb("gemm", params=gemm, callback=call("bench", "gemm"), help=text, context_settings=CONTEXT))
+    group.add_command(Command("gemm", params=gemm, callback=call("bench", "gemm"), help=text, context_settings=CONTEXT))
     return group
 
 
@@ -70,6 +70,10 @@ def _bench_plan() -> list[click.Command]:
     text = "What each layer of the plan gives: the plan without it, the baseline with it, in processes that take turns."
     said = "Does the plan learn as its reference does? Leaves with 1 where the loss differs by more than 0.5 % and twice the noise of seeds."
     return [
-        RecipeVerb("layers", params=layers, callback=call_with_recipe("bench", "layers"), help=text, context_settings=CONTEXT),
-        RecipeVerb("parity", params=parity, callback=call_with_recipe("bench", "parity"), help=said, context_settings=CONTEXT),
+        RecipeCommand(
+            "layers", params=layers, callback=call_with_recipe("bench", "layers"), help=text, context_settings=CONTEXT
+        ),
+        RecipeCommand(
+            "parity", params=parity, callback=call_with_recipe("bench", "parity"), help=said, context_settings=CONTEXT
+        ),
     ]

@@ -13,8 +13,8 @@ def card(layer: Layer) -> str:
 
 
 def _facts(layer: Layer) -> Iterator[str]:
-    needs = ["an NVIDIA GPU"] if layer.needs_gpu and not layer.least_capability else []
-    needs += [f"compute capability {'.'.join(map(str, layer.least_capability))}"] if layer.least_capability else []
+    needs = ["an NVIDIA GPU"] if layer.needs_gpu and not layer.min_capability else []
+    needs += [f"compute capability {'.'.join(map(str, layer.min_capability))}"] if layer.min_capability else []
     needs += [f"{package} (pip install 'gptoughts[{extra}]')" for package, extra in layer.packages]
     needs += [f"{slot} = {' or '.join(names)}" for slot, names in layer.needs_slots.items()]
     yield f"- needs: {', '.join(needs) or 'nothing beyond what fits() asks'}"
@@ -44,7 +44,7 @@ def layers_page(catalog: Mapping[str, Layer]) -> str:
     lines = [
         "# Layers",
         "",
-        "One optimisation per slot. `gptoughts layers` says which fit here, `gptoughts plan` which a recipe gets and why.",
+        "One optimization per slot. `gptoughts layers` says which fit here, `gptoughts plan` which a recipe gets and why.",
         "This page is printed by `gptoughts layers --markdown`.",
     ]
     for slot in SLOTS:

@@ -1,4 +1,4 @@
-"""`gptoughts data show`: the samples that a recipe would train on, decoded, with the learnt tokens marked."""
+"""`gptoughts data show`: the samples that a recipe would train on, decoded, with the learned tokens marked."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 
 from gptoughts.config.loader import load
-from gptoughts.config.resolve import settled
+from gptoughts.config.resolve import resolve_recipe
 from gptoughts.errors import ConfigError
 
 
@@ -18,12 +18,12 @@ def show(recipe: str | None, fields: Mapping[str, str], layers: Mapping[str, str
     from gptoughts.data.chat.marking import MARKS, Style, first_rows, said, shown, totals
     from gptoughts.data.corpus import opened
 
-    resolved = settled(load(recipe or "quickstart", fields)).recipe
+    resolved = resolve_recipe(load(recipe or "quickstart", fields)).recipe
     corpus = opened(resolved)
-    style: Style = "colour" if sys.stdout.isatty() and "NO_COLOR" not in os.environ else "brackets"
+    style: Style = "color" if sys.stdout.isatty() and "NO_COLOR" not in os.environ else "brackets"
     begin, end = MARKS[style]
     print(
-        f"recipe {resolved.name}, data {resolved.data.path} ({resolved.data.format}); {begin}learnt tokens look like this{end}"
+        f"recipe {resolved.name}, data {resolved.data.path} ({resolved.data.format}); {begin}learned tokens look like this{end}"
     )
     for number, row in enumerate(first_rows(corpus, resolved, count), 1):
         print(f"--- sample {number}: {said(row)}")

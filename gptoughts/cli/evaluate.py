@@ -27,7 +27,7 @@ def perplexity(checkpoint: str, data: str | None, split: str, batch: int, length
     if loaded.recipe.objective != "next-token":
         verb = {"masked-diffusion": "likelihood", "question-answering": "squad"}.get(loaded.recipe.objective)
         told = f"\n  try: gptoughts eval {verb}" if verb else ""
-        raise ConfigError(f"{loaded.folder} learnt {loaded.recipe.objective}; perplexity belongs to next-token models{told}")
+        raise ConfigError(f"{loaded.folder} learned {loaded.recipe.objective}; perplexity belongs to next-token models{told}")
     most = loaded.recipe.data.sequence_length
     if length is not None and length > most:
         raise ConfigError(f"--length {length}: {loaded.folder} has a context of {most} tokens")
@@ -67,7 +67,7 @@ def compare(checkpoint: str, other: str, data: str, batch: int, length: int | No
     for name in (checkpoint, other):
         loaded = load(name)
         if loaded.recipe.objective != "next-token":
-            raise ConfigError(f"{loaded.folder} learnt {loaded.recipe.objective}; only next-token models are compared")
+            raise ConfigError(f"{loaded.folder} learned {loaded.recipe.objective}; only next-token models are compared")
         size = length or min(loaded.recipe.data.sequence_length, LONGEST_WINDOW)
         stream = corpus_of(loaded, data, "train", size, {"val_fraction": 0.0}).shards.split("train")
         limit = None if windows is None else -(-windows // batch)
@@ -171,7 +171,7 @@ def squad(checkpoint: str, data: str | None, threshold: float | None, batch: int
 
     loaded = load(checkpoint)
     if loaded.recipe.objective != "question-answering":
-        raise ConfigError(f"{loaded.folder} learnt {loaded.recipe.objective}, not question answering")
+        raise ConfigError(f"{loaded.folder} learned {loaded.recipe.objective}, not question answering")
     settings = loaded.recipe.data
     if loaded.step is not None:
         settings = settings.model_copy(update={"tokenizer": str(loaded.folder / "tokenizer")})

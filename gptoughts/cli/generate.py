@@ -130,7 +130,7 @@ def turns(name: str, folder: Path, recipe: Any, texts: list[str]) -> tuple[list[
 def begun(tokenizer: Any, recipe: Any, texts: list[str]) -> list[list[int]]:
     """The ids of texts, behind the begin-of-text that a Hugging Face model's tokenizer puts before a text.
 
-    Our own training writes none; models that learnt with one write worse without it, or nothing of use.
+    Our own training writes none; models that learned with one write worse without it, or nothing of use.
     """
     from gptoughts.data.tokenizers.tokenizer import JsonTokenizer
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gptoughts.api import default_recipe
 from gptoughts.config import loader as config
-from gptoughts.config.model_spec import facts_for
+from gptoughts.config.model_spec import spec_for
 from gptoughts.errors import ConfigError, PlanError, nearest
 from gptoughts.hardware.machine import World, probe
 from gptoughts.layers import CATALOG
@@ -61,7 +61,7 @@ def layers(name: str | None, markdown: bool) -> int:
         return 0
     machine = probe()
     recipe = config.load(default_recipe(machine)).recipe
-    case = Case(machine, facts_for(recipe), recipe, World())
+    case = Case(machine, spec_for(recipe), recipe, World())
     wide, wider = (2 + max(map(len, names)) for names in (SLOTS, CATALOG))
     for slot in SLOTS:
         for layer in (layer for layer in CATALOG.values() if layer.slot == slot):
@@ -73,10 +73,10 @@ def layers(name: str | None, markdown: bool) -> int:
 def _state(layer: Layer, case: Case) -> str:
     if layer.baseline:
         return "baseline"
-    reasons = layer.unmet(case, layer.read_options({}, layer.name))
+    reasons = layer.rejections(case, layer.read_options({}, layer.name))
     if not reasons:
         return "fits"
-    worst = next((reason for reason in reasons if reason.kind is Kind.CANNOT), reasons[0])
+    worst = next((reason for reason in reasons if reason.kind is Kind.UNSUPPORTED), reasons[0])
     return f"{worst.kind}: {worst}"
 
 

@@ -11,7 +11,7 @@ import sys
 import click
 
 from gptoughts.cli.bench_options import bench_group
-from gptoughts.cli.options import CONTEXT, RecipeVerb, Verb, Verbs, call, call_with_recipe
+from gptoughts.cli.options import CONTEXT, Command, CommandGroup, RecipeCommand, call, call_with_recipe
 from gptoughts.cli.options import argument as _argument
 from gptoughts.cli.options import option as _option
 from gptoughts.cli.options import recipe_options as _recipe_options
@@ -19,9 +19,9 @@ from gptoughts.errors import ConfigError, GptoughtsError
 from gptoughts.planning.environment import Process
 
 
-def verbs() -> Verbs:
+def verbs() -> CommandGroup:
     """The whole command line."""
-    group = Verbs(
+    group = CommandGroup(
         "gptoughts",
         help="Train language models, take what the hardware can give, and prove it.\n\n"
         "A recipe says what to train, a profile how on which hardware, a run is what happened.",
@@ -63,7 +63,7 @@ def _train() -> click.Command:
         ),
     ]
     text = "Train RECIPE (a name or a .toml file). Without one: quickstart on a CPU, gpt-1b on a GPU."
-    return RecipeVerb("train", params=own, callback=call_with_recipe("train", "train"), help=text, context_settings=CONTEXT)
+    return RecipeCommand("train", params=own, callback=call_with_recipe("train", "train"), help=text, context_settings=CONTEXT)
 
 
 def _plan() -> click.Command:
@@ -74,7 +74,7 @@ def _plan() -> click.Command:
         _option("--json", "as_json", is_flag=True, help="print JSON"),
     ]
     text = "Show which layers RECIPE would get and why, without training; also for a machine that is not here."
-    return RecipeVerb("plan", params=own, callback=call_with_recipe("plan", "plan"), help=text, context_settings=CONTEXT)
+    return RecipeCommand("plan", params=own, callback=call_with_recipe("plan", "plan"), help=text, context_settings=CONTEXT)
 
 
 def _trace() -> click.Command:
@@ -89,27 +89,27 @@ def _trace() -> click.Command:
         _option("--memory-history", is_flag=True, help="note who asks for GPU memory, for the report when it runs out"),
     ]
     text = "Train RECIPE for a few steps under the profiler and say where their time went."
-    return RecipeVerb("trace", params=own, callback=call_with_recipe("trace", "trace"), help=text, context_settings=CONTEXT)
+    return RecipeCommand("trace", params=own, callback=call_with_recipe("trace", "trace"), help=text, context_settings=CONTEXT)
 
 
 def _lists() -> list[click.Command]:
     name: list[click.Parameter] = [_argument("name", required=False)]
     return [
-        Verb(
+        Command(
             "recipes",
             params=name,
             callback=call("lists", "recipes"),
             help="List recipes, or print one.",
             context_settings=CONTEXT,
         ),
-        Verb(
+        Command(
             "profiles",
             params=list(name),
             callback=call("lists", "profiles"),
             help="List profiles, or print one.",
             context_settings=CONTEXT,
         ),
-        Verb(
+        Command(
             "layers",
             params=[*name, _option("--markdown", is_flag=True, help="print docs/layers.md")],
             callback=call("lists", "layers"),
@@ -133,7 +133,7 @@ def _tokenize() -> click.Command:
         _option("--overwrite", is_flag=True, help="start over in a folder made with other settings"),
     ]
     text = "Turn SOURCE (a file, folder, glob or dataset) into shards of tokens. Goes on where it was interrupted."
-    return Verb("tokenize", params=params, callback=call("tokenize", "tokenize"), help=text, context_settings=CONTEXT)
+    return Command("tokenize", params=params, callback=call("tokenize", "tokenize"), help=text, context_settings=CONTEXT)
 
 
 def _generate() -> click.Command:
@@ -161,15 +161,15 @@ def _generate() -> click.Command:
         _option("--offload", metavar="DIR", help="keep what does not fit in memory in DIR (accelerate)"),
     ]
     text = "Write text with CHECKPOINT: a run's name, its folder, one checkpoint, an exported folder or an adapter."
-    return Verb("generate", params=params, callback=call("generate", "generate"), help=text, context_settings=CONTEXT)
+    return Command("generate", params=params, callback=call("generate", "generate"), help=text, context_settings=CONTEXT)
 
 
 def _data() -> click.Command:
-    group = Verbs("data", help="Look at what a recipe would train on.", context_settings=CONTEXT)
+    group = CommandGroup("data", help="Look at what a recipe would train on.", context_settings=CONTEXT)
     own = [*_recipe_options()[:1], _option("--count", type=click.IntRange(1), default=3, help="samples to show")]
-    text = "Print samples as they are trained on, decoded, with the learnt tokens marked."
+    text = "Print samples as they are trained on, decoded, with the learned tokens marked."
     group.add_command(
-        RecipeVerb("show", params=own, callback=call_with_recipe("data", "show"), help=text, context_settings=CONTEXT)
+        RecipeCommand("show", params=own, callback=call_with_recipe("data", "show"), help=text, context_settings=CONTEXT)
     )
     return group
 
@@ -181,17 +181,17 @@ def _export() -> click.Command:
         _option("--base", metavar="PATH", help="model under an adapter, where the adapter's own note of it does not hold"),
         _option("--adapter-only", is_flag=True, help="write the adapter as it is (peft opens it) instead of merging it"),
         _option(
-            "--text", metavar="FILE", help="text to compare logits on; a passage of this Python's own licence if not given"
+            "--text", metavar="FILE", help="text to compare logits on; a passage of this Python's own license if not given"
         ),
     ]
     text = "Write CHECKPOINT as a folder that transformers opens, and check that it gives the same logits."
-    return Verb("export", params=params, callback=call("export", "export"), help=text, context_settings=CONTEXT)
+    return Command("export", params=params, callback=call("export", "export"), help=text, context_settings=CONTEXT)
 
 
 def _eval() -> click.Command:
-    group = Verbs("eval", help="Evaluate a checkpoint or an exported folder.", context_settings=CONTEXT)
-    data = _option("--data", metavar="PATH", help="text or tokenised folder; the run's own validation split if not given")
-    split = _option("--split", default="val", help="split of the tokenised folder")
+    group = CommandGroup("eval", help="Evaluate a checkpoint or an exported folder.", context_settings=CONTEXT)
+    data = _option("--data", metavar="PATH", help="text or tokenized folder; the run's own validation split if not given")
+    split = _option("--split", default="val", help="split of the tokenized folder")
     batch = _option("--batch", type=click.IntRange(1), default=16, help="sequences per forward")
     length = _option("--length", type=click.IntRange(1), help="tokens of context; the run's own if not given")
     as_json = _option("--json", "as_json", is_flag=True, help="print JSON")
@@ -212,7 +212,7 @@ def _eval() -> click.Command:
     )
     for name, (options, text) in kinds.items():
         params = [_argument("checkpoint"), *options]
-        group.add_command(Verb(name, params=params, callback=call("evaluate", name), help=text, context_settings=CONTEXT))
+        group.add_command(Command(name, params=params, callback=call("evaluate", name), help=text, context_settings=CONTEXT))
     return group
 
 
@@ -223,7 +223,7 @@ def _doctor() -> click.Command:
         _option("--machine-json", is_flag=True, help="print this machine as a file for plan --machine"),
     ]
     text = "What is here, what is missing or slow, what that costs, and what to type."
-    return Verb("doctor", params=params, callback=call("doctor", "doctor"), help=text, context_settings=CONTEXT)
+    return Command("doctor", params=params, callback=call("doctor", "doctor"), help=text, context_settings=CONTEXT)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -18,7 +18,7 @@ CONTEXT = {
 }
 
 
-class Verb(click.Command):
+class Command(click.Command):
     """A verb that tells every unknown flag at once, each with the nearest known one."""
 
     def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
@@ -34,7 +34,7 @@ class Verb(click.Command):
         return f"no such flag{nearest(spelled(flag), known)}"
 
 
-class RecipeVerb(Verb):
+class RecipeCommand(Command):
     """A verb that takes a recipe: every field and every slot is a flag, and the help page is grouped by table."""
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
@@ -157,7 +157,7 @@ def _inner(kind: str, key: str) -> str:
     return f"{kind}__{key.replace('.', '__')}"
 
 
-class Verbs(click.Group):
+class CommandGroup(click.Group):
     """The verbs in the order in which a newcomer meets them."""
 
     def list_commands(self, context: click.Context) -> list[str]:

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from gptoughts.config.loader import Recipe
-from gptoughts.config.model_spec import facts_for
+from gptoughts.config.model_spec import spec_for
 from gptoughts.console import bytes_in_words
 from gptoughts.errors import PlanError
 from gptoughts.hardware.machine import Machine, World
 from gptoughts.planning.layer import SLOTS, Choice, Layer
-from gptoughts.planning.profile import Match, Profile, Want, pick
+from gptoughts.planning.profile import LayerRequest, Match, Profile, pick
 from gptoughts.planning.resolve import Plan, resolve
 
 NOT_MEASURED = "not measured"
@@ -124,7 +124,7 @@ def _card(
     yield from _measured(figures)
 
 
-def _row(slot: str, wants: tuple[Want, ...], catalog: Mapping[str, Layer], figures: list[Figure]) -> str:
+def _row(slot: str, wants: tuple[LayerRequest, ...], catalog: Mapping[str, Layer], figures: list[Figure]) -> str:
     names = ", ".join(f"`{want.layer}`{_options(want.options)}" for want in wants)
     first = catalog.get(wants[0].layer)
     effect = first_sentence(first.card) if first else "not in the catalog"
@@ -142,7 +142,7 @@ def first_sentence(card: str) -> str:
     return (match[1] if match else text).rstrip(".:;").replace("|", "\\|")
 
 
-def _measured_of(slot: str, wants: tuple[Want, ...], catalog: Mapping[str, Layer], figures: list[Figure]) -> str:
+def _measured_of(slot: str, wants: tuple[LayerRequest, ...], catalog: Mapping[str, Layer], figures: list[Figure]) -> str:
     """Gains of this profile's layers where there are any, else what the layers' own records say."""
     asked = [want.layer for want in wants]
     own = [f"`{one.layer}` {one.text} ({_link(one.file)})" for one in figures if one.slot == slot and one.layer in asked]
@@ -210,18 +210,18 @@ def _passed_over(
     profile: Profile, machine: Machine, recipe: Recipe, catalog: Mapping[str, Layer]
 ) -> Iterator[tuple[str, str, str, str]]:
     try:
-        plan: Plan = resolve(profile, machine, facts_for(recipe), recipe, World(), catalog)
+        plan: Plan = resolve(profile, machine, spec_for(recipe), recipe, World(), catalog)
     except PlanError as error:
         yield "all", "the profile", "no plan", " ".join(str(error).split()).replace("|", "\\|")
         return
     for choice in plan.choices:
-        for layer, reasons in choice.passed_over:
+        for layer, reasons in choice.rejected:
             yield choice.slot, f"`{layer}`", f"`{choice.layer}`", "; ".join(map(str, reasons)).replace("|", "\\|")
         yield from _losses(choice)
 
 
 def _losses(choice: Choice) -> Iterator[tuple[str, str, str, str]]:
-    for reason in choice.expected_loss:
+    for reason in choice.expected_slowdown:
         yield choice.slot, "nothing", f"`{choice.layer}`, demanded all the same", f"expect a loss: {reason}".replace("|", "\\|")
 
 

@@ -23,12 +23,12 @@ def tokenize(
     processes: int | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Tokenises `source` into the folder `out` and prints what was read, how fast, and the line to train on it.
+    """Tokenizes `source` into the folder `out` and prints what was read, how fast, and the line to train on it.
 
     Without a tokenizer it is GPT-2's; `train_bpe` asks for a BPE of that vocabulary, trained on the text. Raises DataError.
     """
     from gptoughts.data.text.shards import INDEX
-    from gptoughts.data.text.tokenize import tokenise
+    from gptoughts.data.text.tokenize import tokenize
 
     if train_bpe is not None and tokenizer not in (None, "bpe"):
         raise DataError(f"--tokenizer {tokenizer} and --train-bpe {train_bpe} name two tokenizers; give one of them")
@@ -36,7 +36,7 @@ def tokenize(
     folder = Path(out)
     there = (folder / INDEX).exists() and not overwrite
     begun = time.monotonic()
-    index = tokenise(
+    index = tokenize(
         source, name, folder, train_bpe=train_bpe, val_fraction=val_fraction,
         val_from=val_from, shard_tokens=shard_tokens, processes=processes, text_key=text_key, overwrite=overwrite, progress="console",
     )  # fmt: skip

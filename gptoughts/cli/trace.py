@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from gptoughts.api import Setting, decide
+from gptoughts.api import ResolvedRun, decide
 from gptoughts.cli.train import needs_torch, put_environment_in_place
 from gptoughts.errors import ConfigError, RunError
 
@@ -45,12 +45,12 @@ def trace(
     return 0
 
 
-def steps_to_trace(setting: Setting, first: int | None, last: int | None) -> tuple[int, int]:
+def steps_to_trace(setting: ResolvedRun, first: int | None, last: int | None) -> tuple[int, int]:
     """The steps to trace, those that nobody named chosen after the warm ones. Raises ConfigError where they cannot be."""
     if setting.world.world_size > 1:
         raise ConfigError("trace runs in one process; start it without torchrun")
     length = setting.resolved.recipe.train.steps
-    warm = max(setting.extensions.catalog[choice.layer].warm_steps for choice in setting.plan.choices)
+    warm = max(setting.extensions.catalog[choice.layer].warmup_steps for choice in setting.plan.choices)
     wanted = first if first is not None else warm + SETTLING + 1
     if first is None and last is not None:
         wanted = min(wanted, last)
@@ -65,7 +65,7 @@ def steps_to_trace(setting: Setting, first: int | None, last: int | None) -> tup
     return wanted, end
 
 
-def _trained(setting: Setting, first: int, last: int, out: Path, memory_history: bool) -> None:
+def _trained(setting: ResolvedRun, first: int, last: int, out: Path, memory_history: bool) -> None:
     """Train to `last` and write the trace. Raises RunError where the GPU's memory ran out, with what lay in it."""
     import torch
 
@@ -90,7 +90,7 @@ def _trained(setting: Setting, first: int, last: int, out: Path, memory_history:
                     with tracing.step_named(number):
                         training.progress, _ = advance(engine, training.progress, training.rate)
                         if number == last:
-                            engine.settle()
+                            engine.synchronize()
     except torch.OutOfMemoryError as error:
         said = memory_report(out / "memory.json")
         raise RunError(f"{str(error).partition('. ')[0]}\n{said}\n  try: a smaller --layer.microbatch.sequences") from None
@@ -100,7 +100,7 @@ def _described(out: Path, title: str) -> str:
     """Write the summary beside the trace; the text of it."""
     from gptoughts.diagnostics import trace as tracing
 
-    summary = tracing.summarise(tracing.read(out / "trace.json.gz"))
+    summary = tracing.summarize(tracing.read(out / "trace.json.gz"))
     text = summary.markdown(title)
     (out / "trace.md").write_text(text, encoding="utf-8")
     (out / "trace.summary.json").write_text(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from gptoughts.api import Setting, decide, train_setting
+from gptoughts.api import ResolvedRun, decide, train_setting
 from gptoughts.errors import ConfigError
 from gptoughts.planning.environment import Process, lacking, restart
 
@@ -42,7 +42,7 @@ def train(
     return 128 + outcome.stopped_by if outcome.stopped_by else 0
 
 
-def put_environment_in_place(setting: Setting) -> list[str]:
+def put_environment_in_place(setting: ResolvedRun) -> list[str]:
     """Start this process again with the plan's variables, once; in somebody else's process `train_setting` sets them instead.
 
     Returns the plan's notes, for those who do not print its table.

@@ -79,7 +79,7 @@ FOREIGN = {
     "data_path": "data.path",
     "dataset_name": "data.path",
     "run_name": "--run",
-    "num_workers": "--layer.loader.batches (batches read ahead); tokenising takes --processes",
+    "num_workers": "--layer.loader.batches (batches read ahead); tokenizing takes --processes",
     "optimizer": "optim.name (its kind); --layer.optimizer is its implementation",
     "optimizer_type": "optim.name",
     "optim": "optim.name",

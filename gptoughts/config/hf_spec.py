@@ -165,7 +165,7 @@ def check_length(config: Config, sequence_length: int, named: str) -> None:
 
 
 def fields_of(config: Config, sequence_length: int, rows: int | None = None) -> dict[str, Any]:
-    """Fields of `facts.ModelFacts` from config.json; what it does not tell is None. `rows` replaces its vocab_size."""
+    """Fields of `model_spec.ModelSpec` from config.json; what it does not tell is None. `rows` replaces its vocab_size."""
     kind, c = config["model_type"], dict(_text(config), model_type=config["model_type"])
     if rows is not None:
         c["vocab_size"] = rows

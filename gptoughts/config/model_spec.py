@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from gptoughts.config import hf_spec as hf_facts
+from gptoughts.config import hf_spec
 from gptoughts.config.loader import DataConfig, ModelConfig, Recipe
 from gptoughts.errors import ConfigError
 
@@ -14,7 +14,7 @@ VOCAB_MULTIPLE = 64
 
 
 @dataclass(frozen=True)
-class ModelFacts:
+class ModelSpec:
     """What a layer may ask about a model. A field that is not known is None, and layers must accept that.
 
     `vocab_size` is the number of embedding rows (padding included), `hidden` the inner width of the MLP,
@@ -46,7 +46,7 @@ class ModelFacts:
     head: str | None = None  # "linear" (logits are hidden x weight) or "own" (the model does more)
 
 
-UNKNOWN = ModelFacts()  # a model of the user's own
+UNKNOWN = ModelSpec()  # a model of the user's own
 
 
 def padded_vocab(size: int) -> int:
@@ -69,7 +69,7 @@ def embedding_rows(model: ModelConfig, vocab_size: int | None) -> int | None:
     return model.vocab_size
 
 
-def of(model: ModelConfig, sequence_length: int, vocab_size: int | None) -> ModelFacts:
+def of(model: ModelConfig, sequence_length: int, vocab_size: int | None) -> ModelSpec:
     """The facts of the native GPT that `model` describes; `vocab_size` is the tokenizer's, None if not known yet."""
     rows = embedding_rows(model, vocab_size)
     embedding = None if rows is None else _embedding_parameters(model, rows, sequence_length)
@@ -77,7 +77,7 @@ def of(model: ModelConfig, sequence_length: int, vocab_size: int | None) -> Mode
     if rows is not None and embedding is not None:
         head = 0 if model.tied else rows * model.width
         parameters = embedding + model.depth * _block_parameters(model) + _norm_parameters(model) + head
-    return ModelFacts(
+    return ModelSpec(
         family=model.family,
         depth=model.depth,
         width=model.width,
@@ -97,20 +97,20 @@ def of(model: ModelConfig, sequence_length: int, vocab_size: int | None) -> Mode
     )
 
 
-def of_hf(model: ModelConfig, sequence_length: int) -> ModelFacts:
+def of_hf(model: ModelConfig, sequence_length: int) -> ModelSpec:
     """The facts of the Hugging Face model that `model` names, from its config.json. Raises ConfigError where that cannot be read."""
     rows = None if model.path else model.vocab_size
-    return ModelFacts(**hf_facts.fields_of(hf_facts.read_config(model), sequence_length, rows))
+    return ModelSpec(**hf_spec.fields_of(hf_spec.read_config(model), sequence_length, rows))
 
 
-def facts_for(recipe: Recipe) -> ModelFacts:
+def spec_for(recipe: Recipe) -> ModelSpec:
     """What the recipe alone tells of its model; sizes that follow from a text not read yet are None."""
     model, data = recipe.model, recipe.data
     if model.family == "hf":
         return of_hf(model, data.sequence_length)
     if model.family in ("gpt", "llada"):
         return of(model, data.sequence_length, vocabulary_of(data))
-    return ModelFacts(family=model.family, depth=model.depth, width=model.width, sequence_length=data.sequence_length)
+    return ModelSpec(family=model.family, depth=model.depth, width=model.width, sequence_length=data.sequence_length)
 
 
 def vocabulary_of(data: DataConfig) -> int | None:
@@ -125,7 +125,7 @@ def vocabulary_of(data: DataConfig) -> int | None:
     return {"bytes": 257, "gpt2": 50257, "bpe": data.train_bpe}.get(data.tokenizer)
 
 
-def flops_per_token(facts: ModelFacts) -> int | None:
+def flops_per_token(spec: ModelSpec) -> int | None:
     """Floating-point operations of one trained token, forward and backward: 6 N + 12 L C T; None if a size is unknown.
 
     N counts the weights that a token is multiplied with: all parameters (of experts the chosen ones) less the tables that
@@ -135,13 +135,13 @@ def flops_per_token(facts: ModelFacts) -> int | None:
     term is attention's two products over the whole T x T square: the causal half is not subtracted and recomputation
     not added. Source: Chowdhery et al. 2022, PaLM, appendix B (https://arxiv.org/abs/2204.02311).
     """
-    if facts.parameters is None or facts.embedding_parameters is None or facts.vocab_size is None:
+    if spec.parameters is None or spec.embedding_parameters is None or spec.vocab_size is None:
         return None
-    if facts.depth is None or facts.width is None or facts.sequence_length is None:
+    if spec.depth is None or spec.width is None or spec.sequence_length is None:
         return None
-    shared_with_head = facts.vocab_size * facts.width if facts.tied else 0
-    multiplied = (facts.active_parameters or facts.parameters) - facts.embedding_parameters + shared_with_head
-    return 6 * multiplied + 12 * facts.depth * (facts.attention_width or facts.width) * facts.sequence_length
+    shared_with_head = spec.vocab_size * spec.width if spec.tied else 0
+    multiplied = (spec.active_parameters or spec.parameters) - spec.embedding_parameters + shared_with_head
+    return 6 * multiplied + 12 * spec.depth * (spec.attention_width or spec.width) * spec.sequence_length
 
 
 def _embedding_parameters(model: ModelConfig, rows: int, sequence_length: int) -> int:

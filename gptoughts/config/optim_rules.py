@@ -1,4 +1,4 @@
-"""Which keys of [optim] an optimiser uses, and what it cannot be combined with. Imports nothing, so a recipe is checked without torch."""
+"""Which keys of [optim] an optimizer uses, and what it cannot be combined with. Imports nothing, so a recipe is checked without torch."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ USES = {
     "ademamix": ("beta1", "beta2", "beta3", "alpha", "epsilon"),
     "schedule-free": ("beta1", "beta2", "epsilon"),
 }
-"""Optimiser -> the keys that only some optimisers have. Rate, schedule, weight_decay and clip_norm belong to all."""
+"""Optimizer -> the keys that only some optimizers have. Rate, schedule, weight_decay and clip_norm belong to all."""
 
 PARTIAL = tuple(dict.fromkeys(key for keys in USES.values() for key in keys))
-"""Every key that some optimiser does not use."""
+"""Every key that some optimizer does not use."""
 
 ABOVE_ZERO = {"ademamix": ("beta1", "beta3"), "schedule-free": ("beta1",)}
-"""Decays that the optimiser divides by, or takes the logarithm of."""
+"""Decays that the optimizer divides by, or takes the logarithm of."""
 
 
 def problems(config: Any) -> Iterator[tuple[str, tuple[str, ...]]]:
     """What in an `OptimConfig` cannot be: a text and the keys at fault, for every problem.
 
-    A key that the optimiser does not use and that has another value than its default would be a wish that nobody hears.
+    A key that the optimizer does not use and that has another value than its default would be a wish that nobody hears.
     """
     name, fields = config.name, type(config).model_fields
     unheard = tuple(

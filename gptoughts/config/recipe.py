@@ -60,10 +60,10 @@ class ModelConfig(Section):
     vocab_size: Positive | None = Field(
         None, description="rows of the embedding; if not set the tokenizer's count rounded up to a multiple of 64"
     )
-    norm: Literal["rmsnorm", "layernorm"] = Field("rmsnorm", description="normalisation")
+    norm: Literal["rmsnorm", "layernorm"] = Field("rmsnorm", description="normalization")
     positions: Literal["rope", "learned"] = Field("rope", description="position encoding")
     mlp: Literal["swiglu", "gelu"] = Field("swiglu", description="kind of MLP; gelu is GPT-2's tanh form")
-    qk_norm: bool = Field(True, description="normalise queries and keys per head")
+    qk_norm: bool = Field(True, description="normalize queries and keys per head")
     tied: bool = Field(True, description="embedding and head share one weight")
     bias: bool = Field(False, description="biases in linear layers and LayerNorm")
     rope_theta: Annotated[float, Field(gt=0)] = Field(10000.0, description="base of the rotary frequencies")
@@ -109,7 +109,7 @@ class DataConfig(Section):
 
     path: str = Field(
         "python-stdlib",
-        description="text file, folder, glob, tokenised folder, Hugging Face dataset, or python-stdlib (this Python's own source)",
+        description="text file, folder, glob, tokenized folder, Hugging Face dataset, or python-stdlib (this Python's own source)",
     )
     tokenizer: str = Field("bpe", description="bytes, chars, gpt2, bpe (trained on the text), or a tokenizer.json")
     train_bpe: Positive | None = Field(4096, description="vocabulary of the BPE that tokenizer = bpe trains")
@@ -119,7 +119,7 @@ class DataConfig(Section):
     val_path: str | None = Field(None, description="chat, squad: a file for validation; if not set val_fraction of the rows")
     packing: bool = Field(True, description="chat: several conversations per row, which do not see each other")
     template: str | None = Field(None, description="chat: chatml, plain, or a Jinja file; if not set the tokenizer's own")
-    train_on: Literal["answers", "all"] = Field("answers", description="chat: which tokens are learnt")
+    train_on: Literal["answers", "all"] = Field("answers", description="chat: which tokens are learned")
     too_long: Literal["error", "drop", "cut"] = Field(
         "error", description="chat: conversations longer than sequence_length; drop leaves them out, cut learns their beginning"
     )
@@ -130,14 +130,14 @@ class DataConfig(Section):
     val_from: Literal["auto", "tail", "documents"] = Field(
         "auto", description="validation takes the text's tail, or whole documents; auto: the tail where documents are few"
     )
-    cache: str | None = Field(None, description="folder for shards tokenised by train; if not set ~/.cache/gptoughts/data")
+    cache: str | None = Field(None, description="folder for shards tokenized by train; if not set ~/.cache/gptoughts/data")
 
 
 class OptimConfig(Section):
-    """Optimiser, schedule and clipping."""
+    """Optimizer, schedule and clipping."""
 
     name: Literal["adamw", "muon", "lion", "apollo", "apollo-mini", "ademamix", "schedule-free"] = Field(
-        "adamw", description="optimiser"
+        "adamw", description="optimizer"
     )
     learning_rate: Annotated[float, Field(gt=0)] = Field(1e-3, description="peak learning rate")
     min_learning_rate: Annotated[float, Field(ge=0)] = Field(1e-4, description="learning rate at the end of the decay")
@@ -157,7 +157,7 @@ class OptimConfig(Section):
 
     @model_validator(mode="after")
     def keys_are_heard(self) -> OptimConfig:
-        """The optimiser uses what was written, and the schedule is one that it can follow."""
+        """The optimizer uses what was written, and the schedule is one that it can follow."""
         for text, keys in problems(self):
             raise Disagreement(text, *keys)
         return self
@@ -169,13 +169,13 @@ LENGTHS = ("steps", "tokens", "epochs", "hours")
 class TrainConfig(Section):
     """How long, and in which batches."""
 
-    steps: Positive | None = Field(None, description="length in optimiser updates")
+    steps: Positive | None = Field(None, description="length in optimizer updates")
     tokens: Positive | None = Field(None, description="length in tokens")
     epochs: Annotated[float, Field(gt=0)] | None = Field(None, description="length in passes over the training split")
     hours: Annotated[float, Field(gt=0)] | None = Field(
         None, description="length in hours of wall time; the schedule follows the clock"
     )
-    global_batch: Positive = Field(16, description="sequences per optimiser update, over all ranks")
+    global_batch: Positive = Field(16, description="sequences per optimizer update, over all ranks")
 
     @model_validator(mode="after")
     def one_length(self) -> TrainConfig:
@@ -206,7 +206,7 @@ class AdapterConfig(Section):
 
 
 class DiffusionConfig(Section):
-    """Masked diffusion: the noise that is learnt from, and how text is written."""
+    """Masked diffusion: the noise that is learned from, and how text is written."""
 
     epsilon: Annotated[float, Field(gt=0, lt=1)] = Field(1e-3, description="least share of masked tokens")
     crop: Annotated[float, Field(ge=0, le=1)] = Field(0.01, description="share of samples cut to a random length")
@@ -257,10 +257,10 @@ class Recipe(Section):
 
     name: str = Field(description="the recipe's name")
     note: str = Field("", description="what it is for")
-    seed: Count = Field(1337, description="seed of initialisation, order and every other draw")
+    seed: Count = Field(1337, description="seed of initialization, order and every other draw")
     objective: str = Field(
         "next-token",
-        description="what is learnt: next-token, masked-diffusion, question-answering, or one that a plugin brings",
+        description="what is learned: next-token, masked-diffusion, question-answering, or one that a plugin brings",
     )
     model: ModelConfig = Field(default_factory=ModelConfig)
     data: DataConfig = Field(default_factory=DataConfig)

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from gptoughts.config import hf_spec as hf_facts
-from gptoughts.config import llada_spec as llada_config
+from gptoughts.config import hf_spec, llada_spec
 from gptoughts.config.loader import Resolved
 from gptoughts.config.recipe import ExpertsConfig, ModelConfig, Recipe
 from gptoughts.errors import ConfigError, listed
@@ -18,7 +17,7 @@ SIZES = (
 """Keys of [model] that describe a native model; a Hugging Face model has its own in its config.json."""
 
 
-def settled(resolved: Resolved) -> Resolved:
+def resolve_recipe(resolved: Resolved) -> Resolved:
     """`resolved` with family, sizes and tokenizer from `model.path` or `model.config` where nobody gave them.
 
     Raises ConfigError where keys contradict the named model, or each other.
@@ -32,12 +31,12 @@ def settled(resolved: Resolved) -> Resolved:
         recipe = resolved.recipe
     if recipe.model.path is None and recipe.model.config is None:
         return resolved
-    config = hf_facts.read_config(recipe.model)
+    config = hf_spec.read_config(recipe.model)
     named = "model.path" if recipe.model.path else "model.config"
     native = config.get("model_type") == "llada" or recipe.model.family == "llada"
     changes: dict[str, Any] = {"model.family": "llada" if native else "hf"}
     if native:
-        sizes = llada_config.sizes(config)
+        sizes = llada_spec.sizes(config)
         _check_native_sizes(resolved, sizes, named)
         changes |= {f"model.{key}": value for key, value in sizes.items()}
     else:
@@ -45,8 +44,8 @@ def settled(resolved: Resolved) -> Resolved:
         _check_experts(recipe, config, named)
     _check_direction(recipe, native, named)
     if recipe.model.path and not resolved.given("data.tokenizer"):
-        changes["data.tokenizer"] = str(hf_facts.tokenizer_folder(recipe.model))
-    hf_facts.check_length(config, recipe.data.sequence_length, named)
+        changes["data.tokenizer"] = str(hf_spec.tokenizer_folder(recipe.model))
+    hf_spec.check_length(config, recipe.data.sequence_length, named)
     return _with(resolved, changes, named)
 
 
@@ -82,7 +81,7 @@ def _contradictions(recipe: Recipe, resolved: Resolved) -> list[str]:
             "own tokenizer only; leave it out of the recipe"
         )
     if recipe.adapter.kind == "none" and recipe.adapter.base != "full":
-        problems.append("adapter.base nf4: quantised weights cannot be trained; give adapter.kind too, such as lora")
+        problems.append("adapter.base nf4: quantized weights cannot be trained; give adapter.kind too, such as lora")
     if recipe.adapter.kind != "none" and recipe.objective == "question-answering":
         problems.append("adapter.kind: a new head must be trained whole, and an adapter freezes it; leave [adapter] out")
     return [*problems, *_unheard(recipe)]
@@ -116,8 +115,8 @@ def _unheard(recipe: Recipe) -> list[str]:
 
 
 def _check_experts(recipe: Recipe, config: Mapping[str, Any], named: str) -> None:
-    facts = hf_facts.fields_of(config, recipe.data.sequence_length)
-    dense = facts["projections"] is not None and not facts["experts"]  # of a type that is not known nothing is claimed
+    spec = hf_spec.fields_of(config, recipe.data.sequence_length)
+    dense = spec["projections"] is not None and not spec["experts"]  # of a type that is not known nothing is claimed
     if dense and recipe.experts != ExpertsConfig():
         raise ConfigError(
             f"[experts] has no effect: the {config['model_type']} of {named} has no experts to balance; leave its keys out"

@@ -30,7 +30,7 @@ Prepare = Callable[[Batch, np.ndarray], Batch]
 
 
 class Corpus(ABC):
-    """One tokenised corpus with its splits."""
+    """One tokenized corpus with its splits."""
 
     folder: Path
     """Where it lies; for messages."""
@@ -132,12 +132,12 @@ def kept_tokenizer(tokenizer: Tokenizer, data: DataConfig) -> Path:
 
 
 def text_corpus(data: DataConfig) -> TextCorpus:
-    """The text that `data` names, tokenised now if it was not before."""
+    """The text that `data` names, tokenized now if it was not before."""
     return TextCorpus(prepare(data), data.sequence_length)
 
 
 def opened(recipe: Recipe) -> Corpus:
-    """What the recipe reads, tokenised now if it was not before. Raises DataError."""
+    """What the recipe reads, tokenized now if it was not before. Raises DataError."""
     data = recipe.data
     if data.format == "text":
         return text_corpus(data)

@@ -15,7 +15,7 @@ S27, S30, S31 = np.uint64(27), np.uint64(30), np.uint64(31)
 
 
 def mix(values: np.ndarray) -> np.ndarray:
-    """splitmix64's finaliser of uint64 values, in place; arithmetic wraps."""
+    """splitmix64's finalizer of uint64 values, in place; arithmetic wraps."""
     values ^= values >> S30
     values *= MIX_1
     values ^= values >> S27

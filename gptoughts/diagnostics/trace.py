@@ -176,7 +176,7 @@ def kind_of(name: str) -> str:
     return next((kind for kind, pattern in KINDS if re.search(pattern, lower)), OTHER)
 
 
-def summarise(events: Sequence[Mapping[str, Any]]) -> Summary:
+def summarize(events: Sequence[Mapping[str, Any]]) -> Summary:
     """Where the time went. Raises DataError for a trace without a step."""
     steps = [event for event in events if event.get("cat") == "user_annotation" and _is_step(event["name"])]
     if not steps:
@@ -218,7 +218,7 @@ def _union(spans: Iterable[tuple[float, float]]) -> float:
 def _own_times(events: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, float]]:
     """Name, kind and own time of every event of one thread: its duration without what it called.
 
-    What runs inside a wait for data, the optimiser or fused attention belongs to that. A step's own time is Python's.
+    What runs inside a wait for data, the optimizer or fused attention belongs to that. A step's own time is Python's.
     """
     rows: list[list[Any]] = []
     around: list[tuple[float, int, str | None]] = []  # end, row, the kind that what is inside belongs to
@@ -270,8 +270,8 @@ def draw(summary: Summary, picture: Path, title: str) -> None:
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     lengths = [1000 * part.seconds / summary.steps for part in parts]
-    colours = ["#9aa0a6" if part.name in (IDLE, PYTHON, WAITING) else "#1a73e8" for part in parts]
-    axes.barh([part.name for part in parts], lengths, color=colours)
+    colors = ["#9aa0a6" if part.name in (IDLE, PYTHON, WAITING) else "#1a73e8" for part in parts]
+    axes.barh([part.name for part in parts], lengths, color=colors)
     for place, part in enumerate(parts):
         axes.text(lengths[place], place, f" {in_per_cent(part.seconds / summary.seconds)}", va="center", fontsize=9)
     axes.set(xlabel="milliseconds a step", title=title, xlim=(0, 1.15 * max(lengths)))

@@ -1,7 +1,7 @@
-"""The engine: model, optimiser, batches, and the verbs of a step. Layers wrap or replace verbs; the loop only calls them.
+"""The engine: model, optimizer, batches, and the verbs of a step. Layers wrap or replace verbs; the loop only calls them.
 
 `forward_context`, `eval_context` and `grad_sync` are only wrapped: layers push context factories, the first pushed is outermost.
-`backward`, `clip`, `step` and `materialise` may be wrapped by many layers and replaced by one.
+`backward`, `clip`, `step` and `materialize` may be wrapped by many layers and replaced by one.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Counters:
     micro_batches: int = 0
     updates: int = 0
     data_wait_seconds: float = 0.0
-    marks: Counter[str] = field(default_factory=Counter)
+    call_counts: Counter[str] = field(default_factory=Counter)
     """Calls of what a layer put in place, by the layer's name."""
 
 
@@ -82,7 +82,7 @@ class Engine:
         self.bare = self.model
         self.blocks = self.family.blocks(self.model)
         self._contexts = {"forward_context": [], "eval_context": [], "grad_sync": []}
-        self._verbs = {"backward": Tensor.backward, "clip": self._clip, "step": self._step, "materialise": self._materialise}
+        self._verbs = {"backward": Tensor.backward, "clip": self._clip, "step": self._step, "materialize": self._materialize}
         self._wrappers = {verb: [] for verb in self._verbs}
 
     # Verbs that are only wrapped.
@@ -124,9 +124,9 @@ class Engine:
         """Update the weights and clear gradients. Returns whether an update took place."""
         return self._verb("step")()
 
-    def materialise(self, source: Source) -> None:
+    def materialize(self, source: Source) -> None:
         """Give every parameter that is still on meta memory and, from `source`, its value."""
-        self._verb("materialise")(source)
+        self._verb("materialize")(source)
 
     def _verb(self, verb: str) -> Callable[..., Any]:
         function = self._verbs[verb]
@@ -145,7 +145,7 @@ class Engine:
         self._wrappers[verb].append(wrapper)
         return lambda: self._wrappers[verb].remove(wrapper)
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         """Wait for the device to finish what was asked of it, so that the time belongs to the steps that asked."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -181,7 +181,7 @@ class Engine:
         self.optimizer.zero_grad(set_to_none=True)
         return True
 
-    def _materialise(self, source: Source) -> None:
+    def _materialize(self, source: Source) -> None:
         allocate(self.bare, self.device)
         self.family.retie(self.bare)
         self.family.buffers(self.bare, self.device)

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from gptoughts.config import hf_spec as hf_facts
+from gptoughts.config import hf_spec
 from gptoughts.config.loader import Recipe
-from gptoughts.config.model_spec import ModelFacts, embedding_rows, facts_for
-from gptoughts.config.model_spec import of as facts_of
+from gptoughts.config.model_spec import ModelSpec, embedding_rows, spec_for
+from gptoughts.config.model_spec import of as spec_of
 from gptoughts.data.tokenizers.tokenizer import Tokenizer
 from gptoughts.engine.checkpoint import state as training_state
 from gptoughts.engine.engine import Source
@@ -24,34 +24,34 @@ from gptoughts.engine.objectives.span_qa import QuestionAnswering
 from gptoughts.errors import ConfigError, nearest
 from gptoughts.models.family import Family, family_of
 from gptoughts.models.gpt import llada_layout
-from gptoughts.models.sources import Initialisation
+from gptoughts.models.sources import Initialization
 
 if TYPE_CHECKING:
     from gptoughts.models.adapters.folder import BaseRecord
 
 
 @dataclass(frozen=True)
-class Parts:
+class ModelBundle:
     """The parts that training, generation and evaluation share."""
 
     family: Family
     objective: Objective
     rows: int
     """Rows of the embedding."""
-    facts: ModelFacts
+    spec: ModelSpec
     base: Family | None = None
     """The family without its adapter, where there is one."""
     mask_id: int | None = None
     """The token that stands for a masked one, where the objective masks."""
 
 
-def parts_of(
+def model_bundle(
     recipe: Recipe,
     tokenizer: Tokenizer,
     families: Mapping[str, Family],
     objectives: Mapping[str, Any],
     adapter: Path | None = None,
-) -> Parts:
+) -> ModelBundle:
     """The parts of `recipe` over `tokenizer`, with the shape of the adapter in the folder `adapter` where one is given.
 
     Raises ConfigError for names that are not known and sizes that do not fit.
@@ -71,20 +71,20 @@ def parts_of(
 
         family = adapted(base, recipe.adapter)
     if recipe.model.family == "hf":
-        rows, facts = hf_facts.rows(recipe.model, words), facts_for(recipe)
+        rows, spec = hf_spec.rows(recipe.model, words), spec_for(recipe)
     else:
         wanted = embedding_rows(recipe.model, words)
         assert wanted is not None
-        rows, facts = wanted, facts_of(recipe.model, recipe.data.sequence_length, words)
+        rows, spec = wanted, spec_of(recipe.model, recipe.data.sequence_length, words)
     objective = _objective(recipe, mask_id, tokenizer, objectives)
-    return Parts(family, objective, rows, facts, None if base is family else base, mask_id)
+    return ModelBundle(family, objective, rows, spec, None if base is family else base, mask_id)
 
 
 def mask_of(recipe: Recipe, tokenizer: Tokenizer) -> int:
     """The id of the mask: what pretrained weights were trained with, else the tokenizer's, else a new one. Raises ConfigError."""
     asked = recipe.diffusion.mask_token
     found, _ = mask_token(tokenizer, asked)
-    trained = hf_facts.read_config(recipe.model).get("mask_token_id") if recipe.model.path else None
+    trained = hf_spec.read_config(recipe.model).get("mask_token_id") if recipe.model.path else None
     if trained is None:
         return found
     if asked is not None and trained != found:
@@ -125,8 +125,10 @@ def _objective(recipe: Recipe, mask_id: int | None, tokenizer: Tokenizer, object
     return known[name]()
 
 
-def first_weights(recipe: Recipe, parts: Parts, model: nn.Module, device: torch.device, adapter: Path | None = None) -> Source:
-    """Where the weights of a new run come from: pretrained ones where the recipe names them, else initialisation.
+def initial_weights(
+    recipe: Recipe, parts: ModelBundle, model: nn.Module, device: torch.device, adapter: Path | None = None
+) -> Source:
+    """Where the weights of a new run come from: pretrained ones where the recipe names them, else initialization.
 
     `model` is the one to be filled, on meta or not, on `device`; `adapter` a folder with a trained adapter to lay over the weights.
     Raises CheckpointError where that was trained over others.
@@ -143,7 +145,7 @@ def first_weights(recipe: Recipe, parts: Parts, model: nn.Module, device: torch.
     return AdapterSource(base, model, recipe.adapter.kind, recipe.seed, saved, device)
 
 
-def resumed_weights(recipe: Recipe, parts: Parts, model: nn.Module, device: torch.device, folder: Path) -> Source:
+def resumed_weights(recipe: Recipe, parts: ModelBundle, model: nn.Module, device: torch.device, folder: Path) -> Source:
     """The weights of a checkpoint; where it holds an adapter alone, over those that the recipe names.
 
     Raises CheckpointError where those are not the ones that the adapter was trained over.
@@ -160,11 +162,11 @@ def resumed_weights(recipe: Recipe, parts: Parts, model: nn.Module, device: torc
 
 def base_weights(recipe: Recipe, family: Family) -> Source:
     """All weights that the recipe begins from, an adapter's base among them."""
-    drawn = Initialisation(family, recipe.model, recipe.seed) if family.initial else None
+    drawn = Initialization(family, recipe.model, recipe.seed) if family.initial else None
     if not recipe.model.path:
         assert drawn is not None
         return drawn
-    folder = hf_facts.folder_of(recipe.model.path)
+    folder = hf_spec.folder_of(recipe.model.path)
     if recipe.model.family == "llada":
         return llada_layout.load(folder)
     from gptoughts.models.hf.weights import Pretrained
@@ -177,7 +179,7 @@ def base_record(recipe: Recipe) -> BaseRecord:
     from gptoughts.models.adapters.folder import record_of, record_of_drawn
 
     if recipe.model.path:
-        return record_of(hf_facts.folder_of(recipe.model.path))
+        return record_of(hf_spec.folder_of(recipe.model.path))
     return record_of_drawn(recipe.model.model_dump(), recipe.seed)
 
 
@@ -185,7 +187,7 @@ def kept_documents(recipe: Recipe) -> dict[str, str]:
     """Small files that a checkpoint keeps: of a Hugging Face model what opens it (under base/), of an adapter's base its record."""
     kept: dict[str, str] = {}
     if recipe.model.family == "hf":
-        kept = {f"base/{name}": text for name, text in hf_facts.documents(recipe.model).items()}
+        kept = {f"base/{name}": text for name, text in hf_spec.documents(recipe.model).items()}
     if recipe.adapter.kind != "none":
         kept["base.json"] = json.dumps(asdict(base_record(recipe)), indent=1)
     return kept

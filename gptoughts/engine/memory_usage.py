@@ -14,7 +14,7 @@ from gptoughts.engine.engine import Engine
 
 
 def held_bytes(engine: Engine) -> int:
-    """What is held now: on a GPU all that the allocator has given out, on a CPU weights, gradients and optimiser state, each storage once."""
+    """What is held now: on a GPU all that the allocator has given out, on a CPU weights, gradients and optimizer state, each storage once."""
     if engine.device.type == "cuda":
         return torch.cuda.memory_allocated(engine.device)
     tensors: list[Any] = [*engine.bare.parameters(), *(parameter.grad for parameter in engine.parameters())]

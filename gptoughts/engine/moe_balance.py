@@ -40,7 +40,7 @@ def balanced(engine: Engine, objective: Objective, config: ExpertsConfig) -> tup
 
     def step(inner: Callable[[], bool]) -> bool:
         updated = inner()
-        experts.settle(engine.ranks, config.bias_rate if updated else 0.0, wrapped.meters)
+        experts.reduce_loads(engine.ranks, config.bias_rate if updated else 0.0, wrapped.meters)
         return updated
 
     undos = [experts.watch(), engine.wrap("step", step)]
@@ -72,7 +72,7 @@ class Balanced:
         return getattr(self.objective, name)
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The objective's sum plus coefficient x balance x weight; the sum alone where nothing is learnt."""
+        """The objective's sum plus coefficient x balance x weight; the sum alone where nothing is learned."""
         if not (model.training and torch.is_grad_enabled()):
             return self.objective(model, batch)
         self.experts.listen(counted(batch, self.objective.tokens(batch)))
@@ -123,8 +123,8 @@ def counted(batch: Batch, tokens: int) -> Tensor:
     if positions is None:
         return kept.any(1, keepdim=True).expand(rows, columns).flatten().float()
     document = (positions[:, :columns] == 0).cumsum(1)
-    labelled = torch.zeros(rows, columns + 1, device=kept.device).scatter_add(1, document, kept.float())
-    return (labelled.gather(1, document) > 0).float().flatten()
+    labeled = torch.zeros(rows, columns + 1, device=kept.device).scatter_add(1, document, kept.float())
+    return (labeled.gather(1, document) > 0).float().flatten()
 
 
 class _Ear:
@@ -237,7 +237,7 @@ class Experts:
         self._loads = loads if self._loads is None else self._loads + loads
         return layers
 
-    def settle(self, ranks: Ranks, rate: float, meters: dict[str, tuple[Tensor, Tensor]]) -> None:
+    def reduce_loads(self, ranks: Ranks, rate: float, meters: dict[str, tuple[Tensor, Tensor]]) -> None:
         """After an update: sum loads over ranks, move balancing biases by `rate`, add to the meters, and start anew.
 
         load_max: the most tokens of an expert over its layer's mean, in the worst layer; 1 is even. dead_experts: share without a token.

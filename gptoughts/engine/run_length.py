@@ -10,7 +10,7 @@ from gptoughts.engine.optim.schedule_and_groups import learning_rate
 from gptoughts.engine.trainer import Progress
 
 
-class Length:
+class RunLength:
     """A run's length. `steps` is None where the recipe counts hours; then ranks agree on the time, since clocks differ.
 
     `samples` make one epoch.

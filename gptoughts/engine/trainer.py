@@ -1,4 +1,4 @@
-"""The loop. It pulls a batch, calls the engine's verbs, and lets callbacks look; it knows no optimisation by name."""
+"""The loop. It pulls a batch, calls the engine's verbs, and lets callbacks look; it knows no optimization by name."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def call_back(
     due = [callback for callback in callbacks if callback.due(progress.step, last) and (callback.on_stop or not stopped)]
     if any(callback.touches_weights for callback in due):
         began = perf_counter()
-        engine.settle()
+        engine.synchronize()
         progress = replace(progress, seconds=progress.seconds + perf_counter() - began)
     for callback in due:
         callback.run(engine, progress, stats, last)

@@ -23,7 +23,7 @@ from gptoughts.hardware.nvml import Gpu, read_gpus
 
 __all__ = ["Cpu", "Gpu", "Machine", "World", "probe", "read", "world_from_environment"]
 
-# Distributions that decide a layer, a tracker or a file format, with normalised names.
+# Distributions that decide a layer, a tracker or a file format, with normalized names.
 DISTRIBUTIONS = (
     "torch", "triton", "numpy", "safetensors", "tokenizers", "tiktoken", "zstandard", "rich", "matplotlib",
     "transformers", "datasets", "pyarrow", "jinja2", "accelerate", "peft", "pytorch-optimizer", "schedulefree",
@@ -62,7 +62,7 @@ class Machine:
             counts[part] = counts.get(part, 0) + 1
         return " + ".join(f"{count} x {part}" for part, count in counts.items()) or f"CPU: {self.cpu.label()}"
 
-    def least_capability(self) -> tuple[int, int] | None:
+    def min_capability(self) -> tuple[int, int] | None:
         """Compute capability of the least capable GPU; None without a GPU, or where one of them is unknown."""
         known = [gpu.compute_capability for gpu in self.gpus if gpu.compute_capability is not None]
         return min(known) if known and len(known) == len(self.gpus) else None

@@ -85,7 +85,7 @@ def reached(
 ) -> tuple[Callable[[float], float | None], str]:
     """A function from tokens per second over all ranks to the share of the products in `dtype` measured here, and a line with its constant.
 
-    As `mfu.utilisation`, with the machine's own ceiling in the place of the datasheet's: None where either figure is not known. A rank
+    As `mfu.utilization`, with the machine's own ceiling in the place of the datasheet's: None where either figure is not known. A rank
     has a GPU to itself; on a CPU the ranks of a host share what all its cores reached.
     """
     found = ceilings_for(machine)

@@ -74,7 +74,7 @@ _H200 = "NVIDIA H200 Tensor Core GPU datasheet, halved from the sparse figures"
 _GH200 = "NVIDIA GH200 Grace Hopper Superchip datasheet, not re-read"
 _A10G = "NVIDIA A10G datasheet (the part of AWS G5, not the A10), not re-read"
 _RTX5090 = "NVIDIA RTX Blackwell GPU architecture white paper, appendix A"
-# The tf32 figures of data-centre Blackwell differ between NVIDIA's own pages, so there are none here. Bandwidth is the
+# The tf32 figures of data-center Blackwell differ between NVIDIA's own pages, so there are none here. Bandwidth is the
 # datasheet's; the driver reports 7,672 GB/s for a B200.
 _B200 = "NVIDIA HGX B200 datasheet, halved from the sparse figures"
 _GB200 = "NVIDIA GB200 NVL72 datasheet, per GPU, halved from the sparse figures"

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gptoughts.config import hf_spec as hf_facts
+from gptoughts.config import hf_spec
 from gptoughts.config.loader import Recipe
 from gptoughts.data.tokenizers.tokenizer import JsonTokenizer, Tokenizer
 from gptoughts.engine.from_recipe import task_of
@@ -242,7 +242,7 @@ def _kept(origin: Path | None, recipe: Recipe) -> dict[str, str]:
     folder = None if origin is None else origin / "base"
     if folder is not None and folder.is_dir():
         return {path.name: path.read_text(encoding="utf-8") for path in folder.iterdir() if path.is_file()}
-    return hf_facts.documents(recipe.model) if recipe.model.path else {}
+    return hf_spec.documents(recipe.model) if recipe.model.path else {}
 
 
 def _write_native(model: nn.Module, recipe: Recipe, tokenizer: Tokenizer, folder: Path, origin: Path | None) -> list[str]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gptoughts.engine.engine import Source
-from gptoughts.engine.from_recipe import base_record, base_weights, first_weights, parts_of
+from gptoughts.engine.from_recipe import base_record, base_weights, initial_weights, model_bundle
 from gptoughts.errors import CheckpointError, ConfigError
 from gptoughts.inference.export import Proof, compare, export, fresh, ids_of, passage_of, require
 from gptoughts.inference.load import Loaded, load, reading_engine
@@ -67,7 +67,7 @@ def export_adapter(loaded: Loaded, out: Path, text: str) -> tuple[Proof, list[st
     recipe, device = loaded.recipe, loaded.engine.device
     record = base_record(recipe)
     # What the adapter began as follows from its base and the seed; PiSSA's is written as the change from there.
-    begun = first_weights(recipe, loaded.parts, loaded.model, device)
+    begun = initial_weights(recipe, loaded.parts, loaded.model, device)
     assert isinstance(begun, AdapterSource)
     with torch.no_grad(), fresh(out) as folder:
         ours = loaded.model(ids)
@@ -96,7 +96,7 @@ def _opened(loaded: Loaded, folder: Path, base: Source) -> nn.Module:
     recipe, device = loaded.recipe, loaded.engine.device
     plain = recipe.model_copy(update={"adapter": type(recipe.adapter)()})
     theirs = recipe.model.family == "hf"
-    parts = parts_of(plain, loaded.tokenizer, {}, {}, None if theirs else folder)
+    parts = model_bundle(plain, loaded.tokenizer, {}, {}, None if theirs else folder)
     model: Any = meta_model(plain, parts.family, parts.rows)
     source = base if theirs else AdapterSource(base, model, saved=AdapterFolder(folder), device=device)
     reading_engine(plain, parts, model, device, source, "written out")

@@ -11,16 +11,16 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from gptoughts.config import hf_spec as hf_facts
+from gptoughts.config import hf_spec
 from gptoughts.config.loader import Recipe, from_values
 from gptoughts.config.model_path import PACKAGE, folder_of
 from gptoughts.config.recipe import ModelConfig
-from gptoughts.config.resolve import settled
+from gptoughts.config.resolve import resolve_recipe
 from gptoughts.data.tokenizers.tokenizer import Tokenizer, bpe_from_files
 from gptoughts.engine.checkpoint import store as checkpoint
 from gptoughts.engine.distributed.ranks import Ranks
 from gptoughts.engine.engine import Engine, Source
-from gptoughts.engine.from_recipe import Parts, first_weights, parts_of, resumed_weights
+from gptoughts.engine.from_recipe import ModelBundle, initial_weights, model_bundle, resumed_weights
 from gptoughts.errors import CheckpointError, ConfigError, LayerError, nearest
 from gptoughts.hardware.machine import World
 from gptoughts.models.adapters.folder import read_config as read_adapter
@@ -38,7 +38,7 @@ class Loaded:
     folder: Path
     step: int | None
     """None where the folder does not say."""
-    parts: Parts
+    parts: ModelBundle
 
     @property
     def model(self) -> nn.Module:
@@ -89,11 +89,11 @@ def load(name: str, families: Mapping[str, Any] | None = None, base: str | None 
         recipe, step = trained_recipe(folder, base)
         tokenizer = Tokenizer.load(folder / "tokenizer")
     adapter = folder if (folder / "adapter_config.json").is_file() else None
-    parts = parts_of(recipe, tokenizer, families or {}, {}, adapter)
+    parts = model_bundle(recipe, tokenizer, families or {}, {}, adapter)
     model = meta_model(recipe, parts.family, parts.rows)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     source = (
-        first_weights(recipe, parts, model, device, adapter)
+        initial_weights(recipe, parts, model, device, adapter)
         if is_exported(folder)
         else resumed_weights(recipe, parts, model, device, folder)
     )
@@ -143,22 +143,22 @@ def exported_recipe(folder: Path, base: str | None) -> Recipe:
             raise CheckpointError(f"{adapter} does not name its base model\n  try: --base FOLDER")
     require_base(folder, adapter.is_file(), base, path)
     values["model.path"] = path
-    content = hf_facts.read_config(ModelConfig(path=path))
+    content = hf_spec.read_config(ModelConfig(path=path))
     if any(str(name).endswith("ForQuestionAnswering") for name in content.get("architectures") or ()):
         values |= {"objective": "question-answering", "data.format": "squad"}
     if content["model_type"] == "llada":
         values["objective"] = "masked-diffusion"
-    recipe = settled(from_values(values, path)).recipe
+    recipe = resolve_recipe(from_values(values, path)).recipe
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"sequence_length": positions_of(recipe)})})
 
 
 def positions_of(recipe: Recipe) -> int:
     """The longest context of the recipe's model, by its config."""
-    return hf_facts.max_positions(hf_facts.read_config(recipe.model)) or 4096
+    return hf_spec.max_positions(hf_spec.read_config(recipe.model)) or 4096
 
 
 def reading_engine(
-    recipe: Recipe, parts: Parts, model: nn.Module, device: torch.device, source: Source, attention: Attend
+    recipe: Recipe, parts: ModelBundle, model: nn.Module, device: torch.device, source: Source, attention: Attend
 ) -> Engine:
     """The model with its weights, in evaluation mode, with fused attention where its family offers its own for replacement."""
     engine = Engine(
@@ -170,7 +170,7 @@ def reading_engine(
         device,
         iter(()),
     )
-    engine.materialise(source)
+    engine.materialize(source)
     engine.bare.eval()
     if attention == "fused" and parts.family.set_attention is not None:
         with suppress(LayerError):  # some models cannot have theirs replaced; nobody asked for it by name

@@ -11,19 +11,19 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from gptoughts.planning.layer import Case, Engine, Evidence, Layer, Options, Reason, Sight, active, cannot, inactive
+from gptoughts.planning.layer import Case, Engine, Evidence, Layer, Options, Reason, StepTrace, active, inactive, unsupported
 
 SETTING = "expandable_segments:True"
 
 
-def fits(case: Case, options: Options) -> Iterator[Reason]:
+def unmet(case: Case, options: Options) -> Iterator[Reason]:
     """Only Linux maps device memory this way."""
     if case.machine.system != "linux":
-        yield cannot(f"needs Linux, found {case.machine.system}")
+        yield unsupported(f"needs Linux, found {case.machine.system}")
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         value = case.environment.get(name)
         if value is not None and SETTING not in value:
-            yield cannot(f"{name}={value} was set by you and wins", remedy=f"unset {name}, or add {SETTING}")
+            yield unsupported(f"{name}={value} was set by you and wins", remedy=f"unset {name}, or add {SETTING}")
 
 
 def environment(case: Case, options: Options) -> Mapping[str, str]:
@@ -37,7 +37,7 @@ def apply(engine: Engine, options: Options) -> Iterator[None]:
     yield
 
 
-def verify(engine: Engine, sight: Sight, options: Options) -> Evidence:
+def verify(engine: Engine, trace: StepTrace, options: Options) -> Evidence:
     """The allocator's own snapshot says which segments can grow."""
     import torch
 
@@ -56,7 +56,7 @@ LAYER = Layer(
     card=__doc__ or "",
     apply=apply,
     verify=verify,
-    fits=fits,
+    unmet=unmet,
     environment=environment,
     needs_gpu=True,
 )

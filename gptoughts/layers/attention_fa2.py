@@ -12,21 +12,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from gptoughts.layers.support.flash_attention import HALF_PRECISION, limits, proof
-from gptoughts.planning.layer import Budget, Case, Engine, Evidence, Layer, Options, Reason, Sight, would_not_pay
+from gptoughts.planning.layer import Budget, Case, Engine, Evidence, Layer, Options, Reason, StepTrace, slower
 
 
-def fits(case: Case, options: Options) -> Iterator[Reason]:
+def unmet(case: Case, options: Options) -> Iterator[Reason]:
     """What FlashAttention takes; it pays where documents share rows, on GPUs before Hopper."""
     yield from limits(case)
-    least, data = case.machine.least_capability(), case.recipe.data
+    least, data = case.machine.min_capability(), case.recipe.data
     if least is not None and least >= (9, 0):
-        yield would_not_pay(
-            "from compute capability 9.0 on it leaves most of the GPU idle", "Shah et al. 2024: 35 % of an H100"
-        )
+        yield slower("from compute capability 9.0 on it leaves most of the GPU idle", "Shah et al. 2024: 35 % of an H100")
     elif data.format != "chat" or not data.packing:
-        yield would_not_pay(
-            "no documents share a row: sdpa has the same kernels", "torch.nn.attention: FlashAttention-2 inside"
-        )
+        yield slower("no documents share a row: sdpa has the same kernels", "torch.nn.attention: FlashAttention-2 inside")
 
 
 def memory(case: Case, options: Options, budget: Budget) -> Budget:
@@ -44,9 +40,9 @@ def apply(engine: Engine, options: Options) -> Iterator[None]:
     undo()
 
 
-def verify(engine: Engine, sight: Sight, options: Options) -> Evidence:
+def verify(engine: Engine, trace: StepTrace, options: Options) -> Evidence:
     """The package's own forward kernels, which are not those of the same name in torch."""
-    return proof(sight, "fa2")
+    return proof(trace, "fa2")
 
 
 LAYER = Layer(
@@ -56,9 +52,9 @@ LAYER = Layer(
     apply=apply,
     verify=verify,
     memory=memory,
-    fits=fits,
+    unmet=unmet,
     packages=(("flash-attn", "flash"),),
-    least_capability=(8, 0),
+    min_capability=(8, 0),
     needs_slots={"precision": HALF_PRECISION},
     clashes={
         "compile-model": "the number of documents in a batch is data, and one graph of the whole model cannot hold its shape",

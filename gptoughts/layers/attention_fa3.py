@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from gptoughts.layers.support.flash_attention import HALF_PRECISION, limits, proof
-from gptoughts.planning.layer import Budget, Case, Engine, Evidence, Layer, Options, Reason, Sight, cannot
+from gptoughts.planning.layer import Budget, Case, Engine, Evidence, Layer, Options, Reason, StepTrace, unsupported
 
 PACKAGES = ("flash-attn-3", "tokenspeed-fa3")
 """Distributions that bring the module flash_attn_interface; one is enough."""
@@ -21,19 +21,21 @@ SERVING_ONLY = ("3.0.0.post20251110", "3.0.0.post20260408", "3.0.0.post20260810"
 BUILD = "pip install --no-build-isolation 'git+https://github.com/Dao-AILab/flash-attention#subdirectory=hopper'"
 
 
-def fits(case: Case, options: Options) -> Iterator[Reason]:
+def unmet(case: Case, options: Options) -> Iterator[Reason]:
     """Hopper and nothing else, and one of the packages."""
     yield from limits(case)
     capabilities = sorted({gpu.compute_capability for gpu in case.machine.gpus if gpu.compute_capability is not None})
     if any(capability[0] != 9 for capability in capabilities):
         found = ", ".join(f"{major}.{minor}" for major, minor in capabilities)
-        yield cannot(f"its kernels are written for compute capability 9.x, found {found}")
+        yield unsupported(f"its kernels are written for compute capability 9.x, found {found}")
         return
     packages = case.machine.packages
     if not any(package in packages for package in PACKAGES):
-        yield cannot(f"needs one of the packages {', '.join(PACKAGES)}, none is installed", remedy=BUILD)
+        yield unsupported(f"needs one of the packages {', '.join(PACKAGES)}, none is installed", remedy=BUILD)
     elif "flash-attn-3" not in packages and packages["tokenspeed-fa3"] in SERVING_ONLY:
-        yield cannot(f"tokenspeed-fa3 {packages['tokenspeed-fa3']} is built without the backward, for serving", remedy=BUILD)
+        yield unsupported(
+            f"tokenspeed-fa3 {packages['tokenspeed-fa3']} is built without the backward, for serving", remedy=BUILD
+        )
 
 
 def memory(case: Case, options: Options, budget: Budget) -> Budget:
@@ -51,9 +53,9 @@ def apply(engine: Engine, options: Options) -> Iterator[None]:
     undo()
 
 
-def verify(engine: Engine, sight: Sight, options: Options) -> Evidence:
+def verify(engine: Engine, trace: StepTrace, options: Options) -> Evidence:
     """Forward kernels of the class FlashAttnFwdSm90."""
-    return proof(sight, "fa3")
+    return proof(trace, "fa3")
 
 
 LAYER = Layer(
@@ -63,8 +65,8 @@ LAYER = Layer(
     apply=apply,
     verify=verify,
     memory=memory,
-    fits=fits,
-    least_capability=(9, 0),
+    unmet=unmet,
+    min_capability=(9, 0),
     needs_slots={"precision": HALF_PRECISION},
     clashes={
         "compile-model": "the number of documents in a batch is data, and one graph of the whole model cannot hold its shape",

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from gptoughts.layers.support.flash_attention import HALF_PRECISION, limits, proof
-from gptoughts.planning.layer import Budget, Case, Engine, Evidence, Layer, Options, Reason, Sight, cannot
+from gptoughts.planning.layer import Budget, Case, Engine, Evidence, Layer, Options, Reason, StepTrace, unsupported
 
 BLACKWELL = ((10, 0), (12, 0))
 BLACKWELL_WIDEST = 128
@@ -20,15 +20,17 @@ BLACKWELL_MORE = (192, 256)
 OPAQUE = "FlashAttention-4's functions are no operators that torch.compile knows, and it is asked for whole graphs"
 
 
-def fits(case: Case, options: Options) -> Iterator[Reason]:
+def unmet(case: Case, options: Options) -> Iterator[Reason]:
     """The architectures that have its backward, and their head widths."""
     yield from limits(case)
-    least, head = case.machine.least_capability(), case.facts.head_dim
+    least, head = case.machine.min_capability(), case.spec.head_dim
     if least is not None and least >= (13, 0):
-        yield cannot(f"its backward is written for compute capability 9.x to 12.x, found {least[0]}.{least[1]}")
+        yield unsupported(f"its backward is written for compute capability 9.x to 12.x, found {least[0]}.{least[1]}")
     on_blackwell = least is not None and BLACKWELL[0] <= least < BLACKWELL[1]
     if on_blackwell and head is not None and head > BLACKWELL_WIDEST and head not in BLACKWELL_MORE:
-        yield cannot(f"its Blackwell kernels have heads of at most {BLACKWELL_WIDEST}, or 192 or 256, the model has {head}")
+        yield unsupported(
+            f"its Blackwell kernels have heads of at most {BLACKWELL_WIDEST}, or 192 or 256, the model has {head}"
+        )
 
 
 def memory(case: Case, options: Options, budget: Budget) -> Budget:
@@ -46,9 +48,9 @@ def apply(engine: Engine, options: Options) -> Iterator[None]:
     undo()
 
 
-def verify(engine: Engine, sight: Sight, options: Options) -> Evidence:
+def verify(engine: Engine, trace: StepTrace, options: Options) -> Evidence:
     """Forward kernels whose names hold the module flash_attn.cute, as CuTe writes it."""
-    return proof(sight, "fa4")
+    return proof(trace, "fa4")
 
 
 LAYER = Layer(
@@ -58,9 +60,9 @@ LAYER = Layer(
     apply=apply,
     verify=verify,
     memory=memory,
-    fits=fits,
+    unmet=unmet,
     packages=(("flash-attn-4", "flash-4"),),
-    least_capability=(9, 0),
+    min_capability=(9, 0),
     needs_slots={"precision": HALF_PRECISION},
     clashes={"compile-blocks": OPAQUE, "compile-model": OPAQUE, "cuda-graph": OPAQUE},
     changes_numerics=True,

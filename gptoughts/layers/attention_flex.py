@@ -23,38 +23,36 @@ from gptoughts.planning.layer import (
     Layer,
     Options,
     Reason,
-    Sight,
+    StepTrace,
     active,
-    cannot,
     inactive,
-    would_not_pay,
+    slower,
+    unsupported,
 )
 
 LEAST = (8, 0)  # torch's own tests of flex_attention run from there on
 
 
-def fits(case: Case, options: Options) -> Iterator[Reason]:
+def unmet(case: Case, options: Options) -> Iterator[Reason]:
     """A family with attention to be replaced, Triton on a GPU, and documents that share rows."""
-    facts, data = case.facts, case.recipe.data
-    if facts.family is None:
-        yield cannot("needs a model of a known family; a module of your own calls its attention itself")
+    spec, data = case.spec, case.recipe.data
+    if spec.family is None:
+        yield unsupported("needs a model of a known family; a module of your own calls its attention itself")
         return
-    least = case.machine.least_capability()
+    least = case.machine.min_capability()
     if case.on_gpu and (least is None or least < LEAST):
-        yield cannot(f"needs compute capability 8.0, found {f'{least[0]}.{least[1]}' if least else 'unknown'}")
+        yield unsupported(f"needs compute capability 8.0, found {f'{least[0]}.{least[1]}' if least else 'unknown'}")
         return
     if case.on_gpu and "triton" not in case.machine.packages:
-        yield cannot("needs the package triton, not installed", remedy="pip install triton")
+        yield unsupported("needs the package triton, not installed", remedy="pip install triton")
     if not case.on_gpu and case.wishes.get("compile") not in (None, "eager"):
-        yield cannot("on a CPU torch has no backward of compiled flex_attention", "--layer.compile eager")
+        yield unsupported("on a CPU torch has no backward of compiled flex_attention", "--layer.compile eager")
     if not case.on_gpu and case.wishes.get("precision") not in (None, "fp32"):
-        yield cannot("on a CPU it multiplies in float32 whatever the precision is", "--layer.precision fp32")
+        yield unsupported("on a CPU it multiplies in float32 whatever the precision is", "--layer.precision fp32")
     if not case.on_gpu:
-        yield would_not_pay(
-            "on a CPU it trains in its unfused form, with all scores in memory", "torch: flex_attention's own warning"
-        )
+        yield slower("on a CPU it trains in its unfused form, with all scores in memory", "torch: flex_attention's own warning")
     elif data.format != "chat" or not data.packing or case.recipe.objective != "next-token":
-        yield would_not_pay(
+        yield slower(
             "no documents share a row, and sdpa's kernels are written by hand",
             "PyTorch's blog on FlexAttention: 90 % of FlashAttention-2 forward, 85 % backward",
         )
@@ -88,17 +86,17 @@ def _eager(engine: Engine) -> Iterator[None]:
     yield
 
 
-def verify(engine: Engine, sight: Sight, options: Options) -> Evidence:
+def verify(engine: Engine, trace: StepTrace, options: Options) -> Evidence:
     """One flex_attention per block and micro-batch: by its kernel's name on a GPU, by the unfused operator's on a CPU."""
     from gptoughts.models.gpt.flex import OPERATOR
 
-    wanted = sight.blocks * sight.micro_batches
+    wanted = trace.blocks * trace.micro_batches
     if engine.device.type == "cuda":
-        ran = attention_forwards(sight)
+        ran = attention_forwards(trace)
         flex, kind = ran.get("flex", 0), "Triton kernels"
         others = {name: count for name, count in ran.items() if name != "flex"}
     else:
-        operator = sight.operators.get(OPERATOR)
+        operator = trace.operators.get(OPERATOR)
         flex, others, kind = operator.calls if operator else 0, {}, "unfused operators"
     if flex < wanted or others:
         beside = f"; {told(others)} ran instead" if others else ""
@@ -114,7 +112,7 @@ LAYER = Layer(
     apply=apply,
     verify=verify,
     memory=memory,
-    fits=fits,
+    unmet=unmet,
     wraps=("forward_context", "eval_context"),
     changes_numerics=True,
     repeatable_on_gpu=False,

@@ -23,11 +23,11 @@ from gptoughts.planning.layer import (
     Option,
     Options,
     Reason,
-    Sight,
+    StepTrace,
     active,
-    cannot,
     inactive,
     unproven,
+    unsupported,
 )
 
 # One operator per fused backend of torch 2.10 to 2.13; the math backend has another name, so that it can be told.
@@ -45,25 +45,25 @@ INSIDE = {"fa2", "fa3", "fa4"}
 """Implementations that torch can be told to run under the name of flash (torch.nn.attention.activate_flash_attention_impl)."""
 
 
-def fits(case: Case, options: Options) -> Iterator[Reason]:
+def unmet(case: Case, options: Options) -> Iterator[Reason]:
     """The family must offer its attention for replacement, and the hardware and masks suit a backend that was named."""
-    if case.facts.family is None:
-        yield cannot("needs a model of a known family; a module of your own calls its attention itself")
+    if case.spec.family is None:
+        yield unsupported("needs a model of a known family; a module of your own calls its attention itself")
         return
     backend, anyhow = options["backend"], "--layer.attention.backend auto"
     if backend == "auto":
         return
     if not case.on_gpu:
         if backend != "flash":
-            yield cannot(f"torch has no {backend} attention for a CPU", remedy=anyhow)
+            yield unsupported(f"torch has no {backend} attention for a CPU", remedy=anyhow)
         return
-    least, wanted = case.machine.least_capability(), LEAST[backend]
+    least, wanted = case.machine.min_capability(), LEAST[backend]
     if least is None or least < wanted:
         found = f"{least[0]}.{least[1]}" if least else "unknown"
-        yield cannot(f"backend {backend} needs compute capability {wanted[0]}.{wanted[1]}, found {found}", remedy=anyhow)
+        yield unsupported(f"backend {backend} needs compute capability {wanted[0]}.{wanted[1]}, found {found}", remedy=anyhow)
     masked = case.recipe.data.format in ("chat", "squad")
     if backend == "flash" and masked:
-        yield cannot(
+        yield unsupported(
             "backend flash takes no mask, and these rows need one",
             remedy="--layer.attention varlen, flex, or sdpa with backend auto",
         )
@@ -104,15 +104,15 @@ def _telling(backend: str) -> Iterator[None]:
         ) from error
 
 
-def verify(engine: Engine, sight: Sight, options: Options) -> Evidence:
+def verify(engine: Engine, trace: StepTrace, options: Options) -> Evidence:
     """One fused forward per block and micro-batch (two where activations are recomputed), and none written out.
 
     By operator, and on a GPU by the kernels behind them too: a named backend must be the only one that ran.
     """
-    ran = {kind: _forwards(sight, name) for kind, name in FUSED.items()}
+    ran = {kind: _forwards(trace, name) for kind, name in FUSED.items()}
     ran = {kind: count for kind, count in ran.items() if count}
-    fused, written_out, wanted = sum(ran.values()), sight.calls(FALLBACK), sight.blocks * sight.micro_batches
-    kernels, backend = attention_forwards(sight), options["backend"]
+    fused, written_out, wanted = sum(ran.values()), trace.calls(FALLBACK), trace.blocks * trace.micro_batches
+    kernels, backend = attention_forwards(trace), options["backend"]
     beneath = f"; kernels: {told(kernels)}" if kernels else ""
     if written_out or fused < wanted:
         text = f"{fused} fused attentions in {wanted} block forwards, {written_out} fell back{beneath}"
@@ -128,8 +128,8 @@ def verify(engine: Engine, sight: Sight, options: Options) -> Evidence:
     return active(text, fused=fused, expected=wanted)
 
 
-def _forwards(sight: Sight, name: str) -> int:
-    return sum(op.calls for seen, op in sight.operators.items() if seen.startswith(f"aten::{name}") and "backward" not in seen)
+def _forwards(trace: StepTrace, name: str) -> int:
+    return sum(op.calls for seen, op in trace.operators.items() if seen.startswith(f"aten::{name}") and "backward" not in seen)
 
 
 LAYER = Layer(
@@ -139,7 +139,7 @@ LAYER = Layer(
     apply=apply,
     verify=verify,
     memory=memory,
-    fits=fits,
+    unmet=unmet,
     options={"backend": Option("auto", "which of torch's kernels must run", choices=("auto", *BACKENDS))},
     wraps=("forward_context", "eval_context"),
     changes_numerics=True,

@@ -20,30 +20,30 @@ from gptoughts.planning.layer import (
     Layer,
     Options,
     Reason,
-    Sight,
+    StepTrace,
     active,
-    cannot,
     inactive,
+    slower,
     unproven,
-    would_not_pay,
+    unsupported,
 )
 
 OPERATOR = "torch_attn::_varlen_attn"
 WIDEST_HEAD = 256
 
 
-def fits(case: Case, options: Options) -> Iterator[Reason]:
+def unmet(case: Case, options: Options) -> Iterator[Reason]:
     """Flash attention's hardware and head widths, and documents that share rows."""
-    facts, data = case.facts, case.recipe.data
-    if facts.family is None:
-        yield cannot("needs a model of a known family; a module of your own calls its attention itself")
+    spec, data = case.spec, case.recipe.data
+    if spec.family is None:
+        yield unsupported("needs a model of a known family; a module of your own calls its attention itself")
         return
     if case.recipe.objective == "question-answering":
-        yield cannot("question answering hides padding with masks, which variable lengths cannot tell")
-    if facts.head_dim is not None and facts.head_dim > WIDEST_HEAD:
-        yield cannot(f"flash attention has heads of at most {WIDEST_HEAD}, the model has {facts.head_dim}")
+        yield unsupported("question answering hides padding with masks, which variable lengths cannot tell")
+    if spec.head_dim is not None and spec.head_dim > WIDEST_HEAD:
+        yield unsupported(f"flash attention has heads of at most {WIDEST_HEAD}, the model has {spec.head_dim}")
     if data.format != "chat" or not data.packing:
-        yield would_not_pay(
+        yield slower(
             "no documents share a row: sdpa runs the same kernel without bounds", "torch's documentation of varlen_attn"
         )
 
@@ -63,9 +63,9 @@ def apply(engine: Engine, options: Options) -> Iterator[None]:
     undo()
 
 
-def verify(engine: Engine, sight: Sight, options: Options) -> Evidence:
+def verify(engine: Engine, trace: StepTrace, options: Options) -> Evidence:
     """One variable-length operator per block and micro-batch, and torch's flash kernel behind each."""
-    wanted, operator, kernels = sight.blocks * sight.micro_batches, sight.operators.get(OPERATOR), attention_forwards(sight)
+    wanted, operator, kernels = trace.blocks * trace.micro_batches, trace.operators.get(OPERATOR), attention_forwards(trace)
     calls = operator.calls if operator else 0
     if calls < wanted:
         return inactive(f"{calls} variable-length attentions in {wanted} block forwards; {told(kernels)} ran", calls=calls)
@@ -85,9 +85,9 @@ LAYER = Layer(
     apply=apply,
     verify=verify,
     memory=memory,
-    fits=fits,
+    unmet=unmet,
     needs_gpu=True,
-    least_capability=(8, 0),
+    min_capability=(8, 0),
     needs_slots={"precision": ("bf16", "fp16", "fp8-te", "fp8-torchao")},
     clashes={
         "compile-model": "the number of documents in a batch is data, and one graph of the whole model cannot hold its shape",

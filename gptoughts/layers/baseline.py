@@ -1,4 +1,4 @@
-"""What every slot does when no optimisation is chosen: plain PyTorch, one layer per slot. The ablation and the proofs compare with these."""
+"""What every slot does when no optimization is chosen: plain PyTorch, one layer per slot. The ablation and the proofs compare with these."""
 
 from __future__ import annotations
 
@@ -6,7 +6,19 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from gptoughts.planning.layer import Case, Engine, Evidence, Layer, Moment, Options, Reason, Sight, active, cannot, inactive
+from gptoughts.planning.layer import (
+    Case,
+    Engine,
+    Evidence,
+    Layer,
+    Options,
+    Phase,
+    Reason,
+    StepTrace,
+    active,
+    inactive,
+    unsupported,
+)
 
 
 @contextmanager
@@ -14,7 +26,7 @@ def _nothing(engine: Engine, options: Options) -> Iterator[None]:
     yield
 
 
-def _is_baseline(engine: Engine, sight: Sight, options: Options) -> Evidence:
+def _is_baseline(engine: Engine, trace: StepTrace, options: Options) -> Evidence:
     return active("baseline")
 
 
@@ -23,7 +35,7 @@ def _baseline(
     name: str,
     card: str,
     apply: Callable[[Any, Options], AbstractContextManager[None]] = _nothing,
-    verify: Callable[[Any, Sight, Options], Evidence] = _is_baseline,
+    verify: Callable[[Any, StepTrace, Options], Evidence] = _is_baseline,
     **more: Any,
 ) -> Layer:
     return Layer(name=name, slot=slot, card=card, apply=apply, verify=verify, baseline=True, measured="the yardstick", **more)
@@ -31,7 +43,7 @@ def _baseline(
 
 def _one_process(case: Case, options: Options) -> Iterator[Reason]:
     if case.world.world_size > 1:
-        yield cannot(
+        yield unsupported(
             f"{case.world.world_size} ranks were started and would train {case.world.world_size} separate models",
             "--layer.parallel ddp",
         )
@@ -40,7 +52,7 @@ def _one_process(case: Case, options: Options) -> Iterator[Reason]:
 def _length_is_known(case: Case, options: Options) -> Iterator[Reason]:
     train = case.recipe.train
     if case.recipe.optim.name == "ademamix" and train.steps is None and train.tokens is None:
-        yield cannot(
+        yield unsupported(
             "optim.name = ademamix raises alpha and beta3 over the run and must know its length in updates",
             "--train.steps N or --train.tokens N",
         )
@@ -54,14 +66,14 @@ def _plain_optimizer(engine: Engine, options: Options) -> Iterator[None]:
         yield
 
 
-def _all_updated(engine: Engine, sight: Sight, options: Options) -> Evidence:
-    """The recipe's optimiser has a memory of every parameter, no fused update ran, and weights moved."""
+def _all_updated(engine: Engine, trace: StepTrace, options: Options) -> Evidence:
+    """The recipe's optimizer has a memory of every parameter, no fused update ran, and weights moved."""
     from gptoughts.engine.optim.factory import covered
 
     name = engine.recipe.optim.name
     known, given = covered(engine.optimizer) if engine.optimizer else (0, 0)
-    fused = sight.calls("_fused_adam")
-    if not sight.weights_moved:
+    fused = trace.calls("_fused_adam")
+    if not trace.weights_moved:
         return inactive(f"no weight moved in the watched step of {name}")
     if not known or fused:
         return inactive(f"{name}: memory of {known} of {given} parameters, {fused} fused updates", known=known, fused=fused)
@@ -97,17 +109,17 @@ FULL_CE = _baseline("loss", "full-ce", "Cross-entropy over all logits at once, i
 KEEP = _baseline("recompute", "keep", "Keeps every activation for the backward.")
 RESIDENT = _baseline("offload", "resident", "Activations stay on the device.")
 EAGER = _baseline("compile", "eager", "Operators run one by one as Python reaches them.")
-SINGLE = _baseline("parallel", "single", "One process.", fits=_one_process)
+SINGLE = _baseline("parallel", "single", "One process.", unmet=_one_process)
 PLAIN = _baseline(
     "optimizer",
     "plain",
-    "The optimiser that the recipe names, one parameter and one operator at a time.",
+    "The optimizer that the recipe names, one parameter and one operator at a time.",
     _plain_optimizer,
     _all_updated,
-    fits=_length_is_known,
+    unmet=_length_is_known,
     wraps=("eval_context",),
 )
-WITH_WEIGHTS = _baseline("optimizer_offload", "with-weights", "Optimiser state lies beside the weights.")
+WITH_WEIGHTS = _baseline("optimizer_offload", "with-weights", "Optimizer state lies beside the weights.")
 AFTER_CLIP = _baseline("update", "after-clip", "All gradients, then clipping, then one update.")
-DIRECT = _baseline("loader", "direct", "Reads and copies a batch when the step asks for it.", _direct, moment=Moment.REAL)
+DIRECT = _baseline("loader", "direct", "Reads and copies a batch when the step asks for it.", _direct, phase=Phase.REAL)
 WHOLE = _baseline("microbatch", "whole", "The rank's share of the global batch in one forward.", _whole)

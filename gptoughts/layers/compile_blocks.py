@@ -12,16 +12,28 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from gptoughts.layers.support.compile import CACHE, lacking
-from gptoughts.planning.layer import Budget, Case, Engine, Evidence, Layer, Options, Reason, Sight, active, cannot, inactive
+from gptoughts.planning.layer import (
+    Budget,
+    Case,
+    Engine,
+    Evidence,
+    Layer,
+    Options,
+    Reason,
+    StepTrace,
+    active,
+    inactive,
+    unsupported,
+)
 
 
-def fits(case: Case, options: Options) -> Iterator[Reason]:
+def unmet(case: Case, options: Options) -> Iterator[Reason]:
     """Inductor needs a C++ compiler on a CPU and Triton on a GPU; on a CPU the run must be long enough to earn the compilation."""
-    facts = case.facts
-    if facts.family is None:
-        yield cannot("needs a model of a known family, whose blocks are known to be one graph")
-    elif case.recipe.model.family == "hf" and facts.depth == 1:
-        yield cannot("one block is no repeated one, and the rest of the model is not compiled")
+    spec = case.spec
+    if spec.family is None:
+        yield unsupported("needs a model of a known family, whose blocks are known to be one graph")
+    elif case.recipe.model.family == "hf" and spec.depth == 1:
+        yield unsupported("one block is no repeated one, and the rest of the model is not compiled")
     else:
         yield from lacking(case)
 
@@ -47,17 +59,17 @@ def apply(engine: Engine, options: Options) -> Iterator[None]:
                 block._compiled_call_impl = None
 
 
-def verify(engine: Engine, sight: Sight, options: Options) -> Evidence:
+def verify(engine: Engine, trace: StepTrace, options: Options) -> Evidence:
     """Every forward of every block was a call of a compiled region. A full cache leaves blocks eager without a word: this counts."""
     from gptoughts.layers.support.compile import newest
 
-    wanted, made = sight.blocks * sight.micro_batches, newest()
-    if sight.blocks == 0:
+    wanted, made = trace.blocks * trace.micro_batches, newest()
+    if trace.blocks == 0:
         return inactive("the model has no blocks to compile")
-    seen = f"{sight.regions} compiled calls in {wanted} block forwards"
-    figures = {"compiled": sight.regions, "expected": wanted, **(made.figures if made else {})}
+    seen = f"{trace.regions} compiled calls in {wanted} block forwards"
+    figures = {"compiled": trace.regions, "expected": wanted, **(made.figures if made else {})}
     text = f"{seen}; {made.words()}" if made else seen
-    return (inactive if sight.regions < wanted else active)(text, **figures)
+    return (inactive if trace.regions < wanted else active)(text, **figures)
 
 
 LAYER = Layer(
@@ -67,10 +79,10 @@ LAYER = Layer(
     apply=apply,
     verify=verify,
     memory=memory,
-    fits=fits,
+    unmet=unmet,
     wraps=("forward_context", "eval_context", "backward", "step"),
     options={"cache": CACHE},
     changes_numerics=True,
-    warm_steps=1,
+    warmup_steps=1,
     measured="docs/measurements/cpu/widths.json, compile.json and layers.json on a CPU; not measured on a GPU",
 )

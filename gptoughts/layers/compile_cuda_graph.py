@@ -21,31 +21,31 @@ from gptoughts.planning.layer import (
     Layer,
     Options,
     Reason,
-    Sight,
+    StepTrace,
     active,
-    cannot,
     inactive,
+    slower,
     unproven,
-    would_not_pay,
+    unsupported,
 )
 
 LAUNCH = "cudaGraphLaunch"
 
 
-def fits(case: Case, options: Options) -> Iterator[Reason]:
+def unmet(case: Case, options: Options) -> Iterator[Reason]:
     """One process, and a model whose tensors live no longer than its forward."""
-    facts = case.facts
+    spec = case.spec
     if case.world.world_size > 1:
-        yield cannot(
+        yield unsupported(
             "gradients are exchanged by hooks between kernels, and a recorded graph has no place for them; takes one process"
         )
-    if facts.experts:
-        yield cannot(
+    if spec.experts:
+        yield unsupported(
             "the balance of experts is kept from one forward to the next, and a replayed graph writes over what it gave before"
         )
     if case.recipe.adapter.kind != "none" and case.recipe.adapter.base != "full":
-        yield cannot("four-bit weights are unpacked by kernels that the compiler does not see")
-    yield would_not_pay("never compared with compiled blocks, so it is taken by name only", "no measurement")
+        yield unsupported("four-bit weights are unpacked by kernels that the compiler does not see")
+    yield slower("never compared with compiled blocks, so it is taken by name only", "no measurement")
     yield from lacking(case)
 
 
@@ -89,22 +89,22 @@ def _outside_the_pool(engine: Any, inner: Callable[[Any], None], loss: Any) -> N
     inner(loss)
 
 
-def verify(engine: Engine, sight: Sight, options: Options) -> Evidence:
+def verify(engine: Engine, trace: StepTrace, options: Options) -> Evidence:
     """Every micro-batch launched at least one recorded graph, and torch left no graph out. What it left out it names."""
     from gptoughts.layers.support.compile import newest
 
-    made, launches = newest(), sight.operators[LAUNCH].calls if LAUNCH in sight.operators else 0
+    made, launches = newest(), trace.operators[LAUNCH].calls if LAUNCH in trace.operators else 0
     if engine.device.type != "cuda":
         return inactive("the run is not on a GPU")
-    text = f"{launches} launches of recorded graphs in {sight.micro_batches} micro-batches"
-    figures = {"launches": launches, "compiled": sight.regions, **(made.figures if made else {})}
+    text = f"{launches} launches of recorded graphs in {trace.micro_batches} micro-batches"
+    figures = {"launches": launches, "compiled": trace.regions, **(made.figures if made else {})}
     if made is not None and figures.get("skips"):
         why = made.skipped[-1] if made.skipped else "torch did not say why; TORCH_LOGS=cudagraphs does"
         return inactive(f"{text}; {figures['skips']} graphs not recorded: {why}", **figures)
-    if not sight.kernels and not launches:
+    if not trace.kernels and not launches:
         return unproven("the profiler saw no kernel and no launch", **figures)
     text = f"{text}; {made.words()}" if made else text
-    return (inactive if launches < sight.micro_batches else active)(text, **figures)
+    return (inactive if launches < trace.micro_batches else active)(text, **figures)
 
 
 LAYER = Layer(
@@ -114,7 +114,7 @@ LAYER = Layer(
     apply=apply,
     verify=verify,
     memory=memory,
-    fits=fits,
+    unmet=unmet,
     needs_gpu=True,
     wraps=("forward_context", "eval_context", "backward", "step"),
     options={"cache": CACHE},
@@ -125,5 +125,5 @@ LAYER = Layer(
         "state-on-cpu": "weights come back from the host every step, and a replay must find nothing else changed by Python",
     },
     changes_numerics=True,
-    warm_steps=3,
+    warmup_steps=3,
 )

@@ -20,11 +20,11 @@ from gptoughts.planning.layer import (
     Layer,
     Options,
     Reason,
-    Sight,
+    StepTrace,
     active,
     inactive,
+    slower,
     unproven,
-    would_not_pay,
 )
 
 # Operators that exist only where Python calls them: in a graph they are taken apart, or are part of a kernel.
@@ -38,12 +38,12 @@ OF_PYTHON = (
 WHILE_COMPILING = "entire_frame_compile"
 
 
-def fits(case: Case, options: Options) -> Iterator[Reason]:
+def unmet(case: Case, options: Options) -> Iterator[Reason]:
     """As for blocks; a model of one's own may be one graph or not, and is tried where it is asked for by name."""
-    if case.facts.family is None:
-        yield would_not_pay("whether a model of your own is one graph is not known before it is tried", "no measurement")
+    if case.spec.family is None:
+        yield slower("whether a model of your own is one graph is not known before it is tried", "no measurement")
     if case.world.world_size > 1:
-        yield would_not_pay(
+        yield slower(
             "one graph has no gradient before its end, so none is exchanged during the backward",
             "torch's notes on DDPOptimizer",
         )
@@ -69,17 +69,17 @@ def apply(engine: Engine, options: Options) -> Iterator[None]:
             engine.bare._compiled_call_impl = None
 
 
-def verify(engine: Engine, sight: Sight, options: Options) -> Evidence:
+def verify(engine: Engine, trace: StepTrace, options: Options) -> Evidence:
     """One compiled call a micro-batch, and none of the operators of a model ran outside."""
     from gptoughts.layers.support.compile import newest
 
-    made, outside = newest(), sum(sight.operators[name].calls for name in OF_PYTHON if name in sight.operators)
-    seen = f"{sight.regions} compiled calls in {sight.micro_batches} micro-batches, {outside} operators of the model outside"
+    made, outside = newest(), sum(trace.operators[name].calls for name in OF_PYTHON if name in trace.operators)
+    seen = f"{trace.regions} compiled calls in {trace.micro_batches} micro-batches, {outside} operators of the model outside"
     text = f"{seen}; {made.words()}" if made else seen
-    figures = {"compiled": sight.regions, "outside": outside, **(made.figures if made else {})}
-    if sight.regions < sight.micro_batches:
+    figures = {"compiled": trace.regions, "outside": outside, **(made.figures if made else {})}
+    if trace.regions < trace.micro_batches:
         return inactive(text, **figures)
-    if outside and WHILE_COMPILING in sight.operators:
+    if outside and WHILE_COMPILING in trace.operators:
         return unproven(f"{text}; the watched step compiled, and what that tries out is among its operators", **figures)
     return (inactive if outside else active)(text, **figures)
 
@@ -91,7 +91,7 @@ LAYER = Layer(
     apply=apply,
     verify=verify,
     memory=memory,
-    fits=fits,
+    unmet=unmet,
     wraps=("forward_context", "eval_context", "backward", "step"),
     options={"cache": CACHE},
     clashes={
@@ -100,6 +100,6 @@ LAYER = Layer(
         "in-backward": "one graph has all gradients at once, which updating them in the backward is there to avoid",
     },
     changes_numerics=True,
-    warm_steps=1,
+    warmup_steps=1,
     measured="docs/measurements/cpu/compile.json on a CPU (compile time only); not measured on a GPU",
 )

@@ -19,7 +19,19 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from gptoughts.planning.layer import Case, Engine, Evidence, Layer, Option, Options, Reason, Sight, active, cannot, inactive
+from gptoughts.planning.layer import (
+    Case,
+    Engine,
+    Evidence,
+    Layer,
+    Option,
+    Options,
+    Reason,
+    StepTrace,
+    active,
+    inactive,
+    unsupported,
+)
 
 _SET_MEMPOLICY, _GET_MEMPOLICY = {"x86_64": (238, 239), "aarch64": (237, 236)}.get(os.uname().machine, (None, None))
 _DEFAULT, _PREFERRED = 0, 1
@@ -34,11 +46,11 @@ def threads_per_rank(case: Case, options: Options) -> int:
     return options["threads"] or (min(share, MOST_BESIDE_A_GPU) if case.on_gpu else share)
 
 
-def fits(case: Case, options: Options) -> Iterator[Reason]:
+def unmet(case: Case, options: Options) -> Iterator[Reason]:
     """More threads than cores cannot help."""
     cores = case.machine.cpu.usable_cores
     if options["threads"] and options["threads"] > cores:
-        yield cannot(f"{options['threads']} threads asked for on {cores} usable cores")
+        yield unsupported(f"{options['threads']} threads asked for on {cores} usable cores")
 
 
 def environment(case: Case, options: Options) -> Mapping[str, str]:
@@ -113,7 +125,7 @@ class _Collector:
     def count(self, phase: str, info: Mapping[str, int]) -> None:
         """Called by Python around every collection; those that we did not ask for are marked."""
         if phase == "start" and not self.ours:
-            self.engine.counters.marks[INSIDE] += 1
+            self.engine.counters.call_counts[INSIDE] += 1
 
 
 def _asked() -> int:
@@ -159,7 +171,7 @@ def _memory_is_preferred(node: int) -> bool:
     return not failed and mode.value == _PREFERRED and bool(mask.value & (1 << node))
 
 
-def verify(engine: Engine, sight: Sight, options: Options) -> Evidence:
+def verify(engine: Engine, trace: StepTrace, options: Options) -> Evidence:
     """Torch computes with the asked number of threads, on cores of the asked node, and no collection began inside the step."""
     import torch
 
@@ -169,7 +181,7 @@ def verify(engine: Engine, sight: Sight, options: Options) -> Evidence:
     node = os.environ.get("GPTOUGHTS_NUMA_NODE")
     if node is not None and hasattr(os, "sched_getaffinity") and not os.sched_getaffinity(0) <= _cores_of(int(node)):
         return inactive(f"runs on cores outside NUMA node {node}", threads=threads)
-    collections, frozen = sight.marks.get(INSIDE, 0), gc.get_freeze_count()
+    collections, frozen = trace.call_counts.get(INSIDE, 0), gc.get_freeze_count()
     figures = {"threads": threads, "collections": collections, "frozen_objects": frozen}
     if collections or gc.isenabled() or not frozen:
         state = "on" if gc.isenabled() else "paused" if frozen else "off, but was not told to pass over what lives (gc.freeze)"
@@ -193,13 +205,13 @@ LAYER = Layer(
     card=__doc__ or "",
     apply=apply,
     verify=verify,
-    fits=fits,
+    unmet=unmet,
     environment=environment,
     wraps=("step",),
     options={
         "threads": Option(None, "threads per rank; an even share of the usable cores if not set", int),
         "collect_every": Option(COLLECT_EVERY, "updates between two garbage collections; 1 collects after each", int),
     },
-    warm_steps=1,
+    warmup_steps=1,
     measured="docs/measurements/cpu/layers.json on a CPU; not measured beside a GPU",
 )

@@ -20,20 +20,18 @@ from gptoughts.planning.layer import (
     Option,
     Options,
     Reason,
-    Sight,
+    StepTrace,
     active,
     inactive,
+    slower,
     unproven,
-    would_not_pay,
 )
 
 
-def fits(case: Case, options: Options) -> Iterator[Reason]:
+def unmet(case: Case, options: Options) -> Iterator[Reason]:
     """Needs a device to copy to before it can gain anything."""
     if not case.on_gpu:
-        yield would_not_pay(
-            "no copy to a device to hide; reading a batch takes microseconds", "docs/measurements/cpu/data.json"
-        )
+        yield slower("no copy to a device to hide; reading a batch takes microseconds", "docs/measurements/cpu/data.json")
 
 
 @contextmanager
@@ -51,15 +49,15 @@ def apply(engine: Engine, options: Options) -> Iterator[None]:
         engine.batches = before
 
 
-def verify(engine: Engine, sight: Sight, options: Options) -> Evidence:
+def verify(engine: Engine, trace: StepTrace, options: Options) -> Evidence:
     """Batches came from the thread; on a GPU a stream other than the compute stream copied them. The wait is told, not judged."""
     served: Any = getattr(engine.batches, "served", 0)
-    share = sight.data_wait_seconds / sight.step_seconds if sight.step_seconds else 0.0
+    share = trace.data_wait_seconds / trace.step_seconds if trace.step_seconds else 0.0
     if not served:
         return inactive("the watched batch was not read ahead")
-    if engine.device.type == "cuda" and not sight.kernels:
+    if engine.device.type == "cuda" and not trace.kernels:
         return unproven(f"{served} batches read ahead; the profiler saw no kernel, so no stream can be told", served=served)
-    if engine.device.type == "cuda" and sight.memcpy_streams < 1:
+    if engine.device.type == "cuda" and trace.memcpy_streams < 1:
         return inactive("no copy from host to device on a side stream in the watched step", wait=share)
     figures = {"served": served, "wait": share}
     text = f"{served} batches read ahead, {100 * share:.1f} % of the watched step spent waiting"
@@ -75,6 +73,6 @@ LAYER = Layer(
     card=__doc__ or "",
     apply=apply,
     verify=verify,
-    fits=fits,
+    unmet=unmet,
     options={"batches": Option(2, "batches to read ahead", int)},
 )

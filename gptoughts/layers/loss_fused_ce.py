@@ -27,11 +27,11 @@ from gptoughts.planning.layer import (
     Option,
     Options,
     Reason,
-    Sight,
+    StepTrace,
     active,
-    cannot,
     inactive,
-    would_not_pay,
+    slower,
+    unsupported,
 )
 from gptoughts.planning.memory_fit import counted, memory_of_rank
 
@@ -39,24 +39,24 @@ from gptoughts.planning.memory_fit import counted, memory_of_rank
 LOGITS_SHARE = 0.15
 
 
-def fits(case: Case, options: Options) -> Iterator[Reason]:
+def unmet(case: Case, options: Options) -> Iterator[Reason]:
     """A family with a head of ours, and logits that weigh something."""
-    facts = case.facts
-    if facts.family is None:
-        yield cannot("needs a model of a known family; a module of your own computes its loss itself")
+    spec = case.spec
+    if spec.family is None:
+        yield unsupported("needs a model of a known family; a module of your own computes its loss itself")
         return
     if case.recipe.objective == "question-answering":
-        yield cannot("question answering has no logits over the vocabulary")
+        yield unsupported("question answering has no logits over the vocabulary")
         return
-    if facts.head == "own":
-        yield cannot(f"{facts.family} does more than one product between hidden states and logits")
+    if spec.head == "own":
+        yield unsupported(f"{spec.family} does more than one product between hidden states and logits")
         return
     yield from _implementation_is_here(case, options["implementation"])
     budget, have = counted(case), memory_of_rank(case)
     if budget is None:
-        yield would_not_pay("the vocabulary is not known before the text is read", "logits cannot be weighed")
+        yield slower("the vocabulary is not known before the text is read", "logits cannot be weighed")
     elif have is not None and budget.logits < LOGITS_SHARE * have:
-        yield would_not_pay(
+        yield slower(
             f"logits take {bytes_in_words(budget.logits)} of {bytes_in_words(have)}", "Liger-Kernel: time +13 % at 128 k words"
         )
 
@@ -64,13 +64,15 @@ def fits(case: Case, options: Options) -> Iterator[Reason]:
 def _implementation_is_here(case: Case, name: str) -> Iterator[Reason]:
     packages = case.machine.packages
     if name == "torch" and case.machine.has_older("torch", (2, 13)):
-        yield cannot(f"implementation = torch needs torch 2.13, here {packages['torch']}", "--layer.loss.implementation sliced")
+        yield unsupported(
+            f"implementation = torch needs torch 2.13, here {packages['torch']}", "--layer.loss.implementation sliced"
+        )
     if name != "liger":
         return
     if "liger-kernel" not in packages:
-        yield cannot("needs the package liger-kernel, not installed", "pip install 'gptoughts[liger]'")
+        yield unsupported("needs the package liger-kernel, not installed", "pip install 'gptoughts[liger]'")
     elif not case.on_gpu and case.environment.get("TRITON_INTERPRET") != "1":
-        yield cannot("Liger's kernel is Triton's and needs a GPU", "--layer.loss.implementation sliced")
+        yield unsupported("Liger's kernel is Triton's and needs a GPU", "--layer.loss.implementation sliced")
 
 
 def memory(case: Case, options: Options, budget: Budget) -> Budget:
@@ -87,7 +89,7 @@ def apply(engine: Engine, options: Options) -> Iterator[None]:
         )
     head = engine.family.head(engine.bare)
     before = head.loss
-    head.loss = LOSSES[options["implementation"]](options["tokens"], engine.counters.marks)
+    head.loss = LOSSES[options["implementation"]](options["tokens"], engine.counters.call_counts)
     yield
     head.loss = before
 
@@ -95,8 +97,8 @@ def apply(engine: Engine, options: Options) -> Iterator[None]:
 class SlicedCrossEntropy:
     """Summed cross-entropy over slices of tokens; marks its calls, so that a step can be asked whether it ran."""
 
-    def __init__(self, tokens: int, marks: Counter[str]) -> None:
-        self.tokens, self.mark = tokens, counting(marks, LAYER.name)
+    def __init__(self, tokens: int, call_counts: Counter[str]) -> None:
+        self.tokens, self.mark = tokens, counting(call_counts, LAYER.name)
 
     def __call__(self, hidden, weight, labels, reduction: str = "sum"):  # type: ignore[no-untyped-def]  # torch is not known here
         """Loss sum of hidden B T C against labels B T with the head's weight V C; labels of -100 count for nothing.
@@ -128,12 +130,12 @@ class SlicedCrossEntropy:
 class TorchCrossEntropy:
     """The same by torch's `linear_cross_entropy` in chunks."""
 
-    def __init__(self, tokens: int, marks: Counter[str]) -> None:
+    def __init__(self, tokens: int, call_counts: Counter[str]) -> None:
         from torch.nn import functional
 
         if not hasattr(functional, "linear_cross_entropy"):
             raise LayerError("loss=fused-ce: this torch has no linear_cross_entropy\n  try: --layer.loss.implementation sliced")
-        self.tokens, self.mark = tokens, counting(marks, LAYER.name)
+        self.tokens, self.mark = tokens, counting(call_counts, LAYER.name)
 
     def __call__(self, hidden, weight, labels, reduction: str = "sum"):  # type: ignore[no-untyped-def]  # torch is not known here
         """As `SlicedCrossEntropy`. Under autocast both factors take its dtype, which the operator does not do by itself."""
@@ -161,10 +163,10 @@ class TorchCrossEntropy:
 class LigerCrossEntropy:
     """The same by Liger-Kernel, which chooses the size of its slices itself."""
 
-    def __init__(self, tokens: int, marks: Counter[str]) -> None:
+    def __init__(self, tokens: int, call_counts: Counter[str]) -> None:
         from gptoughts.models.kernels.liger import fused_linear_cross_entropy
 
-        self.compute, self.mark = fused_linear_cross_entropy(), counting(marks, LAYER.name)
+        self.compute, self.mark = fused_linear_cross_entropy(), counting(call_counts, LAYER.name)
 
     def __call__(self, hidden, weight, labels, reduction: str = "sum"):  # type: ignore[no-untyped-def]  # torch is not known here
         """As `SlicedCrossEntropy`."""
@@ -176,28 +178,30 @@ class LigerCrossEntropy:
 LOSSES = {"sliced": SlicedCrossEntropy, "torch": TorchCrossEntropy, "liger": LigerCrossEntropy}
 
 
-def verify(engine: Engine, sight: Sight, options: Options) -> Evidence:
+def verify(engine: Engine, trace: StepTrace, options: Options) -> Evidence:
     """Every micro-batch of the step had its loss from the slices."""
-    calls = sight.marks.get("fused-ce", 0)
-    if not calls and sight.regions and in_graphs(engine.counters.marks, LAYER.name):  # the head is inside a compiled graph
+    calls = trace.call_counts.get("fused-ce", 0)
+    if (
+        not calls and trace.regions and in_graphs(engine.counters.call_counts, LAYER.name)
+    ):  # the head is inside a compiled graph
         return active(
-            f"traced into the graph that ran {sight.regions} times in {sight.micro_batches} micro-batches", calls=sight.regions
+            f"traced into the graph that ran {trace.regions} times in {trace.micro_batches} micro-batches", calls=trace.regions
         )
-    if calls < sight.micro_batches:
-        return inactive(f"{calls} of {sight.micro_batches} losses over slices, the others over all logits at once", calls=calls)
+    if calls < trace.micro_batches:
+        return inactive(f"{calls} of {trace.micro_batches} losses over slices, the others over all logits at once", calls=calls)
     if options["implementation"] == "liger":
-        return _liger_seen(engine, sight, calls)
+        return _liger_seen(engine, trace, calls)
     whose = "" if options["implementation"] == "sliced" else f" by {options['implementation']}"
-    return active(f"{calls} of {sight.micro_batches} losses over slices of {options['tokens']} tokens{whose}", calls=calls)
+    return active(f"{calls} of {trace.micro_batches} losses over slices of {options['tokens']} tokens{whose}", calls=calls)
 
 
-def _liger_seen(engine: Engine, sight: Sight, calls: int) -> Evidence:
-    operator, kernels = sight.operators.get("LigerFusedLinearCrossEntropyFunction"), sight.launches("liger_cross_entropy")
+def _liger_seen(engine: Engine, trace: StepTrace, calls: int) -> Evidence:
+    operator, kernels = trace.operators.get("LigerFusedLinearCrossEntropyFunction"), trace.launches("liger_cross_entropy")
     ran = operator.calls if operator else 0
-    if ran < calls or (sight.kernels and kernels < calls):
+    if ran < calls or (trace.kernels and kernels < calls):
         told = f"its operator ran {ran} times, its kernel {kernels}"
         return inactive(f"{calls} losses handed to Liger; {told}", calls=calls, kernels=kernels)
-    return active(f"{calls} of {sight.micro_batches} losses by Liger's operator", calls=calls, kernels=kernels)
+    return active(f"{calls} of {trace.micro_batches} losses by Liger's operator", calls=calls, kernels=kernels)
 
 
 LAYER = Layer(
@@ -207,7 +211,7 @@ LAYER = Layer(
     apply=apply,
     verify=verify,
     memory=memory,
-    fits=fits,
+    unmet=unmet,
     options={
         "implementation": Option("sliced", "who computes it", str, ("sliced", "torch", "liger")),
         "tokens": Option(2048, "tokens per slice; Liger chooses its own", int),

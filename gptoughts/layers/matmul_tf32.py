@@ -21,11 +21,11 @@ from gptoughts.planning.layer import (
     Option,
     Options,
     Reason,
-    Sight,
+    StepTrace,
     active,
-    cannot,
     inactive,
-    would_not_pay,
+    slower,
+    unsupported,
 )
 
 BF16_CPU = ("avx512_bf16", "amx_bf16")
@@ -36,7 +36,7 @@ ROUNDED_AWAY = {"tf32": 12, "bf16": 9}
 KEPT_BY_TF32 = 9
 
 
-def fits(case: Case, options: Options) -> Iterator[Reason]:
+def unmet(case: Case, options: Options) -> Iterator[Reason]:
     """Units that multiply in TF32: GPUs from compute capability 8.0, CPUs with AMX-TF32. In bf16 for float32: CPUs only."""
     if case.on_gpu:
         yield from _on_a_gpu(case, options)
@@ -44,33 +44,33 @@ def fits(case: Case, options: Options) -> Iterator[Reason]:
     units = set(case.machine.cpu.instruction_sets)
     if options["units"] == "bf16":
         if not units & set(BF16_CPU):
-            yield cannot("needs a CPU with AVX512-BF16 or AMX-BF16; torch takes the switch here and computes in float32")
+            yield unsupported("needs a CPU with AVX512-BF16 or AMX-BF16; torch takes the switch here and computes in float32")
         elif case.machine.has_older("torch", (2, 12)):  # seen with 2.11
             version = case.machine.packages["torch"]
-            yield cannot(
+            yield unsupported(
                 f"torch {version} takes the switch on a CPU and computes in float32",
                 remedy="pip install -U 'torch>=2.13,<2.14'",
             )
         else:
-            yield would_not_pay("precision=bf16 rounds the same and moves half the bytes", "torch's documentation of oneDNN")
+            yield slower("precision=bf16 rounds the same and moves half the bytes", "torch's documentation of oneDNN")
     elif "amx_tf32" not in units:
         more = "--layer.matmul.units bf16" if units & set(BF16_CPU) else ""
-        yield cannot(
+        yield unsupported(
             "needs a GPU of compute capability 8.0 or a CPU with AMX-TF32; torch takes the switch here and computes in float32",
             remedy=more,
         )
     if options["accumulate"] == "reduced":
-        yield cannot(
+        yield unsupported(
             "accumulate = reduced is a switch of cuBLAS, and this is a CPU", remedy="--layer.matmul.accumulate float32"
         )
 
 
 def _on_a_gpu(case: Case, options: Options) -> Iterator[Reason]:
-    least = case.machine.least_capability()
+    least = case.machine.min_capability()
     if least is None or least < (8, 0):
-        yield cannot(f"needs compute capability 8.0, found {f'{least[0]}.{least[1]}' if least else 'unknown'}")
+        yield unsupported(f"needs compute capability 8.0, found {f'{least[0]}.{least[1]}' if least else 'unknown'}")
     if options["units"] == "bf16":
-        yield cannot("cuBLAS rounds float32 factors to TF32 and to nothing less", remedy="--layer.precision bf16")
+        yield unsupported("cuBLAS rounds float32 factors to TF32 and to nothing less", remedy="--layer.precision bf16")
 
 
 @contextmanager
@@ -82,7 +82,7 @@ def apply(engine: Engine, options: Options) -> Iterator[None]:
         yield
 
 
-def verify(engine: Engine, sight: Sight, options: Options) -> Evidence:
+def verify(engine: Engine, trace: StepTrace, options: Options) -> Evidence:
     """The switch alone proves nothing, so a product is computed whose exact value the units must round away.
 
     1 + 2^-12 needs 12 bits of mantissa; TF32 keeps 10, bf16 7, float32 23. What cuBLAS adds up in bf16 depends on the shape, so of
@@ -121,7 +121,7 @@ LAYER = Layer(
     card=__doc__ or "",
     apply=apply,
     verify=verify,
-    fits=fits,
+    unmet=unmet,
     options={
         "units": Option("tf32", "what float32 factors are rounded to", choices=tuple(SWITCH)),
         "accumulate": Option("float32", "what parts of a bf16 product are added in", choices=("float32", "reduced")),

@@ -1,8 +1,8 @@
 """The micro-batch is found by measuring on this very machine before step 1: a fast one that fits, nothing to guess or to try by hand.
 
-Two small sizes are run forward and backward with gradients and optimiser state in place; a line through their highest memory says what the
+Two small sizes are run forward and backward with gradients and optimizer state in place; a line through their highest memory says what the
 largest fitting size should be, which is then run, and the half of it; the smallest that reaches 97 % of the best speed is taken. Weights,
-optimiser and random state are put back: the training is that of `fixed` with the same size. It costs a few forwards, under compilation
+optimizer and random state are put back: the training is that of `fixed` with the same size. It costs a few forwards, under compilation
 as many graphs. The size is a divisor of the rank's share, so that all forwards have one shape; a run that goes on keeps the size that it
 had.
 """
@@ -22,20 +22,22 @@ from gptoughts.planning.layer import (  # fmt: skip
     Option,
     Options,
     Reason,
-    Sight,
+    StepTrace,
     active,
-    cannot,
     inactive,
+    unsupported,
 )
 from gptoughts.planning.memory_fit import memory_of_rank
 from gptoughts.planning.memory_model import Verdict, verdict
 
 
-def fits(case: Case, options: Options) -> Iterator[Reason]:
+def unmet(case: Case, options: Options) -> Iterator[Reason]:
     """Memory to stay within."""
     limit = options["memory_gib"]
     if limit is not None and limit <= 0:
-        yield cannot(f"memory_gib = {limit:g} leaves no memory at all", "--layer.microbatch.memory-gib with a number above 0")
+        yield unsupported(
+            f"memory_gib = {limit:g} leaves no memory at all", "--layer.microbatch.memory-gib with a number above 0"
+        )
 
 
 def memory(case: Case, options: Options, budget: Budget) -> Budget:
@@ -60,21 +62,21 @@ def apply(engine: Engine, options: Options) -> Iterator[None]:
     share = engine.recipe.train.global_batch // engine.ranks.size
     before = engine.micro_batch
     engine.micro_batch = search(engine, divisors(share, options["sequences"]), options["memory_gib"])
-    engine.counters.marks["fit"] += 1
+    engine.counters.call_counts["fit"] += 1
     yield
-    del engine.counters.marks["fit"]
+    del engine.counters.call_counts["fit"]
     engine.micro_batch = before
 
 
-def verify(engine: Engine, sight: Sight, options: Options) -> Evidence:
+def verify(engine: Engine, trace: StepTrace, options: Options) -> Evidence:
     """The step had as many forwards as the share has slices of the size that was found, and held no more than was there."""
-    if not engine.counters.marks["fit"] or not engine.micro_batch:
+    if not engine.counters.call_counts["fit"] or not engine.micro_batch:
         return inactive("no micro-batch was searched for")
     wanted = engine.recipe.train.global_batch // engine.ranks.size // engine.micro_batch
-    figures = {"forwards": sight.micro_batches, "expected": wanted, "sequences": engine.micro_batch}
-    if sight.micro_batches != wanted:
-        return inactive(f"{sight.micro_batches} forwards in the step, {wanted} planned", **figures)
-    held = f", {bytes_in_words(sight.peak_bytes)} at most" if sight.peak_bytes else ""
+    figures = {"forwards": trace.micro_batches, "expected": wanted, "sequences": engine.micro_batch}
+    if trace.micro_batches != wanted:
+        return inactive(f"{trace.micro_batches} forwards in the step, {wanted} planned", **figures)
+    held = f", {bytes_in_words(trace.peak_bytes)} at most" if trace.peak_bytes else ""
     less = f", made smaller from {engine.reduced_from} when memory ran out" if engine.reduced_from else ""
     return active(f"{wanted} forwards of {engine.micro_batch} sequences{held}{less}", **figures)
 
@@ -86,7 +88,7 @@ LAYER = Layer(
     apply=apply,
     verify=verify,
     memory=memory,
-    fits=fits,
+    unmet=unmet,
     options={
         "sequences": Option(None, "most sequences per forward to try", int),
         "memory_gib": Option(None, "memory to stay within, in GiB; without it what is free, less a twelfth", float),

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from gptoughts.planning.layer import Budget, Case, Engine, Evidence, Layer, Option, Options, Sight, active, inactive
+from gptoughts.planning.layer import Budget, Case, Engine, Evidence, Layer, Option, Options, StepTrace, active, inactive
 
 
 def size(options: Options, share: int, sequence_length: int) -> int:
@@ -36,14 +36,14 @@ def apply(engine: Engine, options: Options) -> Iterator[None]:
     engine.micro_batch = before
 
 
-def verify(engine: Engine, sight: Sight, options: Options) -> Evidence:
+def verify(engine: Engine, trace: StepTrace, options: Options) -> Evidence:
     """The step had as many forwards as the share has slices."""
     planned = size(options, _share(engine), engine.recipe.data.sequence_length)
     per_forward = engine.micro_batch if engine.reduced_from and engine.micro_batch else planned
     wanted = _share(engine) // per_forward
-    if sight.micro_batches != wanted:
+    if trace.micro_batches != wanted:
         return inactive(
-            f"{sight.micro_batches} forwards in the step, {wanted} planned", forwards=sight.micro_batches, expected=wanted
+            f"{trace.micro_batches} forwards in the step, {wanted} planned", forwards=trace.micro_batches, expected=wanted
         )
     less = f", made smaller from {engine.reduced_from} when memory ran out" if engine.reduced_from else ""
     return active(f"{wanted} forwards of {per_forward} sequences{less}", forwards=wanted, sequences=per_forward)

@@ -23,26 +23,26 @@ from gptoughts.planning.layer import (
     Option,
     Options,
     Reason,
-    Sight,
+    StepTrace,
     active,
-    cannot,
     inactive,
-    would_not_pay,
+    slower,
+    unsupported,
 )
 from gptoughts.planning.memory_fit import SOURCE, room
 
 
-def fits(case: Case, options: Options) -> Iterator[Reason]:
+def unmet(case: Case, options: Options) -> Iterator[Reason]:
     """Blocks to count by, a device to relieve, and activations that do not fit it."""
-    if case.facts.family is None:
-        yield cannot("needs a model of a known family, whose blocks its proof counts")
+    if case.spec.family is None:
+        yield unsupported("needs a model of a known family, whose blocks its proof counts")
         return
     if not case.on_gpu:
-        yield would_not_pay("activations lie in host memory already", "no device to relieve")
+        yield slower("activations lie in host memory already", "no device to relieve")
         return
     everything = room(case)
     if everything is not None and everything.is_enough:
-        yield would_not_pay(f"weights, optimiser and activations take {everything}", SOURCE)
+        yield slower(f"weights, optimizer and activations take {everything}", SOURCE)
 
 
 def memory(case: Case, options: Options, budget: Budget) -> Budget:
@@ -55,26 +55,28 @@ def apply(engine: Engine, options: Options) -> Iterator[None]:
     """Hooks on what autograd saves, around every training forward."""
     from gptoughts.layers.support.activation_offload import HostActivations
 
-    offload = HostActivations(engine.bare, options["least_bytes"], options["ahead"], len(engine.blocks), engine.counters.marks)
+    offload = HostActivations(
+        engine.bare, options["least_bytes"], options["ahead"], len(engine.blocks), engine.counters.call_counts
+    )
     undo = engine.wrap_context("forward_context", offload.context)
     yield
     undo()
 
 
-def verify(engine: Engine, sight: Sight, options: Options) -> Evidence:
+def verify(engine: Engine, trace: StepTrace, options: Options) -> Evidence:
     """In every forward at least a tensor per block left, all came back, and on a GPU as many copies went each way."""
     names = ("offload-activations", "offload-activations: back", "offload-activations: forwards")
-    out, back, forwards = (sight.marks.get(name, 0) for name in names)
-    figures = {"out": out, "back": back, "forwards": forwards, "expected": sight.micro_batches}
-    if forwards < max(1, sight.micro_batches):
-        told = f"{out} saved tensors went to the host, a block's worth in {forwards} of {sight.micro_batches} forwards"
+    out, back, forwards = (trace.call_counts.get(name, 0) for name in names)
+    figures = {"out": out, "back": back, "forwards": forwards, "expected": trace.micro_batches}
+    if forwards < max(1, trace.micro_batches):
+        told = f"{out} saved tensors went to the host, a block's worth in {forwards} of {trace.micro_batches} forwards"
         return inactive(told + ("" if out else _too_small(engine, options)), **figures)
-    if back < sight.blocks * sight.micro_batches:
+    if back < trace.blocks * trace.micro_batches:
         return inactive(f"{out} saved tensors went to the host and {back} came back", **figures)
-    if engine.device.type == "cuda" and sight.kernels:
-        copies = {way: sight.copies.get(way, 0) for way in ("DtoH", "HtoD")}
-        if copies["DtoH"] < out or copies["HtoD"] < back or sight.memcpy_streams < 1:
-            told = f"{copies['DtoH']} copies to the host and {copies['HtoD']} back, {sight.memcpy_streams} side streams"
+    if engine.device.type == "cuda" and trace.kernels:
+        copies = {way: trace.copies.get(way, 0) for way in ("DtoH", "HtoD")}
+        if copies["DtoH"] < out or copies["HtoD"] < back or trace.memcpy_streams < 1:
+            told = f"{copies['DtoH']} copies to the host and {copies['HtoD']} back, {trace.memcpy_streams} side streams"
             return inactive(f"{out} saved tensors were to leave and {back} to come back; seen: {told}", **figures)
     return active(f"{out} saved tensors waited on the host in {forwards} forwards, {back} came back", **figures)
 
@@ -83,7 +85,7 @@ def _too_small(engine: Engine, options: Options) -> str:
     """Why nothing left, where size is the reason: what the hooks remember, whose largest tensor may be older than the watched step."""
     from gptoughts.layers.support.activation_offload import LARGEST
 
-    largest = engine.counters.marks[LARGEST]
+    largest = engine.counters.call_counts[LARGEST]
     limit = f"below --layer.offload.least-bytes {options['least_bytes']}"
     return f": the largest saved tensor was {largest} bytes, {limit}" if largest else ""
 
@@ -95,7 +97,7 @@ LAYER = Layer(
     apply=apply,
     verify=verify,
     memory=memory,
-    fits=fits,
+    unmet=unmet,
     options={
         "least_bytes": Option(1 << 20, "smaller tensors stay", int),
         "ahead": Option(2, "tensors to fetch before the backward asks", int),

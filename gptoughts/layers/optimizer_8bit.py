@@ -1,4 +1,4 @@
-"""AdamW's two moments in 8 bits instead of 32: optimiser state falls from 8 bytes a parameter to 2, at some cost in time.
+"""AdamW's two moments in 8 bits instead of 32: optimizer state falls from 8 bytes a parameter to 2, at some cost in time.
 
 Every block of 256 values keeps one scale, and the arithmetic of the update is float32. Moments stay in float32 for tensors with fewer
 than 4,096 values, and for embeddings and fused experts, of which a batch moves few entries: there a second moment that 8 bits round to
@@ -24,11 +24,11 @@ from gptoughts.planning.layer import (
     Option,
     Options,
     Reason,
-    Sight,
+    StepTrace,
     active,
-    cannot,
     inactive,
-    would_not_pay,
+    slower,
+    unsupported,
 )
 from gptoughts.planning.memory_fit import counted, memory_of_rank
 
@@ -43,27 +43,25 @@ MEMORY_SHARE = 0.05  # of the device; below that the time is not worth it
 FULL_UPDATES = ("aten::_fused_adamw_", "aten::_foreach_addcdiv_")
 
 
-def fits(case: Case, options: Options) -> Iterator[Reason]:
+def unmet(case: Case, options: Options) -> Iterator[Reason]:
     """AdamW, the package that was asked for, and enough parameters for the state to weigh something."""
     name, package = case.recipe.optim.name, options["package"]
     if name != "adamw":
-        yield cannot(f"8-bit state is AdamW's, and optim.name is {name}", "--layer.optimizer plain")
+        yield unsupported(f"8-bit state is AdamW's, and optim.name is {name}", "--layer.optimizer plain")
         return
     if package not in case.machine.packages:
-        yield cannot(f"needs the package {package}, not installed", "pip install 'gptoughts[lowbit]'")
+        yield unsupported(f"needs the package {package}, not installed", "pip install 'gptoughts[lowbit]'")
         return
     if case.on_gpu and package == "torchao" and "triton" not in case.machine.packages:
-        yield cannot("torchao compiles its update: needs the package triton, not installed", "pip install triton")
+        yield unsupported("torchao compiles its update: needs the package triton, not installed", "pip install triton")
         return
     budget, have = counted(case), memory_of_rank(case)
     if budget is None:
-        yield would_not_pay("not all sizes of the model are known before its data is read", "optimiser state cannot be weighed")
+        yield slower("not all sizes of the model are known before its data is read", "optimizer state cannot be weighed")
         return
     saved = budget.optimizer - memory(case, options, budget).optimizer
     if have is not None and saved < MEMORY_SHARE * have:
-        yield would_not_pay(
-            f"saves {bytes_in_words(saved)} of {bytes_in_words(have)}", "torchao's README: 9 % fewer tokens a second"
-        )
+        yield slower(f"saves {bytes_in_words(saved)} of {bytes_in_words(have)}", "torchao's README: 9 % fewer tokens a second")
 
 
 def memory(case: Case, options: Options, budget: Budget) -> Budget:
@@ -74,20 +72,20 @@ def memory(case: Case, options: Options, budget: Budget) -> Budget:
         return replace(budget, optimizer=optimizer)
     in_full, in_eight = TEMPORARY[options["package"]]
     branches = 2 if budget.gated and case.recipe.model.family in ("gpt", "llada") else 1  # of an MLP, in one weight
-    largest = max(budget.width * budget.inner_width * branches, 0 if case.facts.tied else budget.vocab_size * budget.width)
-    temporary = max(in_full * (case.facts.embedding_parameters or 0), in_eight * largest)
+    largest = max(budget.width * budget.inner_width * branches, 0 if case.spec.tied else budget.vocab_size * budget.width)
+    temporary = max(in_full * (case.spec.embedding_parameters or 0), in_eight * largest)
     return replace(budget, optimizer=optimizer, temporary=temporary)
 
 
 def _sparsely_graded(case: Case) -> int:
     """Weights whose moments stay in float32: embeddings (a tied head is one), and fused experts. An adapter trains neither."""
-    facts = case.facts
+    spec = case.spec
     if case.recipe.adapter.kind != "none":
         return 0
-    idle = (facts.parameters or 0) - (facts.active_parameters or facts.parameters or 0)
-    experts, chosen = facts.experts or 0, facts.experts_per_token or 0
+    idle = (spec.parameters or 0) - (spec.active_parameters or spec.parameters or 0)
+    experts, chosen = spec.experts or 0, spec.experts_per_token or 0
     fused = idle * experts // (experts - chosen) if experts > chosen else 0
-    return (facts.embedding_parameters or 0) + fused
+    return (spec.embedding_parameters or 0) + fused
 
 
 @contextmanager
@@ -99,14 +97,14 @@ def apply(engine: Engine, options: Options) -> Iterator[None]:
         yield
 
 
-def verify(engine: Engine, sight: Sight, options: Options) -> Evidence:
+def verify(engine: Engine, trace: StepTrace, options: Options) -> Evidence:
     """The moments of every parameter that is large enough are 8-bit codes, no float32 update ran, and weights moved."""
     from gptoughts.engine.optim.low_bit import bytes_of, in_eight_bits, packs
 
     held = [(parameter, state) for parameter, state in engine.optimizer.state.items() if state] if engine.optimizer else []
     large = [(parameter, state) for parameter, state in held if packs(engine.optimizer, parameter)]
     packed = sum(in_eight_bits(state) for _, state in large)
-    full = sum(sight.operators[name].calls for name in FULL_UPDATES if name in sight.operators)
+    full = sum(trace.operators[name].calls for name in FULL_UPDATES if name in trace.operators)
     size = sum(bytes_of(state) for _, state in held)
     share = size / max(1, sum(8 * parameter.numel() for parameter, _ in held))
     figures = {"packed": packed, "large": len(large), "bytes": size, "share": share}
@@ -116,7 +114,7 @@ def verify(engine: Engine, sight: Sight, options: Options) -> Evidence:
         return inactive(
             f"state of {packed} of {len(large)} large parameters in 8 bits, {full} fused float32 updates", **figures
         )
-    if not sight.weights_moved:
+    if not trace.weights_moved:
         return inactive(f"state of {packed} parameters in 8 bits, and no weight moved", **figures)
     return active(
         f"state of {packed} of {len(large)} large parameters in 8 bits by {options['package']}, {len(held) - len(large)} others in "
@@ -132,7 +130,7 @@ LAYER = Layer(
     apply=apply,
     verify=verify,
     memory=memory,
-    fits=fits,
+    unmet=unmet,
     options={"package": Option("torchao", "whose 8-bit AdamW", str, ("torchao", "bitsandbytes"))},
     changes_numerics=True,
     measured="docs/measurements/cpu/parity.json on a CPU (its loss after 300 steps is within the noise of seeds); not measured on a GPU",

@@ -8,17 +8,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from gptoughts.planning.layer import Case, Engine, Evidence, Layer, Options, Reason, Sight, active, cannot, inactive
+from gptoughts.planning.layer import Case, Engine, Evidence, Layer, Options, Reason, StepTrace, active, inactive, unsupported
 
 FUSED = "aten::_fused_adamw_"
 UNFUSED = ("aten::addcdiv_", "aten::_foreach_addcdiv_")
 
 
-def fits(case: Case, options: Options) -> Iterator[Reason]:
+def unmet(case: Case, options: Options) -> Iterator[Reason]:
     """AdamW only."""
     name = case.recipe.optim.name
     if name != "adamw":
-        yield cannot(f"torch fuses AdamW, and optim.name is {name}", "--layer.optimizer plain")
+        yield unsupported(f"torch fuses AdamW, and optim.name is {name}", "--layer.optimizer plain")
 
 
 @contextmanager
@@ -30,13 +30,13 @@ def apply(engine: Engine, options: Options) -> Iterator[None]:
         yield
 
 
-def verify(engine: Engine, sight: Sight, options: Options) -> Evidence:
+def verify(engine: Engine, trace: StepTrace, options: Options) -> Evidence:
     """One fused call per parameter group, no unfused update, and weights that moved."""
     groups = len(engine.optimizer.param_groups) if engine.optimizer else 0
-    fused, unfused = sight.calls(FUSED), sum(sight.operators[name].calls for name in UNFUSED if name in sight.operators)
+    fused, unfused = trace.calls(FUSED), sum(trace.operators[name].calls for name in UNFUSED if name in trace.operators)
     if fused < max(1, groups) or unfused:
         return inactive(f"{fused} fused updates for {groups} parameter groups, {unfused} unfused", fused=fused, groups=groups)
-    if not sight.weights_moved:
+    if not trace.weights_moved:
         return inactive(f"{fused} fused updates ran and no weight moved", fused=fused, groups=groups)
     return active(f"{fused} fused updates for {groups} parameter groups", fused=fused, groups=groups)
 
@@ -47,7 +47,7 @@ LAYER = Layer(
     card=__doc__ or "",
     apply=apply,
     verify=verify,
-    fits=fits,
+    unmet=unmet,
     changes_numerics=True,
     measured="docs/measurements/cpu/layers.json on a CPU; not measured on a GPU",
 )

@@ -21,42 +21,42 @@ from gptoughts.planning.layer import (
     Layer,
     Options,
     Reason,
-    Sight,
+    StepTrace,
     active,
-    cannot,
     inactive,
-    would_not_pay,
+    slower,
+    unsupported,
 )
 from gptoughts.planning.memory_fit import SOURCE, counted, room
 
 HOST_SHARE = 0.8  # of the machine's memory; the system, the data and Python's own take some too
 
 
-def fits(case: Case, options: Options) -> Iterator[Reason]:
+def unmet(case: Case, options: Options) -> Iterator[Reason]:
     """AdamW in float32, memory on the host, and state that would not fit the device."""
     name = case.recipe.optim.name
     if name != "adamw":
-        yield cannot(
+        yield unsupported(
             f"updates on the host with torch's AdamW, and optim.name is {name}", "--layer.optimizer-offload with-weights"
         )
         return
     if not case.on_gpu:
-        yield would_not_pay("the state lies in host memory already", "no device to relieve")
+        yield slower("the state lies in host memory already", "no device to relieve")
         return
     budget, host, processes = counted(case), case.machine.memory_bytes, max(1, case.world.local_world_size)
     # The moments, and one copy of each gradient and of each weight that has one.
     need = None if budget is None else (budget.optimizer + 2 * budget.gradients) * processes
     if need is not None and host is not None and need > HOST_SHARE * host:
         whose = "one process needs" if processes == 1 else f"{processes} processes need"
-        yield cannot(
+        yield unsupported(
             f"{whose} {bytes_in_words(need)} of host memory, more than {HOST_SHARE:.0%} of the {bytes_in_words(host)} here"
         )
         return
     everything = room(case)
     if everything is None:
-        yield would_not_pay("not all sizes of the model are known before its data is read", "optimiser state cannot be weighed")
+        yield slower("not all sizes of the model are known before its data is read", "optimizer state cannot be weighed")
     elif everything.is_enough:
-        yield would_not_pay(f"weights, gradients, state and activations take {everything}", SOURCE)
+        yield slower(f"weights, gradients, state and activations take {everything}", SOURCE)
 
 
 def memory(case: Case, options: Options, budget: Budget) -> Budget:
@@ -70,26 +70,26 @@ def apply(engine: Engine, options: Options) -> Iterator[None]:
     from gptoughts.layers.support.cpu_optimizer import OnHost
 
     before = engine.optimizer
-    engine.optimizer = OnHost(before, engine.counters.marks)
+    engine.optimizer = OnHost(before, engine.counters.call_counts)
     yield
     engine.optimizer = before
 
 
-def verify(engine: Engine, sight: Sight, options: Options) -> Evidence:
+def verify(engine: Engine, trace: StepTrace, options: Options) -> Evidence:
     """Every parameter with a memory was updated on the host, the moments lie there, and weights moved; on a GPU copies went both ways."""
     given = [parameter for group in engine.optimizer.param_groups for parameter in group["params"]] if engine.optimizer else []
     held = [engine.optimizer.state[parameter] for parameter in given if engine.optimizer.state.get(parameter)]
     moments = [state[key] for state in held for key in ("exp_avg", "exp_avg_sq") if key in state]
-    there = sum(moment.device.type == "cpu" for moment in moments)
-    done = sight.marks.get("state-on-cpu", 0)
+    there = sum(phase.device.type == "cpu" for phase in moments)
+    done = trace.call_counts.get("state-on-cpu", 0)
     figures = {"updates": done, "parameters": len(given), "moments": there}
     if not done or done != len(held) or there < 2 * len(held):
         return inactive(
             f"{done} of {len(given)} parameters updated on the host, {there} of {len(moments)} moments there", **figures
         )
-    if engine.device.type == "cuda" and sight.kernels and min(sight.copies.get(way, 0) for way in ("DtoH", "HtoD")) < done:
+    if engine.device.type == "cuda" and trace.kernels and min(trace.copies.get(way, 0) for way in ("DtoH", "HtoD")) < done:
         return inactive(f"{done} updates on the host, and fewer copies between it and the GPU", **figures)
-    if not sight.weights_moved:
+    if not trace.weights_moved:
         return inactive(f"{done} updates on the host, and no weight moved", **figures)
     return active(f"{done} of {len(given)} parameters updated on the host, {there} moments there", **figures)
 
@@ -101,7 +101,7 @@ LAYER = Layer(
     apply=apply,
     verify=verify,
     memory=memory,
-    fits=fits,
+    unmet=unmet,
     needs_slots={"optimizer": ("plain", "fused")},
     changes_numerics=True,
 )

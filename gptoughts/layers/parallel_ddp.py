@@ -1,6 +1,6 @@
 """One copy of the model per rank, gradients averaged while the backward still runs: throughput grows with GPUs, memory stays.
 
-It hurts where the model with its optimiser state hardly fits one GPU, and over slow links. Ranks come from torchrun.
+It hurts where the model with its optimizer state hardly fits one GPU, and over slow links. Ranks come from torchrun.
 Source: Li et al. 2020, PyTorch Distributed; `torch.nn.parallel.DistributedDataParallel`.
 """
 
@@ -11,18 +11,30 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
-from gptoughts.planning.layer import Budget, Case, Engine, Evidence, Layer, Options, Reason, Sight, active, cannot, inactive
+from gptoughts.planning.layer import (
+    Budget,
+    Case,
+    Engine,
+    Evidence,
+    Layer,
+    Options,
+    Reason,
+    StepTrace,
+    active,
+    inactive,
+    unsupported,
+)
 
 
-def fits(case: Case, options: Options) -> Iterator[Reason]:
+def unmet(case: Case, options: Options) -> Iterator[Reason]:
     """More than one rank, and a global batch that they can share evenly."""
     ranks = case.world.world_size
     if ranks == 1:
-        yield cannot("there is one process", remedy="torchrun --standalone --nproc-per-node N -m gptoughts -- train ...")
+        yield unsupported("there is one process", remedy="torchrun --standalone --nproc-per-node N -m gptoughts -- train ...")
     elif case.recipe.train.global_batch % ranks:
         below = case.recipe.train.global_batch // ranks * ranks
         near = f"{below} or {below + ranks}" if below else f"{ranks}"
-        yield cannot(
+        yield unsupported(
             f"train.global_batch = {case.recipe.train.global_batch} cannot be shared by {ranks} ranks",
             remedy=f"--train.global-batch {near}",
         )
@@ -35,7 +47,7 @@ def memory(case: Case, options: Options, budget: Budget) -> Budget:
 
 @contextmanager
 def apply(engine: Engine, options: Options) -> Iterator[None]:
-    """Wrap the real model. Buckets are views into the gradients, so that clipping and the optimiser need no copy."""
+    """Wrap the real model. Buckets are views into the gradients, so that clipping and the optimizer need no copy."""
     from torch.nn.parallel import DistributedDataParallel
 
     before = engine.model
@@ -54,7 +66,7 @@ def apply(engine: Engine, options: Options) -> Iterator[None]:
     engine.model = before
 
 
-def verify(engine: Engine, sight: Sight, options: Options) -> Evidence:
+def verify(engine: Engine, trace: StepTrace, options: Options) -> Evidence:
     """Ranks that started equal and stepped with equal gradients hold equal weights: their checksums are compared."""
     import torch
     import torch.distributed as dist
@@ -65,7 +77,7 @@ def verify(engine: Engine, sight: Sight, options: Options) -> Evidence:
     least, most = mine.clone(), mine.clone()
     dist.all_reduce(least, op=dist.ReduceOp.MIN)
     dist.all_reduce(most, op=dist.ReduceOp.MAX)
-    exchanges = sight.calls("allreduce", "all_reduce")
+    exchanges = trace.calls("allreduce", "all_reduce")
     if least.item() != most.item():
         return inactive(f"weights differ between ranks by {most.item() - least.item():.3e} after the step")
     return active(f"{engine.ranks.size} ranks hold equal weights, {exchanges} exchanges in the step", exchanges=exchanges)
@@ -78,7 +90,7 @@ LAYER = Layer(
     apply=apply,
     verify=verify,
     memory=memory,
-    fits=fits,
+    unmet=unmet,
     wraps=("grad_sync",),
     changes_numerics=True,
 )

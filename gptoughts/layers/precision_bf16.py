@@ -1,4 +1,4 @@
-"""Matmuls and attention in bfloat16, weights and optimiser state in float32: half the memory traffic, twice the rate or more.
+"""Matmuls and attention in bfloat16, weights and optimizer state in float32: half the memory traffic, twice the rate or more.
 
 Softmax, norms and the loss stay in float32 (torch's autocast rules). It hurts on processors without bf16 units, where it is emulated,
 and on small models, where the casts cost more than the matmuls save.
@@ -17,12 +17,12 @@ from gptoughts.planning.layer import (
     Layer,
     Options,
     Reason,
-    Sight,
+    StepTrace,
     active,
-    cannot,
     inactive,
+    slower,
     unproven,
-    would_not_pay,
+    unsupported,
 )
 from gptoughts.planning.matmul_dtypes import dtypes
 
@@ -30,18 +30,18 @@ BF16_CPU = ("avx512_bf16", "amx_bf16", "bf16")
 SMALLEST_CPU_WIDTH = 256
 
 
-def fits(case: Case, options: Options) -> Iterator[Reason]:
+def unmet(case: Case, options: Options) -> Iterator[Reason]:
     """Units that multiply bf16, and on a CPU a model wide enough to fill them."""
-    least = case.machine.least_capability()
+    least = case.machine.min_capability()
     if case.on_gpu and (least is None or least < (8, 0)):
-        yield cannot(f"needs compute capability 8.0, found {f'{least[0]}.{least[1]}' if least else 'unknown'}")
+        yield unsupported(f"needs compute capability 8.0, found {f'{least[0]}.{least[1]}' if least else 'unknown'}")
     if case.on_gpu:
         return
     if not set(BF16_CPU) & set(case.machine.cpu.instruction_sets):
-        yield would_not_pay("this CPU has no bf16 unit and would emulate it", "torch's documentation of CPU autocast")
-    elif case.facts.width is not None and case.facts.width < SMALLEST_CPU_WIDTH:
-        yield would_not_pay(
-            f"width {case.facts.width} is below {SMALLEST_CPU_WIDTH}, where casts cost what matmuls save on a CPU",
+        yield slower("this CPU has no bf16 unit and would emulate it", "torch's documentation of CPU autocast")
+    elif case.spec.width is not None and case.spec.width < SMALLEST_CPU_WIDTH:
+        yield slower(
+            f"width {case.spec.width} is below {SMALLEST_CPU_WIDTH}, where casts cost what matmuls save on a CPU",
             "docs/measurements/cpu/widths.json",
         )
 
@@ -65,9 +65,9 @@ def apply(engine: Engine, options: Options) -> Iterator[None]:
         back()
 
 
-def verify(engine: Engine, sight: Sight, options: Options) -> Evidence:
+def verify(engine: Engine, trace: StepTrace, options: Options) -> Evidence:
     """The dtypes that went into every matmul and convolution of the watched step."""
-    low, full = dtypes(sight, "c10::BFloat16")
+    low, full = dtypes(trace, "c10::BFloat16")
     if not low and not full:
         return unproven("the step ran no matmul and no convolution")
     if full:
@@ -82,7 +82,7 @@ LAYER = Layer(
     apply=apply,
     verify=verify,
     memory=memory,
-    fits=fits,
+    unmet=unmet,
     wraps=("forward_context", "eval_context"),
     changes_numerics=True,
     measured="docs/measurements/cpu/widths.json and layers.json on a CPU; not measured on a GPU",

@@ -1,4 +1,4 @@
-"""Matmuls and attention in float16 with a loss scaler, weights and optimiser state in float32: tensor cores for Turing and Volta.
+"""Matmuls and attention in float16 with a loss scaler, weights and optimizer state in float32: tensor cores for Turing and Volta.
 
 Float16 has few exponents: gradients below 6e-8 vanish and activations above 65,504 are infinite. The loss is therefore multiplied by a
 scale before the backward and the gradients are divided by it after; a step whose gradients overflow is left out, the scale is halved,
@@ -24,12 +24,12 @@ from gptoughts.planning.layer import (
     Option,
     Options,
     Reason,
-    Sight,
+    StepTrace,
     active,
-    cannot,
     inactive,
+    slower,
     unproven,
-    would_not_pay,
+    unsupported,
 )
 from gptoughts.planning.matmul_dtypes import dtypes
 
@@ -42,20 +42,20 @@ LEAST_SCALE = 1.0
 LARGEST_SCALE = 2.0**24
 
 
-def fits(case: Case, options: Options) -> Iterator[Reason]:
+def unmet(case: Case, options: Options) -> Iterator[Reason]:
     """Tensor cores that multiply float16: compute capability 7.0."""
     if not 1 <= options["scale"] <= LARGEST_SCALE or math.frexp(options["scale"])[0] != 0.5:
-        yield cannot(
+        yield unsupported(
             f"scale needs a power of two from 1 to 2^24, here {options['scale']:g}", remedy="--layer.precision.scale 65536"
         )
     if not case.on_gpu:
-        yield would_not_pay(
+        yield slower(
             "float16 matmuls ran at 1 to 33 GFLOP/s on CPUs where bf16 ran at 75 to 410", "docs/decisions.md, the loss scaler"
         )
         return
-    least = case.machine.least_capability()
+    least = case.machine.min_capability()
     if least is None or least < (7, 0):
-        yield cannot(f"needs compute capability 7.0, found {f'{least[0]}.{least[1]}' if least else 'unknown'}")
+        yield unsupported(f"needs compute capability 7.0, found {f'{least[0]}.{least[1]}' if least else 'unknown'}")
 
 
 def memory(case: Case, options: Options, budget: Budget) -> Budget:
@@ -87,7 +87,7 @@ def apply(engine: Engine, options: Options) -> Iterator[None]:
 class LossScale:
     """The scale, and what it does to the verbs of a step.
 
-    Written here and not torch's GradScaler: that one steps the optimiser itself, past the verb that other layers wrap or replace, and
+    Written here and not torch's GradScaler: that one steps the optimizer itself, past the verb that other layers wrap or replace, and
     tells nobody that it did not. Ranks need no word with each other: they share one gradient, so they find the same.
     """
 
@@ -123,7 +123,7 @@ class LossScale:
         if self.engine.optimizer is not None:
             self.engine.optimizer.zero_grad(set_to_none=True)
         self.skipped, self.bad_in_a_row, self.good_in_a_row = self.skipped + 1, self.bad_in_a_row + 1, 0
-        self.engine.counters.marks[SKIPPED] += 1
+        self.engine.counters.call_counts[SKIPPED] += 1
         self.scale *= BACKOFF
         if self.scale < LEAST_SCALE:
             raise RunError(
@@ -148,10 +148,10 @@ class LossScale:
         self.good_in_a_row, self.bad_in_a_row = int(state["good_in_a_row"]), int(state["bad_in_a_row"])
 
 
-def verify(engine: Engine, sight: Sight, options: Options) -> Evidence:
-    """Every product took float16, the scale is a number, and the weights moved: a kernel of the optimiser can run and move none."""
+def verify(engine: Engine, trace: StepTrace, options: Options) -> Evidence:
+    """Every product took float16, the scale is a number, and the weights moved: a kernel of the optimizer can run and move none."""
     scaler = engine.extras.get(NAME)
-    low, full = dtypes(sight, "c10::Half")
+    low, full = dtypes(trace, "c10::Half")
     if scaler is None:
         return inactive("the loss has no scale", fp16=low, fp32=full)
     if not low and not full:
@@ -159,7 +159,7 @@ def verify(engine: Engine, sight: Sight, options: Options) -> Evidence:
     figures = {"fp16": low, "fp32": full, "scale": scaler.scale, "skipped": scaler.skipped}
     if full or not low:
         return inactive(f"{full} of {low + full} matmuls took float32", **figures)
-    if not sight.weights_moved:
+    if not trace.weights_moved:
         return inactive(f"no weight moved at a loss scale of {scaler.scale:g}, {scaler.skipped} steps were skipped", **figures)
     return active(f"all {low} matmuls took fp16, loss scale {scaler.scale:g}, {scaler.skipped} steps skipped so far", **figures)
 
@@ -171,7 +171,7 @@ LAYER = Layer(
     apply=apply,
     verify=verify,
     memory=memory,
-    fits=fits,
+    unmet=unmet,
     options={
         "scale": Option(2.0**16, "the loss scale to begin with, a power of two", float),
         "growth_interval": Option(2000, "steps without an overflow after which the scale doubles", int),

@@ -4,7 +4,7 @@ Each block of a native model gets the largest module that it allows: norm + qkv,
 one module per projection. Parameters stay the model's own, in float32 under their own names; embedding, head, attention, routers and
 experts stay in bf16, and evaluation runs in bf16. Widths that the scaling cannot take stay as they are and are counted.
 
-It hurts on narrow models and with few tokens per forward, where quantising costs more than the products save, and it costs the compiler:
+It hurts on narrow models and with few tokens per forward, where quantizing costs more than the products save, and it costs the compiler:
 Transformer Engine's modules switch it off for themselves (`no_torch_dynamo` on `forward` of Linear, LayerNormLinear and LayerNormMLP, from
 2.4 to 2.20), so everything else in the blocks runs eagerly, too. Published gains are over eager bf16: 1.10 to 1.15 at 1 to 3 B parameters
 (MosaicML llm-foundry, H100), 1.55 at 7 B with the fusion (TE's Llama tutorial), of which 1.16 is FP8 itself.
@@ -29,12 +29,12 @@ from gptoughts.planning.layer import (
     Option,
     Options,
     Reason,
-    Sight,
+    StepTrace,
     active,
-    cannot,
     inactive,
+    slower,
     unproven,
-    would_not_pay,
+    unsupported,
 )
 from gptoughts.planning.matmul_dtypes import fp8_launches
 
@@ -55,47 +55,47 @@ PRODUCTS = 2  # of one projection in a step that kernels must show: forward, and
 OPAQUE = "Transformer Engine's modules switch the compiler off for themselves, and it is asked for whole graphs (TE 2.20 module/linear.py)"
 
 
-def fits(case: Case, options: Options) -> Iterator[Reason]:
+def unmet(case: Case, options: Options) -> Iterator[Reason]:
     """FP8 units, projections that are plain linear layers, and products large enough to win."""
-    facts, multiple = case.facts, MULTIPLES[options["scaling"]]
-    if facts.family is None:
-        yield cannot("needs a model of a known family, whose projections are known")
+    spec, multiple = case.spec, MULTIPLES[options["scaling"]]
+    if spec.family is None:
+        yield unsupported("needs a model of a known family, whose projections are known")
         return
     if case.recipe.adapter.kind != "none":
-        yield cannot("an adapter's frozen projections are not converted", remedy="--layer.precision fp8-torchao or bf16")
+        yield unsupported("an adapter's frozen projections are not converted", remedy="--layer.precision fp8-torchao or bf16")
         return
-    if facts.projections not in (None, "linear"):
-        yield cannot(f"needs nn.Linear projections, {facts.family} uses {facts.projections}")
+    if spec.projections not in (None, "linear"):
+        yield unsupported(f"needs nn.Linear projections, {spec.family} uses {spec.projections}")
     yield from _units(case, options["scaling"])
-    if facts.width is not None and facts.width % multiple:
-        yield cannot(f"needs widths divisible by {multiple}, the model has {facts.width}")
+    if spec.width is not None and spec.width % multiple:
+        yield unsupported(f"needs widths divisible by {multiple}, the model has {spec.width}")
     tokens = tokens_per_forward(case)
     odd = next((count for count in tokens if count % multiple), None)
     if odd:
-        yield cannot(f"needs a number of tokens per forward divisible by {multiple}, here {odd}")
-    if facts.width is not None and facts.width < PAYING_WIDTH:
-        yield would_not_pay(
-            f"width {facts.width} is below {PAYING_WIDTH}, where FP8 without a compiler lost against compiled bf16",
+        yield unsupported(f"needs a number of tokens per forward divisible by {multiple}, here {odd}")
+    if spec.width is not None and spec.width < PAYING_WIDTH:
+        yield slower(
+            f"width {spec.width} is below {PAYING_WIDTH}, where FP8 without a compiler lost against compiled bf16",
             "nanochat dev/LOG.md: depth 12 slower on H100; llm-foundry: 1.10 to 1.15 of eager bf16 at 1 to 3 B",
         )
     elif tokens and max(tokens) < PAYING_TOKENS:
-        yield would_not_pay(
+        yield slower(
             f"{max(tokens)} tokens per forward are below {PAYING_TOKENS}: the products are too small", "torchao float8 roofline"
         )
 
 
 def _units(case: Case, scaling: str) -> Iterator[Reason]:
-    least, (lowest, above) = case.machine.least_capability(), CAPABILITIES.get(scaling, ((8, 9), (99, 0)))
+    least, (lowest, above) = case.machine.min_capability(), CAPABILITIES.get(scaling, ((8, 9), (99, 0)))
     if least is not None and not lowest <= least < above:
         wanted = f"compute capability {lowest[0]}.{lowest[1]} to below {above[0]}.{above[1]}"
-        yield cannot(
+        yield unsupported(
             f"scaling {scaling} needs {wanted}, found {least[0]}.{least[1]}", remedy="--layer.precision.scaling current"
         )
 
 
 def tokens_per_forward(case: Case) -> list[int]:
     """Tokens of a micro-batch, and of the smaller last one where there is one."""
-    length, most = case.facts.sequence_length or 0, case.forward_sequences
+    length, most = case.spec.sequence_length or 0, case.forward_sequences
     rest = case.rank_sequences % most if most else 0
     return [count * length for count in (most, rest) if count * length]
 
@@ -128,7 +128,7 @@ def apply(engine: Engine, options: Options) -> Iterator[None]:
     with ExitStack() as stack:
         for undo in fused.install():
             stack.callback(undo)
-        stack.callback(engine.wrap("materialise", fused.relink))
+        stack.callback(engine.wrap("materialize", fused.relink))
         stack.callback(engine.wrap_context("forward_context", fused.training))
         stack.callback(engine.wrap_context("eval_context", fused.evaluating))
         engine.extras[NAME] = fused
@@ -146,20 +146,20 @@ def sites_of(engine: Engine) -> tuple[list[Any], Mapping[str, int]]:
     return linear_sites(found), found.left_out
 
 
-def verify(engine: Engine, sight: Sight, options: Options) -> Evidence:
+def verify(engine: Engine, trace: StepTrace, options: Options) -> Evidence:
     """FP8 products ran, at least two per converted projection and micro-batch, and delayed scales have a history."""
     fused = engine.extras.get(NAME)
     if fused is None:
         return inactive("no module runs through Transformer Engine")
     rerouted = [site for site in fused.sites if site.at.__dict__.get("forward") is not None]
-    kernels, converted = fp8_launches(sight.kernels), len(rerouted)
+    kernels, converted = fp8_launches(trace.kernels), len(rerouted)
     count, fitting = sum(len(site.linears) for site in rerouted), len(fused.sites)
-    needed = PRODUCTS * sum(len(site.linears) for site in fused.sites) * sight.micro_batches
+    needed = PRODUCTS * sum(len(site.linears) for site in fused.sites) * trace.micro_batches
     text = f"{converted} of {fused.total} sites, {kernels} FP8 matmuls for {count} projections"
     stays = {"sites of odd widths": fused.total - fitting, **fused.left_out}
     text += "".join(f", {number} {what} in bf16" for what, number in stays.items() if number)
     figures = {"converted": converted, "kernels": kernels, "skipped": fused.total - fitting}
-    if not sight.kernels and engine.device.type == "cuda":
+    if not trace.kernels and engine.device.type == "cuda":
         return unproven(f"{text}: the profiler saw no kernel at all", **figures)
     if converted < fitting or not fitting or kernels < needed:
         return inactive(text, **figures)
@@ -176,13 +176,13 @@ LAYER = Layer(
     apply=apply,
     verify=verify,
     memory=memory,
-    fits=fits,
+    unmet=unmet,
     packages=(("transformer-engine", "fp8"),),
-    least_capability=(8, 9),
+    min_capability=(8, 9),
     options={"scaling": Option("current", "how scales are found", choices=tuple(SCALINGS))},
-    wraps=("forward_context", "eval_context", "materialise"),
+    wraps=("forward_context", "eval_context", "materialize"),
     clashes={"compile-blocks": OPAQUE, "compile-model": OPAQUE, "cuda-graph": OPAQUE},
     changes_numerics=True,
     repeatable_on_gpu=False,
-    warm_steps=1,
+    warmup_steps=1,
 )

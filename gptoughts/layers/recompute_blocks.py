@@ -19,28 +19,28 @@ from gptoughts.planning.layer import (
     Layer,
     Options,
     Reason,
-    Sight,
+    StepTrace,
     active,
-    cannot,
     inactive,
+    slower,
     unproven,
-    would_not_pay,
+    unsupported,
 )
 from gptoughts.planning.memory_fit import SOURCE, room
 
 
-def fits(case: Case, options: Options) -> Iterator[Reason]:
+def unmet(case: Case, options: Options) -> Iterator[Reason]:
     """Pays only where the activations of a micro-batch would not fit."""
-    if case.facts.family is None:
-        yield cannot("needs a model of a known family, whose blocks are known before it is built")
+    if case.spec.family is None:
+        yield unsupported("needs a model of a known family, whose blocks are known before it is built")
         return
     if case.takes("precision", "fp8-te") and case.option("precision", "scaling") == "delayed":
-        yield cannot(
+        yield unsupported(
             "scales from a history have moved by the time that a block runs again", "--layer.precision.scaling current"
         )
     everything = room(case)
     if everything is not None and everything.is_enough:
-        yield would_not_pay(f"weights, optimiser and activations take {everything}", SOURCE)
+        yield slower(f"weights, optimizer and activations take {everything}", SOURCE)
 
 
 def memory(case: Case, options: Options, budget: Budget) -> Budget:
@@ -69,13 +69,13 @@ def apply(engine: Engine, options: Options) -> Iterator[None]:
         del block.forward
 
 
-def verify(engine: Engine, sight: Sight, options: Options) -> Evidence:
+def verify(engine: Engine, trace: StepTrace, options: Options) -> Evidence:
     """Attention ran forward twice per block and micro-batch. Hooks cannot tell under compile, operators can."""
-    once = sight.blocks * sight.micro_batches
-    ran = sum(op.calls for name, op in sight.operators.items() if _forward_attention(name))
-    ran = ran or sum(attention_forwards(sight).values())  # kernels of packages are no operators of torch
+    once = trace.blocks * trace.micro_batches
+    ran = sum(op.calls for name, op in trace.operators.items() if _forward_attention(name))
+    ran = ran or sum(attention_forwards(trace).values())  # kernels of packages are no operators of torch
     if ran == 0:  # attention written out: the softmax over scores stands for it
-        ran = sum(op.calls for name, op in sight.operators.items() if name == "aten::_softmax")
+        ran = sum(op.calls for name, op in trace.operators.items() if name == "aten::_softmax")
     if ran == 0:
         return unproven("no attention operator to count: written-out attention was compiled away")
     if ran < 2 * once:
@@ -95,5 +95,5 @@ LAYER = Layer(
     apply=apply,
     verify=verify,
     memory=memory,
-    fits=fits,
+    unmet=unmet,
 )

@@ -26,12 +26,12 @@ from gptoughts.planning.layer import (
     Option,
     Options,
     Reason,
-    Sight,
+    StepTrace,
     active,
-    cannot,
     inactive,
+    slower,
     unproven,
-    would_not_pay,
+    unsupported,
 )
 from gptoughts.planning.memory_fit import SOURCE, room
 
@@ -45,26 +45,26 @@ CHEAP = (
 MARK, KEPT, AGAIN = "recompute-ops", "recompute-ops: kept", "recompute-ops: kept and run again"
 
 
-def fits(case: Case, options: Options) -> Iterator[Reason]:
+def unmet(case: Case, options: Options) -> Iterator[Reason]:
     """Pays where all activations would not fit and what is kept does."""
-    if case.facts.family is None:
-        yield cannot("needs a model of a known family, whose blocks are known before it is built")
+    if case.spec.family is None:
+        yield unsupported("needs a model of a known family, whose blocks are known before it is built")
         return
     if case.takes("precision", "fp8-te") and case.option("precision", "scaling") == "delayed":
-        yield cannot(
+        yield unsupported(
             "scales from a history have moved by the time that a block runs again", "--layer.precision.scaling current"
         )
     if options["keep"] == "attention" and case.takes("attention", "math"):
-        yield cannot("attention written out is no operator that could be kept", "--layer.attention sdpa")
+        yield unsupported("attention written out is no operator that could be kept", "--layer.attention sdpa")
         return
     everything = room(case)
     kept = room(case, lambda budget: memory(case, options, budget))
     if everything is None or kept is None:
         return
     if everything.is_enough:
-        yield would_not_pay(f"weights, optimiser and activations take {everything}", SOURCE)
+        yield slower(f"weights, optimizer and activations take {everything}", SOURCE)
     elif not kept.is_enough:
-        yield would_not_pay(f"what it keeps still takes {kept}: recompute-blocks keeps less", SOURCE)
+        yield slower(f"what it keeps still takes {kept}: recompute-blocks keeps less", SOURCE)
 
 
 def memory(case: Case, options: Options, budget: Budget) -> Budget:
@@ -76,23 +76,23 @@ def memory(case: Case, options: Options, budget: Budget) -> Budget:
 def apply(engine: Engine, options: Options) -> Iterator[None]:
     """Run each block's forward under a checkpoint that keeps the outputs of some operators."""
     for block in engine.blocks.values():
-        block.forward = _checkpointed(block.forward, options["keep"], engine.counters.marks)
+        block.forward = _checkpointed(block.forward, options["keep"], engine.counters.call_counts)
     yield
     for block in engine.blocks.values():
         del block.forward
 
 
-def _checkpointed(forward: Callable[..., Any], keep: str, marks: Counter[str]) -> Callable[..., Any]:
+def _checkpointed(forward: Callable[..., Any], keep: str, call_counts: Counter[str]) -> Callable[..., Any]:
     """`forward` while gradients are recorded, counted each time that Python runs it: once as it is called, once for the backward."""
     import torch
     from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-    ran_again = _counting(keep, marks)
+    ran_again = _counting(keep, call_counts)
 
     def policy(context: Any, operator: Any, *arguments: Any, **keywords: Any) -> Any:
         if not is_kept(operator.name(), keep):
             return CheckpointPolicy.PREFER_RECOMPUTE
-        marks[KEPT] += not context.is_recompute
+        call_counts[KEPT] += not context.is_recompute
         return CheckpointPolicy.MUST_SAVE
 
     def contexts() -> Any:
@@ -103,7 +103,7 @@ def _checkpointed(forward: Callable[..., Any], keep: str, marks: Counter[str]) -
         return first, _both(ran_again, second)
 
     def counted(*arguments: Any, **keywords: Any) -> Any:
-        marks[MARK] += 1
+        call_counts[MARK] += 1
         return forward(*arguments, **keywords)
 
     def run(*arguments: Any, **keywords: Any) -> Any:
@@ -122,7 +122,7 @@ def _both(outer: Any, inner: Any) -> Iterator[None]:
         yield
 
 
-def _counting(keep: str, marks: Counter[str]) -> Any:
+def _counting(keep: str, call_counts: Counter[str]) -> Any:
     """A mode that stands around that of the backward's pass and sees the operators which that one does not answer from memory.
 
     The profiler cannot tell the two apart on a CPU: it records an operator before the mode that answers it.
@@ -131,7 +131,7 @@ def _counting(keep: str, marks: Counter[str]) -> Any:
 
     class Ran(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            marks[AGAIN] += is_kept(func.name(), keep)
+            call_counts[AGAIN] += is_kept(func.name(), keep)
             return func(*args, **(kwargs or {}))
 
     return Ran()
@@ -146,15 +146,15 @@ def is_kept(name: str, keep: str) -> bool:
     return keep == "matmuls" and (bare in PRODUCT_NAMES or f"aten::{bare}" in PRODUCT_NAMES)
 
 
-def verify(engine: Engine, sight: Sight, options: Options) -> Evidence:
+def verify(engine: Engine, trace: StepTrace, options: Options) -> Evidence:
     """Every block ran twice, its cheap operators with it, and none that is kept. Of compiled blocks only that the compiler was told."""
-    once = sight.blocks * sight.micro_batches
-    ran, kept, again = (sight.marks.get(mark, 0) for mark in (MARK, KEPT, AGAIN))
-    cheap = max((sight.operators[name].calls for name in CHEAP if name in sight.operators), default=0)
+    once = trace.blocks * trace.micro_batches
+    ran, kept, again = (trace.call_counts.get(mark, 0) for mark in (MARK, KEPT, AGAIN))
+    cheap = max((trace.operators[name].calls for name in CHEAP if name in trace.operators), default=0)
     figures = {"ran": ran, "expected": 2 * once, "kept": kept, "again": again, "cheap": cheap}
-    if not ran and sight.regions >= once > 0 and engine.counters.marks[KEPT]:
+    if not ran and trace.regions >= once > 0 and engine.counters.call_counts[KEPT]:
         return unproven(
-            f"{sight.regions} compiled calls in {once} block forwards; the compiler was told to keep {options['keep']}, and only its graph "
+            f"{trace.regions} compiled calls in {once} block forwards; the compiler was told to keep {options['keep']}, and only its graph "
             "knows what it computes again",
             **figures,
         )
@@ -176,7 +176,7 @@ LAYER = Layer(
     apply=apply,
     verify=verify,
     memory=memory,
-    fits=fits,
+    unmet=unmet,
     options={
         "keep": Option(
             "matmuls", "what is not computed again; attention's outputs in either case", str, ("matmuls", "attention")

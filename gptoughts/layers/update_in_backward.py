@@ -3,7 +3,7 @@
 Saves the memory of all gradients, four bytes a trained weight, but for the largest. It costs what needs all gradients at one time: clipping
 by their norm, accumulation over micro-batches, fp16's skipped steps, averaging over ranks. The norm is still logged. Weights after a
 step are bit for bit those of the plain order. Llama-3.2-3B on an A100 with recomputation: 24.9 to 23.1 GiB, 7,210 to 7,309 tok/s
-(torchtune's README). Source of the idea: Lv et al. 2023, LOMO; torch's tutorial on optimiser steps in the backward.
+(torchtune's README). Source of the idea: Lv et al. 2023, LOMO; torch's tutorial on optimizer steps in the backward.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from gptoughts.planning.layer import (
     Layer,
     Options,
     Reason,
-    Sight,
+    StepTrace,
     active,
-    cannot,
     inactive,
-    would_not_pay,
+    slower,
+    unsupported,
 )
 from gptoughts.planning.memory_fit import SOURCE, counted, memory_of_rank
 
@@ -35,28 +35,28 @@ MEMORY_SHARE = 0.05  # of the device; below that the gradients are not worth the
 LEFT = "in-backward: gradients left"
 
 
-def fits(case: Case, options: Options) -> Iterator[Reason]:
+def unmet(case: Case, options: Options) -> Iterator[Reason]:
     """One micro-batch, one process, AdamW, no clipping; and gradients that weigh something."""
     optim = case.recipe.optim
     if optim.name != "adamw":
-        yield cannot(f"updates one weight at a time, which is written for AdamW; optim.name is {optim.name}")
+        yield unsupported(f"updates one weight at a time, which is written for AdamW; optim.name is {optim.name}")
     if optim.clip_norm > 0:
-        yield cannot(
+        yield unsupported(
             f"optim.clip_norm = {optim.clip_norm:g} needs all gradients before the first weight moves", "--optim.clip-norm 0"
         )
     if case.forward_sequences < case.rank_sequences:
-        yield cannot(
+        yield unsupported(
             f"an update has micro-batches of {case.forward_sequences} of {case.rank_sequences} sequences, and gradients would be freed "
             "before they are whole",
             "--layer.microbatch whole",
         )
     if case.world.world_size > 1:
-        yield cannot("ranks average gradients after the backward, when these are gone", "--layer.update after-clip")
+        yield unsupported("ranks average gradients after the backward, when these are gone", "--layer.update after-clip")
     budget, have = counted(case), memory_of_rank(case)
     if budget is None:
-        yield would_not_pay("not all sizes of the model are known before its data is read", "gradients cannot be weighed")
+        yield slower("not all sizes of the model are known before its data is read", "gradients cannot be weighed")
     elif have is not None and budget.gradients < MEMORY_SHARE * have:
-        yield would_not_pay(f"gradients take {bytes_in_words(budget.gradients)} of {bytes_in_words(have)}", SOURCE)
+        yield slower(f"gradients take {bytes_in_words(budget.gradients)} of {bytes_in_words(have)}", SOURCE)
 
 
 def memory(case: Case, options: Options, budget: Budget) -> Budget:
@@ -82,7 +82,7 @@ def apply(engine: Engine, options: Options) -> Iterator[None]:
         return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros((), device=engine.device)
 
     def step() -> bool:
-        engine.counters.marks[LEFT] += sum(parameter.grad is not None for parameter in engine.parameters())
+        engine.counters.call_counts[LEFT] += sum(parameter.grad is not None for parameter in engine.parameters())
         return True
 
     undo = [engine.replace("clip", clip), engine.replace("step", step), engine.wrap_context("grad_sync", _only_one)]
@@ -112,7 +112,7 @@ class _Updates:
             self.norms.append(torch.linalg.vector_norm(parameter.grad.detach()))
             step_one(self.engine.optimizer, group, parameter)
             parameter.grad = None
-            self.engine.counters.marks["in-backward"] += 1
+            self.engine.counters.call_counts["in-backward"] += 1
 
         return update
 
@@ -126,16 +126,16 @@ def _only_one(last: bool) -> AbstractContextManager[None]:
     return nullcontext()
 
 
-def verify(engine: Engine, sight: Sight, options: Options) -> Evidence:
+def verify(engine: Engine, trace: StepTrace, options: Options) -> Evidence:
     """One update per parameter during the backward, no gradient left after it, and weights that moved."""
     from gptoughts.engine.optim.factory import covered
 
     known, given = covered(engine.optimizer) if engine.optimizer else (0, 0)
-    done, left = sight.marks.get("in-backward", 0), sight.marks.get(LEFT, 0)
+    done, left = trace.call_counts.get("in-backward", 0), trace.call_counts.get(LEFT, 0)
     figures = {"updates": done, "parameters": given, "left": left}
     if not done or done != known or left:
         return inactive(f"{done} updates of {given} parameters in the backward, {left} gradients left after it", **figures)
-    if not sight.weights_moved:
+    if not trace.weights_moved:
         return inactive(f"{done} updates in the backward, and no weight moved", **figures)
     return active(f"{done} updates of {given} parameters in the backward, no gradient left after it", **figures)
 
@@ -147,7 +147,7 @@ LAYER = Layer(
     apply=apply,
     verify=verify,
     memory=memory,
-    fits=fits,
+    unmet=unmet,
     wraps=("grad_sync",),
     replaces=("clip", "step"),
     clashes={

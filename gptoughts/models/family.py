@@ -90,10 +90,10 @@ def draw(seed: int, name: str, shape: Sequence[int], initial: Initial) -> torch.
     return normal.mul_(initial.std).float()
 
 
-def initialise(model: nn.Module, family: Family, config: ModelConfig, seed: int) -> None:
+def initialize(model: nn.Module, family: Family, config: ModelConfig, seed: int) -> None:
     """Fill a whole, real model in place with `draw`, and make its ties and buffers good. Not for sharded models."""
     if family.initial is None:
-        raise ConfigError(f"the {family.name} family has no initial weights; pass a model that is initialised")
+        raise ConfigError(f"the {family.name} family has no initial weights; pass a model that is initialized")
     family.retie(model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

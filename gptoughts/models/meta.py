@@ -15,7 +15,7 @@ _DRAWS = (Tensor.normal_, Tensor.uniform_)
 
 @contextmanager
 def on_meta() -> Iterator[None]:
-    """What is built inside lies on the meta device and is not initialised.
+    """What is built inside lies on the meta device and is not initialized.
 
     Modules draw their first weights as they are built. On meta that makes nothing, and yet torch loads its compiler to do it.
     """

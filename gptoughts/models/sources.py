@@ -13,7 +13,7 @@ from gptoughts.models.meta import on_meta
 
 
 class Source(Protocol):
-    """Initialisation, a checkpoint, a pretrained folder, or an adapter over one of them."""
+    """Initialization, a checkpoint, a pretrained folder, or an adapter over one of them."""
 
     def tensor(self, name: str, shape: torch.Size) -> Tensor | None:
         """The full value of the parameter `name`, or None where this source has none."""
@@ -25,7 +25,7 @@ class Source(Protocol):
         """Names that the source holds and nobody asked for."""
 
 
-class Initialisation:
+class Initialization:
     """Fresh weights: a pure function of (seed, native name, full shape), the same on every rank."""
 
     def __init__(self, family: Family, config: ModelConfig, seed: int) -> None:

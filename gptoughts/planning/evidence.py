@@ -17,7 +17,7 @@ class Operator:
 
 
 @dataclass(frozen=True)
-class Sight:
+class StepTrace:
     """What the profiler and the engine's counters saw of one real training step."""
 
     operators: Mapping[str, Operator]
@@ -39,7 +39,7 @@ class Sight:
     """Most memory that the process held on the device at one time during the step; None where nothing can tell."""
     recompiles: tuple[str, ...] = ()
     """Graphs that were compiled again since the run began, each with its cause."""
-    marks: Mapping[str, int] = field(default_factory=dict)
+    call_counts: Mapping[str, int] = field(default_factory=dict)
     """Calls of what layers put in place, by the layer's name."""
 
     def calls(self, *fragments: str) -> int:

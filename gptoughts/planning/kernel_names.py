@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from gptoughts.planning.evidence import Sight
+from gptoughts.planning.evidence import StepTrace
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ FORWARD: Mapping[str, Mark] = {
 """Implementation -> its forward kernel. `flash`, `efficient` and `cudnn` are torch's own, inside scaled_dot_product_attention."""
 
 
-def attention_forwards(sight: Sight) -> dict[str, int]:
+def attention_forwards(trace: StepTrace) -> dict[str, int]:
     """Implementation -> launches of its forward kernel in the watched step; only those that ran."""
-    found = {kind: sum(count for name, count in sight.kernels.items() if mark.meets(name)) for kind, mark in FORWARD.items()}
+    found = {kind: sum(count for name, count in trace.kernels.items() if mark.meets(name)) for kind, mark in FORWARD.items()}
     return {kind: count for kind, count in found.items() if count}
 
 

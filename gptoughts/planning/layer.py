@@ -1,4 +1,4 @@
-"""The contract of an optimisation layer: what it needs, what it changes, how it is undone, how it proves itself.
+"""The contract of an optimization layer: what it needs, what it changes, how it is undone, how it proves itself.
 
 A layer is one file under `gptoughts/layers/` that ends in `LAYER = Layer(...)`. Nothing here imports torch, so a plan for any machine
 can be made and tested on any other.
@@ -15,15 +15,15 @@ from types import MappingProxyType
 from typing import Any
 
 from gptoughts.config.loader import Recipe
-from gptoughts.config.model_spec import ModelFacts
+from gptoughts.config.model_spec import ModelSpec
 from gptoughts.errors import ConfigError, listed, nearest
 from gptoughts.hardware.machine import Machine, World
-from gptoughts.planning.evidence import Evidence, Operator, Sight, Status, active, inactive, unproven
+from gptoughts.planning.evidence import Evidence, Operator, Status, StepTrace, active, inactive, unproven
 from gptoughts.planning.memory_model import Budget
 
 __all__ = [
-    "SLOTS", "Budget", "Case", "Choice", "Engine", "Evidence", "Kind", "Layer", "Moment", "Operator", "Option", "Options", "Reason", "Sight",
-    "Status", "active", "cannot", "inactive", "unproven", "would_not_pay",
+    "SLOTS", "Budget", "Case", "Choice", "Engine", "Evidence", "Kind", "Layer", "Phase", "Operator", "Option", "Options", "Reason", "StepTrace",
+    "Status", "active", "unsupported", "inactive", "unproven", "slower",
 ]  # fmt: skip
 
 SLOTS = (
@@ -46,11 +46,11 @@ SLOTS = (
 )
 """One layer each. The order is that of application within a moment, of the command line and of every table."""
 
-WRAPPED_VERBS = ("forward_context", "eval_context", "grad_sync")
-REPLACED_VERBS = ("backward", "clip", "step", "materialise")
+WRAPPED_HOOKS = ("forward_context", "eval_context", "grad_sync")
+REPLACED_HOOKS = ("backward", "clip", "step", "materialize")
 
 
-class Moment(StrEnum):
+class Phase(StrEnum):
     """When `apply` runs during `build`."""
 
     PROCESS = "process"
@@ -58,7 +58,7 @@ class Moment(StrEnum):
     SHAPE = "shape"
     """The model stands on meta: modules are swapped or wrapped, no tensor has a value."""
     REAL = "real"
-    """Parameters have values: data parallelism, optimiser, loader."""
+    """Parameters have values: data parallelism, optimizer, loader."""
 
 
 _PROCESS_SLOTS = ("host", "allocator", "matmul")
@@ -68,8 +68,8 @@ _SHAPE_SLOTS = ("attention", "kernels", "precision", "loss", "recompute", "offlo
 class Kind(StrEnum):
     """Why a layer is passed over."""
 
-    CANNOT = "cannot"
-    WOULD_NOT_PAY = "would not pay"
+    UNSUPPORTED = "unsupported"
+    SLOWER = "slower"
 
 
 @dataclass(frozen=True)
@@ -86,14 +86,14 @@ class Reason:
         return f"{self.text}{tail}{f' ({self.remedy})' if self.remedy else ''}"
 
 
-def cannot(text: str, remedy: str = "") -> Reason:
+def unsupported(text: str, remedy: str = "") -> Reason:
     """The layer cannot run here, whoever asks for it."""
-    return Reason(Kind.CANNOT, text, remedy=remedy)
+    return Reason(Kind.UNSUPPORTED, text, remedy=remedy)
 
 
-def would_not_pay(text: str, source: str) -> Reason:
+def slower(text: str, source: str) -> Reason:
     """The layer would run and cost more than it gives; only a demand by name takes it."""
-    return Reason(Kind.WOULD_NOT_PAY, text, source=source)
+    return Reason(Kind.SLOWER, text, source=source)
 
 
 @dataclass(frozen=True)
@@ -150,8 +150,8 @@ class Choice:
     layer: str
     options: Mapping[str, Any]
     origin: str
-    passed_over: tuple[tuple[str, tuple[Reason, ...]], ...] = ()
-    expected_loss: tuple[Reason, ...] = ()
+    rejected: tuple[tuple[str, tuple[Reason, ...]], ...] = ()
+    expected_slowdown: tuple[Reason, ...] = ()
     """Reasons why it would not pay, when it was demanded all the same."""
 
 
@@ -160,7 +160,7 @@ class Case:
     """Everything a layer may look at to say whether it fits."""
 
     machine: Machine
-    facts: ModelFacts
+    spec: ModelSpec
     recipe: Recipe
     world: World
     chosen: Mapping[str, Choice] = field(default_factory=dict)
@@ -217,24 +217,24 @@ def _as_it_was(case: Case, options: Options, budget: Budget) -> Budget:
 
 @dataclass(frozen=True)
 class Layer:
-    """One optimisation. `docs/write-a-layer.md` walks through every field."""
+    """One optimization. `docs/write-a-layer.md` walks through every field."""
 
     name: str
     slot: str
     card: str
     """The file's docstring: the effect first, then when it hurts."""
     apply: Callable[[Engine, Options], AbstractContextManager[None]]
-    verify: Callable[[Engine, Sight, Options], Evidence]
-    fits: Callable[[Case, Options], Iterable[Reason]] = _fits_everywhere
+    verify: Callable[[Engine, StepTrace, Options], Evidence]
+    unmet: Callable[[Case, Options], Iterable[Reason]] = _fits_everywhere
     environment: Callable[[Case, Options], Mapping[str, str]] = _no_environment
     memory: Callable[[Case, Options, Budget], Budget] = _as_it_was
     """What it changes of the memory that a step is expected to hold."""
-    moment: Moment | None = None
+    phase: Phase | None = None
     baseline: bool = False
     packages: tuple[tuple[str, str], ...] = ()
     """Distributions that must be installed, each with the extra that brings it."""
     needs_gpu: bool = False
-    least_capability: tuple[int, int] | None = None
+    min_capability: tuple[int, int] | None = None
     options: Mapping[str, Option] = field(default_factory=dict)
     wraps: tuple[str, ...] = ()
     replaces: tuple[str, ...] = ()
@@ -246,7 +246,7 @@ class Layer:
     repeatable: bool = True
     repeatable_on_gpu: bool = True
     """False where its kernels add in no fixed order, as most attention backwards do."""
-    warm_steps: int = 0
+    warmup_steps: int = 0
     """Updates before the layer does its real work, so that the watched step comes after them."""
     permanent: str = ""
     """Why it cannot be undone; empty where it can."""
@@ -260,19 +260,19 @@ class Layer:
             for slot in (self.slot, *self.needs_slots)
             if slot not in SLOTS
         ]
-        for verbs, known in ((self.wraps, WRAPPED_VERBS + REPLACED_VERBS), (self.replaces, REPLACED_VERBS)):
+        for verbs, known in ((self.wraps, WRAPPED_HOOKS + REPLACED_HOOKS), (self.replaces, REPLACED_HOOKS)):
             problems += [f"{verb!r} is not one of {', '.join(known)}" for verb in verbs if verb not in known]
         if problems:
             raise listed(f"layer {self.name}", problems)
 
     @property
-    def when(self) -> Moment:
+    def when(self) -> Phase:
         """The moment of `build` at which `apply` runs."""
-        if self.moment is not None:
-            return self.moment
+        if self.phase is not None:
+            return self.phase
         if self.slot in _PROCESS_SLOTS:
-            return Moment.PROCESS
-        return Moment.SHAPE if self.slot in _SHAPE_SLOTS else Moment.REAL
+            return Phase.PROCESS
+        return Phase.SHAPE if self.slot in _SHAPE_SLOTS else Phase.REAL
 
     def read_options(self, given: Options, where: str) -> dict[str, Any]:
         """Defaults overlaid with `given`. Raises ConfigError for a name or value that the layer does not take."""
@@ -289,22 +289,22 @@ class Layer:
             raise ConfigError("\n".join(problems))
         return read
 
-    def unmet(self, case: Case, options: Options) -> list[Reason]:
+    def rejections(self, case: Case, options: Options) -> list[Reason]:
         """Every reason against this layer in this case: the declared needs first, then `fits`."""
         reasons = list(self._declared(case))
-        if not any(reason.kind is Kind.CANNOT for reason in reasons):
-            reasons += list(self.fits(case, options))
+        if not any(reason.kind is Kind.UNSUPPORTED for reason in reasons):
+            reasons += list(self.unmet(case, options))
         return reasons
 
     def _declared(self, case: Case) -> Iterator[Reason]:
-        if (self.needs_gpu or self.least_capability) and not case.on_gpu:
-            yield cannot("needs an NVIDIA GPU, found none")
+        if (self.needs_gpu or self.min_capability) and not case.on_gpu:
+            yield unsupported("needs an NVIDIA GPU, found none")
             return
-        least = case.machine.least_capability()
-        if self.least_capability and (least is None or least < self.least_capability):
+        least = case.machine.min_capability()
+        if self.min_capability and (least is None or least < self.min_capability):
             found = f"{least[0]}.{least[1]}" if least else "unknown"
-            yield cannot(f"needs compute capability {self.least_capability[0]}.{self.least_capability[1]}, found {found}")
+            yield unsupported(f"needs compute capability {self.min_capability[0]}.{self.min_capability[1]}, found {found}")
             return  # no package would help
         for package, extra in self.packages:
             if package not in case.machine.packages:
-                yield cannot(f"needs the package {package}, not installed", remedy=f"pip install 'gptoughts[{extra}]'")
+                yield unsupported(f"needs the package {package}, not installed", remedy=f"pip install 'gptoughts[{extra}]'")

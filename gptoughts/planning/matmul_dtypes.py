@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 
-from gptoughts.planning.evidence import Sight
+from gptoughts.planning.evidence import StepTrace
 
 FACTORS = {
     "aten::mm": slice(0, 2),
@@ -40,11 +40,11 @@ _TEMPLATE = re.compile(r"^triton_(?:tem|mm)_.*scaled_mm")
 _AROUND = ("transformer_engine::", "nvte_", "transpose_kernel", "quantize", "amax", "swizzle")
 
 
-def dtypes(sight: Sight, low: str, full: str = "float") -> tuple[int, int]:
+def dtypes(trace: StepTrace, low: str, full: str = "float") -> tuple[int, int]:
     """Products whose factors all were `low`, and those of which any was `full`; names as the profiler gives them."""
     counted: Counter[str] = Counter()
     for name, place in FACTORS.items():
-        operator = sight.operators.get(name)
+        operator = trace.operators.get(name)
         for given, calls in operator.input_dtypes.items() if operator else ():
             factors = given[place]
             counted["low"] += calls * all(dtype == low for dtype in factors)
@@ -52,20 +52,20 @@ def dtypes(sight: Sight, low: str, full: str = "float") -> tuple[int, int]:
     return counted["low"], counted["full"]
 
 
-def scaled(sight: Sight) -> int:
+def scaled(trace: StepTrace) -> int:
     """Calls of torch's scaled product with two 8-bit factors."""
     return sum(
         calls
         for name in SCALED
-        if name in sight.operators
-        for given, calls in sight.operators[name].input_dtypes.items()
+        if name in trace.operators
+        for given, calls in trace.operators[name].input_dtypes.items()
         if len(given) > 1 and all(dtype.startswith(FLOAT8) for dtype in given[:2])
     )
 
 
-def emulated(sight: Sight) -> int:
+def emulated(trace: StepTrace) -> int:
     """Products over factors that were 8-bit before: each takes its two factors back to float32 and multiplies those."""
-    operator = sight.operators.get("aten::_to_copy")
+    operator = trace.operators.get("aten::_to_copy")
     widened = sum(calls for given, calls in operator.input_dtypes.items() if given[0].startswith(FLOAT8)) if operator else 0
     return widened // 2
 

@@ -32,7 +32,7 @@ COMPILING = ("compile-blocks", "compile-model", "cuda-graph")
 
 
 @dataclass(frozen=True)
-class Fit:
+class MemoryCheck:
     """Expected memory of one rank. `changes` are flags that together would make it fit; None where nothing known does."""
 
     budget: Budget | None
@@ -106,7 +106,7 @@ class Room:
 
 def counted(case: Case) -> Budget | None:
     """Memory of a step with the layers chosen so far; None where the model's sizes are not known."""
-    return case.budget or baseline(case.facts, case.recipe, case.forward_sequences)
+    return case.budget or baseline(case.spec, case.recipe, case.forward_sequences)
 
 
 def room(case: Case, change: Callable[[Budget], Budget] = lambda budget: budget) -> Room | None:
@@ -114,22 +114,22 @@ def room(case: Case, change: Callable[[Budget], Budget] = lambda budget: budget)
 
     Where the vocabulary is not known before the text is read the blocks alone are counted.
     """
-    have, facts = memory_of_rank(case), case.facts
-    if have is None or facts.depth is None or facts.width is None or facts.sequence_length is None:
+    have, spec = memory_of_rank(case), case.spec
+    if have is None or spec.depth is None or spec.width is None or spec.sequence_length is None:
         return None
     # The slot comes after those that ask here, and makes the forward keep less; whether it will be had is not known yet.
     compiles = case.on_gpu and "compile" not in case.chosen and case.wishes.get("compile") in COMPILING
     when = " before compilation" if compiles else ""
     if case.budget is not None:
         return Room(change(case.budget).peak, have, when)
-    blocks = replace(facts, vocab_size=facts.vocab_size or 0, parameters=facts.parameters or 12 * facts.depth * facts.width**2)
+    blocks = replace(spec, vocab_size=spec.vocab_size or 0, parameters=spec.parameters or 12 * spec.depth * spec.width**2)
     budget = baseline(blocks, case.recipe, case.forward_sequences)
     return None if budget is None else Room(change(budget).peak, have, when)
 
 
 def expected(case: Case, choices: Choices, catalog: Mapping[str, Layer]) -> Budget | None:
     """The baseline's budget, changed by every chosen layer in the order of slots; None where sizes are not known."""
-    budget = baseline(case.facts, case.recipe, case.rank_sequences)
+    budget = baseline(case.spec, case.recipe, case.rank_sequences)
     if budget is None:
         return None
     here = replace(case, chosen=dict(choices))
@@ -138,15 +138,15 @@ def expected(case: Case, choices: Choices, catalog: Mapping[str, Layer]) -> Budg
     return budget
 
 
-def fit(case: Case, choices: Choices, catalog: Mapping[str, Layer], stands: Callable[[Choices], bool]) -> Fit:
+def fit(case: Case, choices: Choices, catalog: Mapping[str, Layer], stands: Callable[[Choices], bool]) -> MemoryCheck:
     """The answer for a plan. `stands` says whether other choices could run together."""
     budget, free = expected(case, choices, catalog), free_of_rank(case)
     here = memory_of_rank(case) if free is None else free
     if budget is None:
-        return Fit(None, here, Verdict.UNKNOWN)
+        return MemoryCheck(None, here, Verdict.UNKNOWN)
     found = verdict(budget.peak, here)
     changes = _changes(case, choices, catalog, stands, here) if found in (Verdict.DOES_NOT, Verdict.TIGHT) else ()
-    return Fit(budget, here, found, changes, free is not None)
+    return MemoryCheck(budget, here, found, changes, free is not None)
 
 
 def _changes(
@@ -200,6 +200,6 @@ def _ladder(
             continue
         options = catalog[name].read_options(given, "memory")
         micro_batch = next((choice.options for choice, _ in taken if choice.slot == "microbatch"), case.micro_batch)
-        reasons = catalog[name].unmet(replace(case, chosen=dict(choices), micro_batch=micro_batch), options)
-        if not any(reason.kind is Kind.CANNOT for reason in reasons):
+        reasons = catalog[name].rejections(replace(case, chosen=dict(choices), micro_batch=micro_batch), options)
+        if not any(reason.kind is Kind.UNSUPPORTED for reason in reasons):
             yield Choice(slot, name, options, "memory"), f"--layer.{slot.replace('_', '-')} {name}"

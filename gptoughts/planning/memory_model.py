@@ -11,7 +11,7 @@ from enum import StrEnum
 from typing import Any
 
 from gptoughts.config.loader import Recipe
-from gptoughts.config.model_spec import ModelFacts
+from gptoughts.config.model_spec import ModelSpec
 
 MASTER_BYTES = 4  # weights, gradients and moments are float32
 MOMENTS = {"adamw": 2, "lion": 1, "ademamix": 3, "schedule-free": 2}
@@ -152,98 +152,98 @@ def verdict(need: int, memory_bytes: int | None) -> Verdict:
     return Verdict.FITS if share <= FITS_SHARE else Verdict.TIGHT if share <= TIGHT_SHARE else Verdict.DOES_NOT
 
 
-def baseline(facts: ModelFacts, recipe: Recipe, sequences: int) -> Budget | None:
+def baseline(spec: ModelSpec, recipe: Recipe, sequences: int) -> Budget | None:
     """The budget of a float32 eager step with all of a rank's `sequences` in one forward; None where the model's sizes are not known."""
-    width, depth, parameters = facts.width, facts.depth, facts.parameters
-    if width is None or depth is None or parameters is None or facts.sequence_length is None or facts.vocab_size is None:
+    width, depth, parameters = spec.width, spec.depth, spec.parameters
+    if width is None or depth is None or parameters is None or spec.sequence_length is None or spec.vocab_size is None:
         return None
-    trained = parameters if recipe.adapter.kind == "none" else _adapter_parameters(facts, recipe)
+    trained = parameters if recipe.adapter.kind == "none" else _adapter_parameters(spec, recipe)
     frozen = 0 if recipe.adapter.kind == "none" else parameters
-    embedding = facts.embedding_parameters or 0
+    embedding = spec.embedding_parameters or 0
     frozen_bytes = frozen * MASTER_BYTES
     if recipe.adapter.base == "nf4" and frozen:
         frozen_bytes = int(embedding * MASTER_BYTES + (frozen - embedding) * NF4_BYTES)
-    full, compute, scores = _kept(facts, recipe)
-    products, mixed = _put_out(facts)
-    head = facts.vocab_size * width
+    full, compute, scores = _kept(spec, recipe)
+    products, mixed = _put_out(spec)
+    head = spec.vocab_size * width
     return Budget(
         weights=frozen_bytes + trained * MASTER_BYTES,
         gradients=trained * MASTER_BYTES,
-        optimizer=int(trained * MASTER_BYTES * _moments(facts, recipe)),
-        tokens=sequences * facts.sequence_length,
-        sequence_length=facts.sequence_length,
+        optimizer=int(trained * MASTER_BYTES * _moments(spec, recipe)),
+        tokens=sequences * spec.sequence_length,
+        sequence_length=spec.sequence_length,
         depth=depth,
         width=width,
-        inner_width=_inner(facts),
-        gated=facts.mlp == "swiglu",
+        inner_width=_inner(spec),
+        gated=spec.mlp == "swiglu",
         full=full,
         compute=compute,
         scores=scores,
         products=products,
         mixed=mixed,
-        matmul_parameters=parameters - embedding + (head if facts.tied else 0),
-        vocab_size=facts.vocab_size if recipe.objective != "question-answering" else 2,
+        matmul_parameters=parameters - embedding + (head if spec.tied else 0),
+        vocab_size=spec.vocab_size if recipe.objective != "question-answering" else 2,
         largest=head if frozen == 0 else 0,
         temporary=2 * max(head, embedding) * MASTER_BYTES if frozen == 0 else 0,
     )
 
 
-def _moments(facts: ModelFacts, recipe: Recipe) -> float:
-    """Float32 values of optimiser state per trained parameter."""
+def _moments(spec: ModelSpec, recipe: Recipe) -> float:
+    """Float32 values of optimizer state per trained parameter."""
     name = recipe.optim.name
     if name in MOMENTS:
         return MOMENTS[name]
     # muon and the apollos keep AdamW for everything outside the blocks' matrices.
-    outside = (facts.embedding_parameters or 0) / facts.parameters if facts.parameters else 0.0
-    inside = {"muon": 1.0}.get(name, 2 * min(1.0, recipe.optim.rank / (facts.width or 1)))
+    outside = (spec.embedding_parameters or 0) / spec.parameters if spec.parameters else 0.0
+    inside = {"muon": 1.0}.get(name, 2 * min(1.0, recipe.optim.rank / (spec.width or 1)))
     return 2 * outside + inside * (1 - outside)
 
 
-def _adapter_parameters(facts: ModelFacts, recipe: Recipe) -> int:
+def _adapter_parameters(spec: ModelSpec, recipe: Recipe) -> int:
     """Parameters of low-rank factors on every projection of every block."""
-    assert facts.width is not None and facts.depth is not None
-    width, inner = facts.width, facts.hidden or 4 * facts.width
-    attention = facts.attention_width or width
-    keys = attention * (facts.kv_heads or facts.heads or 1) // (facts.heads or 1)
+    assert spec.width is not None and spec.depth is not None
+    width, inner = spec.width, spec.hidden or 4 * spec.width
+    attention = spec.attention_width or width
+    keys = attention * (spec.kv_heads or spec.heads or 1) // (spec.heads or 1)
     sides = (width + attention) * 2 + 2 * (width + keys)
-    sides += (3 if facts.mlp == "swiglu" else 2) * (width + inner)
-    return facts.depth * sides * recipe.adapter.rank
+    sides += (3 if spec.mlp == "swiglu" else 2) * (width + inner)
+    return spec.depth * sides * recipe.adapter.rank
 
 
-def _inner(facts: ModelFacts) -> int:
-    return (facts.hidden or 4 * (facts.width or 0)) * (facts.experts_per_token or 1)
+def _inner(spec: ModelSpec) -> int:
+    return (spec.hidden or 4 * (spec.width or 0)) * (spec.experts_per_token or 1)
 
 
-def _kept(facts: ModelFacts, recipe: Recipe) -> tuple[float, float, float]:
+def _kept(spec: ModelSpec, recipe: Recipe) -> tuple[float, float, float]:
     """Elements per token that a block keeps in an eager forward: float32 ones, those of matmuls, and scores per position.
 
     Counted tensor by tensor on the models themselves; tests compare them with what a step holds.
     """
-    width, attention, keys = _widths(facts)
-    inner = _inner(facts)
+    width, attention, keys = _widths(spec)
+    inner = _inner(spec)
     native = recipe.model.family in ("gpt", "llada")
-    rotary = facts.norm == "rmsnorm" if not native else recipe.model.positions == "rope"
+    rotary = spec.norm == "rmsnorm" if not native else recipe.model.positions == "rope"
     grouped = keys < attention
-    # A norm keeps its input and, where it is written as several operators, the normalised value too.
-    full = 2.0 * width * (2 if facts.norm == "rmsnorm" else 1)
+    # A norm keeps its input and, where it is written as several operators, the normalized value too.
+    full = 2.0 * width * (2 if spec.norm == "rmsnorm" else 1)
     full += 2.0 * (attention + keys) if native and recipe.model.qk_norm else 0.0
     # Inputs of the two groups of projections, and queries, keys, values and the mixed values.
     compute = 2.0 * width + (attention + 2 * keys) + attention
     compute += (attention + keys if native else 0) if rotary else 0
     compute += attention if grouped and native else 0
-    compute += 4.0 * inner if facts.mlp == "swiglu" else 2.0 * inner
-    return full, compute, float(facts.heads or 1)
+    compute += 4.0 * inner if spec.mlp == "swiglu" else 2.0 * inner
+    return full, compute, float(spec.heads or 1)
 
 
-def _put_out(facts: ModelFacts) -> tuple[float, float]:
+def _put_out(spec: ModelSpec) -> tuple[float, float]:
     """Elements per token that the matmuls and the attention of a block put out, and attention alone."""
-    width, attention, keys = _widths(facts)
-    up = _inner(facts) * (2 if facts.mlp == "swiglu" else 1)
+    width, attention, keys = _widths(spec)
+    up = _inner(spec) * (2 if spec.mlp == "swiglu" else 1)
     return attention + 2.0 * keys + attention + 2 * width + up, float(attention)
 
 
-def _widths(facts: ModelFacts) -> tuple[int, int, int]:
+def _widths(spec: ModelSpec) -> tuple[int, int, int]:
     """Of the model, of its queries and of its keys."""
-    assert facts.width is not None
-    attention, heads = facts.attention_width or facts.width, facts.heads or 1
-    return facts.width, attention, attention * (facts.kv_heads or heads) // heads
+    assert spec.width is not None
+    attention, heads = spec.attention_width or spec.width, spec.heads or 1
+    return spec.width, attention, attention * (spec.kv_heads or heads) // heads

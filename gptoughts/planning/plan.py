@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gptoughts.planning.layer import SLOTS, Choice
-from gptoughts.planning.memory_fit import Fit
+from gptoughts.planning.memory_fit import MemoryCheck
 
 RANK_LOCAL = "GPTOUGHTS_"
 """Variables that differ from rank to rank, such as the NUMA node, start with this and are no part of the digest."""
@@ -26,8 +26,8 @@ class Plan:
     environment: Mapping[str, str]
     notes: tuple[str, ...] = ()
     not_repeatable: tuple[str, ...] = ()
-    facts: Mapping[str, Any] = field(default_factory=dict)
-    memory: Fit | None = None
+    spec: Mapping[str, Any] = field(default_factory=dict)
+    memory: MemoryCheck | None = None
 
     def choice(self, slot: str) -> Choice:
         """The choice of one slot."""
@@ -66,7 +66,7 @@ class Plan:
             "environment": dict(self.environment),
             "notes": list(self.notes),
             "not_repeatable": list(self.not_repeatable),
-            "model": dict(self.facts),
+            "model": dict(self.spec),
             "memory": self.memory.to_json() if self.memory else {},
         }
 
@@ -76,8 +76,8 @@ class Plan:
         wide = max(len(_titled(choice)) for choice in self.choices)
         lines = [f"profile {self.profile} on {self.machine}, {ranks_in_words(self.world_size)}"]
         for choice in self.choices:
-            reasons = [f"not {layer}: {'; '.join(map(str, why))}" for layer, why in choice.passed_over]
-            reasons += [f"expect a loss: {reason}" for reason in choice.expected_loss]
+            reasons = [f"not {layer}: {'; '.join(map(str, why))}" for layer, why in choice.rejected]
+            reasons += [f"expect a loss: {reason}" for reason in choice.expected_slowdown]
             first, *rest = reasons or [""]
             lines.append(f"{choice.slot:<{width}}  {_titled(choice):<{wide}}  {first}".rstrip())
             lines += [f"{'':<{width}}  {'':<{wide}}  {reason}" for reason in rest]
@@ -104,9 +104,9 @@ def _choice_json(choice: Choice) -> dict[str, Any]:
         "layer": choice.layer,
         "options": dict(choice.options),
         "origin": choice.origin,
-        "passed_over": [
+        "rejected": [
             {"layer": layer, "reasons": [{"kind": str(why.kind), "text": str(why)} for why in reasons]}
-            for layer, reasons in choice.passed_over
+            for layer, reasons in choice.rejected
         ],
-        "expected_loss": [str(reason) for reason in choice.expected_loss],
+        "expected_slowdown": [str(reason) for reason in choice.expected_slowdown],
     }

@@ -35,7 +35,7 @@ class Match(BaseModel):
 
     def holds(self, machine: Machine) -> bool:
         """Whether every condition that is set holds on `machine`; what is unknown there does not hold."""
-        least = machine.least_capability()
+        least = machine.min_capability()
         sizes = [gpu.memory_bytes for gpu in machine.gpus]
         memory = min((size for size in sizes if size is not None), default=None) if None not in sizes else None
         checks = (
@@ -67,7 +67,7 @@ class _File(BaseModel):
 
 
 @dataclass(frozen=True)
-class Want:
+class LayerRequest:
     """A layer that somebody asks for in a slot. Of several demanded ones the first that pays is taken, else the first that can run."""
 
     layer: str
@@ -84,7 +84,7 @@ class Profile:
     note: str
     auto: bool
     match: Match
-    slots: Mapping[str, tuple[Want, ...]]
+    slots: Mapping[str, tuple[LayerRequest, ...]]
     path: str
 
 
@@ -110,7 +110,7 @@ def read(name: str) -> Profile:
     path = find(name)
     raw, slots = _parse(path)
     match = raw.match
-    inherited: dict[str, tuple[Want, ...]] = {}
+    inherited: dict[str, tuple[LayerRequest, ...]] = {}
     if raw.extends is not None:
         base_path = _find_base(raw.extends, path)
         base, inherited = _parse(base_path)
@@ -137,7 +137,7 @@ def _find_base(name: str, child: Path) -> Path:
     return found
 
 
-def _parse(path: Path) -> tuple[_File, dict[str, tuple[Want, ...]]]:
+def _parse(path: Path) -> tuple[_File, dict[str, tuple[LayerRequest, ...]]]:
     """The file and its slots, with every problem of both told at once. Names of slots and layers are judged by the plan."""
     values = read_toml(path)
     problems: list[str] = []
@@ -151,7 +151,7 @@ def _parse(path: Path) -> tuple[_File, dict[str, tuple[Want, ...]]]:
     return raw, slots
 
 
-def _wants(slots: Any, origin: str, problems: list[str]) -> dict[str, tuple[Want, ...]]:
+def _wants(slots: Any, origin: str, problems: list[str]) -> dict[str, tuple[LayerRequest, ...]]:
     if not isinstance(slots, dict):
         problems.append(f"slots: is a table, here {slots!r}")
         return {}
@@ -165,7 +165,7 @@ def _wants(slots: Any, origin: str, problems: list[str]) -> dict[str, tuple[Want
             layer = entry.get("layer") if isinstance(entry, dict) else entry
             if isinstance(layer, str):
                 options = {key: value for key, value in entry.items() if key != "layer"} if isinstance(entry, dict) else {}
-                rows.append(Want(layer, options, origin))
+                rows.append(LayerRequest(layer, options, origin))
             else:
                 problems.append(f"slots.{slot}: needs a layer's name or {{layer = NAME, ...}}, here {entry!r}")
         twice = {row.layer for row in rows if sum(row.layer == other.layer for other in rows) > 1}

@@ -8,12 +8,12 @@ from typing import Any
 
 from gptoughts.errors import ConfigError, listed, nearest
 from gptoughts.planning.layer import SLOTS, Layer
-from gptoughts.planning.profile import Profile, Want
+from gptoughts.planning.profile import LayerRequest, Profile
 
 Catalog = Mapping[str, Layer]
 
 
-def wanted(profile: Profile, catalog: Catalog, flags: Mapping[str, Any]) -> dict[str, tuple[Want, ...]]:
+def wanted(profile: Profile, catalog: Catalog, flags: Mapping[str, Any]) -> dict[str, tuple[LayerRequest, ...]]:
     """For every slot the layers to try, in order, with their options complete and typed.
 
     `flags` are slots and options as on the command line: `{"attention": "sdpa", "microbatch.sequences": "4"}`. A layer named there is
@@ -60,10 +60,10 @@ def _split(flags: Mapping[str, Any], problems: list[str]) -> tuple[dict[str, str
     return named, given
 
 
-def _listed(profile: Profile, slot: str, catalog: Catalog, problems: list[str]) -> list[Want]:
+def _listed(profile: Profile, slot: str, catalog: Catalog, problems: list[str]) -> list[LayerRequest]:
     """What the profile lists, or the slot's baseline; unknown layers go to `problems`."""
     if slot not in profile.slots:
-        return [Want(layer.name, {}, "baseline") for layer in _of(slot, catalog) if layer.baseline][:1]
+        return [LayerRequest(layer.name, {}, "baseline") for layer in _of(slot, catalog) if layer.baseline][:1]
     known = []
     for want in profile.slots[slot]:
         why = _not_here(slot, want.layer, catalog)
@@ -74,14 +74,14 @@ def _listed(profile: Profile, slot: str, catalog: Catalog, problems: list[str]) 
     return known
 
 
-def _named(slot: str, layer: str, offered: list[Want], catalog: Catalog, problems: list[str]) -> list[Want]:
+def _named(slot: str, layer: str, offered: list[LayerRequest], catalog: Catalog, problems: list[str]) -> list[LayerRequest]:
     """The layer that the command line names, with the options that the profile gives it."""
     why = _not_here(slot, layer, catalog)
     if why:
         problems.append(f"{_flag(slot)}: {why}")
         return []
     options = next((want.options for want in offered if want.layer == layer), {})
-    return [Want(layer, options, _flag(slot), demanded=True)]
+    return [LayerRequest(layer, options, _flag(slot), demanded=True)]
 
 
 def _of(slot: str, catalog: Catalog) -> list[Layer]:
@@ -97,8 +97,8 @@ def _not_here(slot: str, layer: str, catalog: Catalog) -> str:
 
 
 def _takers(
-    slot: str, given: Mapping[str, Any], rows: list[Want], named: bool, catalog: Catalog, problems: list[str]
-) -> list[Want]:
+    slot: str, given: Mapping[str, Any], rows: list[LayerRequest], named: bool, catalog: Catalog, problems: list[str]
+) -> list[LayerRequest]:
     """The layers that take every given option; an option that nobody takes would otherwise be lost without a word."""
     origin = " ".join(_flag(slot, option) for option in given)
 
@@ -114,7 +114,7 @@ def _takers(
 
     takers = [replace(want, origin=origin, demanded=True) for want in rows if takes(want.layer)]
     if not takers and not named:
-        takers = [Want(layer.name, {}, origin, demanded=True) for layer in _of(slot, catalog) if takes(layer.name)]
+        takers = [LayerRequest(layer.name, {}, origin, demanded=True) for layer in _of(slot, catalog) if takes(layer.name)]
     takers = [want for want in takers if suits(want.layer)] or takers
     if not takers:
         asked = [catalog[want.layer] for want in rows] if named else _of(slot, catalog)
@@ -126,7 +126,7 @@ def _takers(
     return takers
 
 
-def _typed(want: Want, slot: str, given: Mapping[str, Any], catalog: Catalog, problems: list[str]) -> Want:
+def _typed(want: LayerRequest, slot: str, given: Mapping[str, Any], catalog: Catalog, problems: list[str]) -> LayerRequest:
     """The want with all its options, read as their types; those of the command line last."""
     layer = catalog[want.layer]
     written = {name: value for name, value in want.options.items() if name not in given}

@@ -11,14 +11,14 @@ from itertools import combinations
 from typing import Any
 
 from gptoughts.config.loader import Recipe
-from gptoughts.config.model_spec import ModelFacts
+from gptoughts.config.model_spec import ModelSpec
 from gptoughts.errors import ConfigError, PlanError
 from gptoughts.hardware.machine import Machine, World
-from gptoughts.planning.layer import SLOTS, Case, Choice, Kind, Layer, Reason, cannot
+from gptoughts.planning.layer import SLOTS, Case, Choice, Kind, Layer, Reason, unsupported
 from gptoughts.planning.memory_fit import Choices, fit
 from gptoughts.planning.memory_model import baseline
 from gptoughts.planning.plan import Plan, ranks_in_words
-from gptoughts.planning.profile import Profile, Want, pick
+from gptoughts.planning.profile import LayerRequest, Profile, pick
 from gptoughts.planning.requests import Catalog, wanted
 
 __all__ = ["Plan", "resolve"]
@@ -27,7 +27,7 @@ __all__ = ["Plan", "resolve"]
 def resolve(
     profile: Profile,
     machine: Machine,
-    facts: ModelFacts,
+    spec: ModelSpec,
     recipe: Recipe,
     world: World,
     catalog: Catalog,
@@ -47,7 +47,7 @@ def resolve(
     wants = wanted(profile, catalog, flags or {})
     case = Case(
         machine,
-        facts,
+        spec,
         recipe,
         world,
         environment=environment or {},
@@ -84,33 +84,35 @@ class _Try:
     """One pass over the slots."""
 
     choices: dict[str, Choice] = field(default_factory=dict)
-    empty: dict[str, list[tuple[Want, list[Reason]]]] = field(default_factory=dict)
+    empty: dict[str, list[tuple[LayerRequest, list[Reason]]]] = field(default_factory=dict)
     standing: dict[str, list[str]] = field(default_factory=dict)
     """Per slot the layers that might be chosen."""
 
 
 def _try(
-    wants: Mapping[str, tuple[Want, ...]],
+    wants: Mapping[str, tuple[LayerRequest, ...]],
     case: Case,
     catalog: Catalog,
     struck: Mapping[tuple[str, str], Reason],
     fixed_environment: Mapping[str, str] | None,
 ) -> _Try:
     tried, first = _Try(), wants["microbatch"][0]
-    budget = baseline(case.facts, case.recipe, case.rank_sequences)
+    budget = baseline(case.spec, case.recipe, case.rank_sequences)
     budget = catalog[first.layer].memory(case, first.options, budget) if budget else None
     for slot in SLOTS:
         here = replace(case, chosen=dict(tried.choices), budget=budget)
         judged = []
         for want in wants[slot]:
             reasons = (
-                [struck[slot, want.layer]] if (slot, want.layer) in struck else catalog[want.layer].unmet(here, want.options)
+                [struck[slot, want.layer]]
+                if (slot, want.layer) in struck
+                else catalog[want.layer].rejections(here, want.options)
             )
-            if fixed_environment is not None and not any(reason.kind is Kind.CANNOT for reason in reasons):
+            if fixed_environment is not None and not any(reason.kind is Kind.UNSUPPORTED for reason in reasons):
                 reasons += _too_late(catalog[want.layer].environment(here, want.options), fixed_environment)
             judged.append((want, reasons))
         paying = [row for row in judged if not row[1]]
-        able = [row for row in judged if row[0].demanded and all(reason.kind is not Kind.CANNOT for reason in row[1])]
+        able = [row for row in judged if row[0].demanded and all(reason.kind is not Kind.UNSUPPORTED for reason in row[1])]
         tried.standing[slot] = [want.layer for want, reasons in judged if (want, reasons) in paying + able]
         if not paying + able:
             tried.empty[slot] = judged
@@ -127,7 +129,7 @@ def _too_late(needed: Mapping[str, str], there: Mapping[str, str]) -> Iterator[R
     """Variables that only count before torch is loaded, where it is loaded already."""
     for name, value in needed.items():
         if there.get(name) != value:
-            yield cannot(
+            yield unsupported(
                 f"needs {name}={value} before torch is imported", remedy=f"export {name}={value} and start Python again"
             )
 
@@ -138,7 +140,7 @@ def _first_strike(tried: _Try, catalog: Catalog) -> tuple[str, Reason] | None:
     for first, second in combinations(picked, 2):
         why = _conflict(first, second)
         if why:
-            return _weaker(first.slot, second.slot, tried), cannot(why)
+            return _weaker(first.slot, second.slot, tried), unsupported(why)
     for layer in picked:
         for slot, allowed in layer.needs_slots.items():
             other = tried.choices[slot].layer
@@ -147,7 +149,7 @@ def _first_strike(tried: _Try, catalog: Catalog) -> tuple[str, Reason] | None:
             earlier, later = sorted((layer.slot, slot), key=SLOTS.index)
             helps = any(name in allowed for name in tried.standing[slot])
             why = f"{layer.name} needs {slot} = {' or '.join(allowed)}, chosen was {other}"
-            return _weaker(earlier, later, tried) if helps else layer.slot, cannot(why)
+            return _weaker(earlier, later, tried) if helps else layer.slot, unsupported(why)
     return None
 
 
@@ -167,7 +169,7 @@ def _weaker(earlier: str, later: str, tried: _Try) -> str:
 def _plan_error(
     profile: Profile,
     case: Case,
-    empty: Mapping[str, list[tuple[Want, list[Reason]]]],
+    empty: Mapping[str, list[tuple[LayerRequest, list[Reason]]]],
     catalog: Catalog,
     flags: Mapping[str, Any],
 ) -> PlanError:
@@ -183,7 +185,7 @@ def _plan_error(
 def _way_out(
     profile: Profile,
     case: Case,
-    empty: Mapping[str, list[tuple[Want, list[Reason]]]],
+    empty: Mapping[str, list[tuple[LayerRequest, list[Reason]]]],
     catalog: Catalog,
     flags: Mapping[str, Any],
 ) -> str:
@@ -195,7 +197,7 @@ def _way_out(
         plan = (
             None
             if auto.path == profile.path and not failed
-            else resolve(auto, case.machine, case.facts, case.recipe, case.world, catalog, kept)
+            else resolve(auto, case.machine, case.spec, case.recipe, case.world, catalog, kept)
         )
     except (PlanError, ConfigError):
         plan = None
@@ -243,5 +245,5 @@ def _finish(profile: Profile, case: Case, choices: Mapping[str, Choice], catalog
         notes=tuple(notes),
         not_repeatable=tuple(choice.layer for choice in choices.values() if not _repeats(catalog[choice.layer], case)),
         memory=fit(case, choices, catalog, stands),
-        facts={key: value for key, value in vars(case.facts).items() if value is not None},
+        spec={key: value for key, value in vars(case.spec).items() if value is not None},
     )

@@ -17,18 +17,18 @@ from gptoughts.engine.moe_balance import balanced
 from gptoughts.engine.objectives.base import Objective
 from gptoughts.errors import GptoughtsError, LayerError
 from gptoughts.models.family import Family
-from gptoughts.planning.layer import Layer, Moment
+from gptoughts.planning.layer import Layer, Phase
 from gptoughts.planning.resolve import Plan
 
 
-def seed_generators(seed: int, rank: int, step: int) -> None:
+def seed_rngs(seed: int, rank: int, step: int) -> None:
     """Seed torch's generators, which only dropout draws from: a pure function of the recipe's seed, the rank and the step."""
     digest = hashlib.sha256(f"{seed}:{rank}:{step}".encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 @contextmanager
-def built(
+def build_engine(
     model: nn.Module,
     family: Family,
     objective: Objective,
@@ -50,12 +50,12 @@ def built(
             fixed = {"bias_rate": 0.0} if recipe.adapter.kind != "none" else {}
             engine.objective, undo = balanced(engine, objective, recipe.experts.model_copy(update=fixed))
             stack.callback(undo)
-        for moment in Moment:
-            if moment is Moment.REAL:
-                engine.materialise(source)
+        for phase in Phase:
+            if phase is Phase.REAL:
+                engine.materialize(source)
             for choice in plan.choices:
                 layer = catalog[choice.layer]
-                if layer.when is moment:
+                if layer.when is phase:
                     _enter(stack, layer, engine, choice.options)
         yield engine
 

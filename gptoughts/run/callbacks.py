@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptoughts.config.model_spec import ModelFacts, flops_per_token
+from gptoughts.config.model_spec import ModelSpec, flops_per_token
 from gptoughts.console import Console, count, duration, share
 from gptoughts.engine.checkpoint.store import Snapshot, Writer
 from gptoughts.engine.engine import Engine
@@ -22,7 +22,7 @@ from gptoughts.hardware.machine import Machine, World
 from gptoughts.hardware.measured_peaks import reached
 from gptoughts.inference.eval.perplexity import mean_loss
 from gptoughts.planning.plan import Plan
-from gptoughts.run.throughput import Mfu, utilisation
+from gptoughts.run.throughput import Mfu, utilization
 from gptoughts.run.tracking.jsonl import Jsonl
 
 
@@ -152,10 +152,10 @@ class Log:
         )
 
 
-def yardsticks(facts: ModelFacts, plan: Plan, machine: Machine, world: World, console: Console) -> tuple[Mfu, Mfu]:
+def yardsticks(spec: ModelSpec, plan: Plan, machine: Machine, world: World, console: Console) -> tuple[Mfu, Mfu]:
     """Shares of the datasheet's peak and of the products measured on this machine, by speed; their constants are told."""
-    mfu, formula = utilisation(facts, machine, world.world_size)
-    of_gemm, ceiling = reached(flops_per_token(facts), machine, world, plan.gemm_dtype)
+    mfu, formula = utilization(spec, machine, world.world_size)
+    of_gemm, ceiling = reached(flops_per_token(spec), machine, world, plan.gemm_dtype)
     console.say(formula)
     console.say(ceiling)
     return mfu, of_gemm

@@ -16,14 +16,14 @@ from gptoughts.engine.engine import Engine
 from gptoughts.engine.memory_usage import held_bytes, highest
 from gptoughts.errors import LayerError
 from gptoughts.layers.support.compile import recompiles
-from gptoughts.planning.layer import Evidence, Layer, Operator, Sight, Status
+from gptoughts.planning.layer import Evidence, Layer, Operator, Status, StepTrace
 from gptoughts.planning.resolve import Plan
 
 COMPILED_REGION = "Torch-Compiled Region"
 
 
 @dataclass(frozen=True)
-class Seen:
+class LayerEvidence:
     """One line of the evidence: what was asked for and what the watched step showed."""
 
     slot: str
@@ -56,25 +56,25 @@ class _Trace:
     kernel_streams: set[int] = field(default_factory=set)
 
 
-def warm_steps(plan: Plan, catalog: Mapping[str, Layer]) -> int:
+def warmup_steps(plan: Plan, catalog: Mapping[str, Layer]) -> int:
     """Updates to let pass before the watched one: the most that any planned layer asks for."""
-    return max(catalog[choice.layer].warm_steps for choice in plan.choices)
+    return max(catalog[choice.layer].warmup_steps for choice in plan.choices)
 
 
-def watch(engine: Engine, one_step: Callable[[], None]) -> Sight:
+def watch(engine: Engine, one_step: Callable[[], None]) -> StepTrace:
     """Run one real training step under the profiler. Returns what was seen; whether it made an update stands in it."""
-    sums, counted, marks = checksums(engine), vars(engine.counters).copy(), engine.counters.marks.copy()
+    sums, counted, call_counts = checksums(engine), vars(engine.counters).copy(), engine.counters.call_counts.copy()
     before = held_bytes(engine)
     if engine.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(engine.device)
     with _profiled(engine) as trace:
         began = perf_counter()
         one_step()
-        engine.settle()
+        engine.synchronize()
         seconds = perf_counter() - began
     counters = engine.counters
     moved = any(before != after for before, after in zip(sums, checksums(engine), strict=True))
-    return Sight(
+    return StepTrace(
         operators={name: Operator(name, calls, dict(trace.dtypes[name])) for name, calls in trace.calls.items()},
         kernels=dict(trace.kernels),
         regions=trace.regions,
@@ -88,7 +88,7 @@ def watch(engine: Engine, one_step: Callable[[], None]) -> Sight:
         copies=dict(trace.copies),
         peak_bytes=_peak(engine, before, trace),
         recompiles=recompiles(),
-        marks=dict(counters.marks - marks),
+        call_counts=dict(counters.call_counts - call_counts),
     )
 
 
@@ -148,7 +148,7 @@ def _read(events: Iterable[Any], trace: _Trace) -> None:
 
 
 def _is_of_the_model(event: Any, updates: list[tuple[int, int]]) -> bool:
-    """Not a product within an optimiser's update, which is float32 whatever the model is, nor one that adds nothing up: a column times a
+    """Not a product within an optimizer's update, which is float32 whatever the model is, nor one that adds nothing up: a column times a
     row, as some models compute their rotary angles, in float32 on purpose.
     """
     began = event.start_ns()
@@ -172,11 +172,11 @@ def _take_off_outer(event: Any, around: list[Any], trace: _Trace, updates: list[
     around.append(event)
 
 
-def evidence(engine: Engine, plan: Plan, catalog: Mapping[str, Layer], sight: Sight) -> list[Seen]:
+def evidence(engine: Engine, plan: Plan, catalog: Mapping[str, Layer], sight: StepTrace) -> list[LayerEvidence]:
     """Every layer's own verdict on the watched step, in the order of slots."""
     baselines = {layer.slot: layer.name for layer in catalog.values() if layer.baseline}
     return [
-        Seen(
+        LayerEvidence(
             choice.slot,
             choice.layer,
             catalog[choice.layer].verify(engine, sight, choice.options),
@@ -186,13 +186,13 @@ def evidence(engine: Engine, plan: Plan, catalog: Mapping[str, Layer], sight: Si
     ]
 
 
-def failures(seen: list[Seen], strict: bool = False) -> list[Seen]:
+def failures(seen: list[LayerEvidence], strict: bool = False) -> list[LayerEvidence]:
     """The lines that stop a run: inactive ones, and with `strict` unproven ones."""
     failing = [Status.INACTIVE, Status.UNPROVEN] if strict else [Status.INACTIVE]
     return [line for line in seen if line.evidence.status in failing]
 
 
-def demand(seen: list[Seen], strict: bool = False) -> None:
+def demand(seen: list[LayerEvidence], strict: bool = False) -> None:
     """Raise LayerError for every layer that was planned and not active; `strict` stops on unproven ones too."""
     lines = [f"  {line.slot}={line.layer}: {line.evidence.text}" for line in failures(seen, strict)]
     if lines:
@@ -203,7 +203,7 @@ def demand(seen: list[Seen], strict: bool = False) -> None:
         )
 
 
-def table(seen: list[Seen]) -> str:
+def table(seen: list[LayerEvidence]) -> str:
     """asked | got | proof, without the baselines, which have nothing to prove."""
     rows = [
         (f"{line.slot}={line.layer}", str(line.evidence.status), line.evidence.text)

@@ -13,7 +13,7 @@ from gptoughts.engine.distributed.ranks import Ranks
 from gptoughts.engine.engine import Engine
 from gptoughts.engine.trainer import Callback, Progress, advance, call_back, train
 from gptoughts.errors import LayerError
-from gptoughts.planning.layer import Layer, Sight, unproven
+from gptoughts.planning.layer import Layer, StepTrace, unproven
 from gptoughts.planning.resolve import Plan
 from gptoughts.run import evidence as prove
 
@@ -29,7 +29,7 @@ class FirstSteps:
     out: Path
     attempt: int
     strict: bool
-    seen: tuple[prove.Seen, ...] = ()
+    seen: tuple[prove.LayerEvidence, ...] = ()
 
     def run(
         self,
@@ -42,24 +42,24 @@ class FirstSteps:
         stopped: Callable[[], bool],
     ) -> Progress:
         """Train through the watched step. Returns where the run stands then. Raises LayerError for what was planned and not seen."""
-        warm = progress.step + prove.warm_steps(self.plan, self.catalog)
+        warm = progress.step + prove.warmup_steps(self.plan, self.catalog)
         progress = train(engine, progress, finished, rate, callbacks, stop, pause=lambda now: now.step >= warm)
         while not finished(progress) and not stopped():
             held: list[Any] = []
-            sight = prove.watch(engine, lambda: held.extend(advance(engine, progress, rate)))  # noqa: B023
+            trace = prove.watch(engine, lambda: held.extend(advance(engine, progress, rate)))  # noqa: B023
             progress, stats = held
             ends = stop(progress)
-            if sight.updated:
-                self._judge(engine, progress, sight)
+            if trace.updated:
+                self._judge(engine, progress, trace)
             progress = call_back(engine, progress, stats, callbacks, finished(progress), ends)
-            if sight.updated or ends:
+            if trace.updated or ends:
                 break
         return progress
 
-    def _judge(self, engine: Engine, progress: Progress, sight: Sight) -> None:
+    def _judge(self, engine: Engine, progress: Progress, trace: StepTrace) -> None:
         """Record what the watched step showed; stop where a planned layer was not seen."""
-        seen = prove.evidence(engine, self.plan, self.catalog, sight)
-        memory = self._memory(sight)
+        seen = prove.evidence(engine, self.plan, self.catalog, trace)
+        memory = self._memory(trace)
         if self.ranks.first:
             self._write({"step": progress.step, "layers": [line.to_json() for line in seen], "memory": memory})
         self.console.say(f"watched step {progress.step}\n{prove.table(seen)}")
@@ -74,17 +74,17 @@ class FirstSteps:
         prove.demand(seen, self.strict)
         self.seen = tuple(seen)
 
-    def _memory(self, sight: Sight) -> dict[str, Any]:
+    def _memory(self, trace: StepTrace) -> dict[str, Any]:
         """Prediction, measurement, and the error as a share of what was measured."""
         fit = self.plan.memory
         predicted = fit.budget.peak if fit is not None and fit.budget is not None else None
-        error = predicted / sight.peak_bytes - 1 if predicted is not None and sight.peak_bytes else None
-        return {"predicted_bytes": predicted, "measured_bytes": sight.peak_bytes, "error": error}
+        error = predicted / trace.peak_bytes - 1 if predicted is not None and trace.peak_bytes else None
+        return {"predicted_bytes": predicted, "measured_bytes": trace.peak_bytes, "error": error}
 
     def say_unwatched(self) -> None:
         """A run that ended before its watched step proved nothing, and says so."""
         nothing = unproven("the run ended before a step could be watched")
-        layers = [prove.Seen(choice.slot, choice.layer, nothing).to_json() for choice in self.plan.choices]
+        layers = [prove.LayerEvidence(choice.slot, choice.layer, nothing).to_json() for choice in self.plan.choices]
         self._write({"step": None, "layers": layers})
         self.console.say("note: the run ended before a step could be watched; no layer was proven")
 

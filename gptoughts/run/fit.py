@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from gptoughts.config.loader import Recipe, Resolved
-from gptoughts.console import Silent
+from gptoughts.console import SilentConsole
 from gptoughts.data.device import to_device
 from gptoughts.engine.checkpoint import state as training_state
 from gptoughts.engine.checkpoint import store as checkpoint
-from gptoughts.engine.distributed.ranks import started
+from gptoughts.engine.distributed.ranks import process_group
 from gptoughts.engine.engine import Engine
 from gptoughts.engine.objectives.base import Batch, Objective, Rows
 from gptoughts.engine.optim.schedule_and_groups import learning_rate
@@ -29,20 +29,20 @@ from gptoughts.models.sources import AsTheyAre
 from gptoughts.planning.layer import Layer
 from gptoughts.planning.resolve import Plan
 from gptoughts.run import evidence as prove
-from gptoughts.run.build import built
+from gptoughts.run.build import build_engine
 from gptoughts.run.callbacks import Log
-from gptoughts.run.run import device_of
+from gptoughts.run.run import select_device
 from gptoughts.run.tracking.jsonl import Jsonl, attempts
 from gptoughts.run.tracking.run_dir import run_folder
 
 
 @dataclass
-class Fitted:
+class FitResult:
     """What came of `fit`: the model was trained in place."""
 
     progress: Progress
     plan: Plan
-    evidence: tuple[prove.Seen, ...]
+    evidence: tuple[prove.LayerEvidence, ...]
     rows: list[dict[str, Any]] = field(default_factory=list)
     """Logged steps: `step`, `train/loss`, ..."""
 
@@ -77,24 +77,24 @@ def fit_model(
     catalog: Mapping[str, Layer],
     run_dir: str | None,
     strict: bool,
-) -> Fitted:
+) -> FitResult:
     """See `gptoughts.fit`, which decides and then calls this."""
     whole = _whole(objective)
     endless = _again(batches)
     first = next(endless)
     recipe = _sized(resolved.recipe, whole, first[0], world)
-    fitted = Fitted(Progress(), plan, ())
+    fitted = FitResult(Progress(), plan, ())
     folder = run_folder("fit", run_dir) if run_dir else None
     sinks: list[Any] = [_Memory(fitted.rows)]
-    with started(world, device_of(machine, world)) as ranks:
+    with process_group(world, select_device(machine, world)) as ranks:
         try:
             if folder is not None and ranks.first:
                 folder.lock()
                 sinks.append(Jsonl(folder.out / "metrics.jsonl", attempts(folder.out / "metrics.jsonl") + 1))
                 (folder.out / "plan.json").write_text(json.dumps(plan.to_json(), indent=1) + "\n", encoding="utf-8")
             source, family = AsTheyAre(model), custom_family(model)
-            with built(model, family, whole, recipe, plan, catalog, ranks, chain([first], endless), source) as engine:
-                log = Log(1, sinks, Silent(), lambda speed: None, recipe.train.steps, lambda progress: None)
+            with build_engine(model, family, whole, recipe, plan, catalog, ranks, chain([first], endless), source) as engine:
+                log = Log(1, sinks, SilentConsole(), lambda speed: None, recipe.train.steps, lambda progress: None)
                 _fit(engine, plan, catalog, fitted, log, strict, folder.out if folder and ranks.first else None)
                 if folder is not None and ranks.first:
                     _save(engine, fitted, folder.checkpoints)
@@ -162,7 +162,7 @@ def _sized(recipe: Recipe, objective: Objective, first: Mapping[str, Any], world
 
 
 def _fit(
-    engine: Engine, plan: Plan, catalog: Mapping[str, Layer], fitted: Fitted, log: Log, strict: bool, out: Path | None
+    engine: Engine, plan: Plan, catalog: Mapping[str, Layer], fitted: FitResult, log: Log, strict: bool, out: Path | None
 ) -> None:
     optim, steps = engine.recipe.optim, engine.recipe.train.steps
     assert steps is not None
@@ -174,14 +174,14 @@ def _fit(
     def finished(progress: Progress) -> bool:
         return progress.step >= steps
 
-    warm = prove.warm_steps(plan, catalog)
+    warm = prove.warmup_steps(plan, catalog)
     log.start(Progress(), engine)
     progress = train(engine, Progress(), finished, rate, [log], pause=lambda now: now.step >= warm)
     if not finished(progress):
         held: list[Any] = []
-        sight = prove.watch(engine, lambda: held.extend(advance(engine, progress, rate)))
+        trace = prove.watch(engine, lambda: held.extend(advance(engine, progress, rate)))
         progress, stats = held
-        fitted.evidence = tuple(prove.evidence(engine, plan, catalog, sight))
+        fitted.evidence = tuple(prove.evidence(engine, plan, catalog, trace))
         if out is not None:
             record = {"step": progress.step, "layers": [line.to_json() for line in fitted.evidence]}
             (out / "evidence.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -190,7 +190,7 @@ def _fit(
     fitted.progress = train(engine, progress, finished, rate, [log])
 
 
-def _save(engine: Engine, fitted: Fitted, checkpoints: Path) -> None:
+def _save(engine: Engine, fitted: FitResult, checkpoints: Path) -> None:
     state = {"progress": {"step": fitted.progress.step}, "plan_digest": fitted.plan.digest()}
     documents = {"plan.json": json.dumps(fitted.plan.to_json(), indent=1)}
     checkpoint.write(training_state.snapshot(engine, fitted.progress.step, state, documents, {}), checkpoints)

@@ -25,7 +25,7 @@ from gptoughts.hardware.machine import World
 from gptoughts.models.family import Family
 from gptoughts.planning.layer import SLOTS, Choice, Layer
 from gptoughts.planning.resolve import Plan
-from gptoughts.run.build import built
+from gptoughts.run.build import build_engine
 
 BLOCKS = 2
 SECONDS = 20.0
@@ -151,13 +151,13 @@ def compare(
     ]
     rows = len(next(iter(batch.values())))
     singles = ({key: value[row : row + 1] for key, value in batch.items()} for row in range(rows))
-    # Where nothing in a sequence is learnt, nothing would be compared.
+    # Where nothing in a sequence is learned, nothing would be compared.
     first = next((one for one in singles if float(objective.weight(one)) > 0), {key: value[:1] for key, value in batch.items()})
 
     def run(choices: tuple[Choice, ...]) -> tuple[float, list[Tensor]]:
         small = shortened(model(), family)
         made = replace(plan, choices=choices)
-        with built(
+        with build_engine(
             small, family, copy.copy(objective), recipe, made, catalog, Ranks(World(), device), iter(()), _Part(weights(small))
         ) as engine:
             return _gradient(engine, first)

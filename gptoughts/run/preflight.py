@@ -11,7 +11,7 @@ from gptoughts.config.loader import Recipe, Resolved
 from gptoughts.console import count
 from gptoughts.data.chat.marking import Style, first_rows, said, shown
 from gptoughts.data.corpus import Corpus, TableCorpus
-from gptoughts.engine.from_recipe import Parts
+from gptoughts.engine.from_recipe import ModelBundle
 from gptoughts.errors import ConfigError, DataError
 from gptoughts.inference.generate.write import check_sampling
 from gptoughts.planning.resolve import Plan
@@ -21,7 +21,7 @@ SHOWN_SAMPLES = 3
 """Rows of chat and questions that a run prints before it trains on them."""
 
 
-def check(recipe: Recipe, corpus: Corpus, parts: Parts) -> None:
+def check(recipe: Recipe, corpus: Corpus, parts: ModelBundle) -> None:
     """Raise ConfigError for what would only be noticed after hours of training."""
     if parts.mask_id is not None:
         check_sampling(recipe)
@@ -29,11 +29,11 @@ def check(recipe: Recipe, corpus: Corpus, parts: Parts) -> None:
         raise ConfigError("eval.patience: there is no validation split; give data.val_fraction or data.val_path")
 
 
-def check_packing(recipe: Recipe, parts: Parts, model: nn.Module) -> None:
+def check_packing(recipe: Recipe, parts: ModelBundle, model: nn.Module) -> None:
     """Raise ConfigError where conversations would share rows of a model that mixes them."""
     if recipe.data.format == "chat" and recipe.data.packing and not getattr(model, "packs", True):
         raise ConfigError(
-            f"{parts.facts.family}: this model does not keep conversations that share a row apart\n  try: --data.packing false"
+            f"{parts.spec.family}: this model does not keep conversations that share a row apart\n  try: --data.packing false"
         )
 
 
@@ -49,11 +49,13 @@ def sample_prompt(resolved: Resolved, corpus: Corpus) -> str:
     return prompt
 
 
-def introduced(recipe: Recipe, corpus: Corpus, parts: Parts, model: nn.Module, source: Any, style: Style) -> Iterator[str]:
+def introduced(
+    recipe: Recipe, corpus: Corpus, parts: ModelBundle, model: nn.Module, source: Any, style: Style
+) -> Iterator[str]:
     """Lines about the model, its weights and its data."""
-    facts = parts.facts
-    parameters = f"{count(facts.parameters)} parameters" if facts.parameters else "parameters n/a"
-    yield f"model {facts.family}, {parameters}; data {corpus.folder}: {count(corpus.train_tokens)} tokens"
+    spec = parts.spec
+    parameters = f"{count(spec.parameters)} parameters" if spec.parameters else "parameters n/a"
+    yield f"model {spec.family}, {parameters}; data {corpus.folder}: {count(corpus.train_tokens)} tokens"
     if parts.base is not None:
         from gptoughts.models.adapters.adapter import summary  # imports peft
 
@@ -65,7 +67,7 @@ def introduced(recipe: Recipe, corpus: Corpus, parts: Parts, model: nn.Module, s
         yield "---"
 
 
-def resuming(origin: resume.Origin, now: Mapping[str, Any], plan: Plan) -> Iterator[str]:
+def resuming(origin: resume.ResumePoint, now: Mapping[str, Any], plan: Plan) -> Iterator[str]:
     """Lines about where a run goes on from, and what is not as it was."""
     differing = resume.changes(origin, now)
     exact = not differing and not plan.not_repeatable

@@ -38,7 +38,7 @@ HARMLESS = (
 
 
 @dataclass(frozen=True)
-class Origin:
+class ResumePoint:
     """The checkpoint that a run goes on from, and what its makers wrote into it."""
 
     folder: Path
@@ -51,14 +51,14 @@ class Origin:
         return Progress(saved["step"], saved["tokens"], saved["seconds"], Cursor.from_json(saved["cursor"]))
 
 
-def find(folder: RunFolder, resume: str) -> tuple[Origin | None, list[str]]:
+def find(folder: RunFolder, resume: str) -> tuple[ResumePoint | None, list[str]]:
     """The checkpoint to go on from and lines about damaged ones. `resume` is auto, never, or a checkpoint's folder.
 
     Raises RunError where a run that has checkpoints was to start over, CheckpointError where none of them is whole.
     """
     if resume not in ("auto", "never"):
         path = checkpoint.locate(Path(resume))
-        return Origin(path, checkpoint.read_state(path)["run"]), []
+        return ResumePoint(path, checkpoint.read_state(path)["run"]), []
     there = checkpoint.all_steps(folder.checkpoints)
     if resume == "never":
         if there:
@@ -73,7 +73,7 @@ def find(folder: RunFolder, resume: str) -> tuple[Origin | None, list[str]]:
                 "no whole checkpoint to resume from\n  " + "\n  ".join(skipped) + "\n  try: --run NAME to start over"
             )
         return None, []
-    return Origin(found, checkpoint.read_state(found)["run"]), skipped
+    return ResumePoint(found, checkpoint.read_state(found)["run"]), skipped
 
 
 def circumstances(resolved: Resolved, plan: Plan, rows: int) -> dict[str, Any]:
@@ -88,7 +88,7 @@ def circumstances(resolved: Resolved, plan: Plan, rows: int) -> dict[str, Any]:
     }
 
 
-def check_shape(origin: Origin, now: Mapping[str, Any]) -> None:
+def check_shape(origin: ResumePoint, now: Mapping[str, Any]) -> None:
     """Raise CheckpointError where the checkpoint's model is not the one that was asked for."""
     apart = ("model.dropout", "model.path", "model.config", "model.remote_code")  # where weights began is not what they are
     shape = ["rows", *(key for key in now["recipe"] if key.startswith("model.") and key not in apart)]
@@ -109,7 +109,7 @@ def check_shape(origin: Origin, now: Mapping[str, Any]) -> None:
         )
 
 
-def changes(origin: Origin, now: Mapping[str, Any]) -> list[str]:
+def changes(origin: ResumePoint, now: Mapping[str, Any]) -> list[str]:
     """One line per difference, `old | new`, harmless ones left out."""
     old, new = _flat(origin.state["circumstances"]), _flat(json.loads(json.dumps(now)))
     keys = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]
@@ -152,7 +152,7 @@ def state_of(
     }
 
 
-def take_micro_batch(engine: Engine, origin: Origin | None, now: Mapping[str, Any], out: Path) -> str:
+def take_micro_batch(engine: Engine, origin: ResumePoint | None, now: Mapping[str, Any], out: Path) -> str:
     """Give `engine` the micro-batch that the run had, where nothing that decides it has changed, or the smaller one that memory left it.
 
     Returns a line that says so, or nothing.

@@ -12,16 +12,16 @@ from typing import Any
 import torch
 
 from gptoughts.config.loader import Resolved
-from gptoughts.console import Console, Silent
+from gptoughts.console import Console, SilentConsole
 from gptoughts.data.corpus import Corpus, TableCorpus, opened, prepared, prepared_validation
 from gptoughts.data.device import to_device
 from gptoughts.engine.checkpoint import state as training_state
 from gptoughts.engine.checkpoint import store as checkpoint
-from gptoughts.engine.distributed.ranks import Ranks, started
+from gptoughts.engine.distributed.ranks import Ranks, process_group
 from gptoughts.engine.engine import Engine
-from gptoughts.engine.from_recipe import Parts, first_weights, kept_documents, parts_of, resumed_weights
+from gptoughts.engine.from_recipe import ModelBundle, initial_weights, kept_documents, model_bundle, resumed_weights
 from gptoughts.engine.objectives.base import preparing
-from gptoughts.engine.run_length import Length
+from gptoughts.engine.run_length import RunLength
 from gptoughts.engine.trainer import Callback, Progress, train
 from gptoughts.errors import LayerError, PlanError
 from gptoughts.hardware.machine import Machine, World
@@ -34,18 +34,18 @@ from gptoughts.run import evidence as prove
 from gptoughts.run import numerics_check as numerics
 from gptoughts.run import preflight as beforehand
 from gptoughts.run import resume
-from gptoughts.run.build import built, seed_generators
+from gptoughts.run.build import build_engine, seed_rngs
 from gptoughts.run.callbacks import Evaluate, Log, Sample, Save, yardsticks
 from gptoughts.run.failures import leaving
 from gptoughts.run.first_steps import FirstSteps
-from gptoughts.run.signals import Stopper
+from gptoughts.run.signals import SignalWatcher
 from gptoughts.run.tracking.jsonl import Jsonl, attempts
 from gptoughts.run.tracking.loss_plot import draw_losses
 from gptoughts.run.tracking.run_dir import RunFolder
 
 
 @dataclass(frozen=True)
-class Order:
+class TrainingJob:
     """What is to be run, all decided: recipe, plan, and where to write."""
 
     resolved: Resolved
@@ -72,7 +72,7 @@ class Outcome:
     sample: str
     checkpoint: Path | None
     out: Path
-    evidence: tuple[prove.Seen, ...]
+    evidence: tuple[prove.LayerEvidence, ...]
     stopped_by: int | None = None
     """The signal that ended it early."""
     objective: str = "next-token"
@@ -80,7 +80,7 @@ class Outcome:
     """What its samples began with."""
 
 
-def device_of(machine: Machine, world: World) -> torch.device:
+def select_device(machine: Machine, world: World) -> torch.device:
     """This rank's GPU, or the CPU where the plan was made for one. Raises PlanError where this torch cannot use the GPU."""
     if not machine.gpus:
         return torch.device("cpu")
@@ -94,18 +94,18 @@ def device_of(machine: Machine, world: World) -> torch.device:
     return device
 
 
-def execute(order: Order) -> Outcome:
+def execute(order: TrainingJob) -> Outcome:
     """Run to the end, to a signal or to an error. Everything that was reached is on disk afterwards."""
-    device = device_of(order.machine, order.world)
+    device = select_device(order.machine, order.world)
     try:
         if order.world.rank == 0:
             order.folder.lock()
             checkpoint.clean(order.folder.checkpoints)  # a kill may have hidden one that was being replaced
-        # Before ranks meet: reading a large text may take longer than they would wait for each other. One tokenises, a lock
+        # Before ranks meet: reading a large text may take longer than they would wait for each other. One tokenizes, a lock
         # makes the others on its box wait, and boxes without a shared disk each make their own.
         corpus = opened(order.resolved.recipe)
-        with started(order.world, device) as ranks:
-            console = order.console if ranks.first else Silent()
+        with process_group(order.world, device) as ranks:
+            console = order.console if ranks.first else SilentConsole()
             ranks.same("the plan", order.plan.digest())
             ranks.same("the recipe", order.resolved.to_toml())
             return _Run(order, ranks, corpus, console).execute()
@@ -116,16 +116,16 @@ def execute(order: Order) -> Outcome:
 class _Run:
     """The parts of one run that its steps share."""
 
-    def __init__(self, order: Order, ranks: Ranks, corpus: Corpus, console: Console) -> None:
+    def __init__(self, order: TrainingJob, ranks: Ranks, corpus: Corpus, console: Console) -> None:
         self.order, self.ranks, self.corpus, self.console = order, ranks, corpus, console
         self.recipe, self.out = order.resolved.recipe, order.folder.out
         extensions = order.extensions
-        self.parts: Parts = parts_of(self.recipe, corpus.tokenizer, extensions.families, extensions.objectives)
+        self.parts: ModelBundle = model_bundle(self.recipe, corpus.tokenizer, extensions.families, extensions.objectives)
         beforehand.check(self.recipe, corpus, self.parts)
         self.prompt = beforehand.sample_prompt(order.resolved, corpus)
-        self.length = Length(self.recipe, ranks, corpus.samples)
-        self.stopper = Stopper(ranks)
-        self.seen: tuple[prove.Seen, ...] = ()
+        self.length = RunLength(self.recipe, ranks, corpus.samples)
+        self.stopper = SignalWatcher(ranks)
+        self.seen: tuple[prove.LayerEvidence, ...] = ()
 
     def execute(self) -> Outcome:
         now = resume.circumstances(self.order.resolved, self.order.plan, self.parts.rows)
@@ -134,7 +134,7 @@ class _Run:
             resume.check_shape(origin, now)
         progress = origin.progress if origin else Progress()
         self.ranks.same("data and checkpoint", f"{self.corpus.fingerprint} at step {progress.step}")
-        seed_generators(self.recipe.seed, self.order.world.rank, progress.step)
+        seed_rngs(self.recipe.seed, self.order.world.rank, progress.step)
         batches = self._batches(progress)
         parts, order, device = self.parts, self.order, self.ranks.device
         model = meta_model(self.recipe, parts.family, parts.rows)
@@ -142,7 +142,7 @@ class _Run:
         source = (
             resumed_weights(self.recipe, parts, model, device, origin.folder)
             if origin
-            else first_weights(self.recipe, parts, model, device)
+            else initial_weights(self.recipe, parts, model, device)
         )
         self._record_start(skipped)
         for line in beforehand.introduced(self.recipe, self.corpus, parts, model, source, self.console.style):
@@ -151,7 +151,7 @@ class _Run:
             self.console.say(line)
         if order.numerics == "check" and (origin is None or origin.state["plan_digest"] != order.plan.digest()):
             batches = self._check_numerics(batches, origin.folder if origin else None)
-        with built(
+        with build_engine(
             model,
             parts.family,
             parts.objective,
@@ -192,7 +192,7 @@ class _Run:
 
         def weights(model: Any) -> Any:
             return (
-                resumed_weights(recipe, parts, model, device, saved) if saved else first_weights(recipe, parts, model, device)
+                resumed_weights(recipe, parts, model, device, saved) if saved else initial_weights(recipe, parts, model, device)
             )
 
         found = numerics.compare(
@@ -251,7 +251,7 @@ class _Run:
         def finished(reached: Progress) -> bool:
             return self.length.finished(reached) or (evaluate is not None and evaluate.exhausted(reached))
 
-        mfu, of_gemm = yardsticks(self.parts.facts, self.order.plan, self.order.machine, self.order.world, self.console)
+        mfu, of_gemm = yardsticks(self.parts.spec, self.order.plan, self.order.machine, self.order.world, self.console)
         log = Log(self.recipe.log.every, sinks, self.console, mfu, self.length.steps, self.length.remaining, of_gemm)
         log.start(progress, engine)
         plan, catalog = self.order.plan, self.order.extensions.catalog

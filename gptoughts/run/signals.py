@@ -12,7 +12,7 @@ from gptoughts.engine.distributed.ranks import Ranks, Vote
 from gptoughts.engine.trainer import Progress
 
 
-class Stopper:
+class SignalWatcher:
     """Hears signals and answers, once a step, whether the run ends here."""
 
     def __init__(self, ranks: Ranks) -> None:

@@ -96,7 +96,7 @@ def test_wrong_types_and_ranges(key: str, text: str) -> None:
 def test_every_problem_at_once_with_its_source(tmp_path: Path) -> None:
     text = """
 name = "mine"
-colour = "blue"
+color = "blue"
 lr = 0.1
 [model]
 width = 100
@@ -113,7 +113,7 @@ tokens = 1000
 """
     said = error_of(text, tmp_path, {"optim.beta2": "2"})
     for words in (
-        "colour: no such key",
+        "color: no such key",
         "lr: no such key; here that is optim.learning_rate",
         "model: width 100 cannot be shared by 7 heads",
         "data.sequence_length: input should be a valid integer, here 'long'",
@@ -178,7 +178,7 @@ def test_foreign_words_lead_to_keys_that_exist() -> None:
         assert (
             first in known or first in ("--profile", "--run", "--run-dir", "--resume", "RECIPE") or first.startswith("--layer.")
         )
-    assert ours("train.batch-size") == ours("--batch_size") != "" and ours("colour") == ""
+    assert ours("train.batch-size") == ours("--batch_size") != "" and ours("color") == ""
 
 
 def test_flag_words() -> None:

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptoughts.config import hf_spec as hf_facts
+from gptoughts.config import hf_spec
 from gptoughts.config import model_path as hub
 from gptoughts.config.loader import ModelConfig, from_values
-from gptoughts.config.model_spec import facts_for, flops_per_token
+from gptoughts.config.model_spec import flops_per_token, spec_for
 from gptoughts.errors import ConfigError
 from tests.models.hf.hf_configs import CAUSAL, ENCODERS, LENGTH, write_config
 
@@ -44,7 +44,7 @@ def meta_count(content: dict[str, Any]) -> int:
 def test_counts_are_those_of_the_model(kind: str) -> None:
     for more in [{}, *VARIANTS.get(kind, [])]:
         content = {"model_type": kind, **(CAUSAL | ENCODERS)[kind], **more}
-        found = hf_facts.fields_of(content, LENGTH)
+        found = hf_spec.fields_of(content, LENGTH)
         assert found["parameters"] == meta_count(content), more
         assert found["family"] == kind and found["depth"] == 3 and found["width"] == 64
         assert found["causal"] is (kind in CAUSAL)
@@ -62,7 +62,7 @@ def test_counts_of_latent_attention_and_experts(
         "model_type": "deepseek_v3", **CAUSAL["deepseek_v3"], "num_hidden_layers": depth, "num_attention_heads": heads,
         "hidden_size": width, "n_routed_experts": experts, "first_k_dense_replace": dense, "moe_intermediate_size": inner,
     }  # fmt: skip
-    found = hf_facts.fields_of(content, LENGTH, rows)
+    found = hf_spec.fields_of(content, LENGTH, rows)
     assert found["parameters"] == meta_count({**content, "vocab_size": rows})
     idle = max(0, depth - dense) * (experts - 2) * 3 * width * inner
     assert found["active_parameters"] == found["parameters"] - idle
@@ -70,11 +70,11 @@ def test_counts_of_latent_attention_and_experts(
 
 
 def test_unknown_types_and_missing_sizes_are_none() -> None:
-    unknown = hf_facts.fields_of({"model_type": "nonesuch", "hidden_size": 64}, LENGTH)
+    unknown = hf_spec.fields_of({"model_type": "nonesuch", "hidden_size": 64}, LENGTH)
     assert unknown["parameters"] is None and unknown["width"] == 64 and unknown["projections"] is None
     broken = {"model_type": "llama", **{key: value for key, value in CAUSAL["llama"].items() if key != "intermediate_size"}}
-    assert hf_facts.fields_of(broken, LENGTH)["parameters"] is None
-    assert hf_facts.fields_of({"model_type": "granite", "logits_scaling": 4.0}, LENGTH)["head"] == "own"
+    assert hf_spec.fields_of(broken, LENGTH)["parameters"] is None
+    assert hf_spec.fields_of({"model_type": "granite", "logits_scaling": 4.0}, LENGTH)["head"] == "own"
 
 
 def recipe_of(folder: Path, **model: Any) -> Any:
@@ -86,17 +86,17 @@ def recipe_of(folder: Path, **model: Any) -> Any:
 
 
 def test_facts_of_a_recipe_and_flops_count_the_chosen_experts(tmp_path: Path) -> None:
-    facts = facts_for(recipe_of(write_config(tmp_path, "mixtral")))
-    dense = facts_for(recipe_of(write_config(tmp_path / "llama", "llama")))
-    assert facts.active_parameters is not None and facts.parameters is not None and facts.active_parameters < facts.parameters
-    multiplied = facts.active_parameters - 128 * 64
-    assert flops_per_token(facts) == 6 * multiplied + 12 * 3 * 64 * LENGTH
+    spec = spec_for(recipe_of(write_config(tmp_path, "mixtral")))
+    dense = spec_for(recipe_of(write_config(tmp_path / "llama", "llama")))
+    assert spec.active_parameters is not None and spec.parameters is not None and spec.active_parameters < spec.parameters
+    multiplied = spec.active_parameters - 128 * 64
+    assert flops_per_token(spec) == 6 * multiplied + 12 * 3 * 64 * LENGTH
     assert flops_per_token(dense) == 6 * ((dense.parameters or 0) - 128 * 64) + 12 * 3 * 64 * LENGTH
-    assert facts_for(recipe_of(tmp_path, vocab_size=200)).vocab_size == 200
+    assert spec_for(recipe_of(tmp_path, vocab_size=200)).vocab_size == 200
 
 
 def test_latent_attention_counts_the_widths_of_keys_and_values() -> None:
-    found = hf_facts.fields_of({"model_type": "deepseek_v3", **CAUSAL["deepseek_v3"]}, LENGTH)
+    found = hf_spec.fields_of({"model_type": "deepseek_v3", **CAUSAL["deepseek_v3"]}, LENGTH)
     assert found["attention_width"] == 4 * (24 + 16) // 2 and found["head_dim"] == 24
 
 
@@ -106,46 +106,46 @@ def test_latent_attention_counts_the_widths_of_keys_and_values() -> None:
 def test_rows_and_length(tmp_path: Path) -> None:
     folder = write_config(tmp_path, "llama")
     model = ModelConfig(family="hf", config=str(folder))
-    assert hf_facts.rows(model, 128) == 128
-    assert hf_facts.rows(model.model_copy(update={"vocab_size": 256}), 200) == 256
+    assert hf_spec.rows(model, 128) == 128
+    assert hf_spec.rows(model.model_copy(update={"vocab_size": 256}), 200) == 256
     with pytest.raises(ConfigError, match=r"tokenizer has 129 tokens.*128 rows; set model.vocab_size to 129"):
-        hf_facts.rows(model, 129)
+        hf_spec.rows(model, 129)
     pretrained = ModelConfig(family="hf", path=str(folder))
     with pytest.raises(ConfigError, match=r"take the model's own tokenizer"):
-        hf_facts.rows(pretrained, 129)
+        hf_spec.rows(pretrained, 129)
     with pytest.raises(ConfigError, match=r"pretrained embedding has 128 rows"):
-        hf_facts.rows(pretrained.model_copy(update={"vocab_size": 256}), 10)
-    config = hf_facts.read_config(model)
-    hf_facts.check_length(config, 64, "model.config")
+        hf_spec.rows(pretrained.model_copy(update={"vocab_size": 256}), 10)
+    config = hf_spec.read_config(model)
+    hf_spec.check_length(config, 64, "model.config")
     with pytest.raises(ConfigError, match=r"65: the model of model.config has positions for 64"):
-        hf_facts.check_length(config, 65, "model.config")
-    assert hf_facts.max_positions({"model_type": "roberta", "max_position_embeddings": 514, "pad_token_id": 1}) == 512
-    assert hf_facts.max_positions({"model_type": "bloom"}) is None
+        hf_spec.check_length(config, 65, "model.config")
+    assert hf_spec.max_positions({"model_type": "roberta", "max_position_embeddings": 514, "pad_token_id": 1}) == 512
+    assert hf_spec.max_positions({"model_type": "bloom"}) is None
 
 
 def test_configs_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no such file or folder, and no shipped config"):
-        hf_facts.read_config(ModelConfig(config="nonesuch"))
+        hf_spec.read_config(ModelConfig(config="nonesuch"))
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ConfigError, match=r"is not JSON"):
-        hf_facts.read_config(ModelConfig(config=str(tmp_path)))
+        hf_spec.read_config(ModelConfig(config=str(tmp_path)))
     (tmp_path / "config.json").write_text('{"hidden_size": 3}')
     with pytest.raises(ConfigError, match=r"names no model_type"):
-        hf_facts.read_config(ModelConfig(config=str(tmp_path / "config.json")))
+        hf_spec.read_config(ModelConfig(config=str(tmp_path / "config.json")))
     with pytest.raises(ConfigError, match=r"needs model.path"):
-        hf_facts.read_config(ModelConfig())
+        hf_spec.read_config(ModelConfig())
     with pytest.raises(ConfigError, match=r"no tokenizer.json; write one"):
-        hf_facts.tokenizer_folder(ModelConfig(path=str(tmp_path)))
+        hf_spec.tokenizer_folder(ModelConfig(path=str(tmp_path)))
 
 
 def test_documents_of_a_checkpoint(tmp_path: Path) -> None:
     folder = write_config(tmp_path, "llama")
     (folder / "generation_config.json").write_text('{"temperature": 0.5}')
-    held = hf_facts.documents(ModelConfig(path=str(folder)))
+    held = hf_spec.documents(ModelConfig(path=str(folder)))
     assert json.loads(held["config.json"])["model_type"] == "llama" and "temperature" in held["generation_config.json"]
     renamed = folder / "mine.json"
     renamed.write_text((folder / "config.json").read_text())
-    assert list(hf_facts.documents(ModelConfig(config=str(renamed)))) == ["config.json"]
+    assert list(hf_spec.documents(ModelConfig(config=str(renamed)))) == ["config.json"]
 
 
 # --- where a model lies

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from gptoughts.config.loader import from_values, recipe_names
-from gptoughts.config.resolve import settled
+from gptoughts.config.resolve import resolve_recipe
 from gptoughts.errors import ConfigError
 from tests.models.hf.hf_configs import write_config
 
@@ -38,22 +38,22 @@ def folder(tmp_path: Path, kind: str = "llama", **more: Any) -> Path:
 
 def test_a_path_brings_family_and_tokenizer(tmp_path: Path) -> None:
     place = folder(tmp_path)
-    found = settled(recipe(**{"model.path": str(place)}))
+    found = resolve_recipe(recipe(**{"model.path": str(place)}))
     assert (found.recipe.model.family, found.recipe.data.tokenizer) == ("hf", str(place))
     assert found.sources["model.family"] == found.sources["data.tokenizer"] == "model.path"
-    drawn = settled(recipe(**{"model.config": str(place), "data.tokenizer": "bytes"}))
+    drawn = resolve_recipe(recipe(**{"model.config": str(place), "data.tokenizer": "bytes"}))
     assert (drawn.recipe.model.family, drawn.recipe.data.tokenizer) == ("hf", "bytes")
-    assert settled(found) == found
+    assert resolve_recipe(found) == found
 
 
 def test_a_llada_folder_brings_the_sizes_of_the_native_model(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLADA), encoding="utf-8")
     (tmp_path / "tokenizer.json").write_text("{}", encoding="utf-8")
-    model = settled(recipe(**{"model.path": str(tmp_path), "objective": "masked-diffusion"})).recipe.model
+    model = resolve_recipe(recipe(**{"model.path": str(tmp_path), "objective": "masked-diffusion"})).recipe.model
     assert (model.family, model.depth, model.width, model.heads, model.inner, model.tied) == ("llada", 2, 64, 4, 96, False)
     (tmp_path / "config.json").write_text(json.dumps({**LLADA, "alibi": True}), encoding="utf-8")
     with pytest.raises(ConfigError, match="alibi = True"):
-        settled(recipe(**{"model.path": str(tmp_path), "objective": "masked-diffusion"}))
+        resolve_recipe(recipe(**{"model.path": str(tmp_path), "objective": "masked-diffusion"}))
 
 
 @pytest.mark.parametrize(
@@ -91,12 +91,12 @@ def test_contradictions(more: dict[str, Any], said: str, tmp_path: Path) -> None
     places = {"P": str(folder(tmp_path)), "L": str(folder(tmp_path / "llada"))}
     (Path(places["L"]) / "config.json").write_text(json.dumps(LLADA), encoding="utf-8")
     with pytest.raises(ConfigError, match=said):
-        settled(recipe(**{key: places.get(str(value), value) for key, value in more.items()}))
+        resolve_recipe(recipe(**{key: places.get(str(value), value) for key, value in more.items()}))
 
 
 def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
-        settled(recipe(**{"model.family": "hf", "data.format": "squad", "adapter.base": "nf4"}))
+        resolve_recipe(recipe(**{"model.family": "hf", "data.format": "squad", "adapter.base": "nf4"}))
     told = str(caught.value)
     assert all(part in told for part in ("needs model.path", "data.format squad", "adapter.kind"))
 
@@ -106,7 +106,7 @@ def test_a_recipe_from_python_is_settled_as_one_from_a_file(tmp_path: Path) -> N
 
     given = recipe(**{"model.path": str(folder(tmp_path))}).recipe
     resolved = _recipe(given, None, None)
-    assert resolved is not None and settled(resolved).recipe.model.family == "hf"
+    assert resolved is not None and resolve_recipe(resolved).recipe.model.family == "hf"
 
 
 def test_a_hub_name_without_network_is_one_line(tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_a_hub_name_without_network_is_one_line(tmp_path: Path) -> None:
 
 def test_every_shipped_recipe_settles_or_names_the_model_that_is_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
     from gptoughts.config.loader import load
-    from gptoughts.config.model_spec import facts_for
+    from gptoughts.config.model_spec import spec_for
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for name in recipe_names():
@@ -127,5 +127,5 @@ def test_every_shipped_recipe_settles_or_names_the_model_that_is_not_here(monkey
         path = resolved.recipe.model.path
         if path is not None and not Path(path).exists():
             continue
-        facts = facts_for(settled(resolved).recipe)
-        assert facts.depth and facts.width, name
+        spec = spec_for(resolve_recipe(resolved).recipe)
+        assert spec.depth and spec.width, name

@@ -40,7 +40,7 @@ def stream_of(folder: Path, tokens: int, shard_tokens: int = 10**9) -> Stream:
     return Stream(folder, "train", Index("uint16", EOT + 1, EOT, {"hash": "x"}, {}, {}, {"train": split}))
 
 
-def labelled(batch: dict[str, np.ndarray]) -> list[int]:
+def labeled(batch: dict[str, np.ndarray]) -> list[int]:
     """The labels that a loss sees: those after each row's first position, unless ignored."""
     labels = batch.get("labels", batch["input_ids"])
     return [int(label) for label in labels[:, 1:].ravel() if label != IGNORED]
@@ -67,7 +67,7 @@ def test_every_token_is_a_label_once_an_epoch(
             kept = one["labels"] != IGNORED
             assert one["labels"].dtype == np.int64 and not kept.all()
             assert (one["labels"][kept] == one["input_ids"][kept]).all() and (one["input_ids"][~kept] == EOT).all()
-        seen += labelled(one)
+        seen += labeled(one)
     assert cursor.samples == samples * batch
     assert sorted(seen) == sorted(list(range(1, tokens)) * batch)
 
@@ -81,7 +81,7 @@ def test_evaluation_reads_everything_once(
     shares = [list(eval_batches(stream, length, batch * ranks, rank, ranks)) for rank in range(ranks)]
     assert len({len(share) for share in shares}) == 1
     assert all(one["input_ids"].shape == (batch, length + 1) for share in shares for one in share)
-    assert sorted(label for share in shares for one in share for label in labelled(one)) == list(range(1, tokens))
+    assert sorted(label for share in shares for one in share for label in labeled(one)) == list(range(1, tokens))
     assert len(list(eval_batches(stream, length, batch * ranks, limit=1))) == 1
 
 
@@ -124,7 +124,7 @@ def test_shares_of_the_ranks_are_the_batch_of_one(
     for (one, after), parts in zip(alone, together, strict=False):
         assert np.concatenate([part["input_ids"] for part, _ in parts]).tolist() == one["input_ids"].tolist()
         assert {cursor for _, cursor in parts} == {after}
-        assert sorted(label for part, _ in parts for label in labelled(part)) == sorted(labelled(one))
+        assert sorted(label for part, _ in parts for label in labeled(part)) == sorted(labeled(one))
 
 
 @settings(max_examples=40, deadline=None)

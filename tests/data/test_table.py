@@ -111,10 +111,10 @@ def test_other_keys_can_make_a_row_not_count() -> None:
 @given(rows=st.integers(0, 30), width=st.integers(1, 5))
 def test_a_saved_table_comes_back(tmp_path_factory: pytest.TempPathFactory, rows: int, width: int) -> None:
     folder = tmp_path_factory.mktemp("t") / "train"
-    table = Table(table_of(rows, width).arrays, "f", facts={"fill": 0.5})
+    table = Table(table_of(rows, width).arrays, "f", spec={"fill": 0.5})
     table.save(folder)
     again = Table.load(folder)
-    assert again.fingerprint == "f" and again.padding == {"labels": -100} and again.facts == {"fill": 0.5}
+    assert again.fingerprint == "f" and again.padding == {"labels": -100} and again.spec == {"fill": 0.5}
     for name, array in table.arrays.items():
         assert again.arrays[name].dtype == array.dtype and (again.arrays[name] == array).all()
     assert not list(folder.parent.glob("*.tmp"))

@@ -15,7 +15,7 @@ from typing import Any
 from gptoughts.errors import GptoughtsError, PlanError
 from gptoughts.hardware.machine import World, probe
 from gptoughts.layers import CATALOG
-from gptoughts.planning.layer import Case, Layer, Sight, Status
+from gptoughts.planning.layer import Case, Layer, Status, StepTrace
 from tests.device.kept import Deadline, Kept
 
 FAMILIES = ("modern", "llama", "llada", "deepseek", "bert", "gpt2")
@@ -87,13 +87,13 @@ def demanded(layer: Layer) -> dict[str, str]:
 
 def plan_of(recipe: Any, layers: Mapping[str, Any]) -> Any:
     """Baselines with `layers` demanded, under the variables of this process. Raises PlanError with the reasons."""
-    from gptoughts.config.model_spec import facts_for
+    from gptoughts.config.model_spec import spec_for
     from gptoughts.planning.profile import Match, Profile
     from gptoughts.planning.resolve import resolve
 
     bare = Profile("bare", "", False, Match(), {}, "the test")
     variables = dict(os.environ)
-    return resolve(bare, probe(), facts_for(recipe), recipe, World(), CATALOG, layers, variables, variables)
+    return resolve(bare, probe(), spec_for(recipe), recipe, World(), CATALOG, layers, variables, variables)
 
 
 @contextmanager
@@ -108,21 +108,21 @@ def engine_of(recipe: Any, plan: Any) -> Iterator[Any]:
         yield engine
 
 
-def seen(sight: Sight, whole: bool) -> dict[str, Any]:
+def seen(trace: StepTrace, whole: bool) -> dict[str, Any]:
     """What the watched step showed, so that matchers of kernel names can be corrected afterwards."""
     from tests.device.ours import top
 
     row: dict[str, Any] = {
-        "kernels": top(sight.kernels), "copies": dict(sight.copies), "memcpy_streams": sight.memcpy_streams,
-        "regions": sight.regions, "micro_batches": sight.micro_batches, "blocks": sight.blocks, "step_seconds": sight.step_seconds,
-        "recompiles": list(sight.recompiles), "marks": dict(sight.marks), "peak_bytes": sight.peak_bytes,
-        "attention_operators": {name: op.calls for name, op in sight.operators.items() if "attention" in name},
+        "kernels": top(trace.kernels), "copies": dict(trace.copies), "memcpy_streams": trace.memcpy_streams,
+        "regions": trace.regions, "micro_batches": trace.micro_batches, "blocks": trace.blocks, "step_seconds": trace.step_seconds,
+        "recompiles": list(trace.recompiles), "marks": dict(trace.call_counts), "peak_bytes": trace.peak_bytes,
+        "attention_operators": {name: op.calls for name, op in trace.operators.items() if "attention" in name},
     }  # fmt: skip
     if whole:
-        row["all_kernels"] = {name[:400]: count for name, count in sight.kernels.items()}
+        row["all_kernels"] = {name[:400]: count for name, count in trace.kernels.items()}
         row["operators"] = {
             name: [op.calls, {" ".join(kinds): count for kinds, count in op.input_dtypes.items()}]
-            for name, op in sight.operators.items()
+            for name, op in trace.operators.items()
             if op.calls > 0
         }
     return row
@@ -133,9 +133,9 @@ class Plain:
 
     def __init__(self) -> None:
         self._stack = ExitStack()
-        self._made: dict[str, tuple[Any, Sight]] = {}
+        self._made: dict[str, tuple[Any, StepTrace]] = {}
 
-    def of(self, family: str) -> tuple[Any, Sight]:
+    def of(self, family: str) -> tuple[Any, StepTrace]:
         """The engine and what a step of it showed."""
         if family not in self._made:
             recipe = engines().recipe_of(family)
@@ -163,10 +163,10 @@ def row_of(layer: Layer, family: str, plain: Plain) -> dict[str, Any]:
     before, options = tables().pristine(family), plan.choice(layer.slot).options
     row: dict[str, Any] = {"plan": {slot: name for slot, name in plan.layers.items() if not CATALOG[name].baseline}}
     with engine_of(recipe, plan) as engine:
-        sight = engines().watched(engine, max(1, layer.warm_steps))
-        proof = layer.verify(engine, sight, options)
+        trace = engines().watched(engine, max(1, layer.warmup_steps))
+        proof = layer.verify(engine, trace, options)
         row |= {"status": str(proof.status), "proof": proof.text, "figures": dict(proof.figures)}
-        row |= seen(sight, whole=family == FAMILIES[0])
+        row |= seen(trace, whole=family == FAMILIES[0])
     if proof.status is not Status.ACTIVE:
         wrong.append(f"not seen at work: {proof.text}")
     after = tables().fingerprint(engine)
@@ -181,38 +181,38 @@ def _missed(layer: Layer, options: Any, family: str, plan: Any, plain: Plain, ro
     if layer.environment(_case(family), options):
         row["negative"] = "none: its variables hold for the whole process"
         return []
-    engine, sight = plain.of(family)
-    answer = layer.verify(engine, sight, options)
+    engine, trace = plain.of(family)
+    answer = layer.verify(engine, trace, options)
     row["negative"] = f"{answer.status}: {answer.text}"
     return [f"active on an engine without it: {answer.text}"] if answer.status is Status.ACTIVE else []
 
 
 def _case(family: str) -> Case:
-    from gptoughts.config.model_spec import facts_for
+    from gptoughts.config.model_spec import spec_for
 
     recipe = engines().recipe_of(family)
-    return Case(probe(), facts_for(recipe), recipe, World())
+    return Case(probe(), spec_for(recipe), recipe, World())
 
 
 def profile_row(family: str) -> dict[str, Any]:
     """Every layer of the plan that `--profile auto` makes for the family, together in one step."""
     import torch
 
-    from gptoughts.config.model_spec import facts_for
+    from gptoughts.config.model_spec import spec_for
     from gptoughts.planning.profile import pick
     from gptoughts.planning.resolve import resolve
     from gptoughts.run import evidence as prove
 
     recipe, here, variables = engines().recipe_of(family), probe(), dict(os.environ)
     torch._dynamo.reset()
-    plan = resolve(pick("auto", here), here, facts_for(recipe), recipe, World(), CATALOG, {}, variables, variables)
+    plan = resolve(pick("auto", here), here, spec_for(recipe), recipe, World(), CATALOG, {}, variables, variables)
     with engine_of(recipe, plan) as engine:
-        sight = engines().watched(engine, 1 + prove.warm_steps(plan, CATALOG))
-        lines = [line.to_json() for line in prove.evidence(engine, plan, CATALOG, sight)]
+        trace = engines().watched(engine, 1 + prove.warmup_steps(plan, CATALOG))
+        lines = [line.to_json() for line in prove.evidence(engine, plan, CATALOG, trace)]
     wrong = [f"{line['slot']}={line['layer']}: {line['proof']}" for line in lines if line["status"] != "active"]
     return {
         "status": "active" if not wrong else "inactive", "passed": not wrong, "wrong": wrong, "profile": plan.profile,
-        "plan": plan.layers, "evidence": lines, **seen(sight, whole=True),
+        "plan": plan.layers, "evidence": lines, **seen(trace, whole=True),
     }  # fmt: skip
 
 
@@ -223,7 +223,9 @@ def variables() -> dict[str, str]:
     for layer in LAYERS:
         try:
             options = layer.read_options({}, "the contract")
-            wanted = {**dict(layer.environment(case, options)), **wanted} if not list(layer.unmet(case, options)) else wanted
+            wanted = (
+                {**dict(layer.environment(case, options)), **wanted} if not list(layer.rejections(case, options)) else wanted
+            )
         except GptoughtsError as error:
             print(f"{layer.name}: {error}", flush=True)
     return wanted
@@ -231,10 +233,10 @@ def variables() -> dict[str, str]:
 
 def _bare_case() -> Case:
     from gptoughts.config.loader import load
-    from gptoughts.config.model_spec import facts_for
+    from gptoughts.config.model_spec import spec_for
 
     recipe = load("quickstart").recipe
-    return Case(probe(), facts_for(recipe), recipe, World())
+    return Case(probe(), spec_for(recipe), recipe, World())
 
 
 def run_contract(kept: Kept, deadline: Deadline, tiny: bool, only: str, again: bool) -> int:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptoughts.api import Setting, decide
-from gptoughts.console import Silent
+from gptoughts.api import ResolvedRun, decide
+from gptoughts.console import SilentConsole
 from gptoughts.engine.distributed.ranks import Ranks
 from gptoughts.engine.engine import Engine
 from gptoughts.engine.objectives.base import NextToken
@@ -23,9 +23,9 @@ from gptoughts.layers import CATALOG
 from gptoughts.models.family import Family, family_of
 from gptoughts.models.sources import meta_model
 from gptoughts.run import evidence as prove
-from gptoughts.run.build import built
+from gptoughts.run.build import build_engine
 from gptoughts.run.callbacks import Log
-from gptoughts.run.throughput import utilisation
+from gptoughts.run.throughput import utilization
 from tests.device.serving import Channel, served, settle, timed
 from tests.device.text import windows
 
@@ -75,7 +75,7 @@ class Losses:
         """Nothing to close."""
 
 
-def family_for(setting: Setting) -> Family:
+def family_for(setting: ResolvedRun) -> Family:
     """The recipe's family, native or of transformers."""
     recipe = setting.resolved.recipe
     if recipe.model.family != "hf":
@@ -92,7 +92,7 @@ def numbered(rows: int, length: int, count: int) -> Iterator[tuple[dict[str, Any
 
 
 @contextmanager
-def engine_of(setting: Setting, device: torch.device) -> Iterator[Engine]:
+def engine_of(setting: ResolvedRun, device: torch.device) -> Iterator[Engine]:
     """The engine of the setting's plan over text in memory."""
     recipe, family = setting.resolved.recipe, family_for(setting)
     rows = decided_rows(setting)
@@ -100,13 +100,13 @@ def engine_of(setting: Setting, device: torch.device) -> Iterator[Engine]:
     source = Quick(family, recipe.model, recipe.seed, device)
     batches = numbered(rows, recipe.data.sequence_length + 1, recipe.train.global_batch)
     ranks = Ranks(World(), device)
-    with built(model, family, NextToken(), recipe, setting.plan, CATALOG, ranks, batches, source) as engine:
+    with build_engine(model, family, NextToken(), recipe, setting.plan, CATALOG, ranks, batches, source) as engine:
         yield engine
 
 
-def decided_rows(setting: Setting) -> int:
+def decided_rows(setting: ResolvedRun) -> int:
     """Rows of the embedding; jobs give model.vocab_size, or a config.json that holds it."""
-    rows = setting.plan.facts.get("vocab_size")
+    rows = setting.plan.spec.get("vocab_size")
     assert isinstance(rows, int), "the job's recipe does not say how many rows its embedding has"
     return rows
 
@@ -114,12 +114,12 @@ def decided_rows(setting: Setting) -> int:
 class Loop:
     """The loop with its log, as `gptoughts train` runs it, without evaluation and checkpoints."""
 
-    def __init__(self, setting: Setting, engine: Engine, every: int) -> None:
+    def __init__(self, setting: ResolvedRun, engine: Engine, every: int) -> None:
         self.setting, self.engine = setting, engine
         self.progress, self.losses = Progress(), Losses()
         self.rate = setting.resolved.recipe.optim.learning_rate
         log_every: Any = [self.losses]
-        self.log = Log(every, log_every, Silent(), lambda speed: None, None, lambda _: None)
+        self.log = Log(every, log_every, SilentConsole(), lambda speed: None, None, lambda _: None)
 
     def schedule(self, progress: Progress) -> float:
         """A short warm-up, then the recipe's rate."""
@@ -135,10 +135,10 @@ class Loop:
     def watched(self) -> tuple[list[dict[str, Any]], Any]:
         """One more update under the profiler: what every layer saw of itself, and what was seen at all."""
         held: list[Any] = []
-        sight = prove.watch(self.engine, lambda: held.extend(advance(self.engine, self.progress, self.schedule)))
+        trace = prove.watch(self.engine, lambda: held.extend(advance(self.engine, self.progress, self.schedule)))
         self.progress = held[0]
-        seen = prove.evidence(self.engine, self.setting.plan, CATALOG, sight)
-        return [line.to_json() for line in seen if line.evidence.text != "baseline"], sight
+        seen = prove.evidence(self.engine, self.setting.plan, CATALOG, trace)
+        return [line.to_json() for line in seen if line.evidence.text != "baseline"], trace
 
 
 def body(job: dict[str, Any], channel: Channel) -> None:
@@ -152,10 +152,10 @@ def body(job: dict[str, Any], channel: Channel) -> None:
     recipe = setting.resolved.recipe
     with engine_of(setting, device) as engine:
         loop = Loop(setting, engine, recipe.log.every)
-        loop.run(1 + prove.warm_steps(setting.plan, CATALOG))
+        loop.run(1 + prove.warmup_steps(setting.plan, CATALOG))
         settle(device.type)
-        evidence, sight = loop.watched()
-        channel.say({"ready": {**described(setting, engine), "evidence": evidence, "kernels": top(sight.kernels)}})
+        evidence, trace = loop.watched()
+        channel.say({"ready": {**described(setting, engine), "evidence": evidence, "kernels": top(trace.kernels)}})
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
         while steps := channel.heard():
@@ -163,19 +163,19 @@ def body(job: dict[str, Any], channel: Channel) -> None:
         channel.say({"ended": ended(setting, loop, on_gpu)})
 
 
-def described(setting: Setting, engine: Engine) -> dict[str, Any]:
+def described(setting: ResolvedRun, engine: Engine) -> dict[str, Any]:
     """The plan as it runs and the sizes that speeds are read with."""
-    recipe, facts = setting.resolved.recipe, setting.plan.facts
-    formula = utilisation(_facts(setting), setting.machine, 1)[1]
+    recipe, spec = setting.resolved.recipe, setting.plan.spec
+    formula = utilization(_facts(setting), setting.machine, 1)[1]
     return {
         "profile": setting.plan.profile,
         "plan": {choice.slot: {"layer": choice.layer, **dict(choice.options)} for choice in setting.plan.choices},
-        "passed_over": {
-            choice.slot: [f"{layer}: {'; '.join(map(str, why))}" for layer, why in choice.passed_over]
+        "rejected": {
+            choice.slot: [f"{layer}: {'; '.join(map(str, why))}" for layer, why in choice.rejected]
             for choice in setting.plan.choices
-            if choice.passed_over
+            if choice.rejected
         },
-        "model": {key: value for key, value in facts.items() if value is not None},
+        "model": {key: value for key, value in spec.items() if value is not None},
         "tokens_per_step": recipe.train.global_batch * recipe.data.sequence_length,
         "micro_batch": engine.micro_batch,
         "mfu_formula": formula,
@@ -186,20 +186,20 @@ def described(setting: Setting, engine: Engine) -> dict[str, Any]:
     }
 
 
-def _facts(setting: Setting) -> Any:
-    from gptoughts.config.model_spec import facts_for
+def _facts(setting: ResolvedRun) -> Any:
+    from gptoughts.config.model_spec import spec_for
 
-    return facts_for(setting.resolved.recipe)
+    return spec_for(setting.resolved.recipe)
 
 
-def ended(setting: Setting, loop: Loop, on_gpu: bool) -> dict[str, Any]:
+def ended(setting: ResolvedRun, loop: Loop, on_gpu: bool) -> dict[str, Any]:
     """Memory, losses and MFU per token per second."""
     peak = torch.cuda.max_memory_allocated() if on_gpu else None
     reserved = torch.cuda.max_memory_reserved() if on_gpu else None
     return {
         "peak_memory_bytes": peak,
         "reserved_memory_bytes": reserved,
-        "mfu_of_one_token_per_second": utilisation(_facts(setting), setting.machine, 1)[0](1.0),
+        "mfu_of_one_token_per_second": utilization(_facts(setting), setting.machine, 1)[0](1.0),
         "losses": loop.losses.values,
         "updates": loop.progress.step,
         "micro_batch_at_end": loop.engine.micro_batch,

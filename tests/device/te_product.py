@@ -12,7 +12,7 @@ import transformer_engine.pytorch as te
 from torch.profiler import ProfilerActivity, profile
 
 
-def quantised(recipe: Any) -> Any:
+def quantized(recipe: Any) -> Any:
     """The context in which its modules compute in FP8; renamed between versions."""
     return (
         te.autocast(enabled=True, recipe=recipe)
@@ -27,10 +27,10 @@ def product(recipe: Any) -> dict[str, Any]:
     linear = te.Linear(1024, 2048, bias=False, params_dtype=torch.bfloat16, device="cuda")
     x = torch.randn(4096, 1024, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     for _ in range(3):
-        with quantised(recipe):
+        with quantized(recipe):
             y = linear(x)
         y.sum().backward()
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler, quantised(recipe):
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler, quantized(recipe):
         y = linear(x)
         y.sum().backward()
         torch.cuda.synchronize()

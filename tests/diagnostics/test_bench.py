@@ -140,4 +140,4 @@ def test_data_measures_any_text_without_a_network(tmp_path: Path, capsys: pytest
     said = capsys.readouterr().out
     assert "mtok_per_second" in said
     assert "one_process_to_tiktoken" in said
-    assert [run["what"] for run in json.loads((tmp_path / "data.json").read_text())["runs"]] == ["batches", "tokenise"]
+    assert [run["what"] for run in json.loads((tmp_path / "data.json").read_text())["runs"]] == ["batches", "tokenize"]

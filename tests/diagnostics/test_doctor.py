@@ -198,8 +198,8 @@ def test_findings_are_printed_worst_first_with_their_cost() -> None:
 CHILD = """
 import sys
 from dataclasses import replace
-from gptoughts.commands import doctor
-from gptoughts.machine import probe
+from gptoughts.cli import doctor
+from gptoughts.hardware.machine import probe
 here = probe()
 slow = ("torchao", "liger-kernel", "transformers", "peft", "bitsandbytes")
 few = {name: version for name, version in here.packages.items() if name not in slow}

@@ -50,7 +50,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_trace_of_real_steps_adds_up_and_names_kinds(recorded: Path) -> None:
-    summary = tracing.summarise(tracing.read(recorded))
+    summary = tracing.summarize(tracing.read(recorded))
     assert (summary.device, summary.steps) == ("CPU", 2)
     found = kinds(summary)
     named = {"matmul", "attention", "norm and elementwise", "optimizer and clipping", "copies and casts", tracing.WAITING}
@@ -67,7 +67,7 @@ def test_a_trace_is_small_enough_to_send_and_a_viewer_knows_it(recorded: Path) -
 
 
 def test_the_summary_is_text_json_and_a_picture(recorded: Path, tmp_path: Path) -> None:
-    summary = tracing.summarise(tracing.read(recorded))
+    summary = tracing.summarize(tracing.read(recorded))
     text = summary.markdown("a title")
     assert text.startswith("# a title\n\n2 steps, ")
     assert "| matmul |" in text and "| `aten::mm` | matmul |" in text
@@ -80,7 +80,7 @@ def test_the_summary_is_text_json_and_a_picture(recorded: Path, tmp_path: Path) 
 
 
 def test_on_a_gpu_kernels_count_and_idle_time_is_what_none_covers() -> None:
-    summary = tracing.summarise(tracing.read(TRACES / "cuda-kernels.json"))
+    summary = tracing.summarize(tracing.read(TRACES / "cuda-kernels.json"))
     assert summary.device == "GPU"
     found = {name: round(1e6 * seconds) for name, seconds in kinds(summary).items()}
     assert found["matmul"] == 400
@@ -94,7 +94,7 @@ def test_on_a_gpu_kernels_count_and_idle_time_is_what_none_covers() -> None:
 
 
 def test_compiled_kernels_and_the_fused_update_have_kinds_of_their_own() -> None:
-    summary = tracing.summarise(tracing.read(TRACES / "cuda-graph.json"))
+    summary = tracing.summarize(tracing.read(TRACES / "cuda-graph.json"))
     found = {name: round(1e6 * seconds) for name, seconds in kinds(summary).items()}
     assert found["compiled kernels"] == 2 * (15 + 20)
     assert found["matmul"] == 2 * (180 + 220)
@@ -129,7 +129,7 @@ def test_what_is_no_trace_is_said(tmp_path: Path) -> None:
         with pytest.raises(DataError, match="is no trace"):
             tracing.read(tmp_path / name)
     with pytest.raises(DataError, match="shows no step"):
-        tracing.summarise([])
+        tracing.summarize([])
 
 
 # --- which steps

@@ -15,7 +15,7 @@ from gptoughts.errors import LayerError, RunError
 from gptoughts.hardware.machine import World
 from gptoughts.layers import CATALOG
 from gptoughts.models.family import FAMILIES
-from gptoughts.models.sources import Initialisation, meta_model
+from gptoughts.models.sources import Initialization, meta_model
 from gptoughts.planning.layer import Layer, active
 from tests.support.engines import ROWS, engine_of, plan_of, random_batches, recipe_of, steps
 
@@ -68,15 +68,15 @@ def test_a_replaced_verb_is_called_and_put_back() -> None:
     assert not any(engine._wrappers.values())
 
 
-def test_materialise_fills_ties_and_buffers() -> None:
+def test_materialize_fills_ties_and_buffers() -> None:
     engine = bare()
     assert engine.bare.embed.weight.is_meta
-    engine.materialise(Initialisation(engine.family, engine.recipe.model, 7))
+    engine.materialize(Initialization(engine.family, engine.recipe.model, 7))
     assert not any(parameter.is_meta for parameter in engine.bare.parameters())
     assert engine.bare.head.weight is engine.bare.embed.weight
     assert not engine.bare.cos.is_meta
     again = bare()
-    again.materialise(Initialisation(again.family, again.recipe.model, 7))
+    again.materialize(Initialization(again.family, again.recipe.model, 7))
     for one, two in zip(engine.bare.parameters(), again.bare.parameters(), strict=True):
         assert torch.equal(one, two)
 
@@ -99,9 +99,9 @@ class Partial:
 
 def test_parameters_that_no_source_wrote_and_keys_that_nobody_used_are_named() -> None:
     with pytest.raises(RunError, match=r"not written by any source: blocks.1.mlp.down.weight\n.*not used: lm_head.bias"):
-        bare().materialise(Partial(missing="blocks.1.mlp.down.weight", extra="lm_head.bias"))
+        bare().materialize(Partial(missing="blocks.1.mlp.down.weight", extra="lm_head.bias"))
     with pytest.raises(RunError, match=r"embed.weight: the source has shape \(3,\), the model \(128, 64\)"):
-        bare().materialise(Partial(shape=True))
+        bare().materialize(Partial(shape=True))
 
 
 def test_allocation_keeps_real_values_and_ties() -> None:

@@ -30,7 +30,7 @@ from gptoughts.engine.objectives.masked_diffusion import (
     uniform,
 )
 from gptoughts.errors import ConfigError, DataError, RunError
-from gptoughts.models.family import FAMILIES, initialise
+from gptoughts.models.family import FAMILIES, initialize
 
 MASK, EOT, IGNORED = 99, 98, -100
 Batch = dict[str, np.ndarray]
@@ -221,7 +221,7 @@ def stream_of(folder: Path, tokens: int) -> Stream:
 
 
 @pytest.mark.parametrize("tokens", [95, 96, 97, 98])
-def test_every_token_is_learnt_once_an_epoch(tmp_path: Path, tokens: int) -> None:
+def test_every_token_is_learned_once_an_epoch(tmp_path: Path, tokens: int) -> None:
     """But for the very last one, where it would begin a window of its own."""
     stream, length = stream_of(tmp_path, tokens), 8
     mine = objective(epsilon=1 - 1e-12, mask=60_000)  # everything is masked
@@ -290,17 +290,17 @@ def test_padding_becomes_ends_that_count() -> None:
 
 @given(st.integers(1, 250), st.integers(250, 400))
 @settings(max_examples=40, deadline=None)
-def test_ends_are_learnt_up_to_a_multiple_and_the_rest_is_padding(length: int, width: int) -> None:
-    """However long the rows are: else nearly all that is learnt would be ends."""
+def test_ends_are_learned_up_to_a_multiple_and_the_rest_is_padding(length: int, width: int) -> None:
+    """However long the rows are: else nearly all that is learned would be ends."""
     place = np.arange(width)[None]
     ids = np.where(place < length, 7, EOT)
     labels = np.where((place < length) & (place >= length // 2), 7, IGNORED)
     given_batch = {"input_ids": ids, "labels": labels, "positions": np.where(place < length, place, place - length)}
     batch = objective(epsilon=1 - 1e-12, learns="answers").prepare(given_batch, np.arange(1))  # everything is masked
-    learnt = batch["labels"][0] != IGNORED
+    learned = batch["labels"][0] != IGNORED
     ends = int((batch["labels"][0] == EOT).sum())
     assert 1 <= ends <= 64 or length == width
-    assert learnt.sum() == length - length // 2 + ends and learnt[: length + ends][length // 2 :].all()
+    assert learned.sum() == length - length // 2 + ends and learned[: length + ends][length // 2 :].all()
     assert (length + ends) % 64 == 0 or length + ends == width
     if length + ends < width:
         assert np.flatnonzero(batch["positions"][0] == 0).tolist() == [0, length + ends]
@@ -377,7 +377,7 @@ def test_the_mask_is_the_tokenizers_or_a_row_more() -> None:
 def model() -> nn.Module:
     config = ModelConfig(family="llada", depth=2, width=32, heads=4)
     built = FAMILIES["llada"].build(config, 100, 16)
-    initialise(built, FAMILIES["llada"], config, 0)
+    initialize(built, FAMILIES["llada"], config, 0)
     return built
 
 
@@ -426,11 +426,11 @@ def test_a_batch_without_masks_is_named(model: nn.Module) -> None:
 
 
 def test_it_learns_a_text_and_cannot_cheat(model: nn.Module) -> None:
-    """A letter that is repeated is learnt; where nothing follows from anything, the loss stays at the entropy."""
+    """A letter that is repeated is learned; where nothing follows from anything, the loss stays at the entropy."""
     losses = {}
     for kind in ("repeated", "noise"):
         config = ModelConfig(family="llada", depth=2, width=32, heads=4)
-        initialise(model, FAMILIES["llada"], config, 0)
+        initialize(model, FAMILIES["llada"], config, 0)
         mine, optimizer = objective(epsilon=0.1), torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
         for step in range(60):
             random = np.random.default_rng(step)

@@ -157,7 +157,7 @@ def test_few_tokens_and_none_that_count_give_finite_numbers(columns: int, seed: 
     for micro_batch in ({"input_ids": batch[:1], "labels": labels[:1]}, {"input_ids": batch[1:], "labels": labels[1:]}):
         engine.objective(model, micro_batch).backward()
     assert all(one.grad.isfinite().all() for one in model.parameters() if one.grad is not None)
-    engine.objective.experts.settle(engine.ranks, 1e-3, engine.objective.meters)
+    engine.objective.experts.reduce_loads(engine.ranks, 1e-3, engine.objective.meters)
     assert all(torch.isfinite(total / weight) for total, weight in engine.objective.meters.values())
 
 

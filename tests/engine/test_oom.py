@@ -25,7 +25,7 @@ from tests.support.engines import engine_of, plan_of, random_batches, recipe_of,
 GREEDY = """
 import os
 import torch
-from gptoughts.objectives import NextToken
+from gptoughts.engine.objectives.base import NextToken
 
 class Greedy(NextToken):
     '''Asks for more memory than there is where more than so many sequences come at once, and at a chosen rank only.'''
@@ -185,7 +185,7 @@ def test_ranks_that_run_out_together_all_write_it_down(tmp_path: Path) -> None:
     program = """
 import sys
 from pathlib import Path
-from gptoughts.out_of_memory import Kept, keep
+from gptoughts.engine.oom import Kept, keep
 for _ in range(300):
     keep(Path(sys.argv[1]), Kept(2, 8))
 """

@@ -1,4 +1,4 @@
-"""Every optimiser against its paper in a few lines, on a model that learns, across a restart to the last bit, and on two ranks."""
+"""Every optimizer against its paper in a few lines, on a model that learns, across a restart to the last bit, and on two ranks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from gptoughts.engine.distributed.ranks import Ranks
 from gptoughts.engine.engine import Engine
 from gptoughts.engine.objectives.base import NextToken
 from gptoughts.engine.optim.apollo import Apollo
-from gptoughts.engine.optim.factory import averaged, covered, hidden_matrices, optimiser
+from gptoughts.engine.optim.factory import averaged, covered, hidden_matrices, optimizer
 from gptoughts.engine.optim.schedule_and_groups import GROUP_STATE, set_rate
 from gptoughts.errors import CheckpointError, ConfigError, PlanError
 from gptoughts.hardware.machine import World
@@ -33,7 +33,7 @@ from gptoughts.layers import CATALOG
 from gptoughts.models.family import FAMILIES, custom_family
 from gptoughts.models.sources import meta_model
 from gptoughts.planning.layer import Status
-from gptoughts.run.build import built
+from gptoughts.run.build import build_engine
 from tests.engine.test_ddp import launch
 from tests.support.engines import ROWS, engine_of, plan_of, random_batches, recipe_of, steps, watched
 from tests.support.optimizer_worker import NAMES, optim_of, reached
@@ -82,7 +82,7 @@ def trace(
 ) -> tuple[nn.Module, list[Any]]:
     """The model after STEPS updates with given gradients, and what `watch` saw after each."""
     model, seen = net(), []
-    made = optimiser(model, config_of(name, **more), "plain", model.blocks, seed=11, updates=STEPS)
+    made = optimizer(model, config_of(name, **more), "plain", model.blocks, seed=11, updates=STEPS)
     for given_gradients in gradients(model):
         for key, parameter in model.named_parameters():
             parameter.grad = given_gradients[key].clone()
@@ -214,7 +214,7 @@ def test_apollo_scales_the_raw_gradient_as_the_paper_says(name: str, rank: int, 
 
 def test_muon_moves_matrices_along_the_nearest_orthogonal_one_and_the_rest_by_adamw() -> None:
     model = net().float()
-    made = optimiser(model, config_of("muon"), "plain", model.blocks)
+    made = optimizer(model, config_of("muon"), "plain", model.blocks)
     weight = model.blocks[0]["up"].weight
     before, gradient = weight.detach().clone(), torch.randn(10, 6, generator=torch.Generator().manual_seed(1))
     for parameter in model.parameters():
@@ -238,7 +238,7 @@ def test_muons_update_is_as_large_as_adamws() -> None:
     """One learning rate for both, because the root mean square of the first update is alike at any shape."""
     for rows, columns in ((64, 64), (64, 256), (256, 64)):
         block = nn.ModuleList([nn.Linear(columns, rows, bias=False)])
-        made = optimiser(block, config_of("muon", weight_decay=0.0), "plain", block)
+        made = optimizer(block, config_of("muon", weight_decay=0.0), "plain", block)
         before = block[0].weight.detach().clone()
         block[0].weight.grad = torch.randn(rows, columns)
         made.step()
@@ -255,7 +255,7 @@ def test_every_trained_parameter_is_in_one_group_and_only_matrices_decay(name: s
     model = Net(tied)
     model.blocks[0]["up"].bias.requires_grad_(False)
     model.embed.weight.requires_grad_(False)
-    made = optimiser(model, config_of(name), "plain", model.blocks, updates=9)
+    made = optimizer(model, config_of(name), "plain", model.blocks, updates=9)
     inside = [id(parameter) for group in made.param_groups for parameter in group["params"]]
     assert sorted(inside) == sorted(id(parameter) for parameter in model.parameters() if parameter.requires_grad)
     for group in made.param_groups:
@@ -290,7 +290,7 @@ def test_hidden_matrices_of_pretrained_and_adapted_models() -> None:
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules="all-linear"))
     blocks = custom_family(adapted).blocks(adapted).values()
     assert len(hidden_matrices(adapted, blocks, "muon")) == 2 * 7 * 2
-    made = optimiser(adapted, config_of("muon"), "plain", blocks)
+    made = optimizer(adapted, config_of("muon"), "plain", blocks)
     given = [parameter for group in made.param_groups for parameter in group["params"]]
     assert len(given) == 2 * 7 * 2
     assert all(parameter.requires_grad for parameter in given)
@@ -299,7 +299,7 @@ def test_hidden_matrices_of_pretrained_and_adapted_models() -> None:
 @pytest.mark.parametrize("name", ["muon", "apollo", "apollo-mini"])
 def test_a_model_without_hidden_matrices_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match=rf"optim.name = {name}: is for matrices inside .*\n.*--optim.name adamw"):
-        optimiser(nn.Linear(3, 3), config_of(name), "plain")
+        optimizer(nn.Linear(3, 3), config_of(name), "plain")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -309,9 +309,9 @@ def test_weights_in_half_precision_are_refused(name: str) -> None:
     with pytest.raises(
         ConfigError, match=r"1 of \d+ trained parameters are not float32, first blocks.1.up.weight \(bfloat16\)"
     ):
-        optimiser(model, config_of(name), "plain", model.blocks, updates=9)
+        optimizer(model, config_of(name), "plain", model.blocks, updates=9)
     model.blocks[1]["up"].weight.requires_grad_(False)
-    optimiser(model, config_of(name), "plain", model.blocks, updates=9)
+    optimizer(model, config_of(name), "plain", model.blocks, updates=9)
 
 
 @pytest.mark.parametrize(
@@ -323,7 +323,7 @@ def test_a_missing_package_names_the_extra(name: str, package: str, monkeypatch:
     monkeypatch.setitem(sys.modules, package.replace("-", "_"), None)
     said = rf"optim.name = {name}: needs the package {package}.*\n.*pip install 'gptoughts\[opt"
     with pytest.raises(ConfigError, match=said):
-        optimiser(Net(), config_of(name), "plain", updates=9)
+        optimizer(Net(), config_of(name), "plain", updates=9)
 
 
 # --- apollo's draws
@@ -375,7 +375,9 @@ def test_apollo_goes_on_after_a_gradient_of_zero() -> None:
 def engine_from(recipe: Any, source: Any, batches: Iterator[Any], layer: str = "plain") -> Iterator[Engine]:
     family = FAMILIES[recipe.model.family]
     plan, ranks = plan_of(recipe, {"optimizer": layer}), Ranks(World(), torch.device("cpu"))
-    with built(meta_model(recipe, family, ROWS), family, NextToken(), recipe, plan, CATALOG, ranks, batches, source) as engine:
+    with build_engine(
+        meta_model(recipe, family, ROWS), family, NextToken(), recipe, plan, CATALOG, ranks, batches, source
+    ) as engine:
         yield engine
 
 
@@ -528,7 +530,7 @@ def test_a_checkpoint_of_the_trained_weights_alone(tmp_path: Path) -> None:
     with engine_of(recipe, plan_of(recipe)) as engine:
         base = {name: parameter.detach().clone() for name, parameter in engine.bare.named_parameters()}
         freeze(engine)
-        engine.optimizer = optimiser(engine.bare, recipe.optim, "plain")
+        engine.optimizer = optimizer(engine.bare, recipe.optim, "plain")
         steps(engine, 2)
         folder = take(engine, 2, tmp_path, weights="trained")
         everything = take(engine, 3, tmp_path)
@@ -538,7 +540,7 @@ def test_a_checkpoint_of_the_trained_weights_alone(tmp_path: Path) -> None:
     assert json.loads((folder / "state.json").read_text())["weights"] == "trained"
     with engine_from(recipe, Over(folder, base), skipped(recipe, 2)) as engine:
         freeze(engine)
-        engine.optimizer = optimiser(engine.bare, recipe.optim, "plain")
+        engine.optimizer = optimizer(engine.bare, recipe.optim, "plain")
         training_state.restore(engine, folder)
         assert steps(engine, 2) == losses
 
@@ -551,14 +553,14 @@ def test_a_checkpoint_of_the_trained_weights_alone(tmp_path: Path) -> None:
         ({"name": "apollo"}, {"name": "apollo", "rank": 4}, r"rank: 8 \| 4"),
     ],
 )
-def test_the_state_of_another_optimiser_is_refused(was: Any, now: Any, said: str, tmp_path: Path) -> None:
+def test_the_state_of_another_optimizer_is_refused(was: Any, now: Any, said: str, tmp_path: Path) -> None:
     recipe, other = (recipe_of("modern", optim={**optim_of(words["name"]), **words}) for words in (was, now))
     with engine_of(recipe, plan_of(recipe)) as engine:
         steps(engine, 1)
         folder = take(engine, 1, tmp_path)
     with (
         engine_from(other, training_state.Weights(folder), random_batches(other)) as engine,
-        pytest.raises(CheckpointError, match=rf"another optimiser \(checkpoint \| now\)\n  {said}(.|\n)*--run NAME"),
+        pytest.raises(CheckpointError, match=rf"another optimizer \(checkpoint \| now\)\n  {said}(.|\n)*--run NAME"),
     ):
         training_state.restore(engine, folder)
 
@@ -569,7 +571,7 @@ def test_fused_is_for_adamw(name: str) -> None:
     with pytest.raises(PlanError, match=f"torch fuses AdamW, and optim.name is {name}"):
         plan_of(recipe, {"optimizer": "fused"})
     with pytest.raises(ConfigError, match=f"optim.name = {name}: torch fuses AdamW only"):
-        optimiser(Net(), recipe.optim, "fused")
+        optimizer(Net(), recipe.optim, "fused")
 
 
 def test_ademamix_must_know_how_long_the_run_is() -> None:
@@ -577,7 +579,7 @@ def test_ademamix_must_know_how_long_the_run_is() -> None:
     with pytest.raises(PlanError, match="must know its length in updates"):
         plan_of(recipe)
     with pytest.raises(ConfigError, match="must know its length in updates"):
-        optimiser(Net(), recipe.optim, "plain")
+        optimizer(Net(), recipe.optim, "plain")
 
 
 # --- the rules of [optim]
@@ -598,7 +600,7 @@ def test_a_key_that_nobody_would_hear_is_named(name: str, keys: set[str]) -> Non
     assert all(name in text and key in text for text, told in found for key in told if key != "name")
 
 
-def test_every_optimiser_has_its_rules() -> None:
+def test_every_optimizer_has_its_rules() -> None:
     assert set(USES) == set(NAMES)
     for name in NAMES:
         assert list(problems(OptimConfig(**optim_of(name)))) == []

@@ -103,7 +103,7 @@ def test_machine_files_are_all_there() -> None:
 def test_labels(stem: str, label: str, least: tuple[int, int] | None) -> None:
     machine = read(ROOT / f"tests/machines/{stem}.json")
     assert machine.label() == label
-    assert machine.least_capability() == least
+    assert machine.min_capability() == least
 
 
 def test_the_least_file_by_hand() -> None:

@@ -85,7 +85,7 @@ def test_everything_is_read(box: Any) -> None:
         links=("pcie", "pcie"),
     )
     assert machine.label() == "3 x NVIDIA H100 80GB HBM3 (sm 9.0)"
-    assert machine.least_capability() == (9, 0)
+    assert machine.min_capability() == (9, 0)
     assert machine.notes == ()
 
 
@@ -161,7 +161,7 @@ def test_what_is_not_supported_is_none_with_a_note(box: Any) -> None:
     machine = box(f"gpu {A} 0000000F:01:00.0 -1 -1 -1 -1 -1 NVIDIA GB10\n")
     gpu = machine.gpus[0]
     assert (gpu.compute_capability, gpu.memory_bytes, gpu.power_limit_watts) == (None, None, None)
-    assert gpu.architecture is None and machine.least_capability() is None
+    assert gpu.architecture is None and machine.min_capability() is None
     assert machine.label() == "1 x NVIDIA GB10 (sm n/a)"
     assert [note.split(": ")[0] for note in machine.notes] == [
         f"GPU 0 (NVIDIA GB10) {what}" for what in ("memory", "power limit", "compute capability")
@@ -228,7 +228,7 @@ def test_mixed_boxes_tell_of_the_order(box: Any, order: str, notes: int) -> None
     machine = box(mixed, CUDA_DEVICE_ORDER=order)
     assert len(machine.notes) == notes
     assert machine.label() == "1 x NVIDIA GeForce RTX 3090 (sm 8.6) + 1 x NVIDIA GeForce RTX 4090 (sm 8.9)"
-    assert machine.least_capability() == (8, 6)
+    assert machine.min_capability() == (8, 6)
 
 
 def test_numa_node_from_sysfs(library: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from gptoughts.inference import export as exporting
 from gptoughts.inference import export_adapter
 from gptoughts.inference.export_adapter import export_checkpoint
 from gptoughts.inference.load import load
-from gptoughts.models.family import family_of, initialise
+from gptoughts.models.family import family_of, initialize
 from gptoughts.models.gpt.gpt import GPT
 from gptoughts.models.hf.family import hf_family
 from gptoughts.models.hf.weights import Pretrained
@@ -86,7 +86,7 @@ def native(**model: Any) -> tuple[GPT, Any]:
         "the test",
     ).recipe
     made = GPT(recipe.model, 128, LENGTH)
-    initialise(made, family_of("gpt"), recipe.model, 1)
+    initialize(made, family_of("gpt"), recipe.model, 1)
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -238,7 +238,7 @@ def test_an_adapter_that_would_open_as_another_model_is_not_written(here: Path, 
 
 
 @pytest.mark.parametrize("kind", ["hf", "native", "llada"])
-def test_the_template_that_the_model_learnt_goes_with_it(kind: str, tmp_path: Path) -> None:
+def test_the_template_that_the_model_learned_goes_with_it(kind: str, tmp_path: Path) -> None:
     origin, out = tmp_path / "origin", tmp_path / "out"
     for place, template in (("base", "OLD"), ("tokenizer", "NEW")):
         (origin / place).mkdir(parents=True)

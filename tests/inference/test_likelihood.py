@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from gptoughts.config.loader import ModelConfig
 from gptoughts.errors import ConfigError, DataError
 from gptoughts.inference.eval.likelihood import Bound, bound, mask_counts, masks, text_bound
-from gptoughts.models.family import FAMILIES, initialise
+from gptoughts.models.family import FAMILIES, initialize
 from gptoughts.models.gpt.gpt import GPT
 
 VOCAB, MASK = 5, 5
@@ -24,7 +24,7 @@ def model() -> GPT:
     config = ModelConfig(family="llada", depth=2, width=16, heads=2)
     built = FAMILIES["llada"].build(config, VOCAB + 1, 12)
     assert isinstance(built, GPT)
-    initialise(built, FAMILIES["llada"], config, 0)
+    initialize(built, FAMILIES["llada"], config, 0)
     with torch.no_grad():
         for parameter in built.parameters():
             parameter.mul_(8)

@@ -33,7 +33,7 @@ from gptoughts.inference.eval.squad import (
     exact_match,
     f1_score,
     figures,
-    normalised,
+    normalized,
     predict,
 )
 from tests.data.squad.test_squad import bert_folder
@@ -114,11 +114,11 @@ SAYINGS = st.one_of(
 @example(prediction="a_b", answers=["ab"])
 @example(prediction="the\u0301 x", answers=["x"])
 def test_scores_agree_with_a_second_implementation(prediction: str, answers: list[str]) -> None:
-    assert normalised(prediction).split() == clean(words_of(prediction))
+    assert normalized(prediction).split() == clean(words_of(prediction))
     assert exact_match(prediction, answers) == said_exactly(prediction, answers)
     assert f1_score(prediction, answers) == pytest.approx(said_in_part(prediction, answers))
     assert 0 <= exact_match(prediction, answers) <= f1_score(prediction, answers) <= 1
-    assert not normalised(prediction) or f1_score(prediction, [prediction, *answers]) == 1
+    assert not normalized(prediction) or f1_score(prediction, [prediction, *answers]) == 1
 
 
 # Figures and thresholds.
@@ -263,17 +263,17 @@ def test_scores_that_are_not_finite_stop(folder: Path) -> None:
 # Learning.
 
 
-def learnt(folder: Path, steps: int, **data: Any) -> tuple[Engine, dict[str, Any], dict[str, Any]]:
+def learned(folder: Path, steps: int, **data: Any) -> tuple[Engine, dict[str, Any], dict[str, Any]]:
     engine, tables, questions = engine_for(folder, **data)
     for _ in range(steps):
         train_step(engine, 3e-3)
     return engine, tables, questions
 
 
-def test_a_model_that_has_learnt_answers_and_says_where_it_cannot(folder: Path, tmp_path: Path) -> None:
-    engine, tables, questions = learnt(folder, 0)
+def test_a_model_that_has_learned_answers_and_says_where_it_cannot(folder: Path, tmp_path: Path) -> None:
+    engine, tables, questions = learned(folder, 0)
     before = evaluate(engine, tables["train"], questions["train"])
-    engine, tables, questions = learnt(folder, 150)
+    engine, tables, questions = learned(folder, 150)
     told = evaluate(engine, tables["train"], questions["train"], out=tmp_path)
     assert before["f1"] < 50 < 90 < told["f1"] <= told["best_f1"] + 1e-9
     assert told["HasAns_total"] == 2 * told["NoAns_total"]

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 
-from gptoughts.config.model_spec import facts_for
+from gptoughts.config.model_spec import spec_for
 from gptoughts.engine.engine import Engine
 from gptoughts.errors import LayerError, PlanError
 from gptoughts.hardware import machine
@@ -34,7 +34,7 @@ from gptoughts.layers import CATALOG
 from gptoughts.models.gpt import flash, flex, sdpa
 from gptoughts.models.gpt.attention import document_mask, math_attention
 from gptoughts.models.gpt.masks import BLOCK, Documents, block_mask, lengths
-from gptoughts.planning.evidence import Operator, Sight, Status
+from gptoughts.planning.evidence import Operator, Status, StepTrace
 from gptoughts.planning.layer import Case, Kind
 from gptoughts.run import evidence as prove
 from tests.support.engines import BATCH, LENGTH, NEEDS_INDUCTOR, ROWS, engine_of, plan_of, recipe_of, steps, watched
@@ -315,11 +315,11 @@ def test_a_backend_is_held_proven_and_let_go() -> None:
     ]
     before = [switch() for switch in switches]
     with engine_of(recipe, plan_of(recipe, options)) as engine:
-        sight = watched(engine)
+        trace = watched(engine)
         assert [switch() for switch in switches] == before
-        proof = CATALOG["sdpa"].verify(engine, sight, backend(engine, "flash"))
+        proof = CATALOG["sdpa"].verify(engine, trace, backend(engine, "flash"))
         assert proof.status is Status.ACTIVE and proof.text == "3 flash in 3 block forwards"
-        asked = CATALOG["sdpa"].verify(engine, sight, backend(engine, "cudnn"))
+        asked = CATALOG["sdpa"].verify(engine, trace, backend(engine, "cudnn"))
         assert (
             asked.status is Status.INACTIVE and asked.text == "cudnn was asked for, and torch ran 3 flash in 3 block forwards"
         )
@@ -332,9 +332,9 @@ def test_a_held_backend_is_one_graph_too() -> None:
     plan = plan_of(recipe, {"attention": "sdpa", "attention.backend": "flash", "compile": "compile-blocks"})
     torch._dynamo.reset()
     with engine_of(recipe, plan) as engine:
-        sight = watched(engine)
-        assert CATALOG["sdpa"].verify(engine, sight, backend(engine, "flash")).status is Status.ACTIVE
-        assert CATALOG["compile-blocks"].verify(engine, sight, {}).status is Status.ACTIVE
+        trace = watched(engine)
+        assert CATALOG["sdpa"].verify(engine, trace, backend(engine, "flash")).status is Status.ACTIVE
+        assert CATALOG["compile-blocks"].verify(engine, trace, {}).status is Status.ACTIVE
 
 
 @pytest.mark.parametrize("name", ["efficient", "cudnn"])
@@ -365,15 +365,20 @@ def test_another_runtime_error_is_passed_on_as_it_is() -> None:
 
 
 def reasons(
-    layer: str, box: str, packages: dict[str, str] | None = None, family: str = "modern", kind: Kind = Kind.CANNOT, **more: Any
+    layer: str,
+    box: str,
+    packages: dict[str, str] | None = None,
+    family: str = "modern",
+    kind: Kind = Kind.UNSUPPORTED,
+    **more: Any,
 ) -> str:
     """What speaks against a layer on a fake machine, in one text."""
     given = machine.read(MACHINES / f"{box}.json")
     given = replace(given, packages={**given.packages, **(packages or {})})
     options = more.pop("options", {})
     recipe = recipe_of(family, **more)
-    case = Case(given, facts_for(recipe), recipe, World())
-    unmet = CATALOG[layer].unmet(case, CATALOG[layer].read_options(options, "the test"))
+    case = Case(given, spec_for(recipe), recipe, World())
+    unmet = CATALOG[layer].rejections(case, CATALOG[layer].read_options(options, "the test"))
     return " | ".join(str(reason) for reason in unmet if reason.kind is kind)
 
 
@@ -428,8 +433,8 @@ def test_backends_on_fake_machines(options: dict[str, str], box: str, more: dict
 
 @pytest.mark.parametrize("layer", ["flex", "varlen"])
 def test_layers_for_documents_do_not_pay_without_them(layer: str) -> None:
-    assert "no documents share a row" in reasons(layer, "h100", FA, kind=Kind.WOULD_NOT_PAY)
-    assert not reasons(layer, "h100", FA, kind=Kind.WOULD_NOT_PAY, **CHAT)
+    assert "no documents share a row" in reasons(layer, "h100", FA, kind=Kind.SLOWER)
+    assert not reasons(layer, "h100", FA, kind=Kind.SLOWER, **CHAT)
 
 
 def test_wide_heads_are_refused_by_flash_attention() -> None:
@@ -558,7 +563,7 @@ def test_a_broken_package_is_quoted(version: str, files: dict[str, str], wanted:
         (tmp_path / name).write_text(text + "\n", encoding="utf-8")
     program = (
         f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
-        "from gptoughts.errors import LayerError\nfrom gptoughts.models import flash\n"
+        "from gptoughts.errors import LayerError\nfrom gptoughts.models.gpt import flash\n"
         f"try:\n    flash.attention({version!r})\nexcept LayerError as error:\n    print(error)\n"
     )
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
@@ -568,13 +573,13 @@ def test_a_broken_package_is_quoted(version: str, files: dict[str, str], wanted:
 # --- proofs by the names of kernels
 
 
-def seen(*kinds: str, blocks: int | None = None) -> Sight:
+def seen(*kinds: str, blocks: int | None = None) -> StepTrace:
     """A sight made of one block's trace per kind, as `prove` reads it."""
     steps = json.loads((TRACES / "attention-kernels.json").read_text(encoding="utf-8"))["steps"]
     trace = prove._Trace()
     for kind in kinds:
         prove._read([_event(event) for event in steps[kind]["traceEvents"]], trace)
-    return Sight(
+    return StepTrace(
         operators={name: Operator(name, calls, dict(trace.dtypes[name])) for name, calls in trace.calls.items()},
         kernels=dict(trace.kernels), regions=trace.regions, micro_batches=1, blocks=blocks or len(kinds), updated=True,
         weights_moved=True, step_seconds=1.0, data_wait_seconds=0.0,
@@ -599,8 +604,8 @@ def _event(event: dict[str, Any]) -> Any:
 CUDA = SimpleNamespace(device=SimpleNamespace(type="cuda"))
 
 
-def verdict(layer: str, sight: Sight, **options: str) -> Any:
-    return CATALOG[layer].verify(CUDA, sight, CATALOG[layer].read_options(options, "the test"))
+def verdict(layer: str, trace: StepTrace, **options: str) -> Any:
+    return CATALOG[layer].verify(CUDA, trace, CATALOG[layer].read_options(options, "the test"))
 
 
 @pytest.mark.parametrize("kind", ["flex", "varlen", "fa2", "fa3", "fa4", "flash", "efficient", "cudnn"])
@@ -640,7 +645,7 @@ def test_operators_without_their_kernels_prove_nothing() -> None:
 
 @pytest.mark.parametrize("layer", LAYERS)
 def test_the_old_kernel_is_noticed(layer: str) -> None:
-    written_out = Sight(
+    written_out = StepTrace(
         {"aten::_softmax": Operator("aten::_softmax", 6)}, {"softmax_warp_forward": 6}, 0, 1, 3, True, True, 1.0, 0.0
     )
     proof = verdict(layer, written_out)

@@ -16,12 +16,12 @@ import pytest
 import torch
 from torch import nn
 
-from gptoughts.config.model_spec import facts_for
+from gptoughts.config.model_spec import spec_for
 from gptoughts.errors import LayerError, PlanError
 from gptoughts.hardware.machine import World, probe, read
 from gptoughts.layers import CATALOG
 from gptoughts.layers.support import compile as compiling
-from gptoughts.planning.evidence import Operator, Sight, Status
+from gptoughts.planning.evidence import Operator, Status, StepTrace
 from gptoughts.planning.layer import Case, Kind
 from gptoughts.run import evidence as prove
 from tests.support.engines import NEEDS_INDUCTOR, engine_of, plan_of, random_batches, recipe_of, steps, watched
@@ -118,9 +118,9 @@ def test_the_watched_step_holds_the_causes_and_later_ones_are_said(
     compile_quickly(monkeypatch)
     recipe = recipe_of("modern")
     with engine_of(recipe, plan_of(recipe, {"compile": "compile-blocks", "compile.cache": "torch"})) as engine:
-        sight = watched(engine)
-        assert sight.recompiles == ()
-        assert CATALOG["compile-blocks"].verify(engine, sight, {}).status is Status.ACTIVE
+        trace = watched(engine)
+        assert trace.recompiles == ()
+        assert CATALOG["compile-blocks"].verify(engine, trace, {}).status is Status.ACTIVE
         assert "compiled again" not in capsys.readouterr().out
         batch = next(random_batches(recipe, seed=3))[0]
         with torch.no_grad(), engine.eval_context():
@@ -212,16 +212,16 @@ def graphs_of_marks(mark: Any) -> list[str]:
 
 
 def test_a_mark_is_told_from_a_graph_and_makes_no_second_one() -> None:
-    marks: Counter[str] = Counter()
-    mark = compiling.counting(marks, "seen")
+    call_counts: Counter[str] = Counter()
+    mark = compiling.counting(call_counts, "seen")
     assert graphs_of_marks(mark) == []
-    assert marks["seen"] == 0
-    assert compiling.in_graphs(marks, "seen") == 1
+    assert call_counts["seen"] == 0
+    assert compiling.in_graphs(call_counts, "seen") == 1
     Marking(mark)(torch.ones(2))
-    assert marks["seen"] == 1
+    assert call_counts["seen"] == 1
 
     def written_out() -> None:
-        marks["out"] += 1
+        call_counts["out"] += 1
 
     assert len(graphs_of_marks(written_out)) >= 3  # and this is why `counting` is there
 
@@ -302,24 +302,24 @@ def test_a_second_start_reads_its_graphs(tmp_path: Path, monkeypatch: pytest.Mon
 def reasons(layer: str, machine: str, recipe: Any = None, world: World | None = None) -> list[Any]:
     recipe = recipe or recipe_of("modern")
     found = CATALOG[layer]
-    case = Case(read(MACHINES / f"{machine}.json"), facts_for(recipe), recipe, world or World())
-    return found.unmet(case, found.read_options({}, "the test"))
+    case = Case(read(MACHINES / f"{machine}.json"), spec_for(recipe), recipe, world or World())
+    return found.rejections(case, found.read_options({}, "the test"))
 
 
 def test_recorded_graphs_are_for_one_gpu_and_by_name() -> None:
     kinds = [reason.kind for reason in reasons("cuda-graph", "h100")]
-    assert kinds == [Kind.WOULD_NOT_PAY]
+    assert kinds == [Kind.SLOWER]
     two = reasons("cuda-graph", "h100", world=World(0, 0, 2, 2))
-    assert any(reason.kind is Kind.CANNOT and "one process" in str(reason) for reason in two)
+    assert any(reason.kind is Kind.UNSUPPORTED and "one process" in str(reason) for reason in two)
     experts = reasons("cuda-graph", "h100", recipe_of("deepseek"))
-    assert any(reason.kind is Kind.CANNOT and "experts" in str(reason) for reason in experts)
+    assert any(reason.kind is Kind.UNSUPPORTED and "experts" in str(reason) for reason in experts)
     with pytest.raises(PlanError, match="needs an NVIDIA GPU"):
         plan_of(recipe_of("modern"), {"compile": "cuda-graph"})
 
 
 def test_one_graph_and_several_ranks_do_not_pay() -> None:
     assert any("exchanged" in str(reason) for reason in reasons("compile-model", "h100", world=World(0, 0, 2, 2)))
-    assert not [reason for reason in reasons("compile-model", "h100") if reason.kind is Kind.CANNOT]
+    assert not [reason for reason in reasons("compile-model", "h100") if reason.kind is Kind.UNSUPPORTED]
 
 
 @pytest.mark.parametrize("layer", ["compile-model", "cuda-graph"])
@@ -340,12 +340,12 @@ def counted_as(skips: int = 0, why: str = "") -> Iterator[None]:
         yield
 
 
-def sight_of(trace: str) -> Sight:
+def sight_of(trace: str) -> StepTrace:
     """A sight made of the events of a chrome trace under tests/traces, as `prove` reads them."""
     events = json.loads((TRACES / trace).read_text(encoding="utf-8"))["traceEvents"]
     seen = prove._Trace()
     prove._read([_event(event) for event in events if event.get("ph") == "X"], seen)
-    return Sight(
+    return StepTrace(
         operators={name: Operator(name, calls, dict(seen.dtypes[name])) for name, calls in seen.calls.items()},
         kernels=dict(seen.kernels), regions=seen.regions, micro_batches=2, blocks=3, updated=True, weights_moved=True,
         step_seconds=1.0, data_wait_seconds=0.0,

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from gptoughts.config.model_spec import facts_for
+from gptoughts.config.model_spec import spec_for
 from gptoughts.hardware.machine import World, probe
 from gptoughts.layers import CATALOG
 from gptoughts.models.family import custom_family
@@ -62,26 +62,26 @@ def recipe_for(layer: Layer, family: str) -> Any:
 
 def refusals(layer: Layer, family: str) -> list[str]:
     recipe = recipe_for(layer, family)
-    case = Case(probe(), facts_for(recipe), recipe, World())
-    return [str(reason) for reason in layer.unmet(case, options_of(layer)) if reason.kind is Kind.CANNOT]
+    case = Case(probe(), spec_for(recipe), recipe, World())
+    return [str(reason) for reason in layer.rejections(case, options_of(layer)) if reason.kind is Kind.UNSUPPORTED]
 
 
 def applicable() -> list[Any]:
     rows = [(layer, family) for layer in OPTIMISATIONS for family in FAMILIES_UNDER_TEST if layer.name not in TWO_RANKS]
     return [
-        pytest.param(layer, family, id=f"{layer.name}-{family}", marks=marks(layer.name))
+        pytest.param(layer, family, id=f"{layer.name}-{family}", call_counts=call_counts(layer.name))
         for layer, family in rows
         if not refusals(layer, family)
     ]
 
 
-def marks(name: str) -> list[pytest.MarkDecorator]:
+def call_counts(name: str) -> list[pytest.MarkDecorator]:
     return [NEEDS_INDUCTOR] if name in ("compile-blocks", "compile-model") else []
 
 
 def named(name: str) -> Any:
     """The name of a layer as a parameter, skipped where the layer cannot work."""
-    return pytest.param(name, marks=marks(name))
+    return pytest.param(name, call_counts=call_counts(name))
 
 
 def test_every_slot_has_a_baseline_and_names_are_unique_keys() -> None:
@@ -96,17 +96,17 @@ def test_every_slot_has_a_baseline_and_names_are_unique_keys() -> None:
 def test_needs_are_answered_without_torch() -> None:
     program = (
         "import sys, pathlib\n"
-        "from gptoughts import config, machine\nfrom gptoughts import facts as known\n"
+        "from gptoughts.config import loader as config, model_spec as known\nfrom gptoughts.hardware import machine\n"
         "from gptoughts.planning.layer import Case\n"
         "from gptoughts.layers import CATALOG\n"
         "recipe = config.load('gpt-1b').recipe\n"
         "for path in sorted(pathlib.Path('tests/machines').glob('*.json')):\n"
         "    for ranks in (1, 2):\n"
-        "        for facts in (known.facts_for(recipe), known.ModelFacts()):\n"
-        "            case = Case(machine.read(path), facts, recipe, machine.World(0, 0, ranks, ranks))\n"
+        "        for spec in (known.spec_for(recipe), known.ModelSpec()):\n"
+        "            case = Case(machine.read(path), spec, recipe, machine.World(0, 0, ranks, ranks))\n"
         "            for layer in CATALOG.values():\n"
         "                options = layer.read_options({}, 'the test')\n"
-        "                assert all(str(reason) for reason in layer.unmet(case, options))\n"
+        "                assert all(str(reason) for reason in layer.rejections(case, options))\n"
         "                dict(layer.environment(case, options))\n"
         "assert 'torch' not in sys.modules and 'numpy' not in sys.modules\n"
     )
@@ -189,8 +189,8 @@ def test_applied_steps_proves_itself_and_is_undone(layer: Layer, family: str) ->
     before = pristine(family)
     torch._dynamo.reset()
     with engine_of(recipe, plan) as engine:
-        sight = watched(engine)
-        proof = layer.verify(engine, sight, options_of(layer))
+        trace = watched(engine)
+        proof = layer.verify(engine, trace, options_of(layer))
         assert proof.status is Status.ACTIVE, proof.text
         names = [name for name, _ in engine.bare.named_parameters()]
     after = fingerprint(engine)
@@ -200,7 +200,7 @@ def test_applied_steps_proves_itself_and_is_undone(layer: Layer, family: str) ->
         "backward": torch.Tensor.backward,
         "clip": engine._clip,
         "step": engine._step,
-        "materialise": engine._materialise,
+        "materialize": engine._materialize,
     }
     assert engine._verbs == default
 
@@ -242,8 +242,8 @@ def test_a_block_left_out_is_noticed(name: str) -> None:
     torch._dynamo.reset()
     with engine_of(recipe, plan_of(recipe, demanded(layer))) as engine:
         without_block(name, engine)
-        sight = watched(engine)
-        proof = layer.verify(engine, sight, options_of(layer))
+        trace = watched(engine)
+        proof = layer.verify(engine, trace, options_of(layer))
         assert proof.status is Status.INACTIVE, proof.text
 
 
@@ -299,7 +299,7 @@ def test_a_layer_that_changes_numerics_stays_near_the_baseline(name: str) -> Non
 def gradient(
     recipe: Any, layers: dict[str, Any], change: Callable[[Any], None] = lambda engine: None
 ) -> tuple[float, torch.Tensor]:
-    """Loss and the whole gradient of one update, taken before the optimiser uses it."""
+    """Loss and the whole gradient of one update, taken before the optimizer uses it."""
     from tests.support.engines import random_batches
 
     taken: list[torch.Tensor] = []
@@ -353,4 +353,4 @@ def test_a_users_own_model_is_refused_by_layers_that_need_a_family() -> None:
     case = Case(probe(), UNKNOWN, recipe_of("modern"), World())
     for name in ("sdpa", "flex", "fused-ce", "recompute-blocks", "compile-blocks"):
         layer = CATALOG[name]
-        assert any(reason.kind is Kind.CANNOT for reason in layer.unmet(case, options_of(layer))), name
+        assert any(reason.kind is Kind.UNSUPPORTED for reason in layer.rejections(case, options_of(layer))), name

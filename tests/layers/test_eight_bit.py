@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from gptoughts.config.model_spec import ModelFacts, facts_for
+from gptoughts.config.model_spec import ModelSpec, spec_for
 from gptoughts.engine.checkpoint import state as training_state
 from gptoughts.engine.checkpoint import store as checkpoint
 from gptoughts.engine.distributed.ranks import Ranks
 from gptoughts.engine.engine import Engine
 from gptoughts.engine.optim import low_bit as lowbit
-from gptoughts.engine.optim.factory import optimiser
+from gptoughts.engine.optim.factory import optimizer
 from gptoughts.engine.optim.schedule_and_groups import set_rate
 from gptoughts.errors import CheckpointError, ConfigError, LayerError
 from gptoughts.hardware.machine import World, probe
@@ -27,7 +27,7 @@ from gptoughts.layers import CATALOG
 from gptoughts.models.sources import meta_model
 from gptoughts.planning.layer import Case, Kind, Status
 from gptoughts.planning.memory_model import baseline
-from gptoughts.run.build import built
+from gptoughts.run.build import build_engine
 from tests.support import engines
 from tests.support.engines import ROWS, engine_of, family_for, objective_for, plan_of, random_batches, recipe_of, steps, watched
 
@@ -71,8 +71,8 @@ def test_state_takes_a_quarter_and_half_applied_is_noticed(package: str) -> None
     recipe = recipe_of("modern")
     options = LAYER.read_options({"package": package}, "the test")
     with engine_of(recipe, plan_of(recipe, eight(package))) as engine:
-        sight = watched(engine)
-        proof = LAYER.verify(engine, sight, options)
+        trace = watched(engine)
+        proof = LAYER.verify(engine, trace, options)
         assert proof.status is Status.ACTIVE, proof.text
         assert engine.optimizer is not None
         packed = {p: s for p, s in engine.optimizer.state.items() if lowbit.in_eight_bits(s)}
@@ -83,7 +83,7 @@ def test_state_takes_a_quarter_and_half_applied_is_noticed(package: str) -> None
         assert not lowbit.in_eight_bits(engine.optimizer.state[table])
         half = next(iter(packed))
         engine.optimizer.state[half] = {"exp_avg": torch.zeros_like(half), "exp_avg_sq": torch.zeros_like(half)}
-        proof = LAYER.verify(engine, sight, options)
+        proof = LAYER.verify(engine, trace, options)
         assert proof.status is Status.INACTIVE and "11 of 12" in proof.text
 
 
@@ -93,7 +93,7 @@ def engine_from(recipe: Any, folder: Path, skip: int, package: str) -> Any:
         next(stream)
     plan, ranks = plan_of(recipe, eight(package)), Ranks(World(), torch.device("cpu"))
     model, source = meta_model(recipe, family, ROWS), training_state.Weights(folder)
-    return built(model, family, objective_for(recipe), recipe, plan, CATALOG, ranks, stream, source)
+    return build_engine(model, family, objective_for(recipe), recipe, plan, CATALOG, ranks, stream, source)
 
 
 def plain(engine: Engine) -> dict[str, Any]:
@@ -141,11 +141,11 @@ def damaged(values: dict[str, Any]) -> Iterator[dict[str, Any]]:
 @pytest.mark.parametrize("package", PACKAGES)
 def test_a_state_that_does_not_fit_is_told(package: str) -> None:
     model = torch.nn.Linear(64, 64, bias=False)
-    made: Any = optimiser(model, recipe_of("modern").optim, package)  # type: ignore[arg-type]
+    made: Any = optimizer(model, recipe_of("modern").optim, package)  # type: ignore[arg-type]
     model.weight.grad = torch.ones_like(model.weight)
     made.step()
     for wrong in damaged(made.stored(model.weight)):
-        with pytest.raises(CheckpointError, match="optimiser's"):
+        with pytest.raises(CheckpointError, match="optimizer's"):
             made.take(model.weight, wrong)
 
 
@@ -153,7 +153,7 @@ def test_a_state_that_does_not_fit_is_told(package: str) -> None:
 def test_the_rate_of_every_update_is_the_one_that_was_set(package: str) -> None:
     """A rate of 0 moves nothing: torchao holds its rate in a tensor, bitsandbytes in a number."""
     model = torch.nn.Linear(64, 64)
-    made = optimiser(model, recipe_of("modern").optim, package)  # type: ignore[arg-type]
+    made = optimizer(model, recipe_of("modern").optim, package)  # type: ignore[arg-type]
     for rate, moves in ((0.0, False), (0.1, True), (0.0, False)):
         before = model.weight.detach().clone()
         set_rate(made, rate)
@@ -180,33 +180,33 @@ def test_a_step_holds_what_was_expected(
     plan = plan_of(recipe, eight(package, attention="sdpa"))
     assert plan.memory is not None and plan.memory.budget is not None
     with engine_of(recipe, plan) as engine:
-        sight = watched(engine)
+        trace = watched(engine)
         assert engine.optimizer is not None
         held = sum(lowbit.bytes_of(state) for state in engine.optimizer.state.values())
     assert plan.memory.budget.optimizer == pytest.approx(held, rel=0.02)
-    assert sight.peak_bytes is not None
-    error = plan.memory.budget.peak / sight.peak_bytes - 1
-    assert abs(error) <= 0.15, f"expected {plan.memory.budget.to_json()}, held {sight.peak_bytes} ({error:+.0%})"
+    assert trace.peak_bytes is not None
+    error = plan.memory.budget.peak / trace.peak_bytes - 1
+    assert abs(error) <= 0.15, f"expected {plan.memory.budget.to_json()}, held {trace.peak_bytes} ({error:+.0%})"
 
 
 @pytest.mark.parametrize(("kind", "whole"), [("none", 100 + 600), ("lora", 0)])
 def test_embeddings_and_fused_experts_keep_eight_bytes(kind: str, whole: int) -> None:
     """Of 8 experts, two of which are chosen, 450 weights are idle: they have 600."""
     recipe = recipe_of("modern", adapter={"kind": kind})
-    facts = ModelFacts(
+    spec = ModelSpec(
         family="gpt", width=64, depth=1, vocab_size=8, sequence_length=8, parameters=1000, embedding_parameters=100,
         active_parameters=550, experts=8, experts_per_token=2, heads=2,
     )  # fmt: skip
-    budget = baseline(facts, recipe, 1)
+    budget = baseline(spec, recipe, 1)
     assert budget is not None
-    changed = LAYER.memory(Case(probe(), facts, recipe, World()), LAYER.read_options({}, "the test"), budget)
+    changed = LAYER.memory(Case(probe(), spec, recipe, World()), LAYER.read_options({}, "the test"), budget)
     assert changed.optimizer == 8 * whole + int((budget.optimizer - 8 * whole) * (1 + 4 / 256) / 4)
 
 
 def refused(recipe: Any, package: str = "torchao", **machine: Any) -> list[str]:
-    case = Case(dataclasses.replace(probe(), **machine), facts_for(recipe), recipe, World())
-    reasons = LAYER.unmet(case, LAYER.read_options({"package": package}, "the test"))
-    return [str(reason) for reason in reasons if reason.kind is Kind.CANNOT]
+    case = Case(dataclasses.replace(probe(), **machine), spec_for(recipe), recipe, World())
+    reasons = LAYER.rejections(case, LAYER.read_options({"package": package}, "the test"))
+    return [str(reason) for reason in reasons if reason.kind is Kind.UNSUPPORTED]
 
 
 def test_refusals() -> None:
@@ -216,7 +216,7 @@ def test_refusals() -> None:
         without = {name: version for name, version in here.items() if name != package}
         assert f"needs the package {package}" in refused(recipe_of("modern"), package, packages=without)[0]
     with pytest.raises(ConfigError, match="eight bits for AdamW only"):
-        optimiser(torch.nn.Linear(2, 2), recipe_of("modern", optim={"name": "lion"}).optim, "torchao")
+        optimizer(torch.nn.Linear(2, 2), recipe_of("modern", optim={"name": "lion"}).optim, "torchao")
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -228,16 +228,16 @@ def test_a_package_that_is_missing_or_broken_is_quoted(package: str, tmp_path: P
     monkeypatch.syspath_prepend(str(tmp_path))
     optim, model = recipe_of("modern").optim, torch.nn.Linear(2, 2)
     with pytest.raises(LayerError, match=f"{package} is installed and cannot be imported: RuntimeError: built for another"):
-        optimiser(model, optim, package)  # type: ignore[arg-type]
+        optimizer(model, optim, package)  # type: ignore[arg-type]
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(LayerError, match=f"needs the package {package}"):
-        optimiser(model, optim, package)  # type: ignore[arg-type]
+        optimizer(model, optim, package)  # type: ignore[arg-type]
 
 
 def test_fp16_scales_and_eight_bits_keep() -> None:
     recipe = recipe_of("modern")
     with engine_of(recipe, plan_of(recipe, eight("torchao", precision="fp16"))) as engine:
-        sight = watched(engine, 2)
+        trace = watched(engine, 2)
         for name in ("8bit", "fp16"):
             layer = CATALOG[name]
-            assert layer.verify(engine, sight, layer.read_options({}, "the test")).status is Status.ACTIVE
+            assert layer.verify(engine, trace, layer.read_options({}, "the test")).status is Status.ACTIVE

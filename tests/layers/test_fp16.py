@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptoughts.config.model_spec import facts_for
+from gptoughts.config.model_spec import spec_for
 from gptoughts.engine.checkpoint import state as training_state
 from gptoughts.engine.checkpoint import store as checkpoint
 from gptoughts.engine.trainer import Progress, advance
@@ -79,7 +79,7 @@ def test_a_step_that_overflows_is_left_out_and_counted() -> None:
         assert norms[1:3] == [0.0, 0.0]
         assert norms[0] > 0 < norms[3]
         assert progress.step == engine.counters.updates == 2
-        assert engine.counters.marks[SKIPPED] == scaler.skipped == 2
+        assert engine.counters.call_counts[SKIPPED] == scaler.skipped == 2
         assert scaler.scale == OPTIONS["scale"] / 4
         assert all(parameter.grad is None for parameter in engine.parameters())
         proof = LAYER.verify(engine, watched(engine, warm=0), OPTIONS)
@@ -91,9 +91,9 @@ def test_a_watched_step_that_moved_no_weight_is_inactive() -> None:
     recipe = recipe_of("modern")
     with engine_of(recipe, plan_of(recipe, FP16)) as engine:
         poisoned(engine, {0})
-        sight = watched(engine, warm=0)
-        assert not sight.updated
-        assert LAYER.verify(engine, sight, OPTIONS).status is Status.INACTIVE
+        trace = watched(engine, warm=0)
+        assert not trace.updated
+        assert LAYER.verify(engine, trace, OPTIONS).status is Status.INACTIVE
 
 
 def test_overflows_without_end_stop_the_run() -> None:
@@ -176,15 +176,15 @@ def test_ranks_leave_the_same_step_out(tmp_path: Path) -> None:
     [
         ("t4", {}, None, ""),
         ("h100", {}, None, ""),
-        ("cpu", {}, Kind.WOULD_NOT_PAY, "float16 matmuls ran at 1 to 33 GFLOP/s on CPUs"),
-        ("t4", {"scale": 1000.0}, Kind.CANNOT, "scale needs a power of two from 1 to 2^24, here 1000"),
-        ("t4", {"scale": 0.5}, Kind.CANNOT, "scale needs a power of two"),
+        ("cpu", {}, Kind.SLOWER, "float16 matmuls ran at 1 to 33 GFLOP/s on CPUs"),
+        ("t4", {"scale": 1000.0}, Kind.UNSUPPORTED, "scale needs a power of two from 1 to 2^24, here 1000"),
+        ("t4", {"scale": 0.5}, Kind.UNSUPPORTED, "scale needs a power of two"),
     ],
 )
 def test_it_says_why_it_does_not_fit(machine: str, given_options: dict[str, Any], kind: Kind | None, words: str) -> None:
     recipe = recipe_of("modern")
-    case = Case(read(f"tests/machines/{machine}.json"), facts_for(recipe), recipe, World())
-    reasons = LAYER.unmet(case, LAYER.read_options(given_options, "the test"))
+    case = Case(read(f"tests/machines/{machine}.json"), spec_for(recipe), recipe, World())
+    reasons = LAYER.rejections(case, LAYER.read_options(given_options, "the test"))
     assert any(one.kind is kind and words in str(one) for one in reasons) if kind else not reasons, reasons
 
 
@@ -192,13 +192,13 @@ def test_an_older_gpu_has_no_tensor_cores() -> None:
     machine = read("tests/machines/t4.json")
     pascal = replace(machine, gpus=tuple(replace(gpu, compute_capability=(6, 1)) for gpu in machine.gpus))
     recipe = recipe_of("modern")
-    reasons = LAYER.unmet(Case(pascal, facts_for(recipe), recipe, World()), OPTIONS)
+    reasons = LAYER.rejections(Case(pascal, spec_for(recipe), recipe, World()), OPTIONS)
     assert "needs compute capability 7.0, found 6.1" in str(reasons[0])
 
 
 def test_a_t4_trains_in_float16_with_a_scaler() -> None:
     machine, recipe = read("tests/machines/t4.json"), recipe_of("modern")
-    plan = resolve(pick("auto", machine), machine, facts_for(recipe), recipe, World(), CATALOG)
+    plan = resolve(pick("auto", machine), machine, spec_for(recipe), recipe, World(), CATALOG)
     assert plan.layers["precision"] == "fp16"
     with pytest.raises(PlanError, match="in-backward"):
-        resolve(pick("auto", machine), machine, facts_for(recipe), recipe, World(), CATALOG, {**FP16, "update": "in-backward"})
+        resolve(pick("auto", machine), machine, spec_for(recipe), recipe, World(), CATALOG, {**FP16, "update": "in-backward"})

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from gptoughts.config.model_spec import facts_for
+from gptoughts.config.model_spec import spec_for
 from gptoughts.engine.checkpoint import state as training_state
 from gptoughts.engine.checkpoint import store as checkpoint
 from gptoughts.errors import LayerError
@@ -35,7 +35,7 @@ FP8_KERNEL = "nvjet_sm90_qqtst_128x128_128x6_1x2_h_bz_ovscale_TNT"
 ACTIVE: dict[str, Any] = {"now": 0, "recipe": None}
 
 
-class Quantised(nn.Module):
+class Quantized(nn.Module):
     """What the doubles share: scale tensors that appear in the first forward, and a count of forwards inside `autocast`."""
 
     def __init__(self, gemms: int) -> None:
@@ -67,7 +67,7 @@ class Quantised(nn.Module):
         return functional.layer_norm(x.float(), width, weight, self.layer_norm_bias, self.eps).type_as(x)
 
 
-class Linear(Quantised):
+class Linear(Quantized):
     def __init__(self, in_features: int, out_features: int, bias: bool, device: str) -> None:
         super().__init__(1)
         assert device == "meta"
@@ -90,7 +90,7 @@ class LayerNormLinear(Linear):
         return super().forward(self.normed(x))
 
 
-class LayerNormMLP(Quantised):
+class LayerNormMLP(Quantized):
     def __init__(
         self, hidden_size: int, ffn_hidden_size: int, eps: float, normalization: str, activation: str, bias: bool, device: str
     ) -> None:
@@ -238,11 +238,11 @@ def test_a_layer_norm_without_bias_is_not_fused() -> None:
 
 def test_half_the_modules_unconverted_is_inactive_whatever_the_kernels_say() -> None:
     with converted(recipe_of("modern")) as engine:
-        sight = replace(watched(engine), kernels={FP8_KERNEL: 1000})
-        whole = verify(engine, sight, LAYER.read_options({}, "the test"))
+        trace = replace(watched(engine), kernels={FP8_KERNEL: 1000})
+        whole = verify(engine, trace, LAYER.read_options({}, "the test"))
         for site in engine.extras["fp8-te"].sites[::2]:
             site.at.__dict__.pop("forward")
-        half = verify(engine, sight, LAYER.read_options({}, "the test"))
+        half = verify(engine, trace, LAYER.read_options({}, "the test"))
     assert whole.status is Status.ACTIVE, whole.text
     assert half.status is Status.INACTIVE
     assert half.text.startswith("4 of 9 sites")
@@ -250,8 +250,8 @@ def test_half_the_modules_unconverted_is_inactive_whatever_the_kernels_say() -> 
 
 def test_bf16_kernels_in_the_place_of_fp8_ones_are_inactive() -> None:
     with converted(recipe_of("modern")) as engine:
-        sight = replace(watched(engine), kernels={"nvjet_sm90_tst_256x128_64x4_1x2_h_bz_coopA_TNT": 1000})
-        assert verify(engine, sight, LAYER.read_options({}, "the test")).status is Status.INACTIVE
+        trace = replace(watched(engine), kernels={"nvjet_sm90_tst_256x128_64x4_1x2_h_bz_coopA_TNT": 1000})
+        assert verify(engine, trace, LAYER.read_options({}, "the test")).status is Status.INACTIVE
 
 
 def test_blocks_that_are_recomputed_run_in_fp8_again() -> None:
@@ -303,9 +303,11 @@ def test_scalings_know_their_units_and_multiples(scaling: str, machine: str, wor
     recipe = recipe_of("modern", model={"width": 4160 if words and "4160" in words else 4096, "heads": 32})
     here = read(f"tests/machines/{machine}.json")
     here = replace(here, packages={**here.packages, "transformer-engine": "2.8.0"})
-    case = Case(here, facts_for(recipe), recipe, World())
+    case = Case(here, spec_for(recipe), recipe, World())
     reasons = [
-        str(one) for one in LAYER.unmet(case, LAYER.read_options({"scaling": scaling}, "the test")) if one.kind is Kind.CANNOT
+        str(one)
+        for one in LAYER.rejections(case, LAYER.read_options({"scaling": scaling}, "the test"))
+        if one.kind is Kind.UNSUPPORTED
     ]
     assert (not reasons) if words is None else any(words in reason for reason in reasons), reasons
 
@@ -313,25 +315,25 @@ def test_scalings_know_their_units_and_multiples(scaling: str, machine: str, wor
 @pytest.mark.parametrize(
     ("machine", "more", "kind", "words"),
     [
-        ("a100x8-80gb", {}, Kind.CANNOT, "needs compute capability 8.9, found 8.0"),
-        ("rtx4090", {}, Kind.CANNOT, "needs the package transformer-engine, not installed"),
-        ("h100", {"model": {"width": 776, "heads": 4}}, Kind.CANNOT, "needs widths divisible by 16, the model has 776"),
-        ("h100", {"model": {"width": 768, "heads": 12}}, Kind.WOULD_NOT_PAY, "width 768 is below 4096"),
+        ("a100x8-80gb", {}, Kind.UNSUPPORTED, "needs compute capability 8.9, found 8.0"),
+        ("rtx4090", {}, Kind.UNSUPPORTED, "needs the package transformer-engine, not installed"),
+        ("h100", {"model": {"width": 776, "heads": 4}}, Kind.UNSUPPORTED, "needs widths divisible by 16, the model has 776"),
+        ("h100", {"model": {"width": 768, "heads": 12}}, Kind.SLOWER, "width 768 is below 4096"),
         (
             "h100",
             {"model": {"width": 4096, "heads": 32}, "train": {"steps": 1, "global_batch": 8}},
-            Kind.WOULD_NOT_PAY,
+            Kind.SLOWER,
             "256 tokens",
         ),
-        ("h100", {"model": {"width": 2048, "heads": 16}}, Kind.WOULD_NOT_PAY, "1.10 to 1.15 of eager bf16"),
-        ("h100", {"adapter": {"kind": "lora"}, "model": LLAMA}, Kind.CANNOT, "an adapter's frozen projections"),
+        ("h100", {"model": {"width": 2048, "heads": 16}}, Kind.SLOWER, "1.10 to 1.15 of eager bf16"),
+        ("h100", {"adapter": {"kind": "lora"}, "model": LLAMA}, Kind.UNSUPPORTED, "an adapter's frozen projections"),
         ("h100", {"model": {"width": 4096, "heads": 32}, "train": {"steps": 1, "global_batch": 256}}, None, ""),
     ],
 )
 def test_it_says_why_it_does_not_fit(machine: str, more: dict[str, Any], kind: Kind | None, words: str) -> None:
     recipe = recipe_of("modern", **more)
-    case = Case(read(f"tests/machines/{machine}.json"), facts_for(recipe), recipe, World())
-    reasons = LAYER.unmet(case, LAYER.read_options({}, "the test"))
+    case = Case(read(f"tests/machines/{machine}.json"), spec_for(recipe), recipe, World())
+    reasons = LAYER.rejections(case, LAYER.read_options({}, "the test"))
     if kind is None:
         assert reasons == []
     else:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gptoughts.config.model_spec import facts_for
+from gptoughts.config.model_spec import spec_for
 from gptoughts.engine.checkpoint import state as training_state
 from gptoughts.engine.checkpoint import store as checkpoint
 from gptoughts.errors import LayerError
@@ -35,7 +35,7 @@ E4M3, E5M2, BF16 = "c10::Float8_e4m3fn", "c10::Float8_e5m2", "c10::BFloat16"
 LORA = {"kind": "lora", "rank": 4, "alpha": 8}
 
 
-def quantised(engine: Any) -> list[str]:
+def quantized(engine: Any) -> list[str]:
     return [name for name, module in engine.bare.named_modules() if getattr(module, "in_eight_bits", False)]
 
 
@@ -55,7 +55,7 @@ def test_projections_in_the_blocks_are_converted_and_the_rest_is_counted(family:
         expected, names = steps(engine, 3), list(engine.bare.state_dict())
         classes = [type(module) for module in engine.bare.modules()]
     with engine_of(recipe, plan_of(recipe, FP8)) as engine:
-        found = quantised(engine)
+        found = quantized(engine)
         assert len(found) == converted
         assert all(any(name.startswith(f"{block}.") for block in engine.blocks) for name in found)
         assert not any(name.rpartition(".")[2] in ("gate", "head", "lm_head", "embed") for name in found)
@@ -140,7 +140,7 @@ def test_odd_widths_are_skipped_and_counted() -> None:
 def test_half_the_modules_unconverted_is_inactive() -> None:
     recipe = recipe_of("modern")
     with engine_of(recipe, plan_of(recipe, FP8)) as engine:
-        for name in quantised(engine)[::2]:
+        for name in quantized(engine)[::2]:
             parent, _, own = name.rpartition(".")
             old = engine.bare.get_submodule(name)
             plain = torch.nn.Linear(old.in_features, old.out_features, bias=old.bias is not None, device="meta")
@@ -155,7 +155,7 @@ def test_modules_that_multiply_in_bf16_all_the_same_are_inactive(monkeypatch: py
     """Converted by class, the old product inside."""
     recipe = recipe_of("modern")
     with engine_of(recipe, plan_of(recipe, FP8)) as engine:
-        kind = type(engine.bare.get_submodule(quantised(engine)[0]))
+        kind = type(engine.bare.get_submodule(quantized(engine)[0]))
         monkeypatch.setattr(kind, "forward", torch.nn.Linear.forward)
         proof = LAYER.verify(engine, watched(engine), OPTIONS)
     assert proof.status is Status.INACTIVE
@@ -177,9 +177,9 @@ def test_a_package_that_raises_is_quoted(monkeypatch: pytest.MonkeyPatch) -> Non
 def gpu_sight(operator: dict[tuple[str, ...], int], kernels: dict[str, int], regions: int) -> Any:
     recipe = recipe_of("modern")
     with engine_of(recipe, plan_of(recipe, FP8)) as engine:
-        sight = watched(engine)
+        trace = watched(engine)
         scaled = Operator("aten::_scaled_mm", sum(operator.values()), operator)
-        seen = replace(sight, operators={"aten::_scaled_mm": scaled}, kernels=kernels, regions=regions)
+        seen = replace(trace, operators={"aten::_scaled_mm": scaled}, kernels=kernels, regions=regions)
         there = SimpleNamespace(device=torch.device("cuda"), bare=engine.bare, blocks=engine.blocks)
         return LAYER.verify(there, seen, OPTIONS)
 
@@ -239,13 +239,13 @@ def test_forwards_that_run_again_hide_no_product_of_the_backward(
     """Recomputation runs the forward's products twice; a backward in bf16 is noticed all the same."""
     recipe = recipe_of("modern")
     with engine_of(recipe, plan_of(recipe, {**FP8, **layers})) as engine:
-        sight = watched(engine)
-        proof = LAYER.verify(engine, sight, OPTIONS)
+        trace = watched(engine)
+        proof = LAYER.verify(engine, trace, OPTIONS)
         assert proof.status is Status.ACTIVE, proof.text
         assert (proof.figures["products"], proof.figures["backward"]) == (products, 24)
-        casts = sight.operators["aten::_to_copy"]
+        casts = trace.operators["aten::_to_copy"]
         fewer = {given: calls for given, calls in casts.input_dtypes.items() if given[0] != E5M2}
-        seen = replace(sight, operators={**sight.operators, casts.name: replace(casts, input_dtypes=fewer)})
+        seen = replace(trace, operators={**trace.operators, casts.name: replace(casts, input_dtypes=fewer)})
         proof = LAYER.verify(engine, seen, OPTIONS)
         assert proof.status is Status.INACTIVE and "0 of them backward" in proof.text
 
@@ -253,13 +253,13 @@ def test_forwards_that_run_again_hide_no_product_of_the_backward(
 def test_row_wise_recomputation_is_proven_only_by_four_products() -> None:
     recipe, options = recipe_of("modern"), LAYER.read_options({"scaling": "rowwise"}, "the test")
     with engine_of(recipe, plan_of(recipe, {**FP8, "precision.scaling": "rowwise", **RECOMPUTED})) as engine:
-        sight = watched(engine)
-        proof = LAYER.verify(engine, sight, options)
+        trace = watched(engine)
+        proof = LAYER.verify(engine, trace, options)
         assert proof.status is Status.ACTIVE and "48 emulated FP8 products, at least 36 needed" in proof.text
-        casts = sight.operators["aten::_to_copy"]
+        casts = trace.operators["aten::_to_copy"]
         for calls, status in ((94, Status.UNPROVEN), (70, Status.INACTIVE)):
             fewer = replace(casts, input_dtypes={(E4M3,): calls})
-            seen = replace(sight, operators={**sight.operators, casts.name: fewer})
+            seen = replace(trace, operators={**trace.operators, casts.name: fewer})
             assert LAYER.verify(engine, seen, options).status is status
 
 
@@ -267,11 +267,11 @@ def test_of_a_frozen_projection_the_gradient_of_the_input_is_needed() -> None:
     """But in the first block, whose input may carry none: 12 forward, and 8 in the others."""
     recipe = recipe_of("modern")
     with engine_of(recipe, plan_of(recipe, FP8)) as engine:
-        sight = watched(engine)
-        frozen = [engine.bare.get_submodule(name).weight for name in quantised(engine)]
+        trace = watched(engine)
+        frozen = [engine.bare.get_submodule(name).weight for name in quantized(engine)]
         for weight in frozen:
             weight.requires_grad_(False)
-        proof = LAYER.verify(engine, sight, OPTIONS)
+        proof = LAYER.verify(engine, trace, OPTIONS)
     assert (proof.figures["expected"], proof.figures["expected_backward"]) == (20, 8)
     assert "at least 20 and 8 needed" in proof.text
 
@@ -279,9 +279,9 @@ def test_of_a_frozen_projection_the_gradient_of_the_input_is_needed() -> None:
 def test_emulated_products_inside_compiled_regions_cannot_be_told() -> None:
     recipe = recipe_of("modern")
     with engine_of(recipe, plan_of(recipe, FP8)) as engine:
-        sight = watched(engine)
+        trace = watched(engine)
         for regions, status in ((3, Status.UNPROVEN), (0, Status.INACTIVE)):
-            assert LAYER.verify(engine, replace(sight, operators={}, regions=regions), OPTIONS).status is status
+            assert LAYER.verify(engine, replace(trace, operators={}, regions=regions), OPTIONS).status is status
 
 
 WIDE = {"width": 4096, "heads": 32}
@@ -292,36 +292,50 @@ MANY = {"steps": 1, "global_batch": 256}
     ("machine", "more", "scaling", "kind", "words"),
     [
         ("h100", {"model": WIDE, "train": MANY}, "tensorwise", None, ""),
-        ("h100", {"model": WIDE, "train": MANY}, "rowwise", Kind.WOULD_NOT_PAY, "row-wise at"),
-        ("h100", {"model": {"width": 768, "heads": 12}}, "tensorwise", Kind.WOULD_NOT_PAY, "width 768 is below 1536"),
+        ("h100", {"model": WIDE, "train": MANY}, "rowwise", Kind.SLOWER, "row-wise at"),
+        ("h100", {"model": {"width": 768, "heads": 12}}, "tensorwise", Kind.SLOWER, "width 768 is below 1536"),
         (
             "h100",
             {"model": WIDE, "train": {"steps": 1, "global_batch": 8}},
             "tensorwise",
-            Kind.WOULD_NOT_PAY,
+            Kind.SLOWER,
             "256 tokens per forward",
         ),
-        ("h100", {"model": {"width": 776, "heads": 4}}, "tensorwise", Kind.CANNOT, "divisible by 16, the model has 776"),
-        ("rtx3090", {"model": WIDE, "train": MANY}, "tensorwise", Kind.CANNOT, "needs compute capability 8.9, found 8.6"),
-        ("t4", {"model": WIDE}, "tensorwise", Kind.CANNOT, "needs compute capability 8.9, found 7.5"),
-        ("cpu", {}, "tensorwise", Kind.WOULD_NOT_PAY, "products are emulated here"),
-        ("h100", {"model": {"family": "hf", "config": config_folder("gpt2")}}, "tensorwise", Kind.CANNOT, "gpt2 uses conv1d"),
-        ("cpu", {"data": {"sequence_length": 7, "tokenizer": "chars", "format": "text"}}, "tensorwise", Kind.CANNOT, "here 28"),
+        ("h100", {"model": {"width": 776, "heads": 4}}, "tensorwise", Kind.UNSUPPORTED, "divisible by 16, the model has 776"),
+        ("rtx3090", {"model": WIDE, "train": MANY}, "tensorwise", Kind.UNSUPPORTED, "needs compute capability 8.9, found 8.6"),
+        ("t4", {"model": WIDE}, "tensorwise", Kind.UNSUPPORTED, "needs compute capability 8.9, found 7.5"),
+        ("cpu", {}, "tensorwise", Kind.SLOWER, "products are emulated here"),
+        (
+            "h100",
+            {"model": {"family": "hf", "config": config_folder("gpt2")}},
+            "tensorwise",
+            Kind.UNSUPPORTED,
+            "gpt2 uses conv1d",
+        ),
+        (
+            "cpu",
+            {"data": {"sequence_length": 7, "tokenizer": "chars", "format": "text"}},
+            "tensorwise",
+            Kind.UNSUPPORTED,
+            "here 28",
+        ),
     ],
 )
 def test_it_says_why_it_does_not_fit(machine: str, more: dict[str, Any], scaling: str, kind: Kind | None, words: str) -> None:
     here = read(f"tests/machines/{machine}.json")
     here = replace(here, packages={**here.packages, "torchao": "0.18.0"})
     recipe = recipe_of("modern", **more)
-    case = Case(here, facts_for(recipe), recipe, World())
-    reasons = LAYER.unmet(case, LAYER.read_options({"scaling": scaling}, "the test"))
+    case = Case(here, spec_for(recipe), recipe, World())
+    reasons = LAYER.rejections(case, LAYER.read_options({"scaling": scaling}, "the test"))
     assert any(one.kind is kind and words in str(one) for one in reasons) if kind else not reasons, reasons
 
 
 def test_without_the_package_it_names_the_extra() -> None:
     recipe = recipe_of("modern")
-    case = Case(read("tests/machines/cpu.json"), facts_for(recipe), recipe, World())
-    assert "needs the package torchao, not installed (pip install 'gptoughts[lowbit]')" in str(LAYER.unmet(case, OPTIONS)[0])
+    case = Case(read("tests/machines/cpu.json"), spec_for(recipe), recipe, World())
+    assert "needs the package torchao, not installed (pip install 'gptoughts[lowbit]')" in str(
+        LAYER.rejections(case, OPTIONS)[0]
+    )
 
 
 @pytest.mark.parametrize(("width", "heads", "precision"), [(768, 12, "bf16"), (4096, 32, "fp8-torchao")])
@@ -329,9 +343,9 @@ def test_hopper_takes_fp8_where_it_pays_and_keeps_the_compiler(width: int, heads
     machine = read("tests/machines/h100.json")
     machine = replace(machine, packages={**machine.packages, "torchao": "0.18.0"})
     recipe = recipe_of("modern", model={"width": width, "heads": heads}, train=MANY)
-    plan = resolve(pick("auto", machine), machine, facts_for(recipe), recipe, World(), CATALOG)
+    plan = resolve(pick("auto", machine), machine, spec_for(recipe), recipe, World(), CATALOG)
     assert (plan.layers["precision"], plan.layers["compile"]) == (precision, "compile-blocks")
     if precision == "bf16":
-        over = dict(plan.choice("precision").passed_over)
+        over = dict(plan.choice("precision").rejected)
         assert "width 768 is below 1536" in str(over["fp8-torchao"][0])
         assert "width 768 is below 4096" in str(over["fp8-te"][0])

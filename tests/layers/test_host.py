@@ -46,9 +46,9 @@ def test_the_collector_is_off_after_the_first_update_and_back_afterwards() -> No
     recipe = recipe_of("modern")
     with engine_of(recipe, plan_of(recipe, {"host": "threads", "host.threads": 1})) as engine:
         assert gc.isenabled()
-        sight = watched(engine)
+        trace = watched(engine)
         assert not gc.isenabled() and gc.get_freeze_count() > 0
-        proof = THREADS.verify(engine, sight, OPTIONS)
+        proof = THREADS.verify(engine, trace, OPTIONS)
     assert proof.status is Status.ACTIVE
     assert "garbage collection paused, none in the step" in proof.text
     assert proof.figures["collections"] == 0
@@ -94,9 +94,9 @@ def test_garbage_is_collected_between_updates_and_is_no_collection_inside() -> N
         weakref.finalize(cycle, gone.append, 1)
         del cycle
         assert gone == []
-        sight = watched(engine, warm=0)  # the second update: ours
+        trace = watched(engine, warm=0)  # the second update: ours
         assert gone == [1]
-        assert THREADS.verify(engine, sight, OPTIONS).status is Status.ACTIVE
+        assert THREADS.verify(engine, trace, OPTIONS).status is Status.ACTIVE
 
 
 # --- node of the GPU
@@ -219,4 +219,4 @@ def test_segments_that_can_grow_are_the_proof(grows: tuple[bool, ...], status: S
 
 
 def watched_nothing() -> Any:
-    return SimpleNamespace(kernels={}, marks={})
+    return SimpleNamespace(kernels={}, call_counts={})

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gptoughts.config.model_spec import facts_for
+from gptoughts.config.model_spec import spec_for
 from gptoughts.engine.engine import Engine
 from gptoughts.engine.optim.schedule_and_groups import Group
 from gptoughts.engine.trainer import Progress, advance
@@ -98,7 +98,7 @@ def test_tied_weights_get_one_update_with_the_whole_gradient() -> None:
         run(engine, 3)
         counts = [float(state["step"]) for state in engine.optimizer.state.values()]
         assert counts == [3.0] * len(engine.parameters())
-        assert engine.counters.marks["in-backward"] == 3 * len(engine.parameters())
+        assert engine.counters.call_counts["in-backward"] == 3 * len(engine.parameters())
 
 
 def test_a_parameter_left_out_is_noticed_and_hooks_are_gone_afterwards() -> None:
@@ -125,8 +125,8 @@ def test_a_second_micro_batch_stops_the_run() -> None:
 
 
 def reasons(recipe: Any, world: World | None = None, **micro_batch: Any) -> list[str]:
-    case = Case(probe(), facts_for(recipe), recipe, world or World(), micro_batch=micro_batch)
-    return [str(reason) for reason in LAYER.unmet(case, {}) if reason.kind is Kind.CANNOT]
+    case = Case(probe(), spec_for(recipe), recipe, world or World(), micro_batch=micro_batch)
+    return [str(reason) for reason in LAYER.rejections(case, {}) if reason.kind is Kind.UNSUPPORTED]
 
 
 def test_refusals_name_what_to_type() -> None:

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gptoughts.config.model_spec import facts_for
+from gptoughts.config.model_spec import spec_for
 from gptoughts.errors import LayerError
 from gptoughts.hardware import machine
 from gptoughts.hardware.machine import World
@@ -30,7 +30,7 @@ from gptoughts.models.gpt.attention import rotate_both
 from gptoughts.models.gpt.gpt import Attention
 from gptoughts.models.kernels import liger, liger_places
 from gptoughts.models.sources import meta_model
-from gptoughts.planning.evidence import Sight, Status
+from gptoughts.planning.evidence import Status, StepTrace
 from gptoughts.planning.layer import Case, Kind
 from tests.layers.test_attention import packed_batches, seen
 from tests.support.engines import (
@@ -289,7 +289,7 @@ def test_a_broken_package_is_quoted(text: str, wanted: str, tmp_path: Path) -> N
     (folder / "__init__.py").write_text(text + "\n", encoding="utf-8")
     program = (
         f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
-        "from gptoughts.errors import LayerError\nfrom gptoughts.models import liger\n"
+        "from gptoughts.errors import LayerError\nfrom gptoughts.models.kernels import liger\n"
         "try:\n    liger.kernels()\nexcept LayerError as error:\n    print(error)\n"
     )
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=ROOT)
@@ -305,26 +305,26 @@ def reasons(box: str, kind: Kind, family: str = "modern", parts: str = "all", **
         given, packages={**given.packages, "liger-kernel": "0.8.5"} if more.pop("installed", True) else given.packages
     )
     recipe = recipe_of(family)
-    case = Case(given, facts_for(recipe), recipe, World(), **more)
-    return " | ".join(str(reason) for reason in LAYER.unmet(case, options(parts)) if reason.kind is kind)
+    case = Case(given, spec_for(recipe), recipe, World(), **more)
+    return " | ".join(str(reason) for reason in LAYER.rejections(case, options(parts)) if reason.kind is kind)
 
 
 def test_needs_on_fake_machines() -> None:
-    assert not reasons("h100", Kind.CANNOT)
-    assert "pytorch/pytorch#141916" in reasons("h100", Kind.WOULD_NOT_PAY)
-    assert "pip install 'gptoughts[liger]'" in reasons("rtx3090", Kind.CANNOT, installed=False)
-    assert "needs an NVIDIA GPU, found none" in reasons("cpu", Kind.CANNOT)
+    assert not reasons("h100", Kind.UNSUPPORTED)
+    assert "pytorch/pytorch#141916" in reasons("h100", Kind.SLOWER)
+    assert "pip install 'gptoughts[liger]'" in reasons("rtx3090", Kind.UNSUPPORTED, installed=False)
+    assert "needs an NVIDIA GPU, found none" in reasons("cpu", Kind.UNSUPPORTED)
     interpreted = {"environment": {"TRITON_INTERPRET": "1"}}
-    assert "--layer.kernels.parts rope" in reasons("cpu", Kind.CANNOT, **interpreted)
-    assert not reasons("cpu", Kind.CANNOT, parts="rope", **interpreted)
-    assert "has LayerNorm and GELU" in reasons("h100", Kind.CANNOT, family="gpt2")
+    assert "--layer.kernels.parts rope" in reasons("cpu", Kind.UNSUPPORTED, **interpreted)
+    assert not reasons("cpu", Kind.UNSUPPORTED, parts="rope", **interpreted)
+    assert "has LayerNorm and GELU" in reasons("h100", Kind.UNSUPPORTED, family="gpt2")
 
 
 # --- proofs by the names of kernels
 
 
-def verdict(model: torch.nn.Module, sight: Sight, parts: str = "all") -> Any:
-    return LAYER.verify(SimpleNamespace(device=SimpleNamespace(type="cuda"), bare=model), sight, options(parts))
+def verdict(model: torch.nn.Module, trace: StepTrace, parts: str = "all") -> Any:
+    return LAYER.verify(SimpleNamespace(device=SimpleNamespace(type="cuda"), bare=model), trace, options(parts))
 
 
 def test_kernels_are_counted_by_their_names_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

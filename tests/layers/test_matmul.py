@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from gptoughts.config.model_spec import facts_for
+from gptoughts.config.model_spec import spec_for
 from gptoughts.errors import PlanError
 from gptoughts.hardware.machine import World, probe, read
 from gptoughts.layers import CATALOG
@@ -92,26 +92,26 @@ def test_a_whole_step_is_another_one_and_near() -> None:
     [
         ("h100", {}, None, ""),
         ("h100", {"accumulate": "reduced"}, None, ""),
-        ("h100", {"units": "bf16"}, Kind.CANNOT, "cuBLAS rounds float32 factors to TF32 and to nothing less"),
-        ("t4", {}, Kind.CANNOT, "needs compute capability 8.0, found 7.5"),
-        ("cpu", {}, Kind.CANNOT, "torch takes the switch here and computes in float32"),
-        ("cpu", {"units": "bf16"}, Kind.CANNOT, "needs a CPU with AVX512-BF16 or AMX-BF16"),
-        ("cpu-avx512-bf16", {}, Kind.CANNOT, "--layer.matmul.units bf16"),
-        ("cpu-avx512-bf16", {"units": "bf16"}, Kind.WOULD_NOT_PAY, "precision=bf16 rounds the same"),
-        ("cpu-avx512-bf16", {"units": "bf16", "accumulate": "reduced"}, Kind.CANNOT, "a switch of cuBLAS"),
+        ("h100", {"units": "bf16"}, Kind.UNSUPPORTED, "cuBLAS rounds float32 factors to TF32 and to nothing less"),
+        ("t4", {}, Kind.UNSUPPORTED, "needs compute capability 8.0, found 7.5"),
+        ("cpu", {}, Kind.UNSUPPORTED, "torch takes the switch here and computes in float32"),
+        ("cpu", {"units": "bf16"}, Kind.UNSUPPORTED, "needs a CPU with AVX512-BF16 or AMX-BF16"),
+        ("cpu-avx512-bf16", {}, Kind.UNSUPPORTED, "--layer.matmul.units bf16"),
+        ("cpu-avx512-bf16", {"units": "bf16"}, Kind.SLOWER, "precision=bf16 rounds the same"),
+        ("cpu-avx512-bf16", {"units": "bf16", "accumulate": "reduced"}, Kind.UNSUPPORTED, "a switch of cuBLAS"),
     ],
 )
 def test_it_says_why_it_does_not_fit(machine: str, given: dict[str, Any], kind: Kind | None, words: str) -> None:
     recipe = recipe_of("modern")
-    case = Case(read(f"tests/machines/{machine}.json"), facts_for(recipe), recipe, World())
-    reasons = LAYER.unmet(case, options(**given))
+    case = Case(read(f"tests/machines/{machine}.json"), spec_for(recipe), recipe, World())
+    reasons = LAYER.rejections(case, options(**given))
     assert any(one.kind is kind and words in str(one) for one in reasons) if kind else not reasons, reasons
 
 
 def test_a_torch_that_takes_the_switch_and_does_nothing_is_refused() -> None:
     recipe, here = recipe_of("modern"), read("tests/machines/cpu-avx512-bf16.json")
-    case = Case(replace(here, packages={**here.packages, "torch": "2.11.0"}), facts_for(recipe), recipe, World())
-    assert any("torch 2.11.0 takes the switch" in str(one) for one in LAYER.unmet(case, options(units="bf16")))
+    case = Case(replace(here, packages={**here.packages, "torch": "2.11.0"}), spec_for(recipe), recipe, World())
+    assert any("torch 2.11.0 takes the switch" in str(one) for one in LAYER.rejections(case, options(units="bf16")))
 
 
 def test_a_demand_that_cannot_be_met_names_the_way_out() -> None:

@@ -21,24 +21,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gptoughts.config.loader import Recipe
-from gptoughts.config.model_spec import ModelFacts, facts_for
+from gptoughts.config.model_spec import ModelSpec, spec_for
 from gptoughts.console import bytes_in_words
 from gptoughts.engine.checkpoint import state as training_state
 from gptoughts.engine.checkpoint import store as checkpoint
 from gptoughts.engine.distributed.ranks import Ranks
 from gptoughts.engine.engine import Engine
-from gptoughts.engine.optim.factory import optimiser
+from gptoughts.engine.optim.factory import optimizer
 from gptoughts.errors import CheckpointError, LayerError
 from gptoughts.hardware.machine import World, probe, read
 from gptoughts.layers import CATALOG
 from gptoughts.layers.recompute_ops import is_kept
 from gptoughts.layers.support.activation_offload import HostActivations
 from gptoughts.models.sources import meta_model
-from gptoughts.planning.evidence import Operator, Sight
+from gptoughts.planning.evidence import Operator, StepTrace
 from gptoughts.planning.layer import Case, Kind, Status
 from gptoughts.planning.memory_fit import room
 from gptoughts.planning.memory_model import baseline
-from gptoughts.run.build import built
+from gptoughts.run.build import build_engine
 from tests.layers.test_contract import gradient
 from tests.support.engines import ROWS, engine_of, family_for, objective_for, plan_of, random_batches, recipe_of, steps, watched
 from tests.support.golden_files import ROOT
@@ -50,8 +50,8 @@ def options(name: str, **given: Any) -> dict[str, Any]:
     return CATALOG[name].read_options(given, "the test")
 
 
-def verdict(name: str, engine: Any, sight: Sight, **given: Any) -> Any:
-    return CATALOG[name].verify(engine, sight, options(name, **given))
+def verdict(name: str, engine: Any, trace: StepTrace, **given: Any) -> Any:
+    return CATALOG[name].verify(engine, trace, options(name, **given))
 
 
 def compiled_without_inductor(engine: Engine) -> None:
@@ -124,8 +124,8 @@ def test_a_policy_that_keeps_nothing_is_noticed(monkeypatch: pytest.MonkeyPatch)
 
 def test_kept_and_run_again_is_noticed() -> None:
     """Whole blocks run twice under a name that promises less."""
-    sight = watched_marks({"recompute-ops": 12, "recompute-ops: kept": 6, "recompute-ops: kept and run again": 6})
-    proof = verdict("recompute-ops", SimpleNamespace(device=SimpleNamespace(type="cuda")), sight)
+    trace = watched_marks({"recompute-ops": 12, "recompute-ops: kept": 6, "recompute-ops: kept and run again": 6})
+    proof = verdict("recompute-ops", SimpleNamespace(device=SimpleNamespace(type="cuda")), trace)
     assert proof.status is Status.INACTIVE and "6 of such operators ran again" in proof.text
 
 
@@ -172,13 +172,13 @@ def test_where_each_pays(width: int, taken: str) -> None:
     """On an H100: everything fits, everything but the cheap operators' outputs fits, only whole blocks fit."""
     machine = read(ROOT / "tests" / "machines" / "h100.json")
     recipe = recipe_of("modern", train={"steps": 10, "global_batch": 32}, data={"sequence_length": 1024, "tokenizer": "chars"})
-    facts = ModelFacts(family="gpt", width=width, depth=32, sequence_length=1024, parameters=12 * 32 * width**2)
-    budget = baseline(dataclasses.replace(facts, vocab_size=0), recipe, 32)
+    spec = ModelSpec(family="gpt", width=width, depth=32, sequence_length=1024, parameters=12 * 32 * width**2)
+    budget = baseline(dataclasses.replace(spec, vocab_size=0), recipe, 32)
     assert budget is not None
-    case = Case(machine, facts, recipe, World(), budget=budget.without_scores().half())
+    case = Case(machine, spec, recipe, World(), budget=budget.without_scores().half())
     first = next(
         name for name in ("keep", "recompute-ops", "recompute-blocks")
-        if (name == "keep" and fits_at_all(case)) or (name != "keep" and not list(CATALOG[name].unmet(case, options(name))))
+        if (name == "keep" and fits_at_all(case)) or (name != "keep" and not list(CATALOG[name].rejections(case, options(name))))
     )  # fmt: skip
     assert first == taken
 
@@ -212,17 +212,17 @@ def test_with_recomputation_only_what_enters_a_block_travels() -> None:
     recipe, went = recipe_of("modern"), []
     for layers in ({}, {"recompute": "recompute-blocks"}):
         with engine_of(recipe, plan_of(recipe, {**layers, **SMALL})) as engine:
-            sight = watched(engine)
-            assert verdict("offload-activations", engine, sight).status is Status.ACTIVE
-            went.append(sight.marks["offload-activations"])
+            trace = watched(engine)
+            assert verdict("offload-activations", engine, trace).status is Status.ACTIVE
+            went.append(trace.call_counts["offload-activations"])
     assert went[1] < went[0] / 4
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_their_views_and_their_casts_stay(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    model, marks = nn.Sequential(nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 64, bias=False)), Counter[str]()
-    hooks = HostActivations(model, 1, 2, 1, marks).context()
+    model, call_counts = nn.Sequential(nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 64, bias=False)), Counter[str]()
+    hooks = HostActivations(model, 1, 2, 1, call_counts).context()
     gone: list[Tensor] = []
     inner = hooks.pack  # type: ignore[attr-defined]
 
@@ -264,19 +264,19 @@ def test_forwards_without_the_hooks_are_noticed() -> None:
     assert found is not None and 1024 < int(found[1]) < 1048576, proof.text
     largest = {"offload": "offload-activations", "offload.least_bytes": int(found[1])}
     with engine_of(recipe, plan_of(recipe, largest)) as engine:
-        assert watched(engine).marks["offload-activations"] > 0, "what is typed is large enough"
+        assert watched(engine).call_counts["offload-activations"] > 0, "what is typed is large enough"
     largest["offload.least_bytes"] = int(found[1]) + 1
     with engine_of(recipe, plan_of(recipe, largest)) as engine:
-        assert watched(engine).marks.get("offload-activations", 0) == 0
+        assert watched(engine).call_counts.get("offload-activations", 0) == 0
 
 
-def watched_marks(marks: dict[str, int], **more: Any) -> Sight:
+def watched_marks(call_counts: dict[str, int], **more: Any) -> StepTrace:
     """A sight as a GPU's profiler would give it: 3 blocks, 2 micro-batches."""
     seen: dict[str, Any] = {
         "operators": {"aten::silu": Operator("aten::silu", 12)}, "kernels": {"some_kernel": 1}, "regions": 0, "micro_batches": 2,
-        "blocks": 3, "updated": True, "weights_moved": True, "step_seconds": 1.0, "data_wait_seconds": 0.0, "marks": marks,
+        "blocks": 3, "updated": True, "weights_moved": True, "step_seconds": 1.0, "data_wait_seconds": 0.0, "marks": call_counts,
     }  # fmt: skip
-    return Sight(**{**seen, **more})
+    return StepTrace(**{**seen, **more})
 
 
 CUDA = SimpleNamespace(device=SimpleNamespace(type="cuda"))
@@ -328,7 +328,7 @@ def engine_from(recipe: Recipe, folder: Path, skip: int, offload: str) -> Any:
         next(stream)
     plan, ranks = plan_of(recipe, {"optimizer_offload": offload}), Ranks(World(), torch.device("cpu"))
     model, source = meta_model(recipe, family, ROWS), training_state.Weights(folder)
-    return built(model, family, objective_for(recipe), recipe, plan, CATALOG, ranks, stream, source)
+    return build_engine(model, family, objective_for(recipe), recipe, plan, CATALOG, ranks, stream, source)
 
 
 @pytest.mark.parametrize("then", ["state-on-cpu", "with-weights"])
@@ -350,37 +350,37 @@ def test_state_that_does_not_fit_and_updates_elsewhere_are_noticed() -> None:
     from gptoughts.layers.support.cpu_optimizer import OnHost
 
     model = nn.Linear(4, 4)
-    made = OnHost(optimiser(model, recipe_of("modern").optim, "plain"), Counter())
+    made = OnHost(optimizer(model, recipe_of("modern").optim, "plain"), Counter())
     with pytest.raises(CheckpointError, match="exp_avg, exp_avg_sq do not fit a weight of shape"):
         made.take(model.weight, {"exp_avg": torch.zeros(3, 4), "step": torch.tensor(1.0)})
     recipe = recipe_of("modern")
     with engine_of(recipe, plan_of(recipe, {"optimizer_offload": "state-on-cpu"})) as engine:
-        sight = watched(engine)
-        one_less = dataclasses.replace(sight, marks={"state-on-cpu": sight.marks["state-on-cpu"] - 1})
-        assert verdict("state-on-cpu", engine, sight).status is Status.ACTIVE
+        trace = watched(engine)
+        one_less = dataclasses.replace(trace, call_counts={"state-on-cpu": trace.call_counts["state-on-cpu"] - 1})
+        assert verdict("state-on-cpu", engine, trace).status is Status.ACTIVE
         assert verdict("state-on-cpu", engine, one_less).status is Status.INACTIVE
-        still = dataclasses.replace(sight, weights_moved=False)
+        still = dataclasses.replace(trace, weights_moved=False)
         assert verdict("state-on-cpu", engine, still).status is Status.INACTIVE
         there = SimpleNamespace(device=CUDA.device, optimizer=engine.optimizer)
         for copies, status in (({}, Status.INACTIVE), ({"DtoH": 26, "HtoD": 26}, Status.ACTIVE)):
-            on_gpu = dataclasses.replace(sight, kernels={"some_kernel": 1}, copies=copies)
+            on_gpu = dataclasses.replace(trace, kernels={"some_kernel": 1}, copies=copies)
             assert verdict("state-on-cpu", there, on_gpu).status is status
 
 
 def test_the_host_must_hold_it() -> None:
     machine = dataclasses.replace(read(ROOT / "tests" / "machines" / "h100.json"), memory_bytes=32 << 30)
-    facts = dataclasses.replace(facts_for(recipe_of("modern")), parameters=3_000_000_000, vocab_size=256)
-    told = told_of("state-on-cpu", Case(machine, facts, recipe_of("modern"), World()))
+    spec = dataclasses.replace(spec_for(recipe_of("modern")), parameters=3_000_000_000, vocab_size=256)
+    told = told_of("state-on-cpu", Case(machine, spec, recipe_of("modern"), World()))
     assert "one process needs 44.70 GiB of host memory, more than 80% of the 32.00 GiB here" in told
-    half = dataclasses.replace(facts, parameters=1_000_000_000)
+    half = dataclasses.replace(spec, parameters=1_000_000_000)
     assert "2 processes need 29.80 GiB" in told_of("state-on-cpu", Case(machine, half, recipe_of("modern"), World(0, 0, 2, 2)))
     other = recipe_of("modern", optim={"name": "lion"})
-    assert "(--layer.optimizer-offload with-weights)" in told_of("state-on-cpu", Case(machine, facts, other, World()))
+    assert "(--layer.optimizer-offload with-weights)" in told_of("state-on-cpu", Case(machine, spec, other, World()))
 
 
 def told_of(name: str, case: Case) -> str:
     """Every reason against a layer."""
-    return "; ".join(map(str, CATALOG[name].unmet(case, options(name))))
+    return "; ".join(map(str, CATALOG[name].rejections(case, options(name))))
 
 
 def a_billion(**more: Any) -> Case:
@@ -390,11 +390,11 @@ def a_billion(**more: Any) -> Case:
     recipe = recipe_of(
         "modern", data={"sequence_length": 1024, "tokenizer": "chars"}, train={"steps": 1, "global_batch": 2}, **more
     )
-    facts = ModelFacts(
+    spec = ModelSpec(
         family="gpt", width=2560, depth=32, sequence_length=1024, parameters=3 * 10**9, embedding_parameters=32000 * 2560,
         vocab_size=32000, heads=20, projections="linear", head="linear", tied=True, norm="rmsnorm", mlp="swiglu",
     )  # fmt: skip
-    return Case(machine, facts, recipe, World(), budget=baseline(facts, recipe, 2))
+    return Case(machine, spec, recipe, World(), budget=baseline(spec, recipe, 2))
 
 
 MEMORY_SLOTS = ("state-on-cpu", "in-backward", "8bit")
@@ -427,14 +427,14 @@ def test_logits_are_weighed_as_the_memory_line_does() -> None:
 @pytest.mark.parametrize("name", ["8bit", "in-backward", "fused-ce"])
 def test_what_cannot_be_weighed_would_not_pay(name: str) -> None:
     case = a_billion(optim={"clip_norm": 0})
-    case = dataclasses.replace(case, budget=None, facts=dataclasses.replace(case.facts, vocab_size=None))
+    case = dataclasses.replace(case, budget=None, spec=dataclasses.replace(case.spec, vocab_size=None))
     assert "cannot be weighed" in told_of(name, case)
 
 
 def test_state_of_a_model_whose_sizes_are_not_known_stays() -> None:
     case = a_billion()
-    case = dataclasses.replace(case, budget=None, facts=dataclasses.replace(case.facts, width=None, parameters=None))
-    assert "optimiser state cannot be weighed" in told_of("state-on-cpu", case)
+    case = dataclasses.replace(case, budget=None, spec=dataclasses.replace(case.spec, width=None, parameters=None))
+    assert "optimizer state cannot be weighed" in told_of("state-on-cpu", case)
 
 
 @pytest.mark.parametrize(("wish", "said"), [("compile-blocks", True), ("cuda-graph", True), ("eager", False)])
@@ -479,7 +479,7 @@ sys.path.insert(0, {root!r})
 import torch
 import tests.support.engines as engines, tests.layers.test_contract as layers
 from gptoughts.layers import CATALOG
-from gptoughts.planner import resolve
+from gptoughts.planning.resolve import resolve
 
 def plan_of(recipe, demanded=None):
     bare = engines.Profile("bare", "", False, engines.Match(), {{}}, "the test")
@@ -518,9 +518,9 @@ def test_an_implementation_that_is_not_here_is_refused(monkeypatch: pytest.Monke
 
     def told(implementation: str, **packages: str) -> str:
         here = {name: version for name, version in machine.packages.items() if name != "liger-kernel"}
-        case = Case(dataclasses.replace(machine, packages={**here, **packages}), facts_for(recipe), recipe, World())
-        reasons = layer.unmet(case, options("fused-ce", implementation=implementation))
-        return "; ".join(str(reason) for reason in reasons if reason.kind is Kind.CANNOT)
+        case = Case(dataclasses.replace(machine, packages={**here, **packages}), spec_for(recipe), recipe, World())
+        reasons = layer.rejections(case, options("fused-ce", implementation=implementation))
+        return "; ".join(str(reason) for reason in reasons if reason.kind is Kind.UNSUPPORTED)
 
     assert "needs torch 2.13, here 2.11.0" in told("torch", torch="2.11.0")
     assert told("torch", torch="2.13.0+cpu") == "" and told("sliced", torch="2.11.0") == ""

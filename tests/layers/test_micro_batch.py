@@ -64,7 +64,7 @@ def test_layers_that_count_themselves_still_do(more: dict[str, Any]) -> None:
     assert not prove.failures(seen), [line.evidence.text for line in prove.failures(seen)]
 
 
-def test_no_room_for_the_optimisers_state_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_room_for_the_optimizers_state_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
     def step(self: Any, closure: Any = None) -> None:
         torch.empty(2**46)
 
@@ -87,9 +87,9 @@ def test_it_stays_within_the_memory_that_it_is_given(monkeypatch: pytest.MonkeyP
     layers = {"microbatch": "fit", "microbatch.memory_gib": limit / 2**30}
     with engine_of(recipe, plan_of(recipe, layers)) as engine:
         assert engine.micro_batch is not None and engine.micro_batch < 16
-        sight = watched(engine)
-        proof = CATALOG["fit"].verify(engine, sight, {"sequences": None, "memory_gib": None})
-    assert sight.peak_bytes <= limit * 1.02 and str(proof.status) == "active", proof.text
+        trace = watched(engine)
+        proof = CATALOG["fit"].verify(engine, trace, {"sequences": None, "memory_gib": None})
+    assert trace.peak_bytes <= limit * 1.02 and str(proof.status) == "active", proof.text
 
 
 def test_too_little_memory_for_one_sequence_is_one_message() -> None:

@@ -14,7 +14,7 @@ LAYER = """
 from __future__ import annotations
 from contextlib import contextmanager
 from dataclasses import dataclass
-from gptoughts.layer import Layer, Option, active
+from gptoughts.planning.layer import Layer, Option, active
 
 @dataclass
 class Own:

@@ -11,24 +11,24 @@ import pytest
 import torch
 
 from gptoughts.layers import CATALOG
-from gptoughts.planning.evidence import Operator, Sight, Status
+from gptoughts.planning.evidence import Operator, Status, StepTrace
 
 CUDA = SimpleNamespace(type="cuda")
 
 
-def sight(**more: Any) -> Sight:
+def trace(**more: Any) -> StepTrace:
     seen: dict[str, Any] = {
         "operators": {}, "kernels": {"some_kernel": 1}, "regions": 0, "micro_batches": 2, "blocks": 3, "updated": True,
         "weights_moved": True, "step_seconds": 1.0, "data_wait_seconds": 0.01,
     }  # fmt: skip
-    return Sight(**{**seen, **more})
+    return StepTrace(**{**seen, **more})
 
 
 def operators(**calls: int) -> dict[str, Operator]:
     return {f"aten::{name}": Operator(f"aten::{name}", count) for name, count in calls.items()}
 
 
-def verdict(name: str, seen: Sight, **engine: Any) -> Status:
+def verdict(name: str, seen: StepTrace, **engine: Any) -> Status:
     layer = CATALOG[name]
     here = SimpleNamespace(device=CUDA, **engine)
     return layer.verify(here, seen, layer.read_options({}, "the test")).status
@@ -50,26 +50,26 @@ BF16, FP32 = "c10::BFloat16", "float"
     ],
 )
 def test_bf16_looks_at_the_factors(name: str, dtypes: tuple[str, ...], status: Status) -> None:
-    assert verdict("bf16", sight(operators={name: Operator(name, 4, {dtypes: 4})})) is status
+    assert verdict("bf16", trace(operators={name: Operator(name, 4, {dtypes: 4})})) is status
 
 
 @pytest.mark.parametrize("backend", ["flash", "efficient", "cudnn"])
 def test_sdpa_knows_every_fused_backend(backend: str) -> None:
     forward, backward = f"_scaled_dot_product_{backend}_attention", f"_scaled_dot_product_{backend}_attention_backward"
-    assert verdict("sdpa", sight(operators=operators(**{forward: 6, backward: 6}))) is Status.ACTIVE
-    assert verdict("sdpa", sight(operators=operators(**{forward: 5, backward: 6}))) is Status.INACTIVE
+    assert verdict("sdpa", trace(operators=operators(**{forward: 6, backward: 6}))) is Status.ACTIVE
+    assert verdict("sdpa", trace(operators=operators(**{forward: 5, backward: 6}))) is Status.INACTIVE
     fell = operators(**{forward: 6, "_scaled_dot_product_attention_math": 1})
-    assert verdict("sdpa", sight(operators=fell)) is Status.INACTIVE
-    assert verdict("recompute-blocks", sight(operators=operators(**{forward: 12, backward: 6}))) is Status.ACTIVE
-    assert verdict("recompute-blocks", sight(operators=operators(**{forward: 11, backward: 6}))) is Status.INACTIVE
+    assert verdict("sdpa", trace(operators=fell)) is Status.INACTIVE
+    assert verdict("recompute-blocks", trace(operators=operators(**{forward: 12, backward: 6}))) is Status.ACTIVE
+    assert verdict("recompute-blocks", trace(operators=operators(**{forward: 11, backward: 6}))) is Status.INACTIVE
 
 
 def test_prefetch_wants_a_stream_that_only_copies() -> None:
     reading = SimpleNamespace(served=3)
-    assert verdict("prefetch", sight(memcpy_streams=1), batches=reading) is Status.ACTIVE
-    assert verdict("prefetch", sight(memcpy_streams=0), batches=reading) is Status.INACTIVE
-    assert verdict("prefetch", sight(memcpy_streams=0, kernels={}), batches=reading) is Status.UNPROVEN
-    assert verdict("prefetch", sight(memcpy_streams=1), batches=object()) is Status.INACTIVE
+    assert verdict("prefetch", trace(memcpy_streams=1), batches=reading) is Status.ACTIVE
+    assert verdict("prefetch", trace(memcpy_streams=0), batches=reading) is Status.INACTIVE
+    assert verdict("prefetch", trace(memcpy_streams=0, kernels={}), batches=reading) is Status.UNPROVEN
+    assert verdict("prefetch", trace(memcpy_streams=1), batches=object()) is Status.INACTIVE
 
 
 def fused_engine(sites: int) -> dict[str, Any]:
@@ -80,12 +80,12 @@ def fused_engine(sites: int) -> dict[str, Any]:
 
 def test_fp8_counts_matmuls_and_not_casts() -> None:
     gemm, cast = "sm90_xmma_gemm_e4m3bf16_e4m3f32_f32_tn_n", "cast_transpose_fused_kernel<__nv_fp8_e4m3>"
-    assert verdict("fp8-te", sight(kernels={gemm: 54}), **fused_engine(9)) is Status.ACTIVE
-    assert verdict("fp8-te", sight(kernels={gemm: 35}), **fused_engine(9)) is Status.INACTIVE
-    assert verdict("fp8-te", sight(kernels={cast: 500}), **fused_engine(9)) is Status.INACTIVE
-    assert verdict("fp8-te", sight(kernels={"sm90_gemm_bf16": 500}), **fused_engine(9)) is Status.INACTIVE
-    assert verdict("fp8-te", sight(kernels={}), **fused_engine(9)) is Status.UNPROVEN
-    assert verdict("fp8-te", sight(kernels={gemm: 54}), extras={}) is Status.INACTIVE
+    assert verdict("fp8-te", trace(kernels={gemm: 54}), **fused_engine(9)) is Status.ACTIVE
+    assert verdict("fp8-te", trace(kernels={gemm: 35}), **fused_engine(9)) is Status.INACTIVE
+    assert verdict("fp8-te", trace(kernels={cast: 500}), **fused_engine(9)) is Status.INACTIVE
+    assert verdict("fp8-te", trace(kernels={"sm90_gemm_bf16": 500}), **fused_engine(9)) is Status.INACTIVE
+    assert verdict("fp8-te", trace(kernels={}), **fused_engine(9)) is Status.UNPROVEN
+    assert verdict("fp8-te", trace(kernels={gemm: 54}), extras={}) is Status.INACTIVE
 
 
 FP8_NAMES = json.loads((Path(__file__).parents[1] / "traces" / "fp8-kernels.json").read_text(encoding="utf-8"))
@@ -101,12 +101,12 @@ def test_kernels_that_multiply_8_bit_matrices_are_told_by_their_names(row: dict[
 def test_the_allocators_snapshot_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     for segments, status in (([{"is_expandable": True}, {}], Status.ACTIVE), ([{}, {"is_expandable": False}], Status.INACTIVE)):
         monkeypatch.setattr(torch.cuda.memory, "memory_snapshot", lambda segments=segments: segments)
-        assert verdict("expandable", sight()) is status
+        assert verdict("expandable", trace()) is status
 
 
 def test_fused_loss_counts_the_watched_step_only() -> None:
-    assert verdict("fused-ce", sight(marks={"fused-ce": 2})) is Status.ACTIVE
-    assert verdict("fused-ce", sight(marks={"fused-ce": 1})) is Status.INACTIVE
+    assert verdict("fused-ce", trace(call_counts={"fused-ce": 2})) is Status.ACTIVE
+    assert verdict("fused-ce", trace(call_counts={"fused-ce": 1})) is Status.INACTIVE
 
 
 def test_a_side_stream_is_one_that_ran_no_kernel() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from gptoughts.config.loader import ModelConfig
-from gptoughts.models.family import family_of, initialise
+from gptoughts.models.family import family_of, initialize
 from gptoughts.models.gpt.gpt import GPT
 
 GPT2 = {"norm": "layernorm", "positions": "learned", "mlp": "gelu", "qk_norm": False, "bias": True}
@@ -17,12 +17,12 @@ MakeModel = Callable[..., GPT]
 
 @pytest.fixture
 def make_model() -> MakeModel:
-    """make_model(rows=96, sequence_length=16, seed=0, **config) -> an initialised GPT, in evaluation mode."""
+    """make_model(rows=96, sequence_length=16, seed=0, **config) -> an initialized GPT, in evaluation mode."""
 
     def make(rows: int = 96, sequence_length: int = 16, seed: int = 0, **words: Any) -> GPT:
         config = ModelConfig(**{"depth": 2, "width": 32, "heads": 4, **words})
         model = GPT(config, rows, sequence_length)
-        initialise(model, family_of("gpt"), config, seed)
+        initialize(model, family_of("gpt"), config, seed)
         return model.eval()
 
     return make

@@ -13,7 +13,7 @@ import torch.nn as nn
 
 from gptoughts.config.loader import ModelConfig
 from gptoughts.errors import ConfigError
-from gptoughts.models.family import FAMILIES, Initial, custom_family, draw, family_of, gpt_initial, initialise
+from gptoughts.models.family import FAMILIES, Initial, custom_family, draw, family_of, gpt_initial, initialize
 from gptoughts.models.gpt.gpt import GPT, math_attention
 
 GPT_FAMILY = FAMILIES["gpt"]
@@ -81,7 +81,7 @@ def test_every_parameter_of_the_family_has_an_initial_and_no_other() -> None:
 # --- meta, ties, buffers
 
 
-def test_meta_then_materialise_then_retie_is_the_real_model(make_model: MakeModel, form: dict[str, Any]) -> None:
+def test_meta_then_materialize_then_retie_is_the_real_model(make_model: MakeModel, form: dict[str, Any]) -> None:
     real = make_model(**form)
     with torch.device("meta"):
         model = GPT_FAMILY.build(real.config, 96, 16)
@@ -89,7 +89,7 @@ def test_meta_then_materialise_then_retie_is_the_real_model(make_model: MakeMode
     assert model.head.weight is model.embed.weight
     model.to_empty(device="cpu")
     assert model.head.weight is not model.embed.weight  # what to_empty does, and why retie is there
-    initialise(model, GPT_FAMILY, real.config, seed=0)
+    initialize(model, GPT_FAMILY, real.config, seed=0)
     assert model.head.weight is model.embed.weight
     tokens = torch.arange(16)[None]
     assert torch.equal(model.eval()(tokens), real(tokens))
@@ -177,7 +177,7 @@ def test_own_model_shows_its_blocks_and_ties() -> None:
     assert model.head.weight is model.embed.weight
     assert family.build(ModelConfig(), 64, 8) is model
     with pytest.raises(ConfigError, match="custom family has no initial weights"):
-        initialise(model, family, ModelConfig(), 0)
+        initialize(model, family, ModelConfig(), 0)
 
 
 def test_own_model_without_a_stack_has_no_blocks() -> None:

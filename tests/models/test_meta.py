@@ -12,8 +12,8 @@ from gptoughts.models.meta import on_meta
 
 BUILDS = """
 import sys
-from gptoughts.models.source import meta_model
-from gptoughts.config import load
+from gptoughts.models.sources import meta_model
+from gptoughts.config.loader import load
 from gptoughts.models.family import FAMILIES
 recipe = load("shakespeare-char").recipe
 model = meta_model(recipe, FAMILIES["gpt"], 64)

@@ -30,13 +30,13 @@ def told(setting, *more):
 
 train.train_setting = told
 print("starts", os.getpid(), flush=True)
-from gptoughts.cli import main
+from gptoughts.cli.main import main
 main()
 """
 
 PLUGIN = """
 from contextlib import nullcontext
-from gptoughts.layer import Layer, active
+from gptoughts.planning.layer import Layer, active
 LAYERS = [Layer("probe", "offload", "A probe.", lambda *_: nullcontext(), lambda *_: active(""), environment=lambda *_: {"PROBE": "a b"})]
 """
 

@@ -21,15 +21,15 @@ from gptoughts.planning.layer import (
     Case,
     Kind,
     Layer,
-    Moment,
     Operator,
     Option,
-    Sight,
+    Phase,
+    StepTrace,
     active,
-    cannot,
     inactive,
+    slower,
     unproven,
-    would_not_pay,
+    unsupported,
 )
 from tests.support.golden_files import ROOT
 
@@ -109,16 +109,18 @@ def test_a_layers_options_are_told_all_at_once() -> None:
 
 
 def test_declared_needs() -> None:
-    fp8 = layer(slot="precision", packages=(("a-package", "fp8"),), least_capability=(8, 9), fits=lambda *_: [cannot("more")])
-    assert [str(why) for why in fp8.unmet(case("cpu"), {})] == ["needs an NVIDIA GPU, found none"]
-    assert [str(why) for why in fp8.unmet(case("mixed"), {})] == ["needs compute capability 8.9, found 8.6"]
-    (why,) = fp8.unmet(case("h100"), {})
+    fp8 = layer(
+        slot="precision", packages=(("a-package", "fp8"),), min_capability=(8, 9), unmet=lambda *_: [unsupported("more")]
+    )
+    assert [str(why) for why in fp8.rejections(case("cpu"), {})] == ["needs an NVIDIA GPU, found none"]
+    assert [str(why) for why in fp8.rejections(case("mixed"), {})] == ["needs compute capability 8.9, found 8.6"]
+    (why,) = fp8.rejections(case("h100"), {})
     assert str(why) == "needs the package a-package, not installed (pip install 'gptoughts[fp8]')"
     met = replace(fp8, packages=())
-    assert [str(why) for why in met.unmet(case("h100"), {})] == ["more"], "fits is asked once the declared needs are met"
+    assert [str(why) for why in met.rejections(case("h100"), {})] == ["more"], "fits is asked once the declared needs are met"
     unknown = case("h100")
     blind = replace(unknown.machine, gpus=(replace(unknown.machine.gpus[0], compute_capability=None),))
-    assert "found unknown" in str(fp8.unmet(replace(unknown, machine=blind), {})[0])
+    assert "found unknown" in str(fp8.rejections(replace(unknown, machine=blind), {})[0])
 
 
 @pytest.mark.parametrize(
@@ -138,8 +140,8 @@ def test_layers_that_cannot_be(wrong: dict[str, Any], words: str) -> None:
 
 def test_moments_follow_slots() -> None:
     moments = [layer(slot=slot).when for slot in SLOTS]
-    assert moments == sorted(moments, key=list(Moment).index)
-    assert layer(slot="loader", moment=Moment.SHAPE).when is Moment.SHAPE
+    assert moments == sorted(moments, key=list(Phase).index)
+    assert layer(slot="loader", phase=Phase.SHAPE).when is Phase.SHAPE
 
 
 def test_the_catalog_is_in_order_with_one_baseline_a_slot() -> None:
@@ -154,16 +156,16 @@ def test_the_catalog_is_in_order_with_one_baseline_a_slot() -> None:
 
 
 def test_reasons_evidence_and_sight() -> None:
-    assert str(would_not_pay("too small", "a paper")) == "too small [a paper]"
-    assert (cannot("x").kind, would_not_pay("x", "y").kind) == (Kind.CANNOT, Kind.WOULD_NOT_PAY)
+    assert str(slower("too small", "a paper")) == "too small [a paper]"
+    assert (unsupported("x").kind, slower("x", "y").kind) == (Kind.UNSUPPORTED, Kind.SLOWER)
     assert [evidence.status for evidence in (active("a", n=1), inactive("b"), unproven("c"))] == [
         "active",
         "inactive",
         "unproven",
     ]
     operators = {"aten::mm": Operator("aten::mm", 3), "aten::addmm": Operator("aten::addmm", 2)}
-    sight = Sight(operators, {"Gemm_E4M3": 5}, 0, 1, 1, True, True, 1.0, 0.0)
-    assert (sight.calls("::mm"), sight.calls("mm"), sight.launches("e4m3"), sight.launches("none")) == (3, 5, 5, 0)
+    trace = StepTrace(operators, {"Gemm_E4M3": 5}, 0, 1, 1, True, True, 1.0, 0.0)
+    assert (trace.calls("::mm"), trace.calls("mm"), trace.launches("e4m3"), trace.launches("none")) == (3, 5, 5, 0)
     assert math.isclose(active("a", share=0.5).figures["share"], 0.5)
 
 

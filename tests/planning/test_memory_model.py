@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from gptoughts import api
 from gptoughts.config import loader as config
 from gptoughts.config.loader import Recipe
-from gptoughts.config.model_spec import facts_for
+from gptoughts.config.model_spec import spec_for
 from gptoughts.hardware.machine import World, probe, read
 from gptoughts.layers import CATALOG
 from gptoughts.planning import memory_fit
@@ -90,17 +90,17 @@ def test_a_step_holds_what_was_expected(name: str, layers: str, tmp_path: Path, 
     plan = plan_of(recipe, LAYERS[layers])
     assert plan.memory is not None and plan.memory.budget is not None
     with engine_of(recipe, plan) as engine:
-        sight = watched(engine)
-    assert sight.peak_bytes is not None
-    error = plan.memory.budget.peak / sight.peak_bytes - 1
-    assert abs(error) <= NEAR, f"expected {plan.memory.budget.to_json()}, held {sight.peak_bytes} ({error:+.0%})"
+        trace = watched(engine)
+    assert trace.peak_bytes is not None
+    error = plan.memory.budget.peak / trace.peak_bytes - 1
+    assert abs(error) <= NEAR, f"expected {plan.memory.budget.to_json()}, held {trace.peak_bytes} ({error:+.0%})"
 
 
 @pytest.mark.usefixtures("sizes")
 @pytest.mark.parametrize("name", ["modern", "bert"])
 def test_weights_and_state_are_exact(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = recipe_for(name, tmp_path, monkeypatch)
-    budget = baseline(facts_for(recipe), recipe, BATCH)
+    budget = baseline(spec_for(recipe), recipe, BATCH)
     assert budget is not None
     with engine_of(recipe, plan_of(recipe)) as engine:
         engines.steps(engine, 1)
@@ -115,7 +115,7 @@ def test_weights_and_state_are_exact(name: str, tmp_path: Path, monkeypatch: pyt
 def test_less_is_never_more(sequences: int, parts: int) -> None:
     """A smaller forward, fewer scores, fewer logits and recomputation each hold no more than without them."""
     recipe = recipe_of("modern")
-    budget = baseline(facts_for(recipe), recipe, sequences * parts)
+    budget = baseline(spec_for(recipe), recipe, sequences * parts)
     assert budget is not None
     assert budget.per_forward(sequences, sequences * parts).activations <= budget.activations
     for smaller in (budget.without_scores(), replace(budget, logits_tokens=8), replace(budget, inner=0.0), budget.compiled()):
@@ -155,7 +155,7 @@ def test_where_nothing_helps_that_is_said() -> None:
     machine = read(Path(__file__).parents[1] / "machines" / "t4.json")
     recipe = config.load("gpt2-xl").recipe.model_copy(update={"name": "huge"})
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"depth": 400})})
-    case = Case(machine, facts_for(recipe), recipe, World())
+    case = Case(machine, spec_for(recipe), recipe, World())
     plan = plan_of(recipe, machine=machine)
     found = memory_fit.fit(case, {choice.slot: choice for choice in plan.choices}, CATALOG, lambda choices: True)
     assert found.changes is None and "no layer that is known makes it fit" in "\n".join(found.lines())
@@ -163,19 +163,19 @@ def test_where_nothing_helps_that_is_said() -> None:
 
 def test_a_rank_has_its_share_of_the_machine() -> None:
     recipe, here = recipe_of("modern"), replace(probe(), memory_bytes=2**33)
-    case = Case(here, facts_for(recipe), recipe, World(0, 0, 2, 2))
+    case = Case(here, spec_for(recipe), recipe, World(0, 0, 2, 2))
     assert memory_fit.memory_of_rank(case) == 2**32
 
 
 def test_an_adapter_holds_gradients_and_state_of_its_own_weights_alone() -> None:
     whole = config.from_values({"name": "a", "train": {"steps": 1}}, "test").recipe
     lora = whole.model_copy(update={"adapter": whole.adapter.model_copy(update={"kind": "lora"})})
-    facts = replace(facts_for(whole), vocab_size=256, parameters=10**8, embedding_parameters=10**5)
-    one, other = baseline(facts, whole, 4), baseline(facts, lora, 4)
+    spec = replace(spec_for(whole), vocab_size=256, parameters=10**8, embedding_parameters=10**5)
+    one, other = baseline(spec, whole, 4), baseline(spec, lora, 4)
     assert one is not None and other is not None
     assert other.gradients < one.gradients / 5 and other.weights > one.weights
     packed = lora.model_copy(update={"adapter": lora.adapter.model_copy(update={"base": "nf4"})})
-    third = baseline(facts, packed, 4)
+    third = baseline(spec, packed, 4)
     assert third is not None and third.weights < other.weights / 4
 
 

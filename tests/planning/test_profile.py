@@ -113,12 +113,12 @@ def test_bad_profiles(text: str, words: str, tmp_path: Path) -> None:
 
 
 def test_all_problems_of_a_profile_at_once(tmp_path: Path) -> None:
-    text = 'auto = "yes"\ncolour = 1\n[match]\ngpus = 1\n[slots]\nloss = []\nhost = [3]\n'
+    text = 'auto = "yes"\ncolor = 1\n[match]\ngpus = 1\n[slots]\nloss = []\nhost = [3]\n'
     with pytest.raises(ConfigError) as caught:
         profile.read(written(tmp_path, text))
     for words in (
         "auto: ",
-        "colour: no such key",
+        "color: no such key",
         "match.gpus: no such key",
         "slots.loss: ",
         "slots.host: ",

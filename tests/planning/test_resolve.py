@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptoughts.config.loader import Recipe, load
-from gptoughts.config.model_spec import UNKNOWN, facts_for, vocabulary_of
+from gptoughts.config.model_spec import UNKNOWN, spec_for, vocabulary_of
 from gptoughts.errors import ConfigError, PlanError
 from gptoughts.hardware.machine import Machine, World, read
 from gptoughts.layers import CATALOG
-from gptoughts.planning.layer import REPLACED_VERBS, SLOTS, Kind, Layer, Option, Reason, active
-from gptoughts.planning.profile import Match, Profile, Want, names, pick
+from gptoughts.planning.layer import REPLACED_HOOKS, SLOTS, Kind, Layer, Option, Reason, active
+from gptoughts.planning.profile import LayerRequest, Match, Profile, names, pick
 from gptoughts.planning.resolve import Plan, resolve
 from tests.support.golden_files import ROOT, compare
 
@@ -34,7 +34,7 @@ def planned(
     name: str, profile: str = "auto", recipe: Recipe = NARROW, flags: dict[str, Any] | None = None, world: World | None = None
 ) -> Plan:
     here = machine(name)
-    return resolve(pick(profile, here), here, facts_for(recipe), recipe, world or World(), CATALOG, flags)
+    return resolve(pick(profile, here), here, spec_for(recipe), recipe, world or World(), CATALOG, flags)
 
 
 def ranks(count: int) -> World:
@@ -42,7 +42,7 @@ def ranks(count: int) -> World:
 
 
 def reasons(plan: Plan, slot: str, layer: str) -> str:
-    return "; ".join(map(str, dict(plan.choice(slot).passed_over)[layer]))
+    return "; ".join(map(str, dict(plan.choice(slot).rejected)[layer]))
 
 
 # Golden plans.
@@ -51,7 +51,7 @@ def reasons(plan: Plan, slot: str, layer: str) -> str:
 def shown(here: Machine, profile: str, recipe: Recipe, world: World) -> str:
     try:
         chosen = pick(profile, here)
-        plan = resolve(chosen, here, facts_for(recipe), recipe, world, CATALOG)
+        plan = resolve(chosen, here, spec_for(recipe), recipe, world, CATALOG)
     except PlanError as error:
         return f"PlanError: {error}"
     return plan.table()
@@ -99,8 +99,8 @@ def test_auto_takes(name: str, profile: str, narrow: str, wide: str) -> None:
 
 
 def test_every_machine_file_has_an_expectation() -> None:
-    marks = [mark for mark in test_auto_takes.pytestmark if mark.name == "parametrize"]
-    assert {row[0] for row in marks[0].args[1]} == {path.stem for path in MACHINES}
+    call_counts = [mark for mark in test_auto_takes.pytestmark if mark.name == "parametrize"]
+    assert {row[0] for row in call_counts[0].args[1]} == {path.stem for path in MACHINES}
 
 
 def test_h100_compiles_bf16_and_says_why_not_fp8() -> None:
@@ -172,7 +172,7 @@ def test_an_option_demands_a_layer_that_takes_it() -> None:
     assert planned("cpu", flags={"microbatch.sequences": "4"}).layers["microbatch"] == "fixed"
     assert planned("h100", flags={"precision.scaling": "delayed"}).choice("precision").options["scaling"] == "delayed"
     chosen = planned("h100", flags={"precision.scaling": "delayed"}).choice("precision")
-    assert (chosen.layer, chosen.passed_over) == ("fp8-te", ()), "torchao's scaling has other values"
+    assert (chosen.layer, chosen.rejected) == ("fp8-te", ()), "torchao's scaling has other values"
     with pytest.raises(PlanError, match="fp8-torchao: needs the package torchao"):
         planned("h100", flags={"precision.scaling": "rowwise"})
     with pytest.raises(PlanError, match="fp8-te"):
@@ -200,8 +200,8 @@ def test_all_layer_problems_at_once() -> None:
 
 
 def test_profile_problems_name_the_file() -> None:
-    slots = {"precison": (Want("bf16", {}, "my.toml"),), "loss": (Want("fused", {}, "my.toml"),)}
-    slots["host"] = (Want("threads", {"thread": 3}, "my.toml"),)
+    slots = {"precison": (LayerRequest("bf16", {}, "my.toml"),), "loss": (LayerRequest("fused", {}, "my.toml"),)}
+    slots["host"] = (LayerRequest("threads", {"thread": 3}, "my.toml"),)
     profile = Profile("my", "", False, Match(), slots, "my.toml")
     with pytest.raises(ConfigError) as caught:
         resolve(profile, machine("cpu"), UNKNOWN, NARROW, World(), CATALOG)
@@ -213,10 +213,10 @@ def test_profile_problems_name_the_file() -> None:
 
 def test_torch_that_is_loaded_leaves_a_layer_unmet_with_the_command() -> None:
     here = machine("cpu")
-    late = resolve(pick("auto", here), here, facts_for(NARROW), NARROW, World(), CATALOG, None, {})
+    late = resolve(pick("auto", here), here, spec_for(NARROW), NARROW, World(), CATALOG, None, {})
     assert late.layers["host"] == "system"
     assert "needs OMP_NUM_THREADS=8 before torch is imported (export OMP_NUM_THREADS=8" in reasons(late, "host", "threads")
-    ready = resolve(pick("auto", here), here, facts_for(NARROW), NARROW, World(), CATALOG, None, {"OMP_NUM_THREADS": "8"})
+    ready = resolve(pick("auto", here), here, spec_for(NARROW), NARROW, World(), CATALOG, None, {"OMP_NUM_THREADS": "8"})
     assert ready.layers["host"] == "threads"
 
 
@@ -234,7 +234,7 @@ def test_json_and_table_hold_every_reason() -> None:
     plan = planned("h100", "h100-fp8")
     rows = {row["slot"]: row for row in plan.to_json()["choices"]}
     assert list(rows) == list(SLOTS)
-    assert rows["precision"]["expected_loss"] and rows["compile"]["passed_over"][0]["layer"] == "compile-blocks"
+    assert rows["precision"]["expected_slowdown"] and rows["compile"]["rejected"][0]["layer"] == "compile-blocks"
     assert plan.to_json()["digest"] == plan.digest()
 
 
@@ -253,7 +253,7 @@ def made(name: str, slot: str, why: tuple[Reason, ...] = (), **more: Any) -> Lay
         card=name,
         apply=nothing,
         verify=lambda *_: active(""),
-        fits=lambda case, options: list(why),
+        unmet=lambda case, options: list(why),
         **more,
     )
 
@@ -275,7 +275,7 @@ def catalogs(draw: st.DrawFn, conflicts: bool = True) -> dict[str, Layer]:
             if conflicts:
                 others = [other for other in ALL_NAMES if not other.startswith(slot)]
                 more["clashes"] = dict.fromkeys(draw(st.lists(st.sampled_from(others), max_size=2)), "said so")
-                more["replaces"] = tuple(draw(st.lists(st.sampled_from(REPLACED_VERBS), max_size=1)))
+                more["replaces"] = tuple(draw(st.lists(st.sampled_from(REPLACED_HOOKS), max_size=1)))
                 needed = draw(st.lists(st.sampled_from([other for other in BUSY if other != slot]), max_size=1))
                 more["needs_slots"] = {
                     other: tuple(draw(st.lists(st.sampled_from([*NAMES[other], f"base-{other}"]), min_size=1, max_size=2)))
@@ -291,7 +291,7 @@ def profiles(draw: st.DrawFn) -> Profile:
     for slot in BUSY:
         listed = draw(st.lists(st.sampled_from([*NAMES[slot], f"base-{slot}"]), unique=True, max_size=4))
         if listed:
-            slots[slot] = tuple(Want(name, {}, "random.toml", demanded) for name in listed)
+            slots[slot] = tuple(LayerRequest(name, {}, "random.toml", demanded) for name in listed)
     return Profile("random", "", False, Match(), slots, "random.toml")
 
 
@@ -334,12 +334,12 @@ def test_without_conflicts_the_first_that_pays_wins_and_an_error_names_every_emp
     plan = attempt(profile, catalog, flags)
     expected: dict[str, str | None] = {}
     for slot in SLOTS:
-        wants = profile.slots.get(slot, (Want(f"base-{slot}", {}, "baseline"),))
+        wants = profile.slots.get(slot, (LayerRequest(f"base-{slot}", {}, "baseline"),))
         if slot in flags:
-            wants = (Want(flags[slot], {}, "flag", demanded=True),)
-        kinds = {want.layer: [reason.kind for reason in catalog[want.layer].fits(None, {})] for want in wants}  # type: ignore[arg-type]
+            wants = (LayerRequest(flags[slot], {}, "flag", demanded=True),)
+        kinds = {want.layer: [reason.kind for reason in catalog[want.layer].unmet(None, {})] for want in wants}  # type: ignore[arg-type]
         paying = [want.layer for want in wants if not kinds[want.layer]]
-        able = [want.layer for want in wants if want.demanded and Kind.CANNOT not in kinds[want.layer]]
+        able = [want.layer for want in wants if want.demanded and Kind.UNSUPPORTED not in kinds[want.layer]]
         expected[slot] = (paying + able or [None])[0]
     empty = [slot for slot, name in expected.items() if name is None]
     if isinstance(plan, PlanError):
@@ -348,14 +348,14 @@ def test_without_conflicts_the_first_that_pays_wins_and_an_error_names_every_emp
     else:
         assert not empty and plan.layers == expected
         for choice in plan.choices:
-            assert bool(choice.expected_loss) == any(
-                reason.kind is Kind.WOULD_NOT_PAY
-                for reason in catalog[choice.layer].fits(None, {})  # type: ignore[arg-type]
+            assert bool(choice.expected_slowdown) == any(
+                reason.kind is Kind.SLOWER
+                for reason in catalog[choice.layer].unmet(None, {})  # type: ignore[arg-type]
             )
 
 
 def bare(**slots: list[str]) -> Profile:
-    rows = {slot: tuple(Want(name, {}, "test.toml") for name in listed) for slot, listed in slots.items()}
+    rows = {slot: tuple(LayerRequest(name, {}, "test.toml") for name in listed) for slot, listed in slots.items()}
     return Profile("test", "", False, Match(), rows, "test.toml")
 
 
@@ -372,7 +372,7 @@ def test_a_clash_strikes_the_later_slot() -> None:
 
 
 def test_a_clash_strikes_the_earlier_slot_where_the_later_has_nothing_else() -> None:
-    never = Reason(Kind.CANNOT, "never")
+    never = Reason(Kind.UNSUPPORTED, "never")
     catalog = catalog_of(made("a", "precision"), made("b", "compile", clashes={"a": "no"}), made("c", "compile", (never,)))
     for later in (["b"], ["b", "c"]):  # an alternative that cannot run is none
         plan = attempt(bare(precision=["a", "base-precision"], compile=later), catalog)

@@ -18,7 +18,7 @@ from gptoughts.inference.generate.write import check_sampling
 from gptoughts.layers import CATALOG
 from gptoughts.planning.profile import pick
 from gptoughts.planning.resolve import resolve
-from tests.support.engines import facts_for, recipe_of
+from tests.support.engines import recipe_of, spec_for
 
 MACHINES = Path(__file__).parents[1] / "machines"
 
@@ -27,7 +27,7 @@ def test_a_refused_alternative_is_no_way_out() -> None:
     """Three ranks cannot share a batch of 16: one process would, but `--layer.parallel ddp` is what was refused."""
     machine, recipe = read(MACHINES / "h100x8.json"), recipe_of("modern", train={"steps": 1, "global_batch": 16})
     with pytest.raises(PlanError) as raised:
-        resolve(pick("auto", machine), machine, facts_for(recipe), recipe, World(0, 0, 3, 3), CATALOG)
+        resolve(pick("auto", machine), machine, spec_for(recipe), recipe, World(0, 0, 3, 3), CATALOG)
     assert str(raised.value).splitlines()[-1] == "  try: --train.global-batch 15 or 18"
 
 

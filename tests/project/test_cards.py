@@ -45,7 +45,7 @@ def test_a_card_says_all() -> None:
         apply=lambda *_: nullcontext(),
         verify=lambda *_: active(""),
         packages=(("a-package", "fp8"),),
-        least_capability=(9, 0),
+        min_capability=(9, 0),
         options={"some_size": Option(None, "its my_size", int), "kind": Option("a", "a kind", choices=("a", "b"))},
         wraps=("backward",),
         replaces=("step",),
@@ -212,7 +212,7 @@ def test_our_gains_in_the_guide_are_those_of_the_files() -> None:
 def test_the_guide_answers_every_symptom() -> None:
     headings = [line.removeprefix("## ") for line in GUIDE.splitlines() if line.startswith("## ")]
     assert headings == [
-        "Low utilisation", "Data wait", "Out of memory at step 1", "Out of memory later", "Slow first step", "Recompiles",
+        "Low utilization", "Data wait", "Out of memory at step 1", "Out of memory later", "Slow first step", "Recompiles",
         "FP8 slower than bf16", "Loss is NaN in fp16", "Loss differs after a change", "One GPU of several is slower",
         "Flash attention is not used", "MFU is n/a, or strange", "Validation is slow", "CPU training is slow",
     ]  # fmt: skip

@@ -64,7 +64,7 @@ def test_every_measurement_has_a_plan_on_an_h100(job: Job) -> None:
     for slot, layer in job.layers.items():
         if "." not in slot:
             assert made.plan.layers[slot] == layer
-    assert isinstance(made.plan.facts.get("vocab_size"), int)
+    assert isinstance(made.plan.spec.get("vocab_size"), int)
 
 
 def test_names_of_measurements_are_their_own() -> None:

@@ -70,7 +70,7 @@ STARTED = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 from tests.test_docs import shortened
-from gptoughts.cli import main
+from gptoughts.cli.main import main
 sys.argv = ["gptoughts", *shortened(sys.argv[1:])]
 main()
 """
@@ -133,7 +133,7 @@ def runnable(block: str) -> str:
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One cache for all pages, so that a text is tokenised once."""
+    """One cache for all pages, so that a text is tokenized once."""
     return tmp_path_factory.mktemp("cache")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from gptoughts.console import Console, Silent, count, duration, share
+from gptoughts.console import Console, SilentConsole, count, duration, share
 from gptoughts.engine.checkpoint.store import Snapshot, Writer
 from gptoughts.engine.trainer import Progress, StepStats, train
 from gptoughts.errors import DataError, RunError
@@ -27,7 +27,7 @@ def log_to(rows: list[dict[str, Any]]) -> Log:
 
         def close(self) -> None: ...
 
-    return Log(2, [Sink()], Silent(), lambda speed: speed / 100, 6, lambda progress: 1.0)  # type: ignore[list-item]
+    return Log(2, [Sink()], SilentConsole(), lambda speed: speed / 100, 6, lambda progress: 1.0)  # type: ignore[list-item]
 
 
 def test_rows_are_written_at_the_first_each_period_and_the_last() -> None:

@@ -14,7 +14,7 @@ import torch
 
 from gptoughts.errors import ConfigError, LayerError
 from gptoughts.layers import CATALOG
-from gptoughts.models.sources import Initialisation, meta_model
+from gptoughts.models.sources import Initialization, meta_model
 from gptoughts.planning.layer import Layer
 from gptoughts.run import numerics_check as numerics
 from tests.support.engines import FAMILIES_UNDER_TEST, ROWS, family_for, objective_for, plan_of, random_batches, recipe_of
@@ -26,7 +26,7 @@ def compared(family: str, layers: dict[str, Any], catalog: dict[str, Layer] | No
     batch, _ = next(random_batches(recipe, ragged=recipe.objective == "next-token"))
     return numerics.compare(
         recipe, plan, catalog or CATALOG, port, objective_for(recipe), torch.device("cpu"), batch,
-        lambda: meta_model(recipe, port, ROWS), lambda model: Initialisation(port, recipe.model, recipe.seed),
+        lambda: meta_model(recipe, port, ROWS), lambda model: Initialization(port, recipe.model, recipe.seed),
     )  # fmt: skip
 
 
@@ -48,7 +48,7 @@ def test_dropout_is_no_difference() -> None:
     batch, _ = next(random_batches(recipe))
     found = numerics.compare(
         recipe, plan_of(recipe, {"attention": "sdpa"}), CATALOG, port, objective_for(recipe), torch.device("cpu"), batch,
-        lambda: meta_model(recipe, port, ROWS), lambda model: Initialisation(port, recipe.model, recipe.seed),
+        lambda: meta_model(recipe, port, ROWS), lambda model: Initialization(port, recipe.model, recipe.seed),
     )  # fmt: skip
     assert found.near and torch.equal(torch.get_rng_state(), before)
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
-from gptoughts.planning.layer import Engine, Evidence, Layer, Options, Sight, active, inactive
+from gptoughts.planning.layer import Engine, Evidence, Layer, Options, StepTrace, active, inactive
 
 
 @contextmanager
@@ -37,11 +37,11 @@ def _broken(engine: Engine, options: Options) -> Iterator[None]:
     undo()
 
 
-def _says_no(engine: Engine, sight: Sight, options: Options) -> Evidence:
+def _says_no(engine: Engine, trace: StepTrace, options: Options) -> Evidence:
     return inactive("does nothing")
 
 
-def _says_yes(engine: Engine, sight: Sight, options: Options) -> Evidence:
+def _says_yes(engine: Engine, trace: StepTrace, options: Options) -> Evidence:
     return active("seen")
 
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from gptoughts.config.loader import Recipe
-from gptoughts.engine.distributed.ranks import Ranks, started
+from gptoughts.engine.distributed.ranks import Ranks, process_group
 from gptoughts.hardware.machine import World, world_from_environment
 from gptoughts.layers import CATALOG
 from gptoughts.planning.layer import Status
@@ -32,7 +32,7 @@ FAMILIES = ("modern", "llada", "llama", "deepseek")
 def main(out: str) -> None:
     """Two steps that are compared, then one that is watched, for a model of each family."""
     world = world_from_environment(os.environ)
-    with started(world, torch.device("cpu")) as ranks:
+    with process_group(world, torch.device("cpu")) as ranks:
         for family in FAMILIES:
             train(family, f"{out}-{family}", world, ranks)
 
@@ -53,12 +53,12 @@ def train(family: str, out: str, world: World, ranks: Ranks) -> None:
         record: dict[str, Any] = {"losses": losses}
         if world.world_size > 1:
             layer = CATALOG["ddp"]
-            sight = watched(engine, 0)
-            proof = layer.verify(engine, sight, {})
+            trace = watched(engine, 0)
+            proof = layer.verify(engine, trace, {})
             record["proof"] = [proof.status is Status.ACTIVE, proof.text]
             with torch.no_grad():  # a rank that went its own way must be told
                 next(engine.bare.parameters()).add_(float(world.rank))
-            record["negative"] = layer.verify(engine, sight, {}).status is Status.INACTIVE
+            record["negative"] = layer.verify(engine, trace, {}).status is Status.INACTIVE
     if world.rank == 0:
         save_file(weights, f"{out}.safetensors")
         with open(f"{out}.json", "w", encoding="utf-8") as file:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from gptoughts.config.loader import Recipe, from_values
-from gptoughts.config.model_spec import facts_for
+from gptoughts.config.model_spec import spec_for
 from gptoughts.engine.distributed.ranks import Ranks
 from gptoughts.engine.engine import Engine
 from gptoughts.engine.objectives.base import NextToken, Objective
@@ -25,12 +25,12 @@ from gptoughts.engine.trainer import Progress, advance
 from gptoughts.hardware.machine import Machine, World, probe
 from gptoughts.layers import CATALOG
 from gptoughts.models.family import FAMILIES, Family
-from gptoughts.models.sources import Initialisation, meta_model
-from gptoughts.planning.layer import Sight
+from gptoughts.models.sources import Initialization, meta_model
+from gptoughts.planning.layer import StepTrace
 from gptoughts.planning.profile import Match, Profile
 from gptoughts.planning.resolve import Plan, resolve
 from gptoughts.run import evidence as prove
-from gptoughts.run.build import built
+from gptoughts.run.build import build_engine
 from tests.models.hf.hf_configs import write_config
 
 NEEDS_INDUCTOR = pytest.mark.skipif(
@@ -84,7 +84,7 @@ def plan_of(
 ) -> Plan:
     """A plan of baselines, with `layers` demanded."""
     bare = Profile("bare", "", False, Match(), {}, "the test")
-    return resolve(bare, machine or probe(), facts_for(recipe), recipe, world or World(), CATALOG, layers)
+    return resolve(bare, machine or probe(), spec_for(recipe), recipe, world or World(), CATALOG, layers)
 
 
 def family_for(recipe: Recipe) -> Family:
@@ -150,10 +150,10 @@ def engine_of(recipe: Recipe, plan: Plan, batches: Iterator[Any] | None = None, 
     """The engine of `plan` on this CPU."""
     family = family_for(recipe)
     model = meta_model(recipe, family, ROWS)
-    source = Initialisation(family, recipe.model, recipe.seed)
+    source = Initialization(family, recipe.model, recipe.seed)
     here = ranks or Ranks(World(), torch.device("cpu"))
     stream = batches or random_batches(recipe)
-    with built(model, family, objective_for(recipe), recipe, plan, CATALOG, here, stream, source) as engine:
+    with build_engine(model, family, objective_for(recipe), recipe, plan, CATALOG, here, stream, source) as engine:
         yield engine
 
 
@@ -168,7 +168,7 @@ def steps(engine: Engine, count: int) -> list[float]:
     return losses
 
 
-def watched(engine: Engine, warm: int = 1) -> Sight:
+def watched(engine: Engine, warm: int = 1) -> StepTrace:
     """What the profiler sees of one step after `warm` others."""
     steps(engine, warm)
 

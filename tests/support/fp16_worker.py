@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from gptoughts.engine.distributed.ranks import started
+from gptoughts.engine.distributed.ranks import process_group
 from gptoughts.engine.trainer import Progress, advance
 from gptoughts.hardware.machine import world_from_environment
 from tests.support.ddp_worker import share
@@ -21,7 +21,7 @@ POISONED_STEP, POISONED_RANK = 1, 1
 def main(out: str) -> None:
     """Three steps in two micro-batches each; the second one's first loss is infinite on one rank."""
     world = world_from_environment(os.environ)
-    with started(world, torch.device("cpu")) as ranks:
+    with process_group(world, torch.device("cpu")) as ranks:
         recipe = recipe_of("modern")
         layers = {"precision": "fp16", "parallel": "ddp", "microbatch": "fixed", "microbatch.sequences": 1}
         with engine_of(recipe, plan_of(recipe, layers, world), share(recipe, world), ranks) as engine:

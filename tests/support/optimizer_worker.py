@@ -1,4 +1,4 @@
-"""One rank of the optimisers' data-parallel test: two steps with every optimiser on its share of ragged batches."""
+"""One rank of the optimizers' data-parallel test: two steps with every optimizer on its share of ragged batches."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gptoughts.config.recipe import OptimConfig
-from gptoughts.engine.distributed.ranks import Ranks, started
+from gptoughts.engine.distributed.ranks import Ranks, process_group
 from gptoughts.hardware.machine import world_from_environment
 from tests.support.ddp_worker import share
 from tests.support.engines import engine_of, plan_of, recipe_of, steps
@@ -39,10 +39,10 @@ def reached(name: str, ranks: Ranks) -> dict[str, Tensor]:
 
 
 def main(out: str) -> None:
-    """Every optimiser in turn; the ranks' own generators stand at different places."""
+    """Every optimizer in turn; the ranks' own generators stand at different places."""
     world = world_from_environment(os.environ)
     weights: dict[str, Tensor] = {}
-    with started(world, torch.device("cpu")) as ranks:
+    with process_group(world, torch.device("cpu")) as ranks:
         torch.manual_seed(world.rank)
         for name in NAMES:
             weights |= reached(name, ranks)

@@ -16,7 +16,7 @@ from gptoughts.config.loader import Recipe, from_values
 from gptoughts.data.device import to_device
 from gptoughts.data.squad.examples import Questions, prepare_squad
 from gptoughts.data.table import Table
-from gptoughts.engine.distributed.ranks import Ranks, started
+from gptoughts.engine.distributed.ranks import Ranks, process_group
 from gptoughts.engine.engine import Engine
 from gptoughts.engine.objectives.span_qa import QuestionAnswering
 from gptoughts.engine.optim.schedule_and_groups import adamw
@@ -92,7 +92,7 @@ def engine_for(folder: Path, ranks: Ranks | None = None, **data: Any) -> tuple[E
 def main(folder: str, out: str) -> None:
     """One rank: evaluates the untrained encoder and writes what this rank was told."""
     world = world_from_environment(os.environ)
-    with started(world, torch.device("cpu")) as ranks:
+    with process_group(world, torch.device("cpu")) as ranks:
         engine, tables, questions = engine_for(Path(folder), ranks)
         readings = [
             [reading.null, *(span.score for span in reading.spans)]

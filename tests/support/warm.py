@@ -39,7 +39,7 @@ LASTING = (
 """Variables that count when something is imported begin like this: each set of their values has a server of its own."""
 
 
-class Order(TypedDict):
+class TrainingJob(TypedDict):
     """What a caller hands over, beside its streams."""
 
     words: list[str]
@@ -136,7 +136,7 @@ def _minded(caller: socket.socket) -> NoReturn:
         if not part:  # its caller has gone before it had said all
             os._exit(1)
         text += part
-    order: Order = json.loads(text)
+    order: TrainingJob = json.loads(text)
     child = os.fork()
     if child == 0:
         caller.close()
@@ -181,7 +181,7 @@ def _leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _become(order: Order) -> None:
+def _become(order: TrainingJob) -> None:
     os.chdir(order["folder"])
     os.environ.clear()
     os.environ.update(order["environment"])

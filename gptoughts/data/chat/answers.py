@@ -34,7 +34,7 @@ class Written:
 
 
 def written(chat: ChatTokenizer, messages: Sequence[Message], train_on: TrainOn) -> Written:
-    """The texts of a conversation, with marks around what is learnt. Raises DataError where the template does not allow to tell."""
+    """The texts of a conversation, with marks around what is learned. Raises DataError where the template does not allow to tell."""
     marked, spelled = chat.protected(messages)
     if spelled and stripped(chat.template.render(marked)) != chat.template.render(messages):
         raise DataError("spells a special token, and the chat template treats the text differently for it; reword it")
@@ -96,7 +96,7 @@ def compared(chat: ChatTokenizer, messages: Sequence[Message]) -> tuple[list[str
 
 
 def prompt(chat: ChatTokenizer, messages: Sequence[Message]) -> np.ndarray:
-    """The ids of a conversation that waits for an answer: those that stand before the answer where it is learnt."""
+    """The ids of a conversation that waits for an answer: those that stand before the answer where it is learned."""
     marked, _ = chat.protected(messages)
     text = chat.template.render(marked, add_generation_prompt=True, tracking=chat.template.marks_answers)
     if not chat.template.marks_answers:
@@ -106,7 +106,7 @@ def prompt(chat: ChatTokenizer, messages: Sequence[Message]) -> np.ndarray:
                 continue
             try:
                 span = Span.of(chat, marked, place)
-            except DataError:  # A template that cannot be learnt from can be asked.
+            except DataError:  # A template that cannot be learned from can be asked.
                 continue
             if span.opens(text):
                 parts += [text[done : span.start], BEGIN_ANSWER, END_ANSWER]
@@ -124,7 +124,7 @@ def stops(chat: ChatTokenizer) -> set[int]:
     if found.open_ends:
         return set()
     encoded = chat.encode(found.texts[-1:])[0]
-    return {int(encoded.ids[encoded.learnt][-1])}
+    return {int(encoded.ids[encoded.learned][-1])}
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ class Conversation:
 
 
 class Problem(DataError):
-    """One row that cannot be learnt from."""
+    """One row that cannot be learned from."""
 
 
 def chat_files(spec: str) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Samples as a reader can check them: decoded, with the learnt tokens marked, and in figures."""
+"""Samples as a reader can check them: decoded, with the learned tokens marked, and in figures."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from gptoughts.data.tokenizers.tokenizer import Tokenizer
 
 IGNORED = -100
-Style = Literal["colour", "brackets"]
-MARKS: dict[Style, tuple[str, str]] = {"colour": ("\x1b[32m", "\x1b[0m"), "brackets": ("⟦", "⟧")}
+Style = Literal["color", "brackets"]
+MARKS: dict[Style, tuple[str, str]] = {"color": ("\x1b[32m", "\x1b[0m"), "brackets": ("⟦", "⟧")}
 
 
 def first_rows(corpus: Corpus, recipe: Recipe, count: int) -> Iterator[dict[str, np.ndarray]]:
@@ -45,7 +45,7 @@ def rows_of(batch: Mapping[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
         yield {name: array[index] for name, array in batch.items()}
 
 
-def learnt(row: Mapping[str, np.ndarray]) -> np.ndarray:
+def learned(row: Mapping[str, np.ndarray]) -> np.ndarray:
     """What a row teaches, aligned with its ids, -100 where nothing: its labels; all but the first id; or the span of an answer."""
     import numpy as np
 
@@ -73,7 +73,7 @@ def documents(row: Mapping[str, np.ndarray]) -> tuple[list[slice], int]:
     found = [slice(start, end) for start, end in pairwise(edges)]
     labels, ids = row["labels"], row["input_ids"]
     last = found[-1]
-    # Padding is a document of its own: one token again and again, none of it learnt.
+    # Padding is a document of its own: one token again and again, none of it learned.
     if len(found) > 1 and (labels[last] == IGNORED).all() and (ids[last] == ids[last][0]).all():
         return found[:-1], last.stop - last.start
     return found, 0
@@ -83,20 +83,20 @@ def said(row: Mapping[str, np.ndarray]) -> str:
     """A row in figures."""
     parts, padding = documents(row)
     used = len(row["input_ids"]) - padding
-    taught = int((learnt(row) != IGNORED).sum())
+    taught = int((learned(row) != IGNORED).sum())
     lengths = " + ".join(f"{part.stop - part.start:,}" for part in parts)
     several = f" in {len(parts)} conversations ({lengths})" if len(parts) > 1 else ""
-    return f"{used:,} tokens{several}, {padding:,} of padding, {taught:,} learnt ({100 * taught / max(used, 1):.1f} %)"
+    return f"{used:,} tokens{several}, {padding:,} of padding, {taught:,} learned ({100 * taught / max(used, 1):.1f} %)"
 
 
 def shown(tokenizer: Tokenizer, row: Mapping[str, np.ndarray], style: Style) -> str:
-    """A row's documents as text with the learnt tokens marked, without its padding."""
-    labels = learnt(row)
+    """A row's documents as text with the learned tokens marked, without its padding."""
+    labels = learned(row)
     return "\n· · ·\n".join(marked(tokenizer, row["input_ids"][part], labels[part], style) for part in documents(row)[0])
 
 
 def marked(tokenizer: Tokenizer, ids: np.ndarray, labels: np.ndarray, style: Style) -> str:
-    """The text of `ids` with marks around what is learnt (labels that are not -100). Special tokens are written out.
+    """The text of `ids` with marks around what is learned (labels that are not -100). Special tokens are written out.
 
     Control characters are shown as escapes: a sample must not steer the terminal.
     """
@@ -140,7 +140,7 @@ def totals(corpus: Corpus, recipe: Recipe) -> Iterator[str]:
     """What each split holds, a line each."""
     tables: Mapping[str, Table] | None = getattr(corpus, "tables", None)
     if tables is None:
-        yield f"train  {corpus.train_tokens:,} tokens, all learnt, in {corpus.samples:,} samples of {recipe.data.sequence_length}"
+        yield f"train  {corpus.train_tokens:,} tokens, all learned, in {corpus.samples:,} samples of {recipe.data.sequence_length}"
         return
     for name, table in tables.items():
         facts: Mapping[str, Any] = table.facts
@@ -149,7 +149,7 @@ def totals(corpus: Corpus, recipe: Recipe) -> Iterator[str]:
             continue
         yield (
             f"{name:<6} {facts['conversations']:,} conversations, {facts['answers']:,} answers, {facts['tokens']:,} tokens of which "
-            f"{100 * facts['learnt'] / facts['tokens']:.1f} % are learnt"
+            f"{100 * facts['learned'] / facts['tokens']:.1f} % are learned"
         )
         yield (
             f"       {len(table):,} rows of {facts['width']:,}, {100 * facts['fill']:.1f} % full; lengths: median {facts['median']:,}, "

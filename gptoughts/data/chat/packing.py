@@ -18,10 +18,10 @@ from gptoughts.errors import DataError
 
 @dataclass(frozen=True)
 class Document:
-    """Token ids, and which of them are learnt (bool, same shape). `where` is the file and line that it came from."""
+    """Token ids, and which of them are learned (bool, same shape). `where` is the file and line that it came from."""
 
     ids: np.ndarray
-    learnt: np.ndarray
+    learned: np.ndarray
     where: str = ""
 
 
@@ -70,7 +70,7 @@ def laid_out(
 ) -> dict[str, np.ndarray]:
     """The rows as arrays, each (rows, width): `input_ids` (dtype), `labels` and `positions` (int32).
 
-    Labels are aligned with the ids; -100 stands on what is not learnt, on the first token of each document, which nothing
+    Labels are aligned with the ids; -100 stands on what is not learned, on the first token of each document, which nothing
     comes before, and on the padding behind the last one. Padding is `pad_id` and a document of its own.
     """
     input_ids = np.full((len(rows), width), pad_id, dtype=dtype)
@@ -83,7 +83,7 @@ def laid_out(
             document = documents[index]
             start, end = end, end + len(document.ids)
             input_ids[row, start:end] = document.ids
-            labels[row, start:end] = np.where(document.learnt, document.ids.astype(np.int32), IGNORED)
+            labels[row, start:end] = np.where(document.learned, document.ids.astype(np.int32), IGNORED)
             labels[row, start] = IGNORED
             positions[row, start:end] = count[: end - start]
         positions[row, end:] = count[: width - end]

@@ -1,6 +1,6 @@
 """Supervised fine-tuning data: conversations become tables of rows in which the answers are labels.
 
-Made once and kept in the cache, like tokenised text. Layout: `train/` and `val/` (tables) and `index.json`, written last.
+Made once and kept in the cache, like tokenized text. Layout: `train/` and `val/` (tables) and `index.json`, written last.
 """
 
 from __future__ import annotations
@@ -154,8 +154,8 @@ class Maker:
                 raise DataError(f"{self.data.val_path if name == 'val' else self.data.path}: holds no conversation")
         out = {name: self.fitted(rows) for name, rows in read.items()}
         if self.data.val_path is not None:
-            learnt = {row.digest for row in read["train"]}
-            out["val"].counts["seen"] = sum(row.digest in learnt for row in read["val"])
+            learned = {row.digest for row in read["train"]}
+            out["val"].counts["seen"] = sum(row.digest in learned for row in read["val"])
         return out
 
     def read(self, files: Sequence[Path], problems: list[str]) -> list[Row]:
@@ -184,14 +184,14 @@ class Maker:
             content = json.dumps(conversation.messages, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass")
             documents: list[Document] = []
             for one in islice(encodings, len(found.texts)):
-                if not one.learnt[1:].any():
+                if not one.learned[1:].any():
                     problems.append(
-                        f"{conversation.where}: its answer is no token of this tokenizer, so that nothing could be learnt"
+                        f"{conversation.where}: its answer is no token of this tokenizer, so that nothing could be learned"
                     )
                 elif self.one_each:
                     documents += each_answer(one, conversation.where)
                 else:
-                    documents.append(Document(one.ids, one.learnt, conversation.where))
+                    documents.append(Document(one.ids, one.learned, conversation.where))
             yield Row(hashlib.sha256(content).digest(), documents, found)
 
     def fitted(self, rows: Sequence[Row]) -> Split:
@@ -214,7 +214,7 @@ class Maker:
             split.documents += kept
             whole = len(kept) == len(row.documents) and not shortened
             split.counts["conversations"] += 1
-            split.counts["answers"] += row.written.answers if whole else sum(stretches(document.learnt) for document in kept)
+            split.counts["answers"] += row.written.answers if whole else sum(stretches(document.learned) for document in kept)
             split.counts["split_conversations"] += len(row.written.texts) > 1
             split.counts["open_ends"] += row.written.open_ends
             split.counts["spelled"] += row.written.spelled
@@ -229,9 +229,9 @@ class Maker:
         kept, cut = [], 0
         for document in row.documents:
             if len(document.ids) > self.width:
-                document = Document(document.ids[: self.width], document.learnt[: self.width], document.where)
-                # Nothing is learnt from the first token, which nothing comes before.
-                if self.too_long == "drop" or not document.learnt[1:].any():
+                document = Document(document.ids[: self.width], document.learned[: self.width], document.where)
+                # Nothing is learned from the first token, which nothing comes before.
+                if self.too_long == "drop" or not document.learned[1:].any():
                     split.counts["dropped"] += 1
                     continue
                 cut += 1
@@ -249,8 +249,8 @@ class Maker:
         for array in arrays.values():
             digest.update(str(array.dtype).encode())
             digest.update(np.ascontiguousarray(array).data)
-        learnt = int((arrays["labels"] >= 0).sum())
-        facts: dict[str, Any] = dict(split.counts, documents=len(lengths), rows=len(rows), tokens=sum(lengths), learnt=learnt)
+        learned = int((arrays["labels"] >= 0).sum())
+        facts: dict[str, Any] = dict(split.counts, documents=len(lengths), rows=len(rows), tokens=sum(lengths), learned=learned)
         middle, long = np.percentile(lengths, [50, 95]).astype(int).tolist()
         facts |= {
             "median": middle,
@@ -291,23 +291,23 @@ def divided(rows: Sequence[Row], fraction: float) -> dict[str, list[Row]]:
 
 
 def each_answer(encoded: Encoded, where: str) -> Iterator[Document]:
-    """A document for each stretch of learnt tokens: it ends there, and nothing else in it is learnt."""
-    edges = np.flatnonzero(np.diff(encoded.learnt.astype(np.int8), prepend=0, append=0))
+    """A document for each stretch of learned tokens: it ends there, and nothing else in it is learned."""
+    edges = np.flatnonzero(np.diff(encoded.learned.astype(np.int8), prepend=0, append=0))
     for start, end in edges.reshape(-1, 2).tolist():
-        if end > 1:  # Nothing is learnt from the first token.
+        if end > 1:  # Nothing is learned from the first token.
             yield Document(encoded.ids[:end], np.arange(end) >= start, where)
 
 
-def stretches(learnt: np.ndarray) -> int:
-    """How many runs of learnt tokens there are."""
-    return int(learnt[0]) + int((np.diff(learnt.astype(np.int8)) == 1).sum())
+def stretches(learned: np.ndarray) -> int:
+    """How many runs of learned tokens there are."""
+    return int(learned[0]) + int((np.diff(learned.astype(np.int8)) == 1).sum())
 
 
 def summary(facts: dict[str, Any]) -> str:
     """What a table holds, in a line; what was changed or may surprise is always said."""
     said = [
         f"{facts['conversations']:,} conversations, {facts['answers']:,} answers in {facts['rows']:,} rows",
-        f"{facts['tokens']:,} tokens, {100 * facts['learnt'] / facts['tokens']:.1f} % learnt",
+        f"{facts['tokens']:,} tokens, {100 * facts['learned'] / facts['tokens']:.1f} % learned",
         f"rows {100 * facts['fill']:.1f} % full",
         f"longest {facts['longest']:,}",
     ]

@@ -73,7 +73,7 @@ class Template:
         self.marks_answers = self._marks_answers
         parts = {node.data for node in tree.find_all(nodes.TemplateData)}
         parts |= {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
-        # Joined with a character that no token holds, so that two neighbours never spell a token together.
+        # Joined with a character that no token holds, so that two neighbors never spell a token together.
         self.literals = "\0".join(sorted(parts))
 
     def _environment(self) -> Any:

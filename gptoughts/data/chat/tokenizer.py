@@ -30,15 +30,15 @@ class Encoded:
     """The ids of one rendered text, and which of them lie, at least in part, in what the model shall say (bool, same shape)."""
 
     ids: np.ndarray
-    learnt: np.ndarray
+    learned: np.ndarray
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Text for the library, of which the first `learnt` characters are learnt; `onwards`: it goes on in the middle of a text."""
+    """Text for the library, of which the first `learned` characters are learned; `onwards`: it goes on in the middle of a text."""
 
     text: str
-    learnt: int
+    learned: int
     onwards: bool
 
 
@@ -158,12 +158,12 @@ class ChatTokenizer:
             found[onwards] = iter(library.encode_batch(some, add_special_tokens=False))
         out = []
         for plan in plans:
-            ids, learnt = [np.empty(0, dtype=np.uint32)], [np.empty(0, dtype=bool)]
+            ids, learned = [np.empty(0, dtype=np.uint32)], [np.empty(0, dtype=bool)]
             for piece in plan:
                 encoding = next(found[piece.onwards])
                 ids.append(np.array(encoding.ids, dtype=np.uint32))
-                learnt.append(np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)[:, 0] < piece.learnt)
-            out.append(Encoded(np.concatenate(ids).astype(self.tokenizer.dtype), np.concatenate(learnt)))
+                learned.append(np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)[:, 0] < piece.learned)
+            out.append(Encoded(np.concatenate(ids).astype(self.tokenizer.dtype), np.concatenate(learned)))
         return out
 
     @cached_property
@@ -181,7 +181,7 @@ class ChatTokenizer:
     def _pieces(self, text: str) -> list[Piece]:
         """A rendered text as the library gets it, control tokens under their aliases, cut where answers begin."""
         pieces: list[Piece] = []
-        written, learnt, done = "", 0, 0
+        written, learned, done = "", 0, 0
         for match in self._scan.finditer(text):
             written += text[done : match.start()]
             done = match.end()
@@ -190,18 +190,18 @@ class ChatTokenizer:
             elif match["text"] is not None:
                 written += match["text"]
             elif match["begin"] is not None:
-                pieces += self._cut(written, learnt, bool(pieces))
-                written, learnt = "", 0
+                pieces += self._cut(written, learned, bool(pieces))
+                written, learned = "", 0
             elif match["end"] is not None:
-                learnt = len(written)
-        return pieces + self._cut(written + text[done:], learnt, bool(pieces))
+                learned = len(written)
+        return pieces + self._cut(written + text[done:], learned, bool(pieces))
 
-    def _cut(self, text: str, learnt: int, onwards: bool) -> list[Piece]:
+    def _cut(self, text: str, learned: int, onwards: bool) -> list[Piece]:
         """A piece, in two where the library must be told that it goes on, which matters up to the first control token."""
         cut = 0
         if onwards and self.continuing is not None:
             cut = text.find(ALIAS[0]) if ALIAS[0] in text else len(text)
-        both = Piece(text[:cut], learnt, True), Piece(text[cut:], learnt - cut, False)
+        both = Piece(text[:cut], learned, True), Piece(text[cut:], learned - cut, False)
         return [piece for piece in both if piece.text]
 
 

@@ -21,7 +21,7 @@ from gptoughts.errors import DataError
 if TYPE_CHECKING:
     from gptoughts.data.squad.examples import Question
 
-CHUNK = 256  # Questions tokenised at once.
+CHUNK = 256  # Questions tokenized at once.
 PADDING_NAMES = ("[PAD]", "<pad>")
 NOWHERE = (0, 0)
 """Start and end of a window that does not hold the whole answer: its first token, [CLS] (Devlin et al. 2019)."""
@@ -60,7 +60,7 @@ class Reader:
         pair = library.encode("a", "b")
         if not pair.special_tokens_mask or pair.special_tokens_mask[0] != 1 or 1 not in pair.sequence_ids:
             raise DataError(
-                f"{path}: does not put a special token before a pair of texts, and no answer is learnt as that token; "
+                f"{path}: does not put a special token before a pair of texts, and no answer is learned as that token; "
                 "give an encoder, such as BERT or RoBERTa"
             )
         digest = hashlib.sha256(raw + b"\0" + str(padding_id).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""A tokenised folder is held by one process at a time, and cleared of nothing but its own files."""
+"""A tokenized folder is held by one process at a time, and cleared of nothing but its own files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gptoughts.errors import DataError
 
 
 def is_ours(name: str) -> bool:
-    """Whether a file name is one that tokenising makes."""
+    """Whether a file name is one that tokenizing makes."""
     base = name.removesuffix(".tmp")
     return base in (INDEX, JOURNAL, TOKENIZER_FOLDER) or (
         base.startswith(("train_", "val_")) and base.endswith((".npy", ".npy.part"))
@@ -23,7 +23,7 @@ def is_ours(name: str) -> bool:
 
 
 def clear(folder: Path) -> None:
-    """Removes what tokenising made in `folder`, the index first, and nothing else."""
+    """Removes what tokenizing made in `folder`, the index first, and nothing else."""
     (folder / INDEX).unlink(missing_ok=True)
     for path in folder.iterdir():
         if is_ours(path.name):
@@ -43,7 +43,7 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"data: another process is tokenising into {folder}; waiting for it", file=sys.stderr, flush=True)
+            print(f"data: another process is tokenizing into {folder}; waiting for it", file=sys.stderr, flush=True)
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         if folder.exists() and folder.stat().st_ino == os.fstat(descriptor).st_ino:
             break

@@ -1,4 +1,4 @@
-"""Progress of tokenising: a bar on a terminal, a plain line now and then in a log, on standard error."""
+"""Progress of tokenizing: a bar on a terminal, a plain line now and then in a log, on standard error."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def console(total_bytes: int | None) -> Iterator[Report]:
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
     columns = (
-        SpinnerColumn(), TextColumn("tokenising"), BarColumn(),
+        SpinnerColumn(), TextColumn("tokenizing"), BarColumn(),
         TextColumn("{task.fields[tokens]:,} tokens, {task.fields[rate]:.2f} Mtok/s"), TimeRemainingColumn(),
     )  # fmt: skip
     begun, counted = time.monotonic(), 0

@@ -48,7 +48,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Index:
-    """What `index.json` says: everything about a tokenised corpus but its tokens."""
+    """What `index.json` says: everything about a tokenized corpus but its tokens."""
 
     dtype: str
     vocab_size: int
@@ -69,19 +69,19 @@ class Index:
 
     @staticmethod
     def read(folder: Path) -> Index:
-        """The index of a tokenised folder. Raises DataError where there is none, or it is of another format."""
+        """The index of a tokenized folder. Raises DataError where there is none, or it is of another format."""
         path = folder / INDEX
         if not path.exists():
             if (folder / JOURNAL).exists():
                 raise DataError(
-                    f"{folder}: tokenising was interrupted; continue it with the same command: gptoughts tokenize ... --to {folder}"
+                    f"{folder}: tokenizing was interrupted; continue it with the same command: gptoughts tokenize ... --to {folder}"
                 )
             raise DataError(f"{path}: no such file; make it: gptoughts tokenize SOURCE --to {folder}")
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
             if raw["format"] != FORMAT or raw["version"] != VERSION:
                 raise DataError(
-                    f"{path}: format {raw['format']!r} version {raw['version']}, not {FORMAT!r} version {VERSION}; tokenise again"
+                    f"{path}: format {raw['format']!r} version {raw['version']}, not {FORMAT!r} version {VERSION}; tokenize again"
                 )
             splits = {
                 name: Split(
@@ -97,7 +97,7 @@ class Index:
             )
             index.check(path)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{path}: damaged ({type(error).__name__}: {error}); tokenise again with --overwrite") from None
+            raise DataError(f"{path}: damaged ({type(error).__name__}: {error}); tokenize again with --overwrite") from None
         return index
 
     def check(self, path: Path) -> None:
@@ -198,14 +198,14 @@ class Stream:
 
 @dataclass(frozen=True)
 class Shards:
-    """A tokenised folder."""
+    """A tokenized folder."""
 
     folder: Path
     index: Index
 
     @staticmethod
     def open(folder: Path | str) -> Shards:
-        """Opens a tokenised folder, checking index, sizes and headers without reading tokens.
+        """Opens a tokenized folder, checking index, sizes and headers without reading tokens.
 
         Raises DataError that names the file which is missing, truncated, or not a 1-D array of the index's dtype.
         """
@@ -225,7 +225,7 @@ class Shards:
         """The tokens of `train` or `val`. Raises DataError where this folder has no such split."""
         if name not in self.index.splits:
             there = ", ".join(self.index.splits)
-            raise DataError(f"{self.folder}: no split {name!r}; splits here: {there}; tokenise with a val_fraction above 0")
+            raise DataError(f"{self.folder}: no split {name!r}; splits here: {there}; tokenize with a val_fraction above 0")
         return Stream(self.folder, name, self.index)
 
     def documents(self, name: str, shard: int) -> np.ndarray:
@@ -239,7 +239,7 @@ class Shards:
         tokenizer = Tokenizer.load(self.folder / TOKENIZER_FOLDER)
         if tokenizer.hash != self.index.tokenizer["hash"]:
             raise DataError(
-                f"{self.folder / TOKENIZER_FOLDER}: another tokenizer than the one in {INDEX}; tokenise again with --overwrite"
+                f"{self.folder / TOKENIZER_FOLDER}: another tokenizer than the one in {INDEX}; tokenize again with --overwrite"
             )
         return tokenizer
 
@@ -261,10 +261,10 @@ def check_size(path: Path, expected: int) -> None:
     try:
         size = os.stat(path).st_size
     except OSError:
-        raise DataError(f"{path}: missing, though {INDEX} lists it; restore it, or tokenise again with --overwrite") from None
+        raise DataError(f"{path}: missing, though {INDEX} lists it; restore it, or tokenize again with --overwrite") from None
     if size != expected:
         what = "truncated" if size < expected else "longer than it was"
-        raise DataError(f"{path}: {what} ({size} bytes, {expected} expected); restore it, or tokenise again with --overwrite")
+        raise DataError(f"{path}: {what} ({size} bytes, {expected} expected); restore it, or tokenize again with --overwrite")
 
 
 def open_array(path: Path, length: int, dtype: np.dtype[Any]) -> np.ndarray:
@@ -277,11 +277,11 @@ def open_array(path: Path, length: int, dtype: np.dtype[Any]) -> np.ndarray:
     except (ValueError, EOFError, OSError) as error:
         if "bject" not in str(error):  # An object array is refused as such, whatever its size.
             check_size(path, HEADER_BYTES + length * dtype.itemsize)
-        raise DataError(f"{path}: not a plain .npy array ({error}); tokenise again with --overwrite") from None
+        raise DataError(f"{path}: not a plain .npy array ({error}); tokenize again with --overwrite") from None
     if not isinstance(array, np.ndarray) or array.ndim != 1 or array.dtype != dtype:
         found = f"{array.ndim}-D {array.dtype}" if isinstance(array, np.ndarray) else "an archive"
-        raise DataError(f"{path}: {found}, expected 1-D {dtype}; tokenise again with --overwrite")
+        raise DataError(f"{path}: {found}, expected 1-D {dtype}; tokenize again with --overwrite")
     check_size(path, HEADER_BYTES + length * dtype.itemsize)
     if len(array) != length:
-        raise DataError(f"{path}: {len(array)} entries, {INDEX} says {length}; tokenise again with --overwrite")
+        raise DataError(f"{path}: {len(array)} entries, {INDEX} says {length}; tokenize again with --overwrite")
     return array.view(np.ndarray)  # np.memmap's own slicing costs twice the time.

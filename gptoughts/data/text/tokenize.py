@@ -38,7 +38,7 @@ FROM_CORPUS = ("bpe", "chars")
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the bytes of a tokenised folder. Two folders with equal settings and an equal source are equal."""
+    """What decides the bytes of a tokenized folder. Two folders with equal settings and an equal source are equal."""
 
     source: str
     source_files: int
@@ -51,7 +51,7 @@ class Settings:
     shard_tokens: int
 
 
-def tokenise(
+def tokenize(
     source: str | Source,
     tokenizer: str | Tokenizer,
     out: Path | str,
@@ -97,7 +97,7 @@ def tokenise(
 
 
 class Job:
-    """One tokenised folder in the making."""
+    """One tokenized folder in the making."""
 
     def __init__(self, source: Source, tokenizer: str | Tokenizer, folder: Path, settings: Settings) -> None:
         self.source, self.asked, self.folder, self.settings = source, tokenizer, folder, settings
@@ -112,7 +112,7 @@ class Job:
         return index
 
     def run(self, processes: int, report: Report) -> Index:
-        """Tokenises what is left to do, then writes the index."""
+        """Tokenizes what is left to do, then writes the index."""
         rule = splits.resolve_rule(self.source, self.settings.val_fraction, self.settings.val_from)
         journal = self.read_journal()
         tokenizer = self.keep_tokenizer(journal is not None)
@@ -201,7 +201,7 @@ class Job:
             return journal
         others = sorted(entry.name for entry in self.folder.iterdir() if not is_ours(entry.name))
         if others:
-            raise DataError(f"{self.folder}: not empty (holds {others[0]!r}) and no tokenised folder; name a new folder")
+            raise DataError(f"{self.folder}: not empty (holds {others[0]!r}) and no tokenized folder; name a new folder")
         return None
 
     def write_journal(self, pieces: int, writers: dict[str, SplitWriter]) -> None:
@@ -308,10 +308,10 @@ def text_bytes(source: Source) -> int | None:
 
 
 def prepare(data: DataConfig, out: Path | None = None) -> Path:
-    """The tokenised folder for a recipe's data: `data.path` itself where it is one, else made once, in `out` or in the cache.
+    """The tokenized folder for a recipe's data: `data.path` itself where it is one, else made once, in `out` or in the cache.
 
     The cache folder's name is a digest of the settings and of the source's files (names, sizes, times), so a changed text is
-    tokenised anew. Safe from several processes at once.
+    tokenized anew. Safe from several processes at once.
     """
     path = Path(data.path).expanduser()
     if (path / INDEX).exists():
@@ -322,8 +322,8 @@ def prepare(data: DataConfig, out: Path | None = None) -> Path:
     if out is None:
         out = cache_folder(data) / prepared_name(data, source)
     if not (out / INDEX).exists():
-        print(f"data: tokenising {data.path} ({data.tokenizer}) once into {out}", file=sys.stderr, flush=True)
-    tokenise(
+        print(f"data: tokenizing {data.path} ({data.tokenizer}) once into {out}", file=sys.stderr, flush=True)
+    tokenize(
         source, data.tokenizer, out, train_bpe=data.train_bpe, val_fraction=data.val_fraction, val_from=data.val_from,
         text_key=data.text_key, progress="console",
     )  # fmt: skip
@@ -331,7 +331,7 @@ def prepare(data: DataConfig, out: Path | None = None) -> Path:
 
 
 def cache_folder(data: DataConfig) -> Path:
-    """Where tokenised text is kept between runs."""
+    """Where tokenized text is kept between runs."""
     if data.cache is not None:
         return Path(data.cache).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gptoughts" / "data"

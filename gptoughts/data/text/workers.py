@@ -151,7 +151,7 @@ class Workers:
         except (BrokenPipeError, EOFError):
             code = child.wait()
             raise WorkerDied(
-                f"a tokenising process ended with code {code} (-9: out of memory?); run again to continue, with fewer processes"
+                f"a tokenizing process ended with code {code} (-9: out of memory?); run again to continue, with fewer processes"
             ) from None
         finally:
             self.idle.put(child)

@@ -28,7 +28,7 @@ def byte_of_character() -> dict[str, int]:
 
 
 def train(texts: Iterable[str], vocab_size: int) -> dict[str, Any]:
-    """A byte-level BPE with GPT-2's split pattern, learnt from `texts`; the same texts give the same bytes every time.
+    """A byte-level BPE with GPT-2's split pattern, learned from `texts`; the same texts give the same bytes every time.
 
     The end-of-text token is id 0 and counts in `vocab_size`. A small text may give fewer ids than asked for.
     Raises DataError for a vocabulary that cannot hold the 256 bytes.

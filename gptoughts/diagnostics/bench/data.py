@@ -1,4 +1,4 @@
-"""Measures the data room: batches from warm pages, and tokenising beside raw tiktoken on the same text. Nothing is asserted."""
+"""Measures the data room: batches from warm pages, and tokenizing beside raw tiktoken on the same text. Nothing is asserted."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import numpy as np
 from gptoughts.data.batches import Batches
 from gptoughts.data.text.shards import Shards
 from gptoughts.data.text.sources import Document, Source, open_source
-from gptoughts.data.text.tokenize import tokenise
+from gptoughts.data.text.tokenize import tokenize
 from gptoughts.data.tokenizers.tokenizer import JsonTokenizer, build_tokenizer
 from gptoughts.errors import DataError
 
@@ -31,7 +31,7 @@ def bench_batches(
         text = rng.integers(97, 123, tokens, dtype=np.uint8).tobytes().decode("ascii")
         documents = [Document("random letters", text)]
         source = Source("random letters", (), lambda _: iter(documents))
-        tokenise(source, "bytes", folder, val_fraction=0, processes=1, shard_tokens=-(-(tokens + 1) // shards))
+        tokenize(source, "bytes", folder, val_fraction=0, processes=1, shard_tokens=-(-(tokens + 1) // shards))
         del source
         stream = Shards.open(folder).split("train")
         for array in stream.arrays:
@@ -48,8 +48,8 @@ def bench_batches(
     return {**shape, "dtype": "uint16", "rounds": rounds, **spread("mtok_per_second", rates)}
 
 
-def bench_tokenise(source: str = "python-stdlib", tokenizer: str = "gpt2", repeat: int = 4, rounds: int = 5) -> dict[str, Any]:
-    """Whole tokenising runs, from documents in memory to synced shards, in turns with raw tiktoken's `encode_ordinary`.
+def bench_tokenize(source: str = "python-stdlib", tokenizer: str = "gpt2", repeat: int = 4, rounds: int = 5) -> dict[str, Any]:
+    """Whole tokenizing runs, from documents in memory to synced shards, in turns with raw tiktoken's `encode_ordinary`.
 
     The corpus is `source`, `repeat` times. `tokenizer` is gpt2, bpe (4096 ids) or a file or folder that tiktoken can run.
     Ratios are medians over rounds of ours divided by tiktoken's in the same round; the start of processes is included. CPU
@@ -114,7 +114,7 @@ def run_of(
         return raw
 
     def ours() -> None:
-        tokenise(corpus, tokenizer, folder, processes=1 if name == "one_process" else 2)
+        tokenize(corpus, tokenizer, folder, processes=1 if name == "one_process" else 2)
 
     return ours
 

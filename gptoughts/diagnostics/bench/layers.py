@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from gptoughts.api import Setting
+from gptoughts.api import ResolvedRun
 from gptoughts.diagnostics.bench.children import Say, Told, Turns, measure
 from gptoughts.diagnostics.bench.curves import mean_difference
 from gptoughts.diagnostics.bench.figures import machine_figures, spread
@@ -45,7 +45,7 @@ class Variants:
             self.plans[name] = plan
 
 
-def variants_of(setting: Setting, ask: Ask) -> Variants:
+def variants_of(setting: ResolvedRun, ask: Ask) -> Variants:
     """Both ends, and for every slot in which they differ the plan without its layer and the baseline with it.
 
     Raises PlanError where the baseline itself cannot run here.
@@ -69,7 +69,13 @@ def variants_of(setting: Setting, ask: Ask) -> Variants:
 
 
 def bench_layers(
-    setting: Setting, ask: Ask, rounds: int, steps: int, command: str, say: Say = lambda text: None, turns: Turns | None = None
+    setting: ResolvedRun,
+    ask: Ask,
+    rounds: int,
+    steps: int,
+    command: str,
+    say: Say = lambda text: None,
+    turns: Turns | None = None,
 ) -> dict[str, Any]:
     """The ablation of the setting's plan as plain data. Nothing is asserted; `say` is told how far it is.
 
@@ -94,14 +100,14 @@ def bench_layers(
     })  # fmt: skip
 
 
-def _jobs(setting: Setting, ask: Ask, variants: Variants) -> dict[str, Job]:
+def _jobs(setting: ResolvedRun, ask: Ask, variants: Variants) -> dict[str, Job]:
     """All warm for equally long, so that step n of every variant is the same step of the same training."""
     made = {name: job_of(setting, ask, plan) for name, plan in variants.plans.items()}
-    warm = max(job.warm_steps for job in made.values())
+    warm = max(job.warmup_steps for job in made.values())
     return {name: job_of(setting, ask, plan, warm) for name, plan in variants.plans.items()}
 
 
-def _run(setting: Setting, variants: Variants, told: Mapping[str, Told], how: Mapping[str, Any]) -> dict[str, Any]:
+def _run(setting: ResolvedRun, variants: Variants, told: Mapping[str, Told], how: Mapping[str, Any]) -> dict[str, Any]:
     ready = next((one.ready for one in told.values() if one.ready), {})
     machine = machine_figures(setting.machine, ready.get("threads"))
     machine["threads_of_variants"] = {name: one.ready.get("threads") for name, one in told.items()}

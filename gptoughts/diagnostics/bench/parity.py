@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gptoughts.api import Setting
+from gptoughts.api import ResolvedRun
 from gptoughts.diagnostics.bench.children import Say, Told, Turns, measure
 from gptoughts.diagnostics.bench.curves import first_below, mean_difference, smoothed, window_of
 from gptoughts.diagnostics.bench.figures import machine_figures
@@ -32,7 +32,7 @@ REFERENCES: dict[str, tuple[str, ...]] = {"precision": ("bf16", "fp32"), "optimi
 """Slots with another reference than their baseline: what a layer in question is compared with, the first that can run here."""
 
 
-def in_question(setting: Setting, named: Sequence[str] = ()) -> dict[str, str]:
+def in_question(setting: ResolvedRun, named: Sequence[str] = ()) -> dict[str, str]:
     """Slot -> layer whose arithmetic is asked about: the named slots, else precision and optimizer, else every slot, as far as their
     layer changes numbers and is no reference itself.
 
@@ -61,7 +61,7 @@ def in_question(setting: Setting, named: Sequence[str] = ()) -> dict[str, str]:
     return found
 
 
-def reference_of(setting: Setting, ask: Ask, asked: Mapping[str, str]) -> Plan:
+def reference_of(setting: ResolvedRun, ask: Ask, asked: Mapping[str, str]) -> Plan:
     """The plan with a reference in every slot in question. Raises PlanError with what stands against each."""
     layers, nothing = layers_of(setting.plan), baseline_of(setting)
     for slot, layer in asked.items():
@@ -71,7 +71,7 @@ def reference_of(setting: Setting, ask: Ask, asked: Mapping[str, str]) -> Plan:
     return plan_of(setting, ask, layers)
 
 
-def _first_that_runs(setting: Setting, ask: Ask, layers: Layers, slot: str, names: Sequence[str]) -> Layers:
+def _first_that_runs(setting: ResolvedRun, ask: Ask, layers: Layers, slot: str, names: Sequence[str]) -> Layers:
     refused = []
     for name in names:
         options = {f"{slot}.{option}": value.default for option, value in setting.extensions.catalog[name].options.items()}
@@ -86,14 +86,14 @@ def _first_that_runs(setting: Setting, ask: Ask, layers: Layers, slot: str, name
 
 
 def bench_parity(
-    setting: Setting, ask: Ask, steps: int, seeds: int, named: Sequence[str], command: str, say: Say = lambda text: None,
+    setting: ResolvedRun, ask: Ask, steps: int, seeds: int, named: Sequence[str], command: str, say: Say = lambda text: None,
     turns: Turns | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """The gate's figures as plain data, `passed` among them. Raises LayerError where a training could not be measured."""
     asked = in_question(setting, named)
     plan, reference = plan_of(setting, ask, layers_of(setting.plan)), reference_of(setting, ask, asked)
     drawn = _other_seeds(setting, seeds)
-    warm = max(job_of(setting, ask, one).warm_steps for one in (plan, reference))
+    warm = max(job_of(setting, ask, one).warmup_steps for one in (plan, reference))
     rounds = min(ROUNDS, steps)
     per_round = max(1, math.ceil((steps - warm - 1) / rounds))
     ends = {PLAN: job_of(setting, ask, plan, warm), REFERENCE: job_of(setting, ask, reference, warm)}
@@ -131,7 +131,7 @@ def _named(seed: int) -> str:
     return f"reference, weights of seed {seed}"
 
 
-def _other_seeds(setting: Setting, count: int) -> list[int]:
+def _other_seeds(setting: ResolvedRun, count: int) -> list[int]:
     """Seeds for other first weights; none where all weights are read from a file."""
     recipe = setting.resolved.recipe
     if recipe.model.path and recipe.adapter.kind == "none":

@@ -71,8 +71,8 @@ def draw_parity(run: Mapping[str, Any], picture: Path) -> None:
     for name, curve in curves.items():
         tokens = [per_step * step for step in range(1, len(curve) + 1)]
         known = {"plan": (PLAN_COLOUR, 1.8), "reference": ("#3c4043", 1.4)}
-        colour, width = known.get(name, (BASELINE_COLOUR, 0.8))
-        above.plot(tokens, curve, color=colour, linewidth=width, label=name)
+        color, width = known.get(name, (BASELINE_COLOUR, 0.8))
+        above.plot(tokens, curve, color=color, linewidth=width, label=name)
     above.set(ylabel="loss, smoothed (nats per token)", title=f"{run['recipe']}: {', '.join(run['in_question'].values())}")
     above.legend(fontsize=8)
     pairs = zip(curves.get("plan", []), curves.get("reference", []), strict=False)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gptoughts.config.loader import Recipe
-from gptoughts.models.family import Family, initialise
+from gptoughts.models.family import Family, initialize
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def plain_loop(
     """A function that trains the recipe's model for so many more steps and returns the last loss that it read."""
     with device:
         model = family.build(recipe.model, rows, recipe.data.sequence_length)
-    initialise(model, family, recipe.model, recipe.seed)
+    initialize(model, family, recipe.model, recipe.seed)
     if settings.fused_attention and family.set_attention is not None:
         family.set_attention(model, sdpa)
     if settings.compiled:

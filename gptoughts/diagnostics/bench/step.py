@@ -17,27 +17,27 @@ from typing import Any
 
 import torch
 
-from gptoughts.api import Setting
+from gptoughts.api import ResolvedRun
 from gptoughts.config.loader import Recipe
-from gptoughts.console import Silent
+from gptoughts.console import SilentConsole
 from gptoughts.data.corpus import opened
 from gptoughts.diagnostics.bench.figures import machine_figures, paired, spread
 from gptoughts.diagnostics.bench.outside import outside_verbs
 from gptoughts.diagnostics.bench.plain import Settings, plain_loop
 from gptoughts.engine.distributed.ranks import Ranks
 from gptoughts.engine.engine import Engine
-from gptoughts.engine.from_recipe import first_weights, parts_of
+from gptoughts.engine.from_recipe import initial_weights, model_bundle
 from gptoughts.engine.objectives.base import NextToken
-from gptoughts.engine.run_length import Length
+from gptoughts.engine.run_length import RunLength
 from gptoughts.engine.trainer import Progress, advance, train
 from gptoughts.errors import ConfigError
 from gptoughts.models.sources import meta_model
 from gptoughts.planning.resolve import Plan
 from gptoughts.run import evidence as prove
-from gptoughts.run.build import built
+from gptoughts.run.build import build_engine
 from gptoughts.run.callbacks import Log
-from gptoughts.run.run import device_of
-from gptoughts.run.throughput import utilisation
+from gptoughts.run.run import select_device
+from gptoughts.run.throughput import utilization
 from gptoughts.run.tracking.jsonl import Jsonl
 
 OURS, PLAIN, AGAIN, FP32 = "ours", "plain", "ours again", "fp32 eager"
@@ -66,7 +66,7 @@ Run = Callable[[int], float]
 class Subject:
     """The recipe's data and sizes, opened once for all variants. Raises ConfigError for what a bare loop cannot do."""
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: ResolvedRun) -> None:
         self.setting, self.recipe = setting, setting.resolved.recipe
         if setting.world.world_size > 1:
             raise ConfigError("bench step runs in one process; start it without torchrun")
@@ -79,11 +79,13 @@ class Subject:
         if self.recipe.data.format != "text":
             raise ConfigError(f"bench step reads text; the recipe's data.format is {self.recipe.data.format!r}")
         self.corpus = opened(self.recipe)
-        self.parts = parts_of(self.recipe, self.corpus.tokenizer, setting.extensions.families, setting.extensions.objectives)
-        self.facts, self.rows = self.parts.facts, self.parts.rows
-        self.ranks = Ranks(setting.world, device_of(setting.machine, setting.world))
-        self.length = Length(self.recipe, self.ranks, self.corpus.samples)
-        self.mfu = utilisation(self.facts, setting.machine, 1)
+        self.parts = model_bundle(
+            self.recipe, self.corpus.tokenizer, setting.extensions.families, setting.extensions.objectives
+        )
+        self.spec, self.rows = self.parts.spec, self.parts.rows
+        self.ranks = Ranks(setting.world, select_device(setting.machine, setting.world))
+        self.length = RunLength(self.recipe, self.ranks, self.corpus.samples)
+        self.mfu = utilization(self.spec, setting.machine, 1)
 
     @property
     def tokens_per_step(self) -> int:
@@ -103,9 +105,9 @@ class Subject:
     def engine(self, recipe: Recipe, plan: Plan) -> Iterator[Engine]:
         """An engine of its own with the plan's layers."""
         model = meta_model(recipe, self.parts.family, self.rows)
-        source = first_weights(recipe, self.parts, model, self.ranks.device)
+        source = initial_weights(recipe, self.parts, model, self.ranks.device)
         catalog = self.setting.extensions.catalog
-        with built(
+        with build_engine(
             model, self.parts.family, NextToken(), recipe, plan, catalog, self.ranks, self.batches(recipe), source
         ) as engine:
             yield engine
@@ -132,7 +134,7 @@ class Ours:
         self.engine, self._subject = engine, subject
         self.progress, self.loss = Progress(), _LastLoss()
         sinks: list[Any] = [Jsonl(folder / "metrics.jsonl", 1), self.loss]
-        self.log = Log(subject.recipe.log.every, sinks, Silent(), subject.mfu[0], None, lambda _: None)
+        self.log = Log(subject.recipe.log.every, sinks, SilentConsole(), subject.mfu[0], None, lambda _: None)
 
     def __call__(self, steps: int) -> float:
         """So many more steps."""
@@ -142,13 +144,13 @@ class Ours:
         )
         return self.loss.value
 
-    def watched(self, plan: Plan) -> list[prove.Seen]:
+    def watched(self, plan: Plan) -> list[prove.LayerEvidence]:
         """One more step, in which every planned layer must show itself. Raises LayerError where one does not."""
         catalog = self._subject.setting.extensions.catalog
         held: list[Any] = []
-        sight = prove.watch(self.engine, lambda: held.extend(advance(self.engine, self.progress, self._subject.length.rate)))
+        trace = prove.watch(self.engine, lambda: held.extend(advance(self.engine, self.progress, self._subject.length.rate)))
         self.progress = held[0]
-        seen = prove.evidence(self.engine, plan, catalog, sight)
+        seen = prove.evidence(self.engine, plan, catalog, trace)
         prove.demand(seen)
         return seen
 
@@ -159,11 +161,11 @@ class Measured:
 
     seconds: dict[str, list[float]] = field(default_factory=dict)
     losses: dict[str, float] = field(default_factory=dict)
-    evidence: list[prove.Seen] = field(default_factory=list)
+    evidence: list[prove.LayerEvidence] = field(default_factory=list)
 
 
 def bench_step(
-    setting: Setting, rounds: int, steps: int, command: str, say: Callable[[str], None] = lambda text: None
+    setting: ResolvedRun, rounds: int, steps: int, command: str, say: Callable[[str], None] = lambda text: None
 ) -> dict[str, Any]:
     """All figures of one recipe under one plan, as plain data. Nothing is asserted; `say` is told how far it is.
 
@@ -182,13 +184,13 @@ def bench_step(
             FP32: _in_float32(_plain(subject, Settings(settings.micro_batch))),
         }
         measured = Measured()
-        warm = 1 + prove.warm_steps(setting.plan, setting.extensions.catalog)
+        warm = 1 + prove.warmup_steps(setting.plan, setting.extensions.catalog)
         say("warming up: ours")
         ours(warm)
         measured.evidence = ours.watched(setting.plan)
         for name in (PLAIN, AGAIN, FP32):
             say(f"warming up: {name}")
-            variants[name](warm + 1)  # compilation, first allocations, the optimiser's state; as far as ours is
+            variants[name](warm + 1)  # compilation, first allocations, the optimizer's state; as far as ours is
         for number in range(rounds):
             say(f"round {number + 1} of {rounds}")
             _take_turns(subject, variants, measured, number, steps)
@@ -270,7 +272,7 @@ def _figures(
         "command": command,
         "machine": machine_figures(setting.machine),
         "recipe": recipe.name,
-        "model": {**{key: value for key, value in vars(subject.facts).items() if value is not None}},
+        "model": {**{key: value for key, value in vars(subject.spec).items() if value is not None}},
         "global_batch": recipe.train.global_batch,
         "tokens_per_step": tokens,
         "profile": setting.plan.profile,

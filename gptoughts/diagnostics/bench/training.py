@@ -13,23 +13,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptoughts.api import Setting
+from gptoughts.api import ResolvedRun
 from gptoughts.config.model_spec import flops_per_token
 from gptoughts.data.corpus import opened, prepared
 from gptoughts.engine.distributed.ranks import Ranks
 from gptoughts.engine.engine import Engine
-from gptoughts.engine.from_recipe import Parts, first_weights, parts_of
+from gptoughts.engine.from_recipe import ModelBundle, initial_weights, model_bundle
 from gptoughts.engine.objectives.base import preparing
-from gptoughts.engine.run_length import Length
+from gptoughts.engine.run_length import RunLength
 from gptoughts.engine.trainer import Progress, StepStats, advance, call_back, train
 from gptoughts.errors import ConfigError, LayerError
 from gptoughts.models.sources import meta_model
 from gptoughts.run import evidence as prove
 from gptoughts.run import preflight as beforehand
-from gptoughts.run.build import built, seed_generators
+from gptoughts.run.build import build_engine, seed_rngs
 from gptoughts.run.callbacks import take_meters
-from gptoughts.run.run import device_of
-from gptoughts.run.throughput import utilisation
+from gptoughts.run.run import select_device
+from gptoughts.run.throughput import utilization
 
 MOST_UNWATCHED = 20
 """Steps without an update, as a loss scaler skips them at first, after which the watch is given up."""
@@ -63,8 +63,8 @@ class Training:
     """An engine of the plan with what its steps need."""
 
     engine: Engine
-    setting: Setting
-    parts: Parts
+    setting: ResolvedRun
+    parts: ModelBundle
     rate: Callable[[Progress], float]
     bytes_before: int | None
     progress: Progress = field(default_factory=Progress)
@@ -79,22 +79,22 @@ class Training:
             left -= 1
             return left < 0
 
-        self.engine.settle()
+        self.engine.synchronize()
         began = perf_counter()
         self.progress = train(self.engine, self.progress, lambda now: False, self.rate, [self.losses], pause=done)
-        self.engine.settle()
+        self.engine.synchronize()
         seconds = perf_counter() - began
         take_meters(self.engine)
         return seconds
 
-    def watched(self) -> list[prove.Seen]:
+    def watched(self) -> list[prove.LayerEvidence]:
         """The first step from here that makes an update, under the profiler, and what every layer says to it. Raises LayerError."""
         for _ in range(MOST_UNWATCHED):
             held: list[Any] = []
-            sight = prove.watch(self.engine, lambda: held.extend(advance(self.engine, self.progress, self.rate)))  # noqa: B023
+            trace = prove.watch(self.engine, lambda: held.extend(advance(self.engine, self.progress, self.rate)))  # noqa: B023
             self.progress = call_back(self.engine, held[0], held[1], [self.losses], False)
-            if sight.updated:
-                return prove.evidence(self.engine, self.setting.plan, self.setting.extensions.catalog, sight)
+            if trace.updated:
+                return prove.evidence(self.engine, self.setting.plan, self.setting.extensions.catalog, trace)
         raise LayerError(f"none of {MOST_UNWATCHED} steps made an update, so no layer could be watched")
 
     def peak_bytes(self) -> int | None:
@@ -118,11 +118,11 @@ class Training:
 
     def figures(self) -> dict[str, Any]:
         """What has to be known of the model to read a speed."""
-        mfu, formula = utilisation(self.parts.facts, self.setting.machine, 1)
+        mfu, formula = utilization(self.parts.spec, self.setting.machine, 1)
         recipe = self.setting.resolved.recipe
         return {
-            "model": {name: value for name, value in vars(self.parts.facts).items() if value is not None},
-            "flops_per_token": flops_per_token(self.parts.facts),
+            "model": {name: value for name, value in vars(self.parts.spec).items() if value is not None},
+            "flops_per_token": flops_per_token(self.parts.spec),
             "mfu_per_token_per_second": mfu(1.0),
             "mfu_formula": formula,
             "tokens_per_step": recipe.train.global_batch * recipe.data.sequence_length,
@@ -130,7 +130,7 @@ class Training:
 
 
 @contextmanager
-def opened_training(setting: Setting, weights_seed: int | None = None) -> Iterator[Training]:
+def opened_training(setting: ResolvedRun, weights_seed: int | None = None) -> Iterator[Training]:
     """The recipe's training under its plan. `weights_seed` draws other first weights than the recipe's seed; data stay as they are.
 
     Raises what `train` raises before its first step, and ConfigError for a recipe that counts hours: its learning rate follows the clock.
@@ -139,19 +139,19 @@ def opened_training(setting: Setting, weights_seed: int | None = None) -> Iterat
     if recipe.train.hours is not None:
         raise ConfigError("train.hours: the learning rate would follow the clock, and no two variants would train alike\n"
                           "  try: --train.steps N")  # fmt: skip
-    ranks = Ranks(setting.world, device_of(setting.machine, setting.world))
+    ranks = Ranks(setting.world, select_device(setting.machine, setting.world))
     corpus = opened(recipe)
-    parts = parts_of(recipe, corpus.tokenizer, extensions.families, extensions.objectives)
-    seed_generators(recipe.seed, 0, 0)
+    parts = model_bundle(recipe, corpus.tokenizer, extensions.families, extensions.objectives)
+    seed_rngs(recipe.seed, 0, 0)
     read = corpus.train(recipe, 0, 1, None, parts.rows)
     batches = prepared(read, preparing(parts.objective, "training"), recipe.train.global_batch, 0, 1)
     bytes_before = resident_bytes("VmRSS")
     model = meta_model(recipe, parts.family, parts.rows)
     beforehand.check_packing(recipe, parts, model)
     drawn = recipe if weights_seed is None else recipe.model_copy(update={"seed": weights_seed})
-    source = first_weights(drawn, parts, model, ranks.device)
-    length = Length(recipe, ranks, corpus.samples)
-    with built(
+    source = initial_weights(drawn, parts, model, ranks.device)
+    length = RunLength(recipe, ranks, corpus.samples)
+    with build_engine(
         model, parts.family, parts.objective, recipe, setting.plan, extensions.catalog, ranks, batches, source
     ) as engine:
         yield Training(engine, setting, parts, length.rate, bytes_before)

@@ -33,8 +33,8 @@ class Job:
     layers: Mapping[str, Any]
     digest: str
     plugins: tuple[str, ...] = ()
-    warm_steps: int = 2
-    """Steps before anything is counted: the first compiles, the second is the first with optimiser state."""
+    warmup_steps: int = 2
+    """Steps before anything is counted: the first compiles, the second is the first with optimizer state."""
     weights_seed: int | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
     """Variables of the plan, which the process is started with."""
@@ -78,7 +78,7 @@ def _ready(job: Job, training: Training, began: float) -> dict[str, Any]:
     import torch
 
     first = training.steps(1)
-    training.steps(job.warm_steps - 1)
+    training.steps(job.warmup_steps - 1)
     peak = training.peak_bytes()  # before the profiler, whose records would count
     seen = training.watched()
     if training.engine.device.type == "cuda":

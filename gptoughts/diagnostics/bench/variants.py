@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gptoughts.api import Setting
-from gptoughts.config.model_spec import facts_for
+from gptoughts.api import ResolvedRun
+from gptoughts.config.model_spec import spec_for
 from gptoughts.diagnostics.bench.variant import Job
 from gptoughts.errors import ConfigError, PlanError
 from gptoughts.planning.environment import in_effect
@@ -45,17 +45,17 @@ def with_slot(layers: Layers, slot: str, other: Layers) -> Layers:
     return {**kept, **{key: value for key, value in other.items() if key.partition(".")[0] == slot}}
 
 
-def baseline_of(setting: Setting) -> Layers:
+def baseline_of(setting: ResolvedRun) -> Layers:
     """The slots' baselines."""
     catalog = setting.extensions.catalog.values()
     return {slot: next(layer.name for layer in catalog if layer.slot == slot and layer.baseline) for slot in SLOTS}
 
 
-def plan_of(setting: Setting, ask: Ask, layers: Layers) -> Plan:
+def plan_of(setting: ResolvedRun, ask: Ask, layers: Layers) -> Plan:
     """The plan with these layers in a process that starts fresh. Raises PlanError where they cannot stand together here."""
     recipe, here = setting.resolved.recipe, setting.machine
     made = resolve(
-        pick(ask.profile, here), here, facts_for(recipe), recipe, setting.world, setting.extensions.catalog, layers, None,
+        pick(ask.profile, here), here, spec_for(recipe), recipe, setting.world, setting.extensions.catalog, layers, None,
         dict(os.environ),
     )  # fmt: skip
     return in_effect(made, os.environ)
@@ -67,11 +67,11 @@ def why_not(error: PlanError) -> str:
     return "; ".join(" ".join(line.split()) for line in lines) or str(error)
 
 
-def job_of(setting: Setting, ask: Ask, plan: Plan, least_warm: int = 2, weights_seed: int | None = None) -> Job:
+def job_of(setting: ResolvedRun, ask: Ask, plan: Plan, least_warm: int = 2, weights_seed: int | None = None) -> Job:
     """The process that trains under `plan`, warm for as long as its layers ask and at least `least_warm` steps."""
     if setting.world.world_size > 1:
         raise ConfigError("bench compares single processes; start it without torchrun")
-    warm = max(setting.extensions.catalog[choice.layer].warm_steps for choice in plan.choices)
+    warm = max(setting.extensions.catalog[choice.layer].warmup_steps for choice in plan.choices)
     return Job(
         recipe=ask.recipe,
         profile=ask.profile,
@@ -79,7 +79,7 @@ def job_of(setting: Setting, ask: Ask, plan: Plan, least_warm: int = 2, weights_
         layers=layers_of(plan),
         digest=plan.digest(),
         plugins=tuple(ask.plugins),
-        warm_steps=max(least_warm, 1 + warm),
+        warmup_steps=max(least_warm, 1 + warm),
         weights_seed=weights_seed,
         environment=dict(plan.environment),
     )

@@ -72,7 +72,7 @@ class Watch:
             self.worst[state.index] = replace(lowered, reasons=reasons, celsius=hottest)
 
     def check(self) -> Check:
-        """The judgement on what was seen, with the memory that was in use before anything of ours ran."""
+        """The judgment on what was seen, with the memory that was in use before anything of ours ran."""
         used = {state.index: state.used_bytes for state in self.before}
         return judge(self.machine, [replace(state, used_bytes=used.get(state.index)) for state in self.worst.values()])
 

@@ -86,7 +86,7 @@ def torch_findings(machine: Machine) -> Iterator[Finding]:
     if version is None or not machine.gpus:
         return
     mend = "pip install --force-reinstall 'torch>=2.10,<2.14' --index-url https://download.pytorch.org/whl/"
-    build, least = cuda_of_build(version), machine.least_capability()
+    build, least = cuda_of_build(version), machine.min_capability()
     if "+cpu" in version:
         yield Finding(f"torch {version} is a CPU build: training would not use the GPU", mend + wheels(machine), "costs", LOST)
     elif build is None:

@@ -99,7 +99,7 @@ def child(rank: int, world_size: int, name: str, meeting: str) -> dict[str, Any]
 
 
 def _ring(dist: Any, torch: Any, rank: int, world_size: int, pattern: Any) -> bool:
-    """Pass one's own pattern to the next rank; whether the neighbour's arrived."""
+    """Pass one's own pattern to the next rank; whether the neighbor's arrived."""
     if world_size == 1:
         return True
     before, behind = (rank - 1) % world_size, (rank + 1) % world_size
@@ -233,7 +233,7 @@ def _slow_links(machine: Machine, rate: float) -> Iterator[Finding]:
     links = {link for gpu in machine.gpus for link in gpu.links}
     if len(links) != 1 or not (link := links.pop()).startswith("nvlink x"):
         return
-    each = LINK_GB_S_BLACKWELL if (machine.least_capability() or (0, 0)) >= (10, 0) else LINK_GB_S
+    each = LINK_GB_S_BLACKWELL if (machine.min_capability() or (0, 0)) >= (10, 0) else LINK_GB_S
     possible = int(link.removeprefix("nvlink x")) * each
     # GPUs that are joined without a switch split their links among the others.
     if rate < LEAST_SHARE * possible:

@@ -25,7 +25,7 @@ SOURCE = "data sheet times what an H100 reaches of it by torchao's roofline"
 
 
 def jobs(machine: Machine) -> list[Job]:
-    """One after the other, alone: neighbours would share the clock of the CPU and the power of the box."""
+    """One after the other, alone: neighbors would share the clock of the CPU and the power of the box."""
     if not machine.gpus:
         return [Job("speed cpu", __name__, "child", ("cpu", 0.4), 30.0, "speed cpu")]
     # Eight GPUs share the patience that one may have for itself.

@@ -1,8 +1,8 @@
-"""Everything that a resumed run needs, between the engine and a checkpoint: weights, optimiser, generators, layers' memory.
+"""Everything that a resumed run needs, between the engine and a checkpoint: weights, optimizer, generators, layers' memory.
 
 Tensors go to safetensors under flattened names; numbers, tuples and None to JSON. No pickle.
 
-Both directions happen inside `eval_context`: a checkpoint's weights are those that evaluation sees. Where an optimiser trains others, it
+Both directions happen inside `eval_context`: a checkpoint's weights are those that evaluation sees. Where an optimizer trains others, it
 keeps them in its state there, so they are saved and come back with it.
 """
 
@@ -37,7 +37,7 @@ def snapshot(
     folders: Mapping[str, Path],
     weights: Which = "all",
 ) -> Snapshot:
-    """Copy weights, optimiser, generators and layers' memory. `state` is the caller's own JSON, kept under `run`.
+    """Copy weights, optimizer, generators and layers' memory. `state` is the caller's own JSON, kept under `run`.
 
     Persistent buffers are held in either case: they may change without a gradient.
     """
@@ -100,7 +100,7 @@ def _optimizer_state(engine: Engine) -> tuple[dict[str, Tensor], dict[str, Any]]
 
 
 def _made_by(engine: Engine) -> dict[str, Any]:
-    """What must be the same for a state to fit: the optimiser, what computes it, and what its shapes depend on."""
+    """What must be the same for a state to fit: the optimizer, what computes it, and what its shapes depend on."""
     optim = engine.recipe.optim
     shape = {"rank": optim.rank} if optim.name == "apollo" else {}
     made = engine.optimizer
@@ -133,9 +133,9 @@ def _generators(device: torch.device) -> tuple[dict[str, Tensor], dict[str, Any]
 
 
 def restore(engine: Engine, folder: Path) -> dict[str, Any]:
-    """Give the engine the optimiser, generators and layers' memory of a checkpoint. Returns the caller's own state.
+    """Give the engine the optimizer, generators and layers' memory of a checkpoint. Returns the caller's own state.
 
-    Weights came earlier, through `materialise(Weights(folder))`. Raises CheckpointError where the optimiser does not fit.
+    Weights came earlier, through `materialize(Weights(folder))`. Raises CheckpointError where the optimizer does not fit.
     """
     state = read_state(folder)
     with torch.no_grad(), engine.eval_context():
@@ -168,7 +168,7 @@ def _restore_optimizer(engine: Engine, tensors: Mapping[str, Tensor], numbers: M
     here = _names(engine)
     missing = set(saved) - set(here.values())
     if missing:
-        raise CheckpointError(f"{folder}: the optimiser holds {', '.join(sorted(missing)[:5])}, which this model does not have")
+        raise CheckpointError(f"{folder}: the optimizer holds {', '.join(sorted(missing)[:5])}, which this model does not have")
     for group in engine.optimizer.param_groups:
         for parameter in group["params"]:
             values = saved.get(here[id(parameter)])
@@ -183,7 +183,7 @@ def _restore_optimizer(engine: Engine, tensors: Mapping[str, Tensor], numbers: M
 
 
 def _check_maker(engine: Engine, numbers: Mapping[str, Any], folder: Path) -> None:
-    """Raise CheckpointError where another optimiser wrote the state; a checkpoint from before there were others names none."""
+    """Raise CheckpointError where another optimizer wrote the state; a checkpoint from before there were others names none."""
     assert engine.optimizer is not None
     now, groups = _made_by(engine), len(engine.optimizer.param_groups)
     differing = [f"  {key}: {old} | {now.get(key)}" for key, old in numbers.get("made_by", {}).items() if old != now.get(key)]
@@ -191,21 +191,21 @@ def _check_maker(engine: Engine, numbers: Mapping[str, Any], folder: Path) -> No
         differing = [f"  parameter groups: {len(numbers['groups'])} | {groups}"]
     if differing:
         raise CheckpointError(
-            f"{folder} holds the state of another optimiser (checkpoint | now)\n"
+            f"{folder} holds the state of another optimizer (checkpoint | now)\n"
             + "\n".join(differing)
             + "\n  try: --run NAME to start a new run"
         )
 
 
 def _placed(key: str, value: Any, group: Mapping[str, Any], device: torch.device) -> Any:
-    """`value` where its optimiser looks for it: torch's plain AdamW keeps its counter on the host, the fused one on the device."""
+    """`value` where its optimizer looks for it: torch's plain AdamW keeps its counter on the host, the fused one on the device."""
     if not isinstance(value, Tensor) or (key == "step" and value.dim() == 0 and not group.get("fused")):
         return value
     return value.to(device)
 
 
 class Weights:
-    """The weights of a checkpoint as a source for `materialise`."""
+    """The weights of a checkpoint as a source for `materialize`."""
 
     def __init__(self, folder: Path) -> None:
         self._file = safe_open(folder / "model.safetensors", framework="pt")

@@ -96,7 +96,7 @@ class Vote:
 
 
 @contextmanager
-def started(world: World, device: torch.device) -> Iterator[Ranks]:
+def process_group(world: World, device: torch.device) -> Iterator[Ranks]:
     """The process group for as long as the block lasts; nothing where there is one process."""
     if world.world_size == 1:
         yield Ranks(world, device)

@@ -1,4 +1,4 @@
-"""What is learnt. An objective gives a loss *sum* and its *weight*; their quotient over all micro-batches and ranks is the loss.
+"""What is learned. An objective gives a loss *sum* and its *weight*; their quotient over all micro-batches and ranks is the loss.
 
 The one place that shifts labels is here: batches carry them aligned with `input_ids`, as Hugging Face does.
 """

@@ -26,7 +26,7 @@ MASK_NAMES = ("<|mdm_mask|>", "<|mask|>", "[MASK]", "<mask>", "<MASK>")
 """What tokenizers call a token that stands for a masked one, LLaDA's own name first."""
 
 END_MULTIPLE = 64
-"""Behind an answer, end-of-text is learnt up to the next multiple of this many tokens."""
+"""Behind an answer, end-of-text is learned up to the next multiple of this many tokens."""
 BUCKETS = 10
 TRAINING, VALIDATION = 1, 2  # streams of draws
 TIME, CROP, LENGTH, TOKENS = 0, 1, 2, 3  # places in a sample's stream: one each, and from TOKENS on one per token
@@ -90,21 +90,21 @@ def require_unpacked(data: DataConfig) -> None:
 def answer_padding(
     input_ids: np.ndarray, labels: np.ndarray, positions: np.ndarray, eot_id: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(input_ids, labels, positions) whose rows have learnt end-of-text behind the answer, where a document of padding stood.
+    """(input_ids, labels, positions) whose rows have learned end-of-text behind the answer, where a document of padding stood.
 
     So the model learns where an answer ends, as in LLaDA, which fills up to the longest row of a batch; here to the next multiple
     of END_MULTIPLE tokens, at least one, because a sample must not depend on its batch. What is left of a row stays a document of
-    padding: end-of-text up to a long row's end would be nearly all that is learnt. Rows without an answer stay.
+    padding: end-of-text up to a long row's end would be nearly all that is learned. Rows without an answer stay.
     Raises DataError for a packed row.
     """
     beyond = (positions == 0).cumsum(axis=1) > 1
-    labelled = labels != IGNORED
-    if (labelled & beyond).any():
+    labeled = labels != IGNORED
+    if (labeled & beyond).any():
         raise DataError("a row holds several conversations, masked diffusion learns one per row; type: --data.packing false")
     width = input_ids.shape[1]
     place, length = np.arange(width), width - beyond.sum(axis=1, keepdims=True)
     end = np.minimum((length // END_MULTIPLE + 1) * END_MULTIPLE, width)
-    answered = labelled.any(axis=1, keepdims=True)
+    answered = labeled.any(axis=1, keepdims=True)
     filled = beyond & answered & (place < end)
     joined = np.where(place < end, place, place - end).astype(positions.dtype)
     return (
@@ -118,12 +118,12 @@ def answer_padding(
 
 
 class MaskedDiffusion:
-    """The objective. `learns` "text": every token, weighted by tokens; "answers": labelled tokens, weighted by rows.
+    """The objective. `learns` "text": every token, weighted by tokens; "answers": labeled tokens, weighted by rows.
 
-    text      `input_ids` rows x T+1, of which the first T are learnt: the last is the first of the next window, so each token of
-              a stream is learnt once an epoch (but its very last, where that begins a window). `labels`, where given, say
+    text      `input_ids` rows x T+1, of which the first T are learned: the last is the first of the next window, so each token of
+              a stream is learned once an epoch (but its very last, where that begins a window). `labels`, where given, say
               where the stream ended.
-    answers   `input_ids`, `labels` rows x T: labelled tokens are masked, all others always shown. `positions` tell padding,
+    answers   `input_ids`, `labels` rows x T: labeled tokens are masked, all others always shown. `positions` tell padding,
               the beginning of which becomes end-of-text that counts (`answer_padding`). A row's loss is divided by its labels.
 
     `meters` loss_t0 to loss_t9: nats per masked token of rows with p in [0, 0.1) to [0.9, 1]; their mean is near the loss.
@@ -235,6 +235,6 @@ def _text(batch: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     lengths = real.sum(axis=1)
     if (real != (np.arange(columns) < lengths[:, None])).any():
         raise DataError(
-            "rows hold tokens that are not learnt before some that are; for conversations the objective learns answers"
+            "rows hold tokens that are not learned before some that are; for conversations the objective learns answers"
         )
     return input_ids, lengths

@@ -1,4 +1,4 @@
-"""The optimisers that a recipe can name, each as one object with one list of groups, one state and one step.
+"""The optimizers that a recipe can name, each as one object with one list of groups, one state and one step.
 
 muon and the apollos treat the matrices inside the repeated blocks in their own way and leave everything else to AdamW: embeddings,
 head, norms, biases, and weights with three dimensions such as fused experts. lion and ademamix come from the package pytorch-optimizer,
@@ -38,7 +38,7 @@ TRAINED = "trained"
 
 @dataclass(frozen=True)
 class _Asked:
-    """What an optimiser is made from."""
+    """What an optimizer is made from."""
 
     model: nn.Module
     config: OptimConfig
@@ -53,7 +53,7 @@ class _Asked:
         return {"fused": True} if self.implementation == "fused" else {"fused": False, "foreach": False}
 
 
-def optimiser(
+def optimizer(
     model: nn.Module,
     config: OptimConfig,
     implementation: Implementation,
@@ -61,13 +61,13 @@ def optimiser(
     seed: int = 0,
     updates: int | None = None,
 ) -> torch.optim.Optimizer:
-    """The optimiser that `config` names, over every parameter of `model` that wants a gradient.
+    """The optimizer that `config` names, over every parameter of `model` that wants a gradient.
 
     blocks   the model's repeated blocks (`engine.blocks`), which tell muon and apollo what is hidden
     seed     of apollo's projections
     updates  length of the run, over which ademamix raises its slow average
 
-    Raises ConfigError where the model has nothing that the optimiser is for, or where its package is missing.
+    Raises ConfigError where the model has nothing that the optimizer is for, or where its package is missing.
     """
     if implementation in ONLY_ADAMW and config.name != "adamw":
         raise ConfigError(f"optim.name = {config.name}: {ONLY_ADAMW[implementation]}\n  try: --layer.optimizer plain")
@@ -76,13 +76,13 @@ def optimiser(
 
 @contextmanager
 def attached(engine: Engine, implementation: Implementation) -> Iterator[None]:
-    """Give `engine` its recipe's optimiser. What evaluates, samples or saves inside `eval_context` sees the weights it stands for.
+    """Give `engine` its recipe's optimizer. What evaluates, samples or saves inside `eval_context` sees the weights it stands for.
 
-    Afterwards the engine has the optimiser it had before, and the model keeps the weights that evaluation saw.
+    Afterwards the engine has the optimizer it had before, and the model keeps the weights that evaluation saw.
     """
     recipe = engine.recipe
     before = engine.optimizer
-    made = optimiser(engine.bare, recipe.optim, implementation, engine.blocks.values(), recipe.seed, known_updates(recipe))
+    made = optimizer(engine.bare, recipe.optim, implementation, engine.blocks.values(), recipe.seed, known_updates(recipe))
     engine.optimizer = made
     averages = hasattr(made, "eval")
     undo = engine.wrap_context("eval_context", lambda: averaged(made)) if averages else None
@@ -106,7 +106,7 @@ def averaged(optimizer: Any) -> Iterator[None]:
     """The model holds schedule-free's averaged weights inside, and to the last bit those that it trains afterwards.
 
     The package goes back by arithmetic, which moves last bits, and then a validation more or less would be another training. So the
-    trained weights are kept, in the optimiser's state: a checkpoint that is taken inside holds both, and one that is restored inside
+    trained weights are kept, in the optimizer's state: a checkpoint that is taken inside holds both, and one that is restored inside
     leaves them in place. Costs the memory of the weights once, at a time when there are no gradients.
     """
     if not optimizer.param_groups[0]["train_mode"]:
@@ -127,7 +127,7 @@ def averaged(optimizer: Any) -> Iterator[None]:
 
 
 class Together(torch.optim.Optimizer):
-    """Several optimisers over parameters of their own as one: one list of groups, one state, one step."""
+    """Several optimizers over parameters of their own as one: one list of groups, one state, one step."""
 
     def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
         self.parts = tuple(parts)
@@ -195,7 +195,7 @@ def _adamw(asked: _Asked) -> torch.optim.Optimizer:
 def _muon(asked: _Asked) -> torch.optim.Optimizer:
     """Muon (Jordan et al. 2024) as torch has it, scaled to the size of AdamW's updates (Liu et al. 2025).
 
-    An orthogonalised update has entries of about 1 / sqrt(larger side); times 0.2 sqrt(larger side) they are as large as AdamW's
+    An orthogonalized update has entries of about 1 / sqrt(larger side); times 0.2 sqrt(larger side) they are as large as AdamW's
     usually are, so that one rate, one schedule and one decay serve both.
     """
     trained(asked.model)
@@ -313,6 +313,6 @@ _MAKERS: dict[str, Callable[[_Asked], torch.optim.Optimizer]] = {
 
 
 def covered(optimizer: torch.optim.Optimizer) -> tuple[int, int]:
-    """Parameters that the optimiser has a memory of, and all that it was given."""
+    """Parameters that the optimizer has a memory of, and all that it was given."""
     given: list[Tensor] = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     return sum(1 for parameter in given if optimizer.state.get(parameter)), len(given)

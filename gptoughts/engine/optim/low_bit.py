@@ -1,4 +1,4 @@
-"""Numbers of eight bits by the packages that have them. The only file that imports torchao; bitsandbytes comes from `models.quantised`.
+"""Numbers of eight bits by the packages that have them. The only file that imports torchao; bitsandbytes comes from `models.quantized`.
 
 AdamW's two moments are stored as 8-bit codes with one scale per 256 values (Dettmers et al. 2022, 8-bit Optimizers via Block-wise
 Quantization). What a checkpoint holds of them are the codes and the scales, as plain tensors.
@@ -77,7 +77,7 @@ def packs(optimizer: torch.optim.Optimizer | None, parameter: Tensor) -> bool:
 
 
 def in_eight_bits(values: Mapping[str, Any]) -> bool:
-    """Whether two moments in an optimiser's state of one parameter are codes of eight bits."""
+    """Whether two moments in an optimizer's state of one parameter are codes of eight bits."""
     codes = [getattr(value, "codes", value) for value in values.values() if isinstance(value, Tensor)]
     return sum(code.dtype is torch.uint8 for code in codes) >= 2
 
@@ -89,15 +89,15 @@ def bytes_of(values: Mapping[str, Any]) -> int:
     return sum(part.nbytes for part in parts)
 
 
-def _parts(moment: Any) -> dict[str, Tensor]:
+def _parts(phase: Any) -> dict[str, Tensor]:
     """A moment of torchao as the tensors it is made of; any other tensor is its own only part."""
-    return {"codes": moment.codes, "scale": moment.scale} if hasattr(moment, "codes") else {"": moment}
+    return {"codes": phase.codes, "scale": phase.scale} if hasattr(phase, "codes") else {"": phase}
 
 
 def _of_torchao() -> Any:
     try:
         with quiet():
-            import torchao  # noqa: F401  # first, so that a missing package is told from one without optimisers
+            import torchao  # noqa: F401  # first, so that a missing package is told from one without optimizers
             from torchao.optim import AdamW8bit
     except ModuleNotFoundError as error:
         if error.name != "torchao":
@@ -134,10 +134,10 @@ def _of_torchao() -> Any:
             """Moments as `stored` gave them."""
             state: dict[str, Any] = {"step": values["step"].clone()}
             for key in ("exp_avg", "exp_avg_sq"):
-                moment = self._new_buffer(parameter, key == "exp_avg")
-                for part, into in _parts(moment).items():
+                phase = self._new_buffer(parameter, key == "exp_avg")
+                for part, into in _parts(phase).items():
                     _fill(into, values.get(f"{key}.{part}" if part else key), key)
-                state[key] = moment
+                state[key] = phase
             self.state[parameter] = state
 
     return OfTorchao
@@ -164,7 +164,7 @@ def _of_bitsandbytes() -> Any:
         def take(self, parameter: Tensor, values: Mapping[str, Any]) -> None:
             """Moments as `stored` gave them, and the tables again."""
             if "state1" not in values or values["state1"].shape != parameter.shape:
-                raise CheckpointError(f"the optimiser's state does not fit a weight of shape {tuple(parameter.shape)}")
+                raise CheckpointError(f"the optimizer's state does not fit a weight of shape {tuple(parameter.shape)}")
             state = {key: value.to(parameter.device) if isinstance(value, Tensor) else value for key, value in values.items()}
             if in_eight_bits(state):
                 kinds = zip(TABLES, ("dynamic", "udynamic"), strict=True)
@@ -177,7 +177,7 @@ def _of_bitsandbytes() -> Any:
 def _fill(into: Tensor, value: Tensor | None, key: str) -> None:
     if value is None or value.shape != into.shape or value.dtype != into.dtype:
         found = "missing" if value is None else f"{value.dtype} of shape {tuple(value.shape)}"
-        raise CheckpointError(f"the optimiser's {key}: {found}, needs {into.dtype} of shape {tuple(into.shape)}")
+        raise CheckpointError(f"the optimizer's {key}: {found}, needs {into.dtype} of shape {tuple(into.shape)}")
     into.copy_(value)
 
 
@@ -197,11 +197,11 @@ def torchao_float8() -> Any:
     return package
 
 
-def quantise_projections(model: nn.Module, names: Iterable[str], scaling: Scaling, emulate: bool) -> Callable[[], None]:
+def quantize_projections(model: nn.Module, names: Iterable[str], scaling: Scaling, emulate: bool) -> Callable[[], None]:
     """Put torchao's Float8Linear in the place of each nn.Linear that `names` names. Returns the undo.
 
     The new module works on the very table of parameters of the old one, so names, ties and values are the model's own whoever holds
-    them when, and the old module has them when it comes back. `emulate`: quantise, then multiply in float32, where there is no FP8 unit.
+    them when, and the old module has them when it comes back. `emulate`: quantize, then multiply in float32, where there is no FP8 unit.
     Without gradients (evaluation) it multiplies as nn.Linear does. Raises LayerError where torchao converts another number than was named.
     """
     package, wanted = torchao_float8(), frozenset(names)
@@ -231,7 +231,7 @@ def quantise_projections(model: nn.Module, names: Iterable[str], scaling: Scalin
 def _float8_linear() -> Any:
     from torchao.float8.float8_linear import Float8Linear
 
-    class Quantised(Float8Linear):
+    class Quantized(Float8Linear):
         """A Float8Linear that evaluates as nn.Linear does."""
 
         in_eight_bits = True
@@ -242,9 +242,9 @@ def _float8_linear() -> Any:
                 return super().forward(input)
             return functional.linear(input, self.weight, self.bias)
 
-    return Quantised
+    return Quantized
 
 
-def is_quantised(module: nn.Module) -> bool:
+def is_quantized(module: nn.Module) -> bool:
     """Whether `module` multiplies in 8-bit floating point; asks no package, which may not be here."""
     return getattr(module, "in_eight_bits", False) is True

@@ -13,7 +13,7 @@ from gptoughts.config.loader import OptimConfig
 from gptoughts.errors import ConfigError
 
 GROUP_STATE = ("step", "k", "weight_sum", "lr_max", "scheduled_lr", "train_mode")
-"""Values that optimisers keep per group and change as they go. Everything else in a group is the recipe's."""
+"""Values that optimizers keep per group and change as they go. Everything else in a group is the recipe's."""
 
 Group = dict[str, Any]
 
@@ -75,7 +75,7 @@ def adamw_over(made: list[Group], config: OptimConfig, **implementation: bool) -
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Give every group the learning rate `rate`, in the tensor where an optimiser holds its rate in one."""
+    """Give every group the learning rate `rate`, in the tensor where an optimizer holds its rate in one."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(rate)
@@ -84,7 +84,7 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 def step_one(optimizer: torch.optim.Optimizer, group: Group, parameter: Tensor) -> None:
-    """Update `parameter` alone, by the settings of `group`. For optimisers that keep no count per group (`GROUP_STATE`)."""
+    """Update `parameter` alone, by the settings of `group`. For optimizers that keep no count per group (`GROUP_STATE`)."""
     groups = optimizer.param_groups
     optimizer.param_groups = [{**group, "params": [parameter]}]
     try:
@@ -95,7 +95,7 @@ def step_one(optimizer: torch.optim.Optimizer, group: Group, parameter: Tensor) 
 
 @runtime_checkable
 class KeepsItsOwn(Protocol):
-    """An optimiser whose state is not made of plain tensors beside the weights, and which says how it is kept and taken back."""
+    """An optimizer whose state is not made of plain tensors beside the weights, and which says how it is kept and taken back."""
 
     made_by: str
     """The name of what made the state: only the same can take it back."""

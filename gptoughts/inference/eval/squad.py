@@ -158,24 +158,24 @@ def ask(
 # Figures.
 
 
-def normalised(text: str) -> str:
+def normalized(text: str) -> str:
     """Lower case, without ASCII punctuation, the articles a, an, the, and more than single spaces."""
     return " ".join(ARTICLES.sub(" ", text.lower().translate(PUNCTUATION)).split())
 
 
 def exact_match(prediction: str, answers: Iterable[str]) -> float:
-    """1 where the prediction is one of the answers, both normalised; without answers, where it is empty."""
-    return float(normalised(prediction) in _golden(answers))
+    """1 where the prediction is one of the answers, both normalized; without answers, where it is empty."""
+    return float(normalized(prediction) in _golden(answers))
 
 
 def f1_score(prediction: str, answers: Iterable[str]) -> float:
-    """The best harmonic mean of precision and recall over normalised words; without answers, 1 where the prediction has no word."""
-    return max(_overlap(normalised(prediction).split(), answer.split()) for answer in _golden(answers))
+    """The best harmonic mean of precision and recall over normalized words; without answers, 1 where the prediction has no word."""
+    return max(_overlap(normalized(prediction).split(), answer.split()) for answer in _golden(answers))
 
 
 def _golden(answers: Iterable[str]) -> list[str]:
-    """Normalised answers; the empty one where there is none, or nothing is left of them."""
-    return [text for text in map(normalised, answers) if text] or [""]
+    """Normalized answers; the empty one where there is none, or nothing is left of them."""
+    return [text for text in map(normalized, answers) if text] or [""]
 
 
 def _overlap(words: list[str], golden: list[str]) -> float:

@@ -98,7 +98,7 @@ def generate(
     """Continue each prompt by at most `max_new_tokens`; returns the continuations alone, text for text and ids for ids.
 
     Prompts are written one after the other, each with a generator of its own from `seed`: what a prompt gets does not
-    depend on its neighbours. An empty prompt starts from end-of-text; `stop_at_eot` ends at it and leaves it out, and so
+    depend on its neighbors. An empty prompt starts from end-of-text; `stop_at_eot` ends at it and leaves it out, and so
     do the ids in `stops`, such as a chat's end of turn.
     `on_text(index of the prompt, piece)` receives text as soon as its characters are complete.
 

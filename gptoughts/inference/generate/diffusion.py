@@ -129,7 +129,7 @@ def generate(
     The mask and rows that pad the vocabulary are never written. `stop_at_eot` cuts at the first end-of-text, and so do the ids in `stops`.
 
     A prompt keeps its last tokens where it and the new ones exceed the context. What it gets depends on `seed` and on no
-    neighbour: each has a generator of its own, and the padding of shorter prompts cannot be seen. (What no seed decides is an
+    neighbor: each has a generator of its own, and the padding of shorter prompts cannot be seen. (What no seed decides is an
     exact tie, as between the masks behind an empty prompt, where rounding does.)
     Raises ConfigError for settings out of range, DataError for ids that the tokenizer does not have.
     """

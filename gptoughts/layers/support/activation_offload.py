@@ -56,7 +56,7 @@ class HostActivations:
     least_bytes: int
     ahead: int
     blocks: int
-    marks: Counter[str]
+    call_counts: Counter[str]
     _streams: tuple[Any, Any] | None = None
 
     def context(self) -> AbstractContextManager[None]:
@@ -87,7 +87,7 @@ class _Forward(AbstractContextManager[None]):
     def __exit__(self, *error: object) -> None:
         self._hooks.__exit__(*error)
         del self._hooks  # they hold this, which holds them: a cycle that only the collector would end
-        self.owner.marks[FORWARDS] += self.count >= max(1, self.owner.blocks)
+        self.owner.call_counts[FORWARDS] += self.count >= max(1, self.owner.blocks)
 
     def pack(self, tensor: Tensor) -> Tensor | Away:
         """Called by autograd with what it saves."""
@@ -105,14 +105,14 @@ class _Forward(AbstractContextManager[None]):
             away.host.copy_(tensor.detach())
         self.away[self.count] = away
         self.count += 1
-        self.owner.marks[OUT] += 1
+        self.owner.call_counts[OUT] += 1
         return away
 
     def unpack(self, held: Tensor | Away) -> Tensor:
         """Called by autograd when the backward needs it."""
         if isinstance(held, Tensor):
             return held
-        self.owner.marks[BACK] += 1
+        self.owner.call_counts[BACK] += 1
         self.away.pop(held.place, None)
         if held.device.type != "cuda":
             return held.host
@@ -138,13 +138,13 @@ class _Forward(AbstractContextManager[None]):
 
     def _is_worth_it(self, tensor: Tensor) -> bool:
         """Large, dense in its own way, and no weight: neither a parameter, nor a view or a cast of one."""
-        small, marks = tensor.nbytes < self.owner.least_bytes, self.owner.marks
-        if small and tensor.nbytes <= marks[LARGEST]:
+        small, call_counts = tensor.nbytes < self.owner.least_bytes, self.owner.call_counts
+        if small and tensor.nbytes <= call_counts[LARGEST]:
             return False
         if not self._could_travel(tensor):
             return False
         if small:
-            marks[LARGEST] = tensor.nbytes
+            call_counts[LARGEST] = tensor.nbytes
         return not small
 
     def _could_travel(self, tensor: Tensor) -> bool:

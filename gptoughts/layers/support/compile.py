@@ -16,7 +16,7 @@ from typing import Any
 from gptoughts.config.model_spec import flops_per_token
 from gptoughts.errors import LayerError
 from gptoughts.layers.support.graph_cache import CACHE, kept
-from gptoughts.planning.layer import Case, Reason, cannot, would_not_pay
+from gptoughts.planning.layer import Case, Reason, slower, unsupported
 
 MEASURED = "docs/measurements/cpu/widths.json"
 CPU_COMPILE_SECONDS = 40
@@ -51,32 +51,32 @@ IN_A_GRAPH = ", traced"
 
 def lacking(case: Case) -> Iterator[Reason]:
     """Reasons against any compiled layer: a compiler that is missing, experts that are no graph, on a CPU a run too short for it."""
-    facts = case.facts
-    if facts.experts and not case.takes("precision", "bf16") and case.machine.has_older("transformers", (5, 23)):
+    spec = case.spec
+    if spec.experts and not case.takes("precision", "bf16") and case.machine.has_older("transformers", (5, 23)):
         # Only bf16 is one grouped product under the compiler there; float32 becomes a loop that is no single graph.
-        yield cannot(
+        yield unsupported(
             f"experts in float32 are not one graph with transformers {case.machine.packages['transformers']}",
             remedy="--layer.precision bf16",
         )
         return
     if case.on_gpu:
         if "triton" not in case.machine.packages:
-            yield cannot("needs the package triton, not installed", remedy="pip install triton")
+            yield unsupported("needs the package triton, not installed", remedy="pip install triton")
         return
     if case.takes("attention", "math") and not case.takes("precision", "fp32"):
         # Seen with torch 2.13 at 256 tokens and width 384: the loss is right and the gradient of the keys is NaN.
-        yield cannot(
+        yield unsupported(
             "torch's compiler for CPUs gives attention written out in 16 bits a gradient of NaN", "--layer.attention sdpa"
         )
         return
     if "c++" not in case.machine.packages:
-        yield cannot("needs a C++ compiler, found none", remedy="apt-get install g++")
+        yield unsupported("needs a C++ compiler, found none", remedy="apt-get install g++")
         return
-    seconds, gain = _run_seconds(case), CPU_GAIN.get(facts.norm or "", min(CPU_GAIN.values()))
+    seconds, gain = _run_seconds(case), CPU_GAIN.get(spec.norm or "", min(CPU_GAIN.values()))
     if seconds is None:
-        yield would_not_pay("how long the run takes is not known before its data is read", MEASURED)
+        yield slower("how long the run takes is not known before its data is read", MEASURED)
     elif seconds * gain < CPU_COMPILE_SECONDS:
-        yield would_not_pay(
+        yield slower(
             f"the run takes about {seconds:.0f} s here, of which compiled blocks save {100 * gain:.0f} %; "
             f"compilation takes about {CPU_COMPILE_SECONDS} s",
             MEASURED,
@@ -85,14 +85,14 @@ def lacking(case: Case) -> Iterator[Reason]:
 
 def _run_seconds(case: Case) -> float | None:
     """A rough length of the run on this CPU; None where it cannot be told before the text is read."""
-    facts, train = case.facts, case.recipe.train
+    spec, train = case.spec, case.recipe.train
     if train.hours is not None:
         return train.hours * 3600
     tokens = train.tokens or (train.steps or 0) * train.global_batch * case.recipe.data.sequence_length
-    if not tokens or facts.depth is None or facts.width is None:
+    if not tokens or spec.depth is None or spec.width is None:
         return None
     # Where the vocabulary is not known the blocks alone are counted: 12 C^2 weights each, 6 operations a weight and token.
-    flops = flops_per_token(facts) or 72 * facts.depth * facts.width**2
+    flops = flops_per_token(spec) or 72 * spec.depth * spec.width**2
     speed = CPU_FLOPS_PER_SECOND["bf16" if case.takes("precision", "bf16") else "fp32"]
     return flops * tokens / (speed * max(1, case.machine.cpu.usable_cores))
 
@@ -278,7 +278,7 @@ def recompiles() -> tuple[str, ...]:
     return tuple(made.causes)
 
 
-def counting(marks: Counter[str], name: str) -> Callable[[], bool]:
+def counting(call_counts: Counter[str], name: str) -> Callable[[], bool]:
     """A function that adds one to `marks[name]` and may be called in compiled graphs, too; see `in_graphs`.
 
     Written out in a compiled forward, `marks[name] += 1` would be a guard on the value: a new graph for every call. The compiler runs
@@ -288,13 +288,13 @@ def counting(marks: Counter[str], name: str) -> Callable[[], bool]:
     def mark() -> bool:
         from torch._guards import CompileContext
 
-        marks[f"{name}{IN_A_GRAPH}" if CompileContext.try_get() is not None else name] += 1
+        call_counts[f"{name}{IN_A_GRAPH}" if CompileContext.try_get() is not None else name] += 1
         return True
 
     mark._dynamo_marked_constant = True  # type: ignore[attr-defined]  # what torch._dynamo.assume_constant_result sets
     return mark
 
 
-def in_graphs(marks: Mapping[str, int], name: str) -> int:
+def in_graphs(call_counts: Mapping[str, int], name: str) -> int:
     """Graphs that were traced with a call of the `counting` function of this name in them, since the engine was built."""
-    return marks.get(f"{name}{IN_A_GRAPH}", 0)
+    return call_counts.get(f"{name}{IN_A_GRAPH}", 0)

@@ -26,8 +26,8 @@ class OnHost(torch.optim.Optimizer):
     made_by = "AdamW"
     """What is kept is AdamW's own state, under its own names."""
 
-    def __init__(self, inner: torch.optim.Optimizer, marks: Counter[str]) -> None:
-        self.inner, self.marks = inner, marks
+    def __init__(self, inner: torch.optim.Optimizer, call_counts: Counter[str]) -> None:
+        self.inner, self.call_counts = inner, call_counts
         self._copies: dict[int, _Copy] = {}
         super().__init__(inner.param_groups, inner.defaults)
         inner.param_groups = self.param_groups  # one list of settings: whoever changes a rate changes both
@@ -50,7 +50,7 @@ class OnHost(torch.optim.Optimizer):
                 arrived.synchronize()
             step_one(self.inner, group, copy.host)
             copy.send()
-            self.marks[MARK] += 1
+            self.call_counts[MARK] += 1
         return loss
 
     def stored(self, parameter: Tensor) -> dict[str, Any]:
@@ -61,7 +61,7 @@ class OnHost(torch.optim.Optimizer):
         """State as `stored`, or AdamW on the device, gave it."""
         wrong = [key for key in ("exp_avg", "exp_avg_sq") if key not in values or values[key].shape != parameter.shape]
         if wrong:
-            raise CheckpointError(f"the optimiser's {', '.join(wrong)} do not fit a weight of shape {tuple(parameter.shape)}")
+            raise CheckpointError(f"the optimizer's {', '.join(wrong)} do not fit a weight of shape {tuple(parameter.shape)}")
         state = self._copy(parameter).state
         state.clear()
         state.update({key: value.cpu() if isinstance(value, Tensor) else value for key, value in values.items()})

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from gptoughts.planning.evidence import Evidence, Sight, active, inactive, unproven
+from gptoughts.planning.evidence import Evidence, StepTrace, active, inactive, unproven
 from gptoughts.planning.kernel_names import attention_forwards, told
-from gptoughts.planning.layer import Case, Reason, cannot
+from gptoughts.planning.layer import Case, Reason, unsupported
 
 HALF_PRECISION = ("bf16", "fp16", "fp8-te", "fp8-torchao")
 """Layers of the precision slot under which attention computes in half precision."""
@@ -16,19 +16,19 @@ MULTIPLE = 8
 
 def limits(case: Case) -> Iterator[Reason]:
     """What holds for every version: a family of ours, no padding masks, heads of at most 256 and a multiple of 8."""
-    facts = case.facts
-    if facts.family is None:
-        yield cannot("needs a model of a known family; a module of your own calls its attention itself")
+    spec = case.spec
+    if spec.family is None:
+        yield unsupported("needs a model of a known family; a module of your own calls its attention itself")
         return
     if case.recipe.objective == "question-answering":
-        yield cannot("question answering hides padding with masks, which FlashAttention's functions do not take")
-    if facts.head_dim is not None and (facts.head_dim > WIDEST_HEAD or facts.head_dim % MULTIPLE):
-        yield cannot(f"needs heads of at most {WIDEST_HEAD} and a multiple of {MULTIPLE}, the model has {facts.head_dim}")
+        yield unsupported("question answering hides padding with masks, which FlashAttention's functions do not take")
+    if spec.head_dim is not None and (spec.head_dim > WIDEST_HEAD or spec.head_dim % MULTIPLE):
+        yield unsupported(f"needs heads of at most {WIDEST_HEAD} and a multiple of {MULTIPLE}, the model has {spec.head_dim}")
 
 
-def proof(sight: Sight, version: str) -> Evidence:
+def proof(trace: StepTrace, version: str) -> Evidence:
     """One forward kernel of `version` per block and micro-batch, and of no other implementation."""
-    wanted, ran = sight.blocks * sight.micro_batches, attention_forwards(sight)
+    wanted, ran = trace.blocks * trace.micro_batches, attention_forwards(trace)
     mine, others = ran.get(version, 0), {kind: count for kind, count in ran.items() if kind != version}
     if mine < wanted or others:
         return inactive(f"{told(ran)} kernels in {wanted} block forwards, {version} was asked for", ran=mine, expected=wanted)

@@ -127,11 +127,11 @@ def _try(engine: Engine, batch: Batch, size: int, trials: dict[int, Trial]) -> T
     peak, seconds = 0, None
     try:
         _forward_backward(engine, batch, size)  # compiles, and makes the gradients
-        engine.settle()
+        engine.synchronize()
         with measured(engine) as highest:
             began = perf_counter()
             _forward_backward(engine, batch, size)
-            engine.settle()
+            engine.synchronize()
             seconds = perf_counter() - began
         peak = highest.size or 0
     except RuntimeError as error:
@@ -154,7 +154,7 @@ def _forward_backward(engine: Engine, batch: Batch, size: int) -> None:
 
 
 def _allocate_state(engine: Engine, batch: Batch, size: int, trials: dict[int, Trial]) -> bool:
-    """Let the optimiser make its state, by an update with a rate of 0. Returns whether all ranks had the memory for it; else a failed
+    """Let the optimizer make its state, by an update with a rate of 0. Returns whether all ranks had the memory for it; else a failed
     trial says so.
     """
     assert engine.optimizer is not None
@@ -186,7 +186,7 @@ def _cleared(engine: Engine, peak: int) -> int:
 
 @contextmanager
 def _put_back(engine: Engine) -> Iterator[None]:
-    """Weights, buffers, optimiser, random state and what layers remember are afterwards what they were."""
+    """Weights, buffers, optimizer, random state and what layers remember are afterwards what they were."""
     assert engine.optimizer is not None
     kept = {
         name: tensor.detach().to("cpu", copy=True)
@@ -208,10 +208,10 @@ def _put_back(engine: Engine) -> Iterator[None]:
         engine.optimizer.load_state_dict(optimizer)
         for name, extra in engine.extras.items():
             extra.load_state_dict(extras[name])
-        marks = engine.counters.marks  # layers hold this very object
-        marks.clear()
-        marks.update(counters.marks)
-        vars(engine.counters).update({**vars(counters), "marks": marks})
+        call_counts = engine.counters.call_counts  # layers hold this very object
+        call_counts.clear()
+        call_counts.update(counters.call_counts)
+        vars(engine.counters).update({**vars(counters), "call_counts": call_counts})
         getattr(engine.objective, "forget", lambda: None)()
         for pair in (getattr(engine.objective, "meters", None) or {}).values():
             for part in pair:

@@ -58,12 +58,12 @@ class Fused:
                     "precision fp8-te: delayed scaling has moved its scales by the time that a block is recomputed\n"
                     "  try: --layer.precision.scaling current, or --layer.recompute keep"
                 )
-            with self.quantised():
+            with self.quantized():
                 return module(hidden)
 
         return forward
 
-    def quantised(self) -> AbstractContextManager[Any]:
+    def quantized(self) -> AbstractContextManager[Any]:
         """Transformer Engine's own context; older versions have it under another name and with other words."""
         if hasattr(self.te, "autocast"):
             return self.te.autocast(enabled=True, recipe=self.recipe)
@@ -74,7 +74,7 @@ class Fused:
         """Around a training forward."""
         self._in_forward = True
         try:
-            with _bf16(self.device_type), self.quantised():
+            with _bf16(self.device_type), self.quantized():
                 yield
         finally:
             self._in_forward = False
@@ -89,9 +89,9 @@ class Fused:
         finally:
             self._in_evaluation = False
 
-    def relink(self, materialise: Any, source: Any) -> None:
+    def relink(self, materialize: Any, source: Any) -> None:
         """After parameters have values, compute with those very parameters."""
-        materialise(source)
+        materialize(source)
         for site, module in zip(self.sites, self.modules, strict=True):
             share(module, _parameters(site))
 
@@ -109,14 +109,14 @@ class Fused:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take the history back, into tensors that Transformer Engine would otherwise make in the first forward.
 
-        Inside its context, because modules ask there which recipe is meant while they make their quantisers; without gradients, because
+        Inside its context, because modules ask there which recipe is meant while they make their quantizers; without gradients, because
         leaving the context would move the scales.
         """
         if not state:  # as before the first step
             for name, kept in self.state_dict().items():
                 kept.fill_(1.0 if name.endswith(".scale") else 0.0)
             return
-        with torch.no_grad(), self.quantised():
+        with torch.no_grad(), self.quantized():
             for site, module in zip(self.sites, self.modules, strict=True):
                 if not any(name.startswith(f"{site.name}.") for name in state):
                     continue

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from gptoughts.config.recipe import AdapterConfig, ModelConfig
 from gptoughts.errors import ConfigError, nearest
-from gptoughts.models.adapters.nf4 import NF4Linear, is_turned, quantise, quiet
+from gptoughts.models.adapters.nf4 import NF4Linear, is_turned, quantize, quiet
 from gptoughts.models.family import Family, Initial
 
 NAME = "default"  # peft's, of an adapter that nobody named
@@ -129,7 +129,7 @@ def ported(family: Family, lora_config: Callable[[nn.Module], Any], base: Litera
             )
         wanted = lora_config(model)
         if base == "nf4":
-            quantise(model, projections(family, model))
+            quantize(model, projections(family, model))
         inject(family, model, wanted)
         return model
 

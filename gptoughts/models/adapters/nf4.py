@@ -1,7 +1,7 @@
 """Frozen projections in four bits (NF4), an eighth of their float32 memory: the base of QLoRA.
 
 A block of 64 values is stored as 16 quantiles of the normal distribution times the block's largest magnitude, 4.5 bits a value
-(Dettmers et al. 2023; their second quantisation, of the magnitudes, is left out: 0.37 bits). The weights are whole for the moment
+(Dettmers et al. 2023; their second quantization, of the magnitudes, is left out: 0.37 bits). The weights are whole for the moment
 of a product only, and again for its gradient. It hurts in time: every product unpacks its weight first.
 """
 
@@ -130,7 +130,7 @@ def is_turned(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" or getattr(module, "turned", False)
 
 
-def quantise(model: nn.Module, names: Iterable[str]) -> None:
+def quantize(model: nn.Module, names: Iterable[str]) -> None:
     """Put an NF4Linear without values in the place of each named projection of a model on meta."""
     for name in names:
         old = model.get_submodule(name)

@@ -28,7 +28,7 @@ OVERSAMPLED, POWER_STEPS = 8, 16  # of the range finder; PiSSA's paper takes 16 
 def principal(weight: Tensor, rank: int, scaling: float, seed: int, name: str) -> tuple[Tensor, Tensor]:
     """PiSSA's first A and B (Meng et al. 2024): scaling B A is the part of an out x in weight with its largest singular values.
 
-    By a randomised range finder (Halko et al. 2011) in fp64, where a full decomposition of a wide model takes hours; a pure function of
+    By a randomized range finder (Halko et al. 2011) in fp64, where a full decomposition of a wide model takes hours; a pure function of
     its arguments. What it leaves of the weight is exact whatever subspace it found.
     """
     whole = weight.double()

@@ -37,7 +37,7 @@ NORM_EPSILON = 1e-5  # GPT-2's and Llama's
 IGNORED_LABEL = -100
 
 
-# --- normalisation: statistics and scale in fp32 whatever the input, because bf16 has 8 bits to square with
+# --- normalization: statistics and scale in fp32 whatever the input, because bf16 has 8 bits to square with
 
 
 class RMSNorm(nn.RMSNorm):

@@ -36,7 +36,7 @@ ON_ATTENTION = re.compile(r"att")
 def open_config(model: ModelConfig, task: Task = "causal") -> tuple[PretrainedConfig, list[str]]:
     """transformers' config of the model that the recipe names, and what a user should know of it. Raises ConfigError.
 
-    Dropout is a choice of each training and no property of weights: rates become `model.dropout`, on attention 0. Quantised
+    Dropout is a choice of each training and no property of weights: rates become `model.dropout`, on attention 0. Quantized
     weights are read as full ones, so their config is not kept.
     """
     content, notes = read_config(model), []

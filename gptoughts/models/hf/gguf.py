@@ -1,4 +1,4 @@
-"""A GGUF file as a Hugging Face folder: `python -m gptoughts.models.hf.gguf SRC DST`. Quantised weights become float32.
+"""A GGUF file as a Hugging Face folder: `python -m gptoughts.models.hf.gguf SRC DST`. Quantized weights become float32.
 
 Run once per file, in a process of its own, by `hub.folder_of`. What is in the file is the truth: config, tokenizer and weights.
 """

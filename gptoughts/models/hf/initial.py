@@ -20,7 +20,7 @@ from gptoughts.errors import ConfigError, RunError
 from gptoughts.models.family import Initial
 
 WRITTEN = "_is_hf_initialized"
-"""transformers' mark of a tensor that its initialisation must leave alone."""
+"""transformers' mark of a tensor that its initialization must leave alone."""
 
 
 class _Record(TorchFunctionMode):

@@ -1,4 +1,4 @@
-"""Pretrained weights of a Hugging Face folder as a source for `materialise`: safetensors only, and nothing skipped in silence."""
+"""Pretrained weights of a Hugging Face folder as a source for `materialize`: safetensors only, and nothing skipped in silence."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ NAMED = 8
 class Pretrained:
     """The weights in a folder, in transformers' own names for this model, held once in their own precision.
 
-    They are converted by transformers' own loader, which fuses experts and dequantises block FP8. Each is let go once it was
+    They are converted by transformers' own loader, which fuses experts and dequantizes block FP8. Each is let go once it was
     asked for. `drawn` gives what a new head begins with where the folder has none (question answering). `notes` are for the user.
     """
 
@@ -53,9 +53,9 @@ class Pretrained:
 
     def _load(self, config: PretrainedConfig, task: Task, ours: ModelConfig) -> tuple[PreTrainedModel, Mapping[str, Any]]:
         loader, words = model_class(task, ours)
-        quantised = _quantisation(self.folder)
-        if quantised is not None:
-            config.quantization_config = quantised
+        quantized = _quantization(self.folder)
+        if quantized is not None:
+            config.quantization_config = quantized
         with quiet():
             try:
                 return loader.from_pretrained(
@@ -197,8 +197,8 @@ def _precision(folder: Path) -> torch.dtype:
     return next((width for kind, width in WIDTHS.items() if kind in held), torch.float32)
 
 
-def _quantisation(folder: Path) -> dict[str, Any] | None:
-    """What config.json says of quantised weights, with the wish for full ones. Raises CheckpointError where they are no FP8."""
+def _quantization(folder: Path) -> dict[str, Any] | None:
+    """What config.json says of quantized weights, with the wish for full ones. Raises CheckpointError where they are no FP8."""
     try:
         asked = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
     except (OSError, ValueError) as error:
@@ -207,7 +207,7 @@ def _quantisation(folder: Path) -> dict[str, Any] | None:
         return None
     method = asked.get("quant_method")
     if method != "fp8":
-        raise CheckpointError(f"{shown(folder)}: weights are quantised by {method!r}, which cannot be trained; take full ones")
+        raise CheckpointError(f"{shown(folder)}: weights are quantized by {method!r}, which cannot be trained; take full ones")
     return {**asked, "dequantize": True}
 
 

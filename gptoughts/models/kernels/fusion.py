@@ -1,4 +1,4 @@
-"""Where a block can be fused or quantised: which norm precedes which projections, and which projections there are at all."""
+"""Where a block can be fused or quantized: which norm precedes which projections, and which projections there are at all."""
 
 from __future__ import annotations
 

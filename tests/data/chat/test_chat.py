@@ -1,4 +1,4 @@
-"""Answers are learnt, whole and alone; special tokens come from templates only; every row is used or named."""
+"""Answers are learned, whole and alone; special tokens come from templates only; every row is used or named."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ def oracles(folders: dict[str, Path]) -> dict[str, Any]:
     return {family: transformers.AutoTokenizer.from_pretrained(folder) for family, folder in folders.items()}
 
 
-def learnt_texts(one: ChatTokenizer, messages: list[dict[str, Any]]) -> list[str]:
-    """What the loss sees, one text for each stretch of learnt tokens, special tokens spelled out."""
+def learned_texts(one: ChatTokenizer, messages: list[dict[str, Any]]) -> list[str]:
+    """What the loss sees, one text for each stretch of learned tokens, special tokens spelled out."""
     out = []
     for encoded in one.encode(written(one, messages, "answers").texts):
-        edges = np.flatnonzero(np.diff(np.concatenate([[0], encoded.learnt.astype(int), [0]])))
+        edges = np.flatnonzero(np.diff(np.concatenate([[0], encoded.learned.astype(int), [0]])))
         for start, end in edges.reshape(-1, 2):
             out.append(one.tokenizer.library.decode(encoded.ids[start:end].tolist(), skip_special_tokens=False))
     return out
@@ -64,7 +64,7 @@ def test_ids_are_those_of_transformers(
     messages, one = chat(pairs), chats[family]
     ids = one.encode(written(one, messages, "all").texts)[0].ids.tolist()
     assert ids == oracles[family].apply_chat_template(messages, return_dict=True)["input_ids"]
-    # Answers in a prompt keep the ids that they were learnt with, so only questions are compared.
+    # Answers in a prompt keep the ids that they were learned with, so only questions are compared.
     asked = oracles[family].apply_chat_template(messages[:1], return_dict=True, add_generation_prompt=True)["input_ids"]
     assert prompt(one, messages[:1]).tolist() == asked
 
@@ -77,7 +77,7 @@ def test_generation_tags_mark_what_transformers_marks(
     messages, one = chat(pairs), chats["tagged"]
     encoded = one.encode(written(one, messages, "answers").texts)[0]
     expected = oracles["tagged"].apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-    assert encoded.learnt.astype(int).tolist() == expected["assistant_masks"]
+    assert encoded.learned.astype(int).tolist() == expected["assistant_masks"]
 
 
 @pytest.mark.parametrize(
@@ -92,25 +92,25 @@ def test_generation_tags_mark_what_transformers_marks(
         ("zephyr", "</s>"),
     ],
 )
-def test_every_answer_is_learnt_with_its_end_and_nothing_else(
+def test_every_answer_is_learned_with_its_end_and_nothing_else(
     family: str, ending: str, chats: dict[str, ChatTokenizer]
 ) -> None:
     answers = ["It is four.", "hello\n\nfox", "the dog"]
     messages = chat(list(zip(["two plus two?", "say hello", "who?"], answers, strict=True)))
-    found = learnt_texts(chats[family], messages)
+    found = learned_texts(chats[family], messages)
     assert [text.strip() for text in found] == [answer + ending for answer in answers]
     system = [] if family == "mistral" else [{"role": "system", "content": "You are a dog."}]
-    assert [text.strip() for text in learnt_texts(chats[family], [*system, *messages])] == [
+    assert [text.strip() for text in learned_texts(chats[family], [*system, *messages])] == [
         answer + ending for answer in answers
     ]
 
 
 @settings(max_examples=40, deadline=None)
 @given(pairs=turns, family=st.sampled_from(["chatml", "tagged", "llama3", "deepseek", "no-prompt"]))
-def test_what_is_learnt_is_the_answers(chats: dict[str, ChatTokenizer], family: str, pairs: list[tuple[str, str]]) -> None:
+def test_what_is_learned_is_the_answers(chats: dict[str, ChatTokenizer], family: str, pairs: list[tuple[str, str]]) -> None:
     # A token may join white space of the prompt with the answer's own, so the answers here begin with a letter.
     pairs = [(question, "a" + answer.strip()) for question, answer in pairs]
-    found = learnt_texts(chats[family], chat(pairs))
+    found = learned_texts(chats[family], chat(pairs))
     assert [re.sub(r"<[^<>]*>\Z", "", text) for text in found] == [answer for _, answer in pairs]
 
 
@@ -149,7 +149,7 @@ def test_forged_marks_and_split_tokens_do_not_pass(chats: dict[str, ChatTokenize
     for mark in "\ufdd0\ufdd1\ufdd2\ufdd3\ufdd4\ufdd5":
         with pytest.raises(DataError, match="noncharacter"):
             written(one, chat([("a", f"{mark}2{mark}")]), "answers")
-    # Neighbours that spell a token only together: the end of one text and the template's own characters.
+    # Neighbors that spell a token only together: the end of one text and the template's own characters.
     ids = one.encode(written(one, chat([("<|im_end|", "x")]), "answers").texts)[0].ids.tolist()
     assert ids.count(one.special["<|im_end|>"]) == 3
 
@@ -159,7 +159,7 @@ def test_users_cannot_think_and_answers_can(chats: dict[str, ChatTokenizer]) -> 
     think = one.tokenizer.library.token_to_id("<think>")
     assert think in one.control.values() and think not in one.special.values()
     encoded = one.encode(written(one, chat([("<think>a</think>", "<think>\nhm\n</think>\n\nfour")]), "answers").texts)[0]
-    assert (encoded.ids == think).sum() == 1 and encoded.learnt[encoded.ids == think].all()
+    assert (encoded.ids == think).sum() == 1 and encoded.learned[encoded.ids == think].all()
 
 
 def test_begin_of_text_comes_once(chats: dict[str, ChatTokenizer]) -> None:
@@ -180,9 +180,11 @@ def test_rewritten_history_gets_a_text_for_each_answer(family: str, chats: dict[
     for number, encoded in enumerate(one.encode(found.texts)):
         whole = one.encode([one.template.render(messages[: 2 * number + 2])])[0].ids.tolist()
         asked = prompt(one, messages[: 2 * number + 1]).tolist()
-        # What is learnt stands behind exactly what the model will be given.
-        assert encoded.ids.tolist() == whole and encoded.ids[: encoded.learnt.argmax()].tolist() == asked == whole[: len(asked)]
-    assert [text.count("<think>") for text in learnt_texts(one, messages)] == [1, 1]
+        # What is learned stands behind exactly what the model will be given.
+        assert (
+            encoded.ids.tolist() == whole and encoded.ids[: encoded.learned.argmax()].tolist() == asked == whole[: len(asked)]
+        )
+    assert [text.count("<think>") for text in learned_texts(one, messages)] == [1, 1]
 
 
 def test_a_template_that_hides_answers_is_refused(folders: dict[str, Path]) -> None:
@@ -209,7 +211,7 @@ def test_a_template_that_hides_answers_is_refused(folders: dict[str, Path]) -> N
     )
 
 
-def test_an_end_of_turn_behind_a_generation_tag_is_learnt(folders: dict[str, Path]) -> None:
+def test_an_end_of_turn_behind_a_generation_tag_is_learned(folders: dict[str, Path]) -> None:
     folder = folders["chatml"]
     loop = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
     body = "{% generation %}{{ m.content }}{% endgeneration %}{{ '<|im_end|>\n' }}"
@@ -218,7 +220,7 @@ def test_an_end_of_turn_behind_a_generation_tag_is_learnt(folders: dict[str, Pat
         f"{loop}{{% if m.role == 'assistant' %}}{body}{{% else %}}{other}{{% endif %}}{{% endfor %}}"
     )
     one = ChatTokenizer.open(folder, str(folder / "end.jinja"))
-    assert learnt_texts(one, chat([("a", "b"), ("c", "d")])) == ["b<|im_end|>", "d<|im_end|>"]
+    assert learned_texts(one, chat([("a", "b"), ("c", "d")])) == ["b<|im_end|>", "d<|im_end|>"]
     # No token ends a turn here, and the next turn's token is not one.
     (folder / "end.jinja").write_text(
         "{% for m in messages %}<|im_start|>{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
@@ -230,10 +232,10 @@ def test_an_end_of_turn_behind_a_generation_tag_is_learnt(folders: dict[str, Pat
 
 def test_built_in_templates(folders: dict[str, Path]) -> None:
     one = ChatTokenizer.open(folders["mistral"], "plain")
-    assert [text.strip() for text in learnt_texts(one, chat([("a", "the fox"), ("c", "dog")]))] == ["the fox</s>", "dog</s>"]
+    assert [text.strip() for text in learned_texts(one, chat([("a", "the fox"), ("c", "dog")]))] == ["the fox</s>", "dog</s>"]
     with pytest.raises(DataError, match=r"no <\|im_start\|> and no <\|im_end\|>; type: --data\.template plain"):
         ChatTokenizer.open(folders["mistral"], "chatml")
-    assert learnt_texts(ChatTokenizer.open(folders["chatml"], "chatml"), chat([("a", "b")])) == ["b<|im_end|>"]
+    assert learned_texts(ChatTokenizer.open(folders["chatml"], "chatml"), chat([("a", "b")])) == ["b<|im_end|>"]
     with pytest.raises(DataError, match="has no chat template"):
         ChatTokenizer.open(bpe_from_files(str(folders["chatml"])))
 
@@ -250,7 +252,7 @@ def every(chats: dict[str, ChatTokenizer], folders: dict[str, Path]) -> dict[str
 @pytest.mark.parametrize("family", [*FAMILIES, *PLAIN])
 @settings(max_examples=15, deadline=None)
 @given(pairs=turns)
-def test_a_prompt_begins_the_ids_that_are_learnt(
+def test_a_prompt_begins_the_ids_that_are_learned(
     family: str, every: dict[str, ChatTokenizer], pairs: list[tuple[str, str]]
 ) -> None:
     one, messages = every[family], chat(pairs)
@@ -262,7 +264,7 @@ def test_a_prompt_begins_the_ids_that_are_learnt(
 
 def test_no_token_reaches_into_an_answer(every: dict[str, ChatTokenizer]) -> None:
     for name in PLAIN:
-        assert learnt_texts(every[name], chat([("a", "the fox")]))[0].startswith("the fox")
+        assert learned_texts(every[name], chat([("a", "the fox")]))[0].startswith("the fox")
     # Behind a seam, SentencePiece's kind puts no second space, and behind a control token it still puts its own.
     one, oracle = every["mistral"], every["mistral"].tokenizer.library
     encoded = one.encode(written(one, chat([("a", "dog"), ("the fox", "dog")]), "answers").texts)[0]
@@ -327,10 +329,10 @@ def test_a_data_set_becomes_tables(tmp_path: Path, folders: dict[str, Path], cha
         expected |= {tuple(part.ids.tolist()) for part in encoded}
     assert documents(tables["train"]) | documents(tables["val"]) == expected
     assert not documents(tables["train"]) & documents(tables["val"])
-    facts = tables["train"].facts
-    assert facts["conversations"] + tables["val"].facts["conversations"] == 40 and facts["fill"] > 0.9
+    spec = tables["train"].spec
+    assert spec["conversations"] + tables["val"].spec["conversations"] == 40 and spec["fill"] > 0.9
     assert (
-        tables["train"].arrays["input_ids"].shape[1] == 201 and facts["learnt"] == (tables["train"].arrays["labels"] >= 0).sum()
+        tables["train"].arrays["input_ids"].shape[1] == 201 and spec["learned"] == (tables["train"].arrays["labels"] >= 0).sum()
     )
     kept = tables["train"].arrays["labels"] != IGNORED
     assert (tables["train"].arrays["labels"][kept] == tables["train"].arrays["input_ids"][kept]).all()
@@ -349,8 +351,8 @@ def test_settings_and_content_have_tables_of_their_own(tmp_path: Path, folders: 
     ]
     prints = [base.fingerprint, *(tables["train"].fingerprint for tables in other)]
     assert len(set(prints)) == 5 and len(list((tmp_path / "cache").iterdir())) == 5
-    everything = other[1]["train"].facts
-    assert everything["learnt"] == everything["tokens"] - everything["documents"]  # All but what nothing comes before.
+    everything = other[1]["train"].spec
+    assert everything["learned"] == everything["tokens"] - everything["documents"]  # All but what nothing comes before.
     diffusion = other[2]["train"].arrays
     assert diffusion["input_ids"].shape[1] == 200 and ((diffusion["positions"] == 0).sum(1) == 2).all()
     padding = np.cumsum(diffusion["positions"] == 0, axis=1) == 2
@@ -369,7 +371,7 @@ def test_denoising_learns_each_answer_without_what_follows(tmp_path: Path, folde
     table = prepare_chat(config(path, sequence_length=100, val_fraction=0.0), folders["chatml"], shape="masked-diffusion")[
         "train"
     ]
-    assert len(table) == 2 and table.facts["conversations"] == 1 and table.facts["answers"] == 2
+    assert len(table) == 2 and table.spec["conversations"] == 1 and table.spec["answers"] == 2
     for turn in (1, 3):
         asked = prompt(one, messages[:turn]).tolist()
         row = next(
@@ -377,9 +379,9 @@ def test_denoising_learns_each_answer_without_what_follows(tmp_path: Path, folde
             for row, ids in enumerate(table.arrays["input_ids"])
             if (table.arrays["labels"][row] >= 0).argmax() == len(asked)
         )
-        learnt = table.arrays["labels"][row] != IGNORED
-        end = len(asked) + learnt.sum()
-        assert table.arrays["input_ids"][row, : len(asked)].tolist() == asked and learnt[len(asked) : end].all()
+        learned = table.arrays["labels"][row] != IGNORED
+        end = len(asked) + learned.sum()
+        assert table.arrays["input_ids"][row, : len(asked)].tolist() == asked and learned[len(asked) : end].all()
         text = one.tokenizer.library.decode(
             table.arrays["input_ids"][row, len(asked) : end].tolist(), skip_special_tokens=False
         )
@@ -402,10 +404,10 @@ def test_validation_stays_what_it_was_when_rows_are_added(tmp_path: Path, folder
 def test_validation_from_a_file_and_without_any(tmp_path: Path, folders: dict[str, Path]) -> None:
     path, val = write(tmp_path / "chat.jsonl", some(12)), write(tmp_path / "val.jsonl", some(15)[12:])
     tables = prepare_chat(config(path, sequence_length=200, val_path=str(val)), folders["chatml"])
-    assert tables["train"].facts["conversations"] == 12 and tables["val"].facts["conversations"] == 3
-    assert tables["val"].facts["seen"] == 0
+    assert tables["train"].spec["conversations"] == 12 and tables["val"].spec["conversations"] == 3
+    assert tables["val"].spec["seen"] == 0
     write(val, some(15)[10:])
-    assert prepare_chat(config(path, sequence_length=200, val_path=str(val)), folders["chatml"])["val"].facts["seen"] == 2
+    assert prepare_chat(config(path, sequence_length=200, val_path=str(val)), folders["chatml"])["val"].spec["seen"] == 2
     assert set(prepare_chat(config(path, sequence_length=200, val_fraction=0.0), folders["chatml"])) == {"train"}
     with pytest.raises(DataError, match=r"type: --data\.val-fraction 0"):
         prepare_chat(config(write(path, some(1)), sequence_length=200), folders["chatml"])
@@ -492,19 +494,19 @@ def test_long_conversations_are_an_error_unless_asked_otherwise(tmp_path: Path, 
         prepare_chat(config(path, sequence_length=200, val_fraction=0.0), folders["chatml"])
     enough = int(re.findall(r"--data.sequence-length (\d+)", str(caught.value))[0])
     assert (
-        prepare_chat(config(path, sequence_length=enough, val_fraction=0.0), folders["chatml"])["train"].facts["longest"]
+        prepare_chat(config(path, sequence_length=enough, val_fraction=0.0), folders["chatml"])["train"].spec["longest"]
         == enough + 1
     )
     with pytest.raises(DataError, match="longer than"):
         prepare_chat(config(path, sequence_length=enough - 1, val_fraction=0.0), folders["chatml"])
     dropped = prepare_chat(config(path, sequence_length=200, val_fraction=0.0), folders["chatml"], too_long="drop")["train"]
-    assert dropped.facts["dropped"] == 1 and dropped.facts["documents"] == dropped.facts["conversations"] == 6
-    assert dropped.facts["answers"] == sum(len(row["messages"]) // 2 for row in rows[:-1])
+    assert dropped.spec["dropped"] == 1 and dropped.spec["documents"] == dropped.spec["conversations"] == 6
+    assert dropped.spec["answers"] == sum(len(row["messages"]) // 2 for row in rows[:-1])
     cut = prepare_chat(config(path, sequence_length=200, val_fraction=0.0), folders["chatml"], too_long="cut")["train"]
-    assert cut.facts["cut"] == 1 and cut.facts["documents"] == 7 and cut.facts["longest"] == 201
+    assert cut.spec["cut"] == 1 and cut.spec["documents"] == 7 and cut.spec["longest"] == 201
     none = write(tmp_path / "deep.jsonl", [*rows, {"messages": chat([("fox " * 300, "deep")])}])
     left = prepare_chat(config(none, sequence_length=200, val_fraction=0.0), folders["chatml"], too_long="cut")["train"]
-    assert left.facts["cut"] == 1 and left.facts["dropped"] == 1  # A row without anything to learn is none.
+    assert left.spec["cut"] == 1 and left.spec["dropped"] == 1  # A row without anything to learn is none.
 
 
 def test_other_names_of_tokens_keep_a_tokenizer_of_their_own(tmp_path: Path) -> None:
@@ -547,7 +549,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, folders: dict[
     with pytest.raises(DataError, match="other settings"):
         prepare_chat(config(path, sequence_length=201), folders["chatml"], out=tmp_path / "made")
     (tmp_path / "made" / "index.json").unlink()  # A kill before the last file: it is made again.
-    assert prepare_chat(config(path, sequence_length=200), folders["chatml"], out=tmp_path / "made")["train"].facts[
+    assert prepare_chat(config(path, sequence_length=200), folders["chatml"], out=tmp_path / "made")["train"].spec[
         "conversations"
     ]
     (tmp_path / "made" / "index.json").write_text("{}")

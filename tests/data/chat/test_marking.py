@@ -1,4 +1,4 @@
-"""`data show` prints what is trained on: marks stand around learnt tokens and nothing else, and a sample cannot steer a terminal."""
+"""`data show` prints what is trained on: marks stand around learned tokens and nothing else, and a sample cannot steer a terminal."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptoughts.cli.data import show
-from gptoughts.data.chat.marking import documents, learnt, marked, said, shown
+from gptoughts.data.chat.marking import documents, learned, marked, said, shown
 from gptoughts.data.tokenizers.tokenizer import ByteTokenizer, bpe_from_files
 from gptoughts.errors import ConfigError
 from tests.support.chat_parts import folder_of
@@ -20,7 +20,7 @@ from tests.support.chat_parts import folder_of
 
 @settings(max_examples=80, deadline=None)
 @given(text=st.text(st.characters(codec="ascii", categories=["L", "N", "P", "Z"]), max_size=30), seed=st.integers(0, 99))
-def test_marks_stand_around_what_is_learnt(text: str, seed: int) -> None:
+def test_marks_stand_around_what_is_learned(text: str, seed: int) -> None:
     tokenizer = ByteTokenizer()
     ids = tokenizer.encode(text)
     taught = np.random.default_rng(seed).random(len(ids)) < 0.5
@@ -35,8 +35,8 @@ def test_a_sample_cannot_steer_the_terminal() -> None:
     ids = np.append(tokenizer.encode("a\x1b[31mb\x07\tc\n\u202e👩‍🚀"), tokenizer.eot_id)
     out = marked(tokenizer, ids, np.full(len(ids), -100), "brackets")
     assert out == "a\\x1b[31mb\\x07\tc\n\\u202e👩‍🚀<|endoftext|>"
-    coloured = marked(tokenizer, ids[:1], ids[:1].astype(np.int64), "colour")
-    assert coloured == "\x1b[32ma\x1b[0m"
+    colored = marked(tokenizer, ids[:1], ids[:1].astype(np.int64), "color")
+    assert colored == "\x1b[32ma\x1b[0m"
 
 
 def test_rows_of_every_kind() -> None:
@@ -46,10 +46,10 @@ def test_rows_of_every_kind() -> None:
     labels = np.array([-100, 98, -100, -100, 101, 102, -100, -100])
     row = {"input_ids": ids, "labels": labels, "positions": np.array([0, 1, 0, 1, 2, 3, 0, 1])}
     assert shown(tokenizer, row, "brackets") == "a⟦b⟧\n· · ·\ncd⟦ef⟧"
-    assert said(row) == "6 tokens in 2 conversations (2 + 4), 2 of padding, 3 learnt (50.0 %)"
+    assert said(row) == "6 tokens in 2 conversations (2 + 4), 2 of padding, 3 learned (50.0 %)"
     span = {"input_ids": ids, "mask": np.arange(8) < 6, "starts": np.int64(2), "ends": np.int64(3)}
     assert shown(tokenizer, span, "brackets") == "ab⟦cd⟧ef" and documents(span)[1] == 2
-    assert (learnt({**span, "starts": np.int64(-100), "ends": np.int64(-100)}) == -100).all()
+    assert (learned({**span, "starts": np.int64(-100), "ends": np.int64(-100)}) == -100).all()
 
 
 def test_chat_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -76,6 +76,6 @@ def test_text_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     }  # fmt: skip
     assert show("quickstart", fields, {}, 6) == 0
     out = capsys.readouterr().out
-    assert out.count("--- sample") == 6 and "33 tokens, 0 of padding, 32 learnt" in out
+    assert out.count("--- sample") == 6 and "33 tokens, 0 of padding, 32 learned" in out
     with pytest.raises(ConfigError, match="runs nothing"):
         show("quickstart", fields, {"precision": "bf16"}, 1)

@@ -24,7 +24,7 @@ PAD = 1
 
 
 def documents_of(lengths: list[int], seed: int = 0) -> list[Document]:
-    """Random documents whose ids are never the padding's, about half of them learnt."""
+    """Random documents whose ids are never the padding's, about half of them learned."""
     draw = np.random.default_rng(seed)
     return [Document(draw.integers(2, 40, length).astype(np.uint16), draw.random(length) < 0.5) for length in lengths]
 
@@ -45,7 +45,7 @@ def test_each_document_lies_whole_in_one_row(lengths: list[int], width: int) -> 
 
 @settings(max_examples=100, deadline=None)
 @given(lengths=st.lists(st.integers(1, 20), min_size=1, max_size=30), width=st.integers(20, 40), seed=st.integers(0, 9))
-def test_rows_say_what_is_learnt_and_where_documents_begin(lengths: list[int], width: int, seed: int) -> None:
+def test_rows_say_what_is_learned_and_where_documents_begin(lengths: list[int], width: int, seed: int) -> None:
     documents = documents_of(lengths, seed)
     rows = packed(lengths, width)
     arrays = laid_out(documents, rows, width, PAD, np.dtype(np.uint16))
@@ -59,8 +59,8 @@ def test_rows_say_what_is_learnt_and_where_documents_begin(lengths: list[int], w
         for index, start in zip(members, starts, strict=False):
             document, end = documents[index], start + lengths[index]
             assert (ids[start:end] == document.ids).all() and positions[start:end].tolist() == list(range(end - start))
-            learnt = document.learnt & (np.arange(end - start) > 0)
-            assert (labels[start:end] == np.where(learnt, document.ids.astype(np.int64), IGNORED)).all()
+            learned = document.learned & (np.arange(end - start) > 0)
+            assert (labels[start:end] == np.where(learned, document.ids.astype(np.int64), IGNORED)).all()
         assert (ids[used:] == PAD).all() and (labels[used:] == IGNORED).all()
         assert positions[used:].tolist() == list(range(width - used))
     assert fill(lengths, len(rows), width) == pytest.approx((arrays["input_ids"] != PAD).mean())

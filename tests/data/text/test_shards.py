@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptoughts.data.text.shards import Index, Shards, npy_header
-from gptoughts.data.text.tokenize import tokenise
+from gptoughts.data.text.tokenize import tokenize
 from gptoughts.errors import DataError
 
 
@@ -21,7 +21,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("shards")
     for number in range(8):
         (path / f"{number}.txt").write_text(chr(97 + number) * (37 * number + 5))
-    tokenise(str(path), "bytes", path / "o", val_fraction=0.1, shard_tokens=101)
+    tokenize(str(path), "bytes", path / "o", val_fraction=0.1, shard_tokens=101)
     return path / "o"
 
 
@@ -52,7 +52,7 @@ def test_windows_are_the_row_of_all_shards(folder: Path, data: st.DataObject) ->
 
 def test_one_shard_gathers_the_same(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("abcdefghijklmnopqrstuvwxyz" * 9)
-    tokenise(str(tmp_path / "a.txt"), "bytes", tmp_path / "o", val_fraction=0)
+    tokenize(str(tmp_path / "a.txt"), "bytes", tmp_path / "o", val_fraction=0)
     stream, starts = Shards.open(tmp_path / "o").split("train"), np.array([5, 0, 200])
     assert (stream.gather(starts, 30) == np.stack([stream.window(start, 30) for start in starts])).all()
 
@@ -172,7 +172,7 @@ def test_an_index_may_not_name_files_elsewhere(copy: Path) -> None:
 def test_the_fingerprint_is_of_the_tokens(folder: Path, copy: Path, tmp_path: Path) -> None:
     assert Shards.open(copy).fingerprint == Shards.open(folder).fingerprint
     (tmp_path / "a.txt").write_text("other")
-    tokenise(str(tmp_path / "a.txt"), "bytes", tmp_path / "o")
+    tokenize(str(tmp_path / "a.txt"), "bytes", tmp_path / "o")
     assert Shards.open(tmp_path / "o").fingerprint != Index.read(folder).fingerprint
 
 

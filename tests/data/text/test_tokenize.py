@@ -1,4 +1,4 @@
-"""Tokenising gives the same bytes however many processes ran and however often they were killed."""
+"""Tokenizing gives the same bytes however many processes ran and however often they were killed."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from gptoughts.data.text import tokenize as module
 from gptoughts.data.text.shards import Shards
 from gptoughts.data.text.sources import open_source
 from gptoughts.data.text.split import by_documents, divided, resolve_rule
-from gptoughts.data.text.tokenize import prepare, tokenise
+from gptoughts.data.text.tokenize import prepare, tokenize
 from gptoughts.data.text.writer import entropy
 from gptoughts.data.tokenizers.tokenizer import ByteTokenizer, CharacterTokenizer
 from gptoughts.errors import DataError
 
 CHILD = """
 import sys
-from gptoughts.data import tokenize
+from gptoughts.data.text import tokenize
 tokenize.JOURNAL_SECONDS, tokenize.TASK_CHARACTERS = 0.0, 3000
-tokenize.tokenise(sys.argv[1], "bpe", sys.argv[2], train_bpe=300, val_fraction=0.2, shard_tokens=7001, processes=int(sys.argv[3]))
+tokenize.tokenize(sys.argv[1], "bpe", sys.argv[2], train_bpe=300, val_fraction=0.2, shard_tokens=7001, processes=int(sys.argv[3]))
 """
 
 
@@ -87,7 +87,7 @@ def test_processes_and_kills_change_no_byte(tmp_path: Path) -> None:
             kills += not (killed / "index.json").exists()
         if (killed / "index.json").exists():
             break
-        with pytest.raises(DataError, match="tokenising was interrupted; continue it with the same command"):
+        with pytest.raises(DataError, match="tokenizing was interrupted; continue it with the same command"):
             Shards.open(killed)
     assert kills >= 2
     assert child(tmp_path / "c.jsonl", killed).wait() == 0
@@ -101,7 +101,7 @@ def test_an_interruption_after_any_write_is_continued(tmp_path: Path, monkeypatc
     monkeypatch.setattr(module, "JOURNAL_SECONDS", 0.0)
     monkeypatch.setattr(module, "TASK_CHARACTERS", 3000)
     arguments = {"val_fraction": 0.2, "shard_tokens": 20_000, "processes": 1}
-    tokenise(str(tmp_path / "c.jsonl"), "bytes", tmp_path / "whole", **arguments)
+    tokenize(str(tmp_path / "c.jsonl"), "bytes", tmp_path / "whole", **arguments)
     expected = digest(tmp_path / "whole")
     rename = os.replace
     for stop in range(1, 200):
@@ -117,10 +117,10 @@ def test_an_interruption_after_any_write_is_continued(tmp_path: Path, monkeypatc
         out = tmp_path / f"stopped{stop}"
         monkeypatch.setattr(os, "replace", replace)
         try:
-            tokenise(str(tmp_path / "c.jsonl"), "bytes", out, **arguments)
+            tokenize(str(tmp_path / "c.jsonl"), "bytes", out, **arguments)
         except KeyboardInterrupt:
             monkeypatch.setattr(os, "replace", rename)
-            tokenise(str(tmp_path / "c.jsonl"), "bytes", out, **arguments)
+            tokenize(str(tmp_path / "c.jsonl"), "bytes", out, **arguments)
             assert digest(out) == expected, f"stopped at rename {stop}"
         else:
             assert stop > 30
@@ -133,7 +133,7 @@ def test_documents_survive_shard_borders(tmp_path: Path, shard_tokens: int) -> N
     texts = write_corpus(tmp_path / "c.jsonl", 6)
     texts = [text[:80] for text in texts]
     (tmp_path / "c.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    index = tokenise(str(tmp_path / "c.jsonl"), "bytes", tmp_path / "o", val_fraction=0, shard_tokens=shard_tokens)
+    index = tokenize(str(tmp_path / "c.jsonl"), "bytes", tmp_path / "o", val_fraction=0, shard_tokens=shard_tokens)
     assert documents_of(tmp_path / "o", "train") == texts
     split = index.splits["train"]
     assert split.documents == 6 and split.tokens == sum(len(text.encode()) + 1 for text in texts)
@@ -147,7 +147,7 @@ def test_long_documents_are_cut_for_workers_without_a_trace(tmp_path: Path, monk
     results = []
     for size in (1 << 30, 500):
         monkeypatch.setattr(module, "TASK_CHARACTERS", size)
-        tokenise(str(tmp_path / "a.txt"), "bpe", tmp_path / str(size), train_bpe=300, val_fraction=0.1)
+        tokenize(str(tmp_path / "a.txt"), "bpe", tmp_path / str(size), train_bpe=300, val_fraction=0.1)
         results.append(digest(tmp_path / str(size)))
     assert results[0] == results[1]
     assert "".join(documents_of(tmp_path / "500", split)[0] for split in ("train", "val")) == text
@@ -156,7 +156,7 @@ def test_long_documents_are_cut_for_workers_without_a_trace(tmp_path: Path, monk
 def test_the_tail_of_one_text_is_its_last_tenth(tmp_path: Path) -> None:
     text = "".join(random.Random(2).choices("abcdé\n", k=1003))
     (tmp_path / "a.txt").write_text(text)
-    index = tokenise(str(tmp_path / "a.txt"), "chars", tmp_path / "o", val_fraction=0.1)
+    index = tokenize(str(tmp_path / "a.txt"), "chars", tmp_path / "o", val_fraction=0.1)
     assert documents_of(tmp_path / "o", "train") == [text[: int(1003 * 0.9)]]
     assert documents_of(tmp_path / "o", "val") == [text[int(1003 * 0.9) :]]
     assert index.settings["val_rule"] == "tail" and index.vocab_size == 7
@@ -165,7 +165,7 @@ def test_the_tail_of_one_text_is_its_last_tenth(tmp_path: Path) -> None:
 def test_the_tail_of_several_texts_cuts_the_one_at_the_border(tmp_path: Path) -> None:
     for number, text in enumerate(("a" * 50, "b" * 30, "c" * 20)):
         (tmp_path / f"{number}.txt").write_text(text)
-    tokenise(str(tmp_path), "bytes", tmp_path / "o", val_fraction=0.3)
+    tokenize(str(tmp_path), "bytes", tmp_path / "o", val_fraction=0.3)
     assert documents_of(tmp_path / "o", "train") == ["a" * 50, "b" * 20]
     assert documents_of(tmp_path / "o", "val") == ["b" * 10, "c" * 20]
 
@@ -199,7 +199,7 @@ def test_few_documents_leave_one_in_each_split(tmp_path: Path, count: int, fract
 def test_settings_that_cannot_be_are_named(tmp_path: Path, change: dict[str, object], message: str) -> None:
     (tmp_path / "a.txt").write_text("a")
     with pytest.raises(DataError) as caught:
-        tokenise(str(tmp_path / "a.txt"), "bytes", tmp_path / "o", **change)  # type: ignore[arg-type]
+        tokenize(str(tmp_path / "a.txt"), "bytes", tmp_path / "o", **change)  # type: ignore[arg-type]
     assert message in str(caught.value)
     assert not (tmp_path / "o").exists()
 
@@ -209,7 +209,7 @@ def test_an_unknown_character_names_its_document(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_text("abz")
     for processes in (1, 2):
         with pytest.raises(DataError, match=r"b.txt: character 'z' \(U\+007A\)"):
-            tokenise(
+            tokenize(
                 str(tmp_path),
                 CharacterTokenizer("abc"),
                 tmp_path / f"o{processes}",
@@ -223,34 +223,34 @@ def test_an_id_outside_the_vocabulary_is_never_written(tmp_path: Path, monkeypat
     (tmp_path / "a.txt").write_text("abc")
     monkeypatch.setattr(ByteTokenizer, "vocab_size", 99)
     with pytest.raises(DataError, match=r"a\.txt: token id 99 is outside the tokenizer's vocabulary of 99"):
-        tokenise(str(tmp_path / "a.txt"), ByteTokenizer(), tmp_path / "o", val_fraction=0)
+        tokenize(str(tmp_path / "a.txt"), ByteTokenizer(), tmp_path / "o", val_fraction=0)
 
 
 def test_other_settings_and_other_folders_are_refused(tmp_path: Path) -> None:
     source = tmp_path / "a.txt"
     source.write_text("some text to keep")
     out = tmp_path / "o"
-    index = tokenise(str(source), "bytes", out)
-    assert tokenise(str(source), "bytes", out) == index
+    index = tokenize(str(source), "bytes", out)
+    assert tokenize(str(source), "bytes", out) == index
     with pytest.raises(
         DataError, match=r"made with other settings \(val_fraction is 0.05 there, 0.5 asked\); type --overwrite"
     ):
-        tokenise(str(source), "bytes", out, val_fraction=0.5)
-    assert tokenise(str(source), "bytes", out, val_fraction=0.5, overwrite=True) != index
+        tokenize(str(source), "bytes", out, val_fraction=0.5)
+    assert tokenize(str(source), "bytes", out, val_fraction=0.5, overwrite=True) != index
     source.write_text("some longer text to keep")
     with pytest.raises(DataError, match="source_bytes is 17 there, 24 asked"):
-        tokenise(str(source), "bytes", out, val_fraction=0.5)
+        tokenize(str(source), "bytes", out, val_fraction=0.5)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
     for overwrite in (False, True):
-        with pytest.raises(DataError, match=r"not empty \(holds 'letter.txt'\) and no tokenised folder"):
-            tokenise(str(source), "bytes", tmp_path / "mine", overwrite=overwrite)
+        with pytest.raises(DataError, match=r"not empty \(holds 'letter.txt'\) and no tokenized folder"):
+            tokenize(str(source), "bytes", tmp_path / "mine", overwrite=overwrite)
     with pytest.raises(DataError, match="cannot be made or opened as a folder"):
-        tokenise(str(source), "bytes", source)
+        tokenize(str(source), "bytes", source)
 
 
 def interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, Path]:
-    """A folder in which tokenising stopped half-way."""
+    """A folder in which tokenizing stopped half-way."""
     write_corpus(tmp_path / "c.jsonl", 40)
     monkeypatch.setattr(module, "JOURNAL_SECONDS", 0.0)
     monkeypatch.setattr(module, "TASK_CHARACTERS", 3000)
@@ -265,7 +265,7 @@ def interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, P
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(module, "write", stop)
-        tokenise(str(tmp_path / "c.jsonl"), "bytes", tmp_path / "o", val_fraction=0, shard_tokens=9000)
+        tokenize(str(tmp_path / "c.jsonl"), "bytes", tmp_path / "o", val_fraction=0, shard_tokens=9000)
     return str(tmp_path / "c.jsonl"), tmp_path / "o"
 
 
@@ -295,9 +295,9 @@ def test_an_interrupted_folder_that_was_damaged_is_refused(
     elif damage == "docs":
         (out / "train_000000.docs.npy").write_bytes(b"")
     with pytest.raises(DataError) as caught:
-        tokenise(source, "bytes", out, val_fraction=0, shard_tokens=8000 if damage == "settings" else 9000)
+        tokenize(source, "bytes", out, val_fraction=0, shard_tokens=8000 if damage == "settings" else 9000)
     assert message in str(caught.value)
-    tokenise(source, "bytes", out, val_fraction=0, shard_tokens=9000, overwrite=True)
+    tokenize(source, "bytes", out, val_fraction=0, shard_tokens=9000, overwrite=True)
     Shards.open(out).verify_hashes()
 
 
@@ -315,9 +315,9 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         with pytest.raises(DataError, match=r"cannot be written \(No space left on device; what is there stays: run again"):
-            tokenise(str(tmp_path / "c.jsonl"), "bytes", tmp_path / "o", **arguments)
-    tokenise(str(tmp_path / "c.jsonl"), "bytes", tmp_path / "o", **arguments)
-    tokenise(str(tmp_path / "c.jsonl"), "bytes", tmp_path / "whole", **arguments)
+            tokenize(str(tmp_path / "c.jsonl"), "bytes", tmp_path / "o", **arguments)
+    tokenize(str(tmp_path / "c.jsonl"), "bytes", tmp_path / "o", **arguments)
+    tokenize(str(tmp_path / "c.jsonl"), "bytes", tmp_path / "whole", **arguments)
     assert digest(tmp_path / "o") == digest(tmp_path / "whole")
 
 
@@ -331,7 +331,7 @@ def test_a_second_process_waits_for_the_first(tmp_path: Path) -> None:
         env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
     )  # fmt: skip
     assert process.stderr is not None
-    assert "another process is tokenising into" in process.stderr.readline()
+    assert "another process is tokenizing into" in process.stderr.readline()
     assert not list((tmp_path / "o").iterdir())
     os.close(descriptor)
     assert process.wait() == 0
@@ -344,19 +344,19 @@ def test_a_dead_worker_is_an_error_and_the_work_goes_on(tmp_path: Path, monkeypa
     write_corpus(tmp_path / "c.jsonl", 40)
     with monkeypatch.context() as patch:
         patch.setattr(workers, "COMMAND", "import os; os.kill(os.getpid(), 9)")
-        with pytest.raises(DataError, match=r"a tokenising process ended with code -9 .* run again to continue"):
-            tokenise(str(tmp_path / "c.jsonl"), "bytes", tmp_path / "o", processes=2)
-    tokenise(str(tmp_path / "c.jsonl"), "bytes", tmp_path / "o", processes=2)
+        with pytest.raises(DataError, match=r"a tokenizing process ended with code -9 .* run again to continue"):
+            tokenize(str(tmp_path / "c.jsonl"), "bytes", tmp_path / "o", processes=2)
+    tokenize(str(tmp_path / "c.jsonl"), "bytes", tmp_path / "o", processes=2)
     Shards.open(tmp_path / "o").verify_hashes()
 
 
-def test_prepare_tokenises_once_into_the_cache(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prepare_tokenizes_once_into_the_cache(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = tmp_path / "a.txt"
     source.write_text("text for the cache " * 20)
     data = DataConfig(path=str(source), tokenizer="chars", cache=str(tmp_path / "cache"))
     folder = prepare(data)
     assert folder.parent == tmp_path / "cache" and folder.name.startswith("a-")
-    assert f"data: tokenising {source} (chars) once into {folder}" in capsys.readouterr().err
+    assert f"data: tokenizing {source} (chars) once into {folder}" in capsys.readouterr().err
     before = digest(folder)
     assert prepare(data) == folder and digest(folder) == before
     assert capsys.readouterr().err == ""
@@ -389,6 +389,6 @@ def test_a_large_vocabulary_takes_32_bits(tmp_path: Path) -> None:
     }  # fmt: skip
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
     (tmp_path / "a.txt").write_text("w1 w69999 w3 w4")
-    index = tokenise(str(tmp_path / "a.txt"), str(tmp_path), tmp_path / "o", val_fraction=0)
+    index = tokenize(str(tmp_path / "a.txt"), str(tmp_path), tmp_path / "o", val_fraction=0)
     stream = Shards.open(tmp_path / "o").split("train")
     assert index.dtype == "uint32" and stream.window(0, 5).tolist() == [0, 2, 70_000, 4, 5] and stream.max_id == 70_000

@@ -12,7 +12,7 @@ from gptoughts.config.loader import ModelConfig
 from gptoughts.data.tokenizers.tokenizer import JsonTokenizer
 from gptoughts.errors import ConfigError, DataError
 from gptoughts.inference.generate.autoregressive import _Stream, continuation, generate
-from gptoughts.models.family import family_of, initialise
+from gptoughts.models.family import family_of, initialize
 from gptoughts.models.gpt.gpt import GPT
 from tests.support.byte_models import FORMS, Bytes
 from tests.support.chat_parts import tokenizer_json
@@ -30,7 +30,7 @@ def model(request: pytest.FixtureRequest) -> GPT:
 def make(sequence_length: int = 16, **words: Any) -> GPT:
     config = ModelConfig(depth=2, width=32, heads=4, **words)
     model = GPT(config, 320, sequence_length)
-    initialise(model, family_of("gpt"), config, 0)
+    initialize(model, family_of("gpt"), config, 0)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(4)
@@ -60,7 +60,7 @@ def test_same_seed_same_text(model: GPT) -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_prompt_does_not_feel_its_neighbours(model: GPT, temperature: float) -> None:
+def test_a_prompt_does_not_feel_its_neighbors(model: GPT, temperature: float) -> None:
     prompts = [[1, 2, 3], [7], [9] * 30, [1, 2, 3]]
     words: dict[str, Any] = {"max_new_tokens": 30, "temperature": temperature, "seed": 3}
     together = generate(model, Bytes(), prompts, **words)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gptoughts.config.loader import ModelConfig
 from gptoughts.errors import ConfigError, DataError, RunError
 from gptoughts.inference.generate.diffusion import check, generate, schedule
-from gptoughts.models.family import FAMILIES, initialise
+from gptoughts.models.family import FAMILIES, initialize
 from gptoughts.models.gpt.gpt import GPT
 from tests.support.byte_models import FORMS, Bytes
 
@@ -29,7 +29,7 @@ def make(form: str = "modern", length: int = 32, family: str = "llada", **words:
     config = ModelConfig(family=family, depth=2, width=32, heads=4, **{**FORMS[form], **words})
     model = FAMILIES[family].build(config, ROWS, length)
     assert isinstance(model, GPT)
-    initialise(model, FAMILIES[family], config, 0)
+    initialize(model, FAMILIES[family], config, 0)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(4)
@@ -224,7 +224,7 @@ def test_logits_that_are_not_finite_are_named() -> None:
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("guidance", [0.0, 1.0])
 @pytest.mark.parametrize("remasking", ["low-confidence", "random"])
-def test_a_prompt_does_not_feel_its_neighbours(model: GPT, temperature: float, guidance: float, remasking: Any) -> None:
+def test_a_prompt_does_not_feel_its_neighbors(model: GPT, temperature: float, guidance: float, remasking: Any) -> None:
     prompts = [[1, 2, 3], [7], [9] * 20, [8, 4], [1, 2, 3]]
     words: dict[str, Any] = {
         "max_new_tokens": 12, "steps": 6, "block_length": 6, "remasking": remasking, "temperature": temperature,

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from gptoughts.config.recipe import AdapterConfig
-from gptoughts.engine.distributed.ranks import started
+from gptoughts.engine.distributed.ranks import process_group
 from gptoughts.hardware.machine import world_from_environment
 from gptoughts.layers import CATALOG
 from gptoughts.models.adapters.adapter import is_trained
@@ -27,7 +27,7 @@ def main(out: str) -> None:
     layers: dict[str, Any] = {"microbatch": "fixed", "microbatch.sequences": 1}
     layers["parallel"] = "ddp" if world.world_size > 1 else "single"
     adapter = AdapterConfig(kind="dora", rank=4, alpha=8.0, base="nf4")
-    with started(world, torch.device("cpu")) as ranks:
+    with process_group(world, torch.device("cpu")) as ranks:
         plan, batches = plan_of(recipe, layers, world), share(recipe, world)
         with adapted_engine(adapter, plan=plan, batches=batches, ranks=ranks) as engine:
             before = weights(engine.bare)

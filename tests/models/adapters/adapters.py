@@ -19,9 +19,9 @@ from gptoughts.layers import CATALOG
 from gptoughts.models.adapters.adapter import adapted
 from gptoughts.models.adapters.weights import AdapterSource
 from gptoughts.models.family import FAMILIES, Family, repeated_blocks
-from gptoughts.models.sources import Initialisation, meta_model
+from gptoughts.models.sources import Initialization, meta_model
 from gptoughts.planning.resolve import Plan
-from gptoughts.run.build import built
+from gptoughts.run.build import build_engine
 from tests.support.engines import ROWS, plan_of, random_batches, recipe_of
 
 ANY = ModelConfig()
@@ -41,11 +41,11 @@ def adapted_engine(
     recipe = recipe or recipe_of(form)
     family = adapted(FAMILIES["gpt"], adapter)
     model = meta_model(recipe, family, ROWS)
-    base = Initialisation(FAMILIES["gpt"], recipe.model, recipe.seed)
+    base = Initialization(FAMILIES["gpt"], recipe.model, recipe.seed)
     source = AdapterSource(base, model, adapter.kind, recipe.seed, saved)
     here = ranks or Ranks(World(), torch.device("cpu"))
     stream = batches or random_batches(recipe)
-    with built(model, family, NextToken(), recipe, plan or plan_of(recipe), CATALOG, here, stream, source) as engine:
+    with build_engine(model, family, NextToken(), recipe, plan or plan_of(recipe), CATALOG, here, stream, source) as engine:
         yield engine
 
 
@@ -123,10 +123,10 @@ def _buffers(model: nn.Module, device: torch.device) -> None:
 
 
 def filled(family: Family, source_of: Any) -> nn.Module:
-    """A built model with the values that `source_of(model)` gives, as `Engine.materialise` would fill it."""
+    """A built model with the values that `source_of(model)` gives, as `Engine.materialize` would fill it."""
     recipe = recipe_of("modern")
     model = family.build(ANY, 96, 32)
     source = source_of(model)
     cpu = torch.device("cpu")
-    Engine(model, family, NextToken(), recipe, Ranks(World(), cpu), cpu, iter(())).materialise(source)
+    Engine(model, family, NextToken(), recipe, Ranks(World(), cpu), cpu, iter(())).materialize(source)
     return model.eval()

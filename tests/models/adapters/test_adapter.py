@@ -28,7 +28,7 @@ from gptoughts.models.adapters.adapter import (
 )
 from gptoughts.models.adapters.weights import AdapterSource
 from gptoughts.models.family import FAMILIES
-from gptoughts.models.sources import Initialisation, meta_model
+from gptoughts.models.sources import Initialization, meta_model
 from gptoughts.planning.layer import Status
 from tests.engine.test_ddp import launch
 from tests.models.adapters import adapter_worker
@@ -140,9 +140,9 @@ def test_compiled_recomputed_bf16_layers_prove_themselves_on_an_adapted_model() 
     wanted = {"attention": "sdpa", "precision": "bf16", "recompute": "recompute-blocks", "compile": "compile-blocks"}
     with adapted_engine(config(), plan=plan_of(recipe, wanted), batches=same_batch(40)) as engine:
         before = weights(engine.bare)
-        sight = watched(engine, 1)
+        trace = watched(engine, 1)
         for name in ("bf16", "compile-blocks"):
-            proof = CATALOG[name].verify(engine, sight, {})
+            proof = CATALOG[name].verify(engine, trace, {})
             assert proof.status is Status.ACTIVE, proof.text
         losses = steps(engine, 25)
         assert losses[-1] < losses[0] - 0.1
@@ -257,7 +257,7 @@ def test_the_summary_counts() -> None:
 def test_a_packed_base_is_read_a_projection_at_a_time() -> None:
     recipe, family = recipe_of(), FAMILIES["gpt"]
     model = meta_model(recipe, adapted(family, config(base="nf4")), ROWS)
-    source = AdapterSource(Initialisation(family, recipe.model, 1), model)
+    source = AdapterSource(Initialization(family, recipe.model, 1), model)
     held = []
     for name, value in model.named_parameters():
         source.tensor(name, value.shape)

@@ -35,7 +35,7 @@ from gptoughts.models.adapters.folder import (
 from gptoughts.models.adapters.weights import AdapterSource
 from gptoughts.models.hf.family import hf_family
 from gptoughts.models.hf.weights import Pretrained
-from gptoughts.run.build import built
+from gptoughts.run.build import build_engine
 from tests.models.adapters.adapters import State, filled, plain_family, theirs
 from tests.support.engines import plan_of, random_batches, recipe_of, steps
 
@@ -128,7 +128,7 @@ def test_a_pretrained_folder_takes_an_adapter_and_opens_with_it_again(tmp_path: 
     ranks = Ranks(World(), torch.device("cpu"))
     batches = ({"input_ids": batch["input_ids"] % 96} for batch, _ in random_batches(recipe))
     stream = ((batch, index) for index, batch in enumerate(batches))
-    with built(model, family, NextToken(), recipe, plan_of(recipe), CATALOG, ranks, stream, source) as engine:
+    with build_engine(model, family, NextToken(), recipe, plan_of(recipe), CATALOG, ranks, stream, source) as engine:
         steps(engine, 3)
         save_adapter(engine.bare, adapter, tmp_path / "adapter", record_of(folder), source)
         with torch.no_grad():
@@ -137,7 +137,7 @@ def test_a_pretrained_folder_takes_an_adapter_and_opens_with_it_again(tmp_path: 
     again = adapted_as(plain, tmp_path / "adapter")
     model = again.build(named, 96, 32)
     source = AdapterSource(Pretrained(folder), model, saved=AdapterFolder(tmp_path / "adapter"))
-    Engine(model, again, NextToken(), recipe, ranks, ranks.device, iter(())).materialise(source)
+    Engine(model, again, NextToken(), recipe, ranks, ranks.device, iter(())).materialize(source)
     with torch.no_grad():
         assert torch.allclose(model.eval()(IDS), wanted, atol=1e-5)
     opened = peft.PeftModel.from_pretrained(type(theirs("llama")).from_pretrained(folder), tmp_path / "adapter")

@@ -11,7 +11,7 @@ from torch import nn
 from gptoughts.config.recipe import AdapterConfig
 from gptoughts.errors import ConfigError
 from gptoughts.models.adapters.adapter import adapted
-from gptoughts.models.adapters.nf4 import BLOCK, NF4Linear, pack, quantise, unpack
+from gptoughts.models.adapters.nf4 import BLOCK, NF4Linear, pack, quantize, unpack
 from gptoughts.models.family import FAMILIES
 from tests.models.adapters.adapters import adapted_engine
 from tests.support.engines import random_batches, recipe_of, steps
@@ -35,7 +35,7 @@ def reference(weight: torch.Tensor) -> torch.Tensor:
 def packed_linear(linear: nn.Linear) -> NF4Linear:
     with torch.device("meta"):
         holder = nn.ModuleDict({"x": nn.Linear(linear.in_features, linear.out_features, bias=linear.bias is not None)})
-    quantise(holder, ["x"])
+    quantize(holder, ["x"])
     made = holder["x"]
     assert isinstance(made, NF4Linear)
     made.packed, made.absmax = (nn.Parameter(part, requires_grad=False) for part in pack(linear.weight.detach()))
@@ -102,7 +102,7 @@ def test_an_odd_number_and_a_missing_package_are_told(monkeypatch: pytest.Monkey
     with torch.device("meta"):
         holder = nn.ModuleDict({"x": nn.Linear(5, 3)})
     with pytest.raises(ConfigError, match="x has 15 weights, and two share a byte"):
-        quantise(holder, ["x"])
+        quantize(holder, ["x"])
     monkeypatch.setitem(__import__("sys").modules, "bitsandbytes", None)
     family = adapted(FAMILIES["gpt"], AdapterConfig(kind="lora", base="nf4"))
     with pytest.raises(ConfigError, match="needs the package bitsandbytes"), torch.device("meta"):

@@ -29,9 +29,9 @@ def step(model: GPT) -> torch.Tensor:
 
 def regions(model: GPT) -> int:
     """Calls of compiled regions in one step's forward."""
-    with profile(activities=[ProfilerActivity.CPU]) as sight:
+    with profile(activities=[ProfilerActivity.CPU]) as trace:
         step(model)
-    names = [event.name for event in sight.events()]
+    names = [event.name for event in trace.events()]
     return sum(name.startswith("Torch-Compiled Region") for name in names)
 
 

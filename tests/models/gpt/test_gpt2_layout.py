@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gptoughts.config.loader import ModelConfig
 from gptoughts.errors import CheckpointError, ConfigError
-from gptoughts.models.family import family_of, initialise
+from gptoughts.models.family import family_of, initialize
 from gptoughts.models.gpt.gpt import GPT
 from gptoughts.models.gpt.gpt2_layout import from_hf_config, from_hf_gpt2, load_hf, save_hf, to_hf_gpt2
 
@@ -93,7 +93,7 @@ def test_gpt2_124m_shape_both_ways(tmp_path: Path) -> None:
 
     config = ModelConfig(depth=2, width=768, heads=12, vocab_size=50257, **GPT2)
     model = GPT(config, 50257, 1024)
-    initialise(model, family_of("gpt"), config, 1337)
+    initialize(model, family_of("gpt"), config, 1337)
     save_hf(random_weights(model.eval()), None, tmp_path, eot_id=50256)
     theirs = GPT2LMHeadModel.from_pretrained(tmp_path).eval()
     input_ids = tokens(50257, 24)

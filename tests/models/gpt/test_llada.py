@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gptoughts.config import llada_spec as llada_config
+from gptoughts.config import llada_spec
 from gptoughts.config.loader import ModelConfig
 from gptoughts.errors import CheckpointError, ConfigError
 from gptoughts.layers.loss_fused_ce import SlicedCrossEntropy
-from gptoughts.models.family import FAMILIES, initialise
+from gptoughts.models.family import FAMILIES, initialize
 from gptoughts.models.gpt import llada_layout
 from gptoughts.models.gpt.attention import document_mask, math_attention
 from gptoughts.models.gpt.gpt import GPT, KeyValueCache, full_cross_entropy
@@ -34,7 +34,7 @@ def build(family: str, form: str = "modern", rows: int = 96, length: int = 16, d
     config = ModelConfig(family=family, depth=depth, width=32, heads=4, **{**FORMS[form], **words})
     model = FAMILIES[family].build(config, rows, length)
     assert isinstance(model, GPT)
-    initialise(model, FAMILIES[family], config, 0)
+    initialize(model, FAMILIES[family], config, 0)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -263,7 +263,7 @@ def test_a_round_trip_gives_the_same_bits(tmp_path: Path, tied: bool, dtype: tor
     assert source.unused() == []
     assert state.keys() == dict(model.named_parameters()).keys()
     assert all(tensor.dtype == dtype and torch.equal(tensor, model.state_dict()[name]) for name, tensor in state.items())
-    config = llada_config.sizes(json.loads((tmp_path / "config.json").read_text()))
+    config = llada_spec.sizes(json.loads((tmp_path / "config.json").read_text()))
     assert ModelConfig(family="llada", **config) == model.config.model_copy(update={"vocab_size": 96})
 
 

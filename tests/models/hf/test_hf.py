@@ -27,8 +27,8 @@ from gptoughts.models.hf import config as hf_config
 from gptoughts.models.hf import initial as hf_initial
 from gptoughts.models.hf.family import HFEncoder, HFModel, hf_family
 from gptoughts.models.hf.weights import Pretrained
-from gptoughts.models.sources import Initialisation, meta_model
-from gptoughts.run.build import built
+from gptoughts.models.sources import Initialization, meta_model
+from gptoughts.run.build import build_engine
 from tests.models.hf.hf_configs import CAUSAL, DENSE, ENCODERS, LENGTH, ROWS, write_config
 from tests.support.engines import plan_of, random_batches, steps
 
@@ -70,7 +70,7 @@ def saved(folder: Path, kind: str, **more: Any) -> Path:
 def engine_of(recipe: Recipe, family: Family, source: Source, ragged: bool = False, **layers: Any) -> Iterator[Engine]:
     stream, ranks = random_batches(recipe, ragged), Ranks(World(), CPU)
     model = meta_model(recipe, family, ROWS)
-    with built(model, family, NextToken(), recipe, plan_of(recipe, layers), CATALOG, ranks, stream, source) as engine:
+    with build_engine(model, family, NextToken(), recipe, plan_of(recipe, layers), CATALOG, ranks, stream, source) as engine:
         yield engine
 
 
@@ -175,11 +175,11 @@ def test_attention_of_ours_and_back(kind: str, tmp_path: Path) -> None:
 def test_fused_attention_keeps_its_promise(tmp_path: Path) -> None:
     recipe = recipe_of(write_config(tmp_path, "llama"), "config")
     family = hf_family(recipe.model)
-    with engine_of(recipe, family, Initialisation(family, recipe.model, 1)) as engine:
+    with engine_of(recipe, family, Initialization(family, recipe.model, 1)) as engine:
         losses = steps(engine, 2)
-    with engine_of(recipe, family, Initialisation(family, recipe.model, 1), attention="sdpa", loss="fused-ce") as engine:
+    with engine_of(recipe, family, Initialization(family, recipe.model, 1), attention="sdpa", loss="fused-ce") as engine:
         assert steps(engine, 2) == pytest.approx(losses, abs=1e-5)
-        assert engine.counters.marks["fused-ce"] == 2
+        assert engine.counters.call_counts["fused-ce"] == 2
 
 
 def test_text_token_by_token_is_transformers_own(tmp_path: Path) -> None:
@@ -260,7 +260,7 @@ def test_buffers_begin_as_transformers_begins_them(tmp_path: Path) -> None:
     recipe = recipe_of(write_config(tmp_path, "deepseek_v3", rope_parameters=scaled), "config")
     family = hf_family(recipe.model)
     state = torch.get_rng_state()
-    with engine_of(recipe, family, Initialisation(family, recipe.model, 1)) as engine:
+    with engine_of(recipe, family, Initialization(family, recipe.model, 1)) as engine:
         theirs = AutoModelForCausalLM.from_config(
             CONFIG_MAPPING["deepseek_v3"].from_dict(json.loads((tmp_path / "config.json").read_text()))
         )

