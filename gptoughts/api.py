@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from gptoughts.config.loader import Recipe, Resolved, from_values, load
 from gptoughts.config.model_spec import UNKNOWN, ModelSpec, spec_for
 from gptoughts.config.resolve import resolve_recipe
-from gptoughts.errors import ConfigError, Mistakes
+from gptoughts.errors import ConfigError, ErrorCollector
 from gptoughts.hardware.machine import Machine, World, probe, read, world_from_environment
 from gptoughts.layers.plugins import Extensions, extensions
 from gptoughts.planning import environment
@@ -59,23 +59,23 @@ def decide(
     `fields` are dotted keys of the recipe, `layers` slots and their options as on the command line, `machine` a machine file, `ranks` a
     number of ranks to plan for. Raises ConfigError with all that cannot be read, PlanError.
     """
-    began, mistakes = time.perf_counter(), Mistakes()
+    began, mistakes = time.perf_counter(), ErrorCollector()
     here = known = resolved = chosen = None
-    with mistakes.gathered():
+    with mistakes.collect():
         here = read(machine) if isinstance(machine, str) else machine or probe()
     seconds = None if machine is not None else time.perf_counter() - began
-    with mistakes.gathered():
+    with mistakes.collect():
         known = extensions(plugins)
-    with mistakes.gathered():
+    with mistakes.collect():
         world = world or (_ranks(ranks, here) if ranks and here else world_from_environment(os.environ))
-    with mistakes.gathered():
+    with mistakes.collect():
         resolved = _recipe(recipe, fields, here)
         resolved = None if resolved is None else resolve_recipe(resolved)
-    with mistakes.gathered():
+    with mistakes.collect():
         chosen = None if here is None else pick(profile, here)
         if chosen and known:
             wanted(chosen, known.catalog, layers or {})
-    mistakes.stop()
+    mistakes.raise_collected()
     assert here and known and world and resolved and chosen
     # Torch reads its variables once: where it is loaded, only what is in effect counts. A machine file is only planned for.
     fixed = dict(os.environ) if environment.torch_is_loaded() and machine is None else None

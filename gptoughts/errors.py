@@ -1,4 +1,7 @@
-"""What a user reads when something cannot be. Every message says what, where the wish came from, what is here, what to type."""
+"""Exceptions that the command line prints without a traceback.
+
+Every message follows one formula: `<option or file>: <problem>. Found <x>. Try: <command>`.
+"""
 
 from __future__ import annotations
 
@@ -7,65 +10,80 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 
+def describe(problem: str, found: object = None, fix: str = "") -> str:
+    """Return one problem as text: `problem. Found <found>. Try: <fix>`. Parts that are not given are left out."""
+    text = problem if found is None else f"{problem}. Found {found}"
+    return f"{text}. Try: {fix}" if fix else text
+
+
 class GptoughtsError(Exception):
-    """A mistake that the user can mend. The command line prints it without a traceback and leaves with `exit_code`."""
+    """An error that the user can fix. The command line prints it without a traceback and exits with `exit_code`.
+
+    problem   begins with the option, key or file at fault and a colon: `--ranks: not a multiple of 8`
+    found     the value or state that was found, as it shall be printed
+    fix       a command, a flag or a setting that helps
+    """
 
     exit_code = 2
 
+    def __init__(self, problem: str = "", *, found: object = None, fix: str = "") -> None:
+        text = describe(problem, found)
+        super().__init__(f"{text}.\n  Try: {fix}" if fix else text)
+
 
 class ConfigError(GptoughtsError):
-    """A recipe, profile, flag or file name that cannot be read as it stands."""
+    """Invalid recipe, profile, option or file name."""
 
 
 class PlanError(GptoughtsError):
-    """A profile that cannot run on this machine, with this model."""
+    """No valid plan for this profile, machine and model."""
 
 
 class DataError(GptoughtsError):
-    """Text, shards or a tokenizer that cannot be trained on."""
+    """Invalid text, token shards or tokenizer."""
 
 
 class CheckpointError(GptoughtsError):
-    """A checkpoint that is missing, damaged or of another model."""
+    """Missing or damaged checkpoint, or one of a different model."""
 
 
 class RunError(GptoughtsError):
-    """A run that cannot start or go on: its folder is in use, its loss is not finite."""
+    """A run cannot start or continue: run folder in use, loss not finite, out of memory."""
 
 
 class LayerError(GptoughtsError):
-    """A layer was planned and the watched step did not show it, or it could not be applied."""
+    """A planned layer could not be applied, or was inactive in the watched step."""
 
     exit_code = 3
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """The end of an error line: ` (did you mean 'hopper'?)`, or nothing where no known word is near."""
+    """Return ` (did you mean 'hopper'?)` for the closest known word, or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-class Mistakes:
-    """Mistakes in several places, told at once: `with mistakes.gathered(): ...` goes on after a ConfigError."""
+class ErrorCollector:
+    """Collect ConfigErrors of several blocks and raise them as one: `with errors.collect(): ...`."""
 
     def __init__(self) -> None:
         self._found: list[ConfigError] = []
 
     @contextmanager
-    def gathered(self) -> Iterator[None]:
-        """Keep a ConfigError of the block and leave the block."""
+    def collect(self) -> Iterator[None]:
+        """Keep a ConfigError raised in the block and continue after the block."""
         try:
             yield
         except ConfigError as error:
             self._found.append(error)
 
-    def stop(self) -> None:
-        """Raise what was gathered as one ConfigError; nothing where nothing was."""
+    def raise_collected(self) -> None:
+        """Raise one ConfigError with all collected messages; do nothing if there are none."""
         if self._found:
             raise ConfigError("\n".join(map(str, self._found)))
 
 
 def listed(heading: str, problems: Iterable[str]) -> ConfigError:
-    """One error for many problems: a heading, then a line each; on one line where there is only one."""
+    """Return one ConfigError for several problems: a heading, then a line per problem."""
     lines = list(problems)
     return ConfigError(f"{heading}: {lines[0]}" if len(lines) == 1 else "\n  ".join([f"{heading}:", *lines]))
