@@ -1,24 +1,35 @@
-"""gptoughts: train and fine-tune language models, take what the GPU can give, and prove it.
+"""gptoughts: train and fine-tune language models with optimizations that prove themselves.
 
 From Python: `gptoughts.train(recipe)`, `gptoughts.plan(recipe)`, `gptoughts.fit(model, objective, batches)`.
 """
 
 from __future__ import annotations
 
+import logging
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "fit", "plan", "train"]
+__all__ = ["Callback", "__version__", "fit", "plan", "train"]
 
 if TYPE_CHECKING:
     from gptoughts.api import fit, plan, train
+    from gptoughts.engine.callback import Callback
+
+
+# A library prints nothing by itself: records of this logger are shown by a running console, or by the user's own handlers.
+logging.getLogger("gptoughts").addHandler(logging.NullHandler())
 
 
 def __getattr__(name: str) -> Any:
-    # Lazy, so that `gptoughts --help` pays for nothing that it does not need.
+    # Lazy, so that `gptoughts --help` imports only what it needs.
     if name in ("fit", "train", "plan"):
-        import gptoughts.api as api
-
-        return getattr(api, name)
+        return getattr(import_module("gptoughts.api"), name)
+    if name == "Callback":
+        return import_module("gptoughts.engine.callback").Callback
     raise AttributeError(f"module 'gptoughts' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,4 +1,4 @@
-"""From Python: `train` a recipe, make a `plan`, or `fit` a model of one's own with the same layers, proofs and loop."""
+"""The Python interface: `train` a recipe, make a `plan`, or `fit` your own model with the same layers, proofs and loop."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ from gptoughts.planning.resolve import Plan, resolve
 if TYPE_CHECKING:
     from torch import nn
 
+    from gptoughts.engine.callback import Callback
     from gptoughts.run.fit import FitResult
-    from gptoughts.run.run import Outcome
+    from gptoughts.run.run import RunResult
 
 
 @dataclass(frozen=True)
 class ResolvedRun:
-    """Everything that is decided before torch is needed."""
+    """Everything that is decided before torch is needed: recipe, machine, plan."""
 
     resolved: Resolved
     machine: Machine
@@ -40,7 +41,7 @@ class ResolvedRun:
 
 
 def default_recipe(machine: Machine) -> str:
-    """What is trained when nobody says what: quickstart on a CPU, gpt-1b on a GPU."""
+    """Return the recipe trained by default: quickstart on a CPU, gpt-1b on a GPU."""
     return "gpt-1b" if machine.gpus else "quickstart"
 
 
@@ -54,10 +55,14 @@ def decide(
     world: World | None = None,
     ranks: int | None = None,
 ) -> ResolvedRun:
-    """Recipe, machine and profile met: the plan. Loads no torch by itself.
+    """Resolve recipe, machine and profile to a plan, without loading torch.
 
-    `fields` are dotted keys of the recipe, `layers` slots and their options as on the command line, `machine` a machine file, `ranks` a
-    number of ranks to plan for. Raises ConfigError with all that cannot be read, PlanError.
+    fields   dotted keys of the recipe
+    layers   slots and their options, as on the command line
+    machine  a machine file, or a Machine; this machine is probed if not given
+    ranks    number of ranks to plan for
+
+    Raises ConfigError with all problems at once, or PlanError.
     """
     began, mistakes = time.perf_counter(), ErrorCollector()
     here = known = resolved = chosen = None
@@ -77,7 +82,7 @@ def decide(
             wanted(chosen, known.catalog, layers or {})
     mistakes.raise_collected()
     assert here and known and world and resolved and chosen
-    # Torch reads its variables once: where it is loaded, only what is in effect counts. A machine file is only planned for.
+    # Torch reads its variables once: if it is loaded, only variables already in effect count. A machine file is only planned for.
     fixed = dict(os.environ) if environment.torch_is_loaded() and machine is None else None
     spec = spec_for(resolved.recipe)
     made = resolve(
@@ -87,10 +92,14 @@ def decide(
 
 
 def _ranks(ranks: int, machine: Machine) -> World:
-    """The first of `ranks` ranks, one to a GPU: boxes like `machine`, as many as it takes."""
+    """Return the first of `ranks` ranks, one per GPU, on as many machines like `machine` as needed."""
     local = min(ranks, len(machine.gpus) or ranks)
     if ranks % local:
-        raise ConfigError(f"--ranks {ranks}: cannot be shared by boxes of {local} GPUs; take a multiple of {local}")
+        raise ConfigError(
+            f"--ranks: must be a multiple of the {local} GPUs of a machine",
+            found=ranks,
+            fix=f"--ranks {ranks // local * local}",
+        )
     return World(0, 0, ranks, local, "torchrun")
 
 
@@ -113,7 +122,7 @@ def plan(
     machine: str | Machine | None = None,
     plugins: Sequence[str] = (),
 ) -> Plan:
-    """The plan that `train` would follow. `print(plan(...).table())` shows it."""
+    """Return the plan that `train` would use. `print(plan(...).table())` shows it."""
     return decide(recipe, profile, fields, layers, plugins, machine).plan
 
 
@@ -129,39 +138,51 @@ def train(
     strict: bool = False,
     numerics: str = "check",
     plugins: Sequence[str] = (),
-) -> Outcome:
-    """Train a recipe in this process and return what came of it. The same as `gptoughts train`.
+    callbacks: Sequence[Callback] = (),
+    track: Sequence[str] = ("jsonl", "plot"),
+    verbose: bool = True,
+) -> RunResult:
+    """Train a recipe in this process and return the result. The same as `gptoughts train`.
 
-    `numerics` "off" leaves out the comparison of layers with the baseline before the first step.
+    numerics   "off" skips the comparison of layers with the baseline before the first step
+    callbacks  objects with the methods of gptoughts.Callback
+    track      names of trackers that receive the metrics
+    verbose    False prints nothing
     """
+    job = {"strict": strict, "numerics": numerics, "callbacks": tuple(callbacks), "track": tuple(track)}
     setting = decide(recipe, profile, fields, layers, plugins)
-    return train_setting(setting, run, run_dir, resume, strict, numerics)
+    return train_resolved(setting, run, run_dir, resume=resume, verbose=verbose, **job)
 
 
-def train_setting(
-    setting: ResolvedRun, run: str | None, run_dir: str | None, resume: str, strict: bool, numerics: str = "check"
-) -> Outcome:
-    """Run what was decided. Raises ConfigError for a word that `numerics` does not know."""
-    if numerics not in ("check", "off"):
-        raise ConfigError(f"numerics = {numerics!r}: needs check or off")
-    if not environment.torch_is_loaded():  # from Python nobody has set the plan's variables, and now they still count
+def train_resolved(
+    setting: ResolvedRun, run: str | None, run_dir: str | None, *, verbose: bool = True, **job: Any
+) -> RunResult:
+    """Run what `decide` returned. `job` are fields of `run.session.TrainingJob`. Raises ConfigError for invalid values."""
+    if job.get("numerics", "check") not in ("check", "off"):
+        raise ConfigError("numerics: must be check or off", found=repr(job["numerics"]))
+    if not environment.torch_is_loaded():  # from Python the plan's variables are not set yet, and still take effect
         os.environ.update(lacking(setting.plan, os.environ))
-    from gptoughts.run.run import TrainingJob, execute
+    from gptoughts.console import Console, SilentConsole
+    from gptoughts.run.run import execute
+    from gptoughts.run.session import TrainingJob
     from gptoughts.run.tracking.run_dir import run_folder
+    from gptoughts.run.tracking.sink import check_sinks
 
+    check_sinks(job.get("track", ()))
     name = run or f"{setting.resolved.recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    order = TrainingJob(
-        setting.resolved,
-        setting.plan,
-        setting.machine,
-        setting.world,
-        setting.extensions,
-        run_folder(name, run_dir),
-        resume,
-        strict,
-        numerics=numerics,
+    console = Console() if verbose else SilentConsole()
+    return execute(
+        TrainingJob(
+            setting.resolved,
+            setting.plan,
+            setting.machine,
+            setting.world,
+            setting.extensions,
+            run_folder(name, run_dir),
+            console=console,
+            **job,
+        )
     )
-    return execute(order)
 
 
 def fit(
@@ -178,24 +199,30 @@ def fit(
     seed: int = 1337,
     strict: bool = False,
     plugins: Sequence[str] = (),
+    callbacks: Sequence[Callback] = (),
 ) -> FitResult:
-    """Train a model of your own in place.
+    """Train your own model in place.
 
-    objective  a function (model, batch) -> loss summed over the batch's rows, or an object as in gptoughts.engine.objectives.base.Objective
-    batches    each a dict of tensors or arrays with the rows of one update first; ended ones are started again
+    objective  a function (model, batch) -> loss summed over the batch's rows, or a subclass of engine.objectives.base.Objective
+    batches    an iterable of dicts of tensors or arrays with the rows of one update as first dimension; repeated when it ends
     steps      updates; optim: keys of the recipe's [optim] table, such as {"learning_rate": 1e-3}
-    run_dir    if given, plan.json, evidence.json, metrics.jsonl and a checkpoint are written there
+    run_dir    if given, plan.json, evidence.json, metrics.jsonl, loss.png and a checkpoint are written there
+    callbacks  objects with the methods of gptoughts.Callback
 
-    Layers that need a known family are passed over, with the reason in the plan. Raises ConfigError, PlanError, LayerError, RunError.
+    Layers that need a known model family are rejected, with the reason in the plan. Raises ConfigError, PlanError, LayerError, RunError.
     """
     from gptoughts.run.fit import fit_model
+    from gptoughts.run.session import TrainingJob
+    from gptoughts.run.tracking.run_dir import run_folder
 
     here, world = probe(), world_from_environment(os.environ)
     # The batches bring their own size; for the plan it is enough that ranks share it evenly.
     train = {"steps": steps, "global_batch": world.world_size}
     values = {"name": "fit", "seed": seed, "train": train, "optim": {"warmup_steps": 0, **(optim or {})}}
     resolved = from_values(values, "the call")
-    known, spec = extensions(plugins), replace(spec, family=None)  # its blocks and head are not ours to change
+    known, spec = extensions(plugins), replace(spec, family=None)  # its blocks and head are not known
     fixed = dict(os.environ)  # there is a model, so torch is loaded
     made = resolve(pick(profile, here), here, spec, resolved.recipe, world, known.catalog, layers, fixed)
-    return fit_model(model, objective, batches, resolved, made, here, world, known.catalog, run_dir, strict)
+    folder = run_folder("fit", run_dir) if run_dir else None
+    job = TrainingJob(resolved, made, here, world, known, folder, strict=strict, callbacks=tuple(callbacks))
+    return fit_model(model, objective, batches, job)

@@ -1,65 +1,116 @@
-"""What a run says while it trains: a live line on a terminal, plain lines in a log."""
+"""Console output of a run, and number formatting: bytes, durations, counts, shares."""
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, TextIO
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
 
 class Console:
-    """Prints rows as they come. On a terminal the newest row stays at the bottom, elsewhere each is a line of its own."""
+    """Prints lines and, on a terminal, one live row at the bottom. In a log every row is a line."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stdout
-        self._live = self._stream.isatty()
-        self._open = False
+        self._is_terminal = self._stream.isatty()
+        self._live: Any = None
 
     @property
     def style(self) -> Literal["color", "brackets"]:
-        """How marked text is shown: in color on a terminal that wants it, else in brackets."""
-        return "color" if self._live and "NO_COLOR" not in os.environ else "brackets"
+        """How marked text is shown: in color on a terminal without NO_COLOR, else in brackets."""
+        return "color" if self._is_terminal and "NO_COLOR" not in os.environ else "brackets"
 
     def say(self, text: str) -> None:
-        """A line that stays."""
-        self._clear()
-        print(text, file=self._stream, flush=True)
-
-    def row(self, text: str) -> None:
-        """The state of the run: replaced by the next row on a terminal, kept in a log."""
-        if self._live:
-            self._clear()
-            print(text, end="", file=self._stream, flush=True)
-            self._open = True
-        else:
+        """Print lines that stay."""
+        if self._live is None:
             print(text, file=self._stream, flush=True)
+        else:
+            self._live.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def _clear(self) -> None:
-        if self._open:
-            print("\r\x1b[2K", end="", file=self._stream)
-            self._open = False
+    def row(self, *fields: str) -> None:
+        """Show the state of the run: replaces the previous row on a terminal, a line of its own in a log.
+
+        On a terminal the last fields are dropped where the row would be wider than a line.
+        """
+        if not self._is_terminal:
+            print("  ".join(fields), file=self._stream, flush=True)
+            return
+        from rich.console import Console as Terminal
+        from rich.live import Live
+        from rich.text import Text
+
+        if self._live is None:
+            terminal = Terminal(file=self._stream, highlight=False, soft_wrap=False)
+            self._live = Live(
+                console=terminal, auto_refresh=False, transient=False, redirect_stdout=False, redirect_stderr=False
+            )
+            self._live.start()
+        shown = list(fields)
+        while len(shown) > 1 and len("  ".join(shown)) >= self._live.console.width:
+            shown.pop()
+        self._live.update(Text("  ".join(shown), no_wrap=True, overflow="ellipsis"), refresh=True)
+
+    def end_row(self) -> None:
+        """Leave the live row where it is; later output starts on a new line."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    @contextmanager
+    def logging(self) -> Iterator[None]:
+        """Print records of the logger `gptoughts` during the block, and end the live row after it."""
+        handler, logger = _ConsoleHandler(self), logging.getLogger("gptoughts")
+        level = logger.level
+        logger.setLevel(level or logging.INFO)
+        logger.addHandler(handler)
+        try:
+            yield
+        finally:
+            logger.removeHandler(handler)
+            logger.setLevel(level)
+            self.end_row()
 
 
 class SilentConsole(Console):
-    """Says nothing: for ranks that do not write."""
+    """Prints nothing: for `verbose=False` and ranks that do not write."""
 
     def say(self, text: str) -> None:
-        """Nothing."""
+        """Print nothing."""
 
-    def row(self, text: str) -> None:
-        """Nothing."""
+    def row(self, *fields: str) -> None:
+        """Print nothing."""
 
 
-def aside(text: str) -> None:
-    """A line that stays, from a place that holds no console; a live row gives way to it and comes back with the next."""
-    live = sys.stdout.isatty()
-    print(f"\r\x1b[2K{text}" if live else text, flush=True)
+def note(text: str) -> None:
+    """Log a note to the logger `gptoughts`; a running console prints it."""
+    logging.getLogger("gptoughts").info(text)
+
+
+class _ConsoleHandler(logging.Handler):
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._console.say(f"{'warning' if record.levelno >= logging.WARNING else 'note'}: {record.getMessage()}")
+
+
+def bytes_in_words(count: float | None) -> str:
+    """Return `3.41 GiB`, `812 MiB`, `24 KiB`, or n/a for None."""
+    if count is None:
+        return "n/a"
+    if count >= GIB:
+        return f"{count / GIB:.2f} GiB"
+    return f"{count / KIB:.0f} KiB" if 0 < count < MIB else f"{count / MIB:.0f} MiB"
 
 
 def duration(seconds: float) -> str:
-    """`7 s`, `3 min 20 s`, `2 h 05 min`."""
+    """Return `7 s`, `3 min 20 s`, `2 h 05 min`."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -70,7 +121,7 @@ def duration(seconds: float) -> str:
 
 
 def count(value: float) -> str:
-    """`950`, `12.3 k`, `4.56 M`, `1.2 B`."""
+    """Return `950`, `12.3 k`, `4.56 M`, `1.2 B`."""
     for limit, word in ((1e9, " B"), (1e6, " M"), (1e4, " k")):
         if value >= limit:
             return f"{value / (1e3 if word == ' k' else limit):.3g}{word}"
@@ -78,14 +129,5 @@ def count(value: float) -> str:
 
 
 def share(value: Any) -> str:
-    """A share in per cent, or n/a where it is not known."""
+    """Return a share as a percentage, or n/a for None."""
     return "n/a" if value is None else f"{100 * value:.1f} %"
-
-
-def bytes_in_words(count: float | None) -> str:
-    """`3.41 GiB`, `812 MiB`, `24 KiB`, or n/a where the number of bytes is not known."""
-    if count is None:
-        return "n/a"
-    if count >= GIB:
-        return f"{count / GIB:.2f} GiB"
-    return f"{count / KIB:.0f} KiB" if 0 < count < MIB else f"{count / MIB:.0f} MiB"

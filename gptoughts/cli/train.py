@@ -1,4 +1,4 @@
-"""`gptoughts train`: decide, put the environment in place, run, and say what came of it."""
+"""`gptoughts train`: plan, set environment variables, run, and print the result."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from gptoughts.api import ResolvedRun, decide, train_setting
+from gptoughts.api import ResolvedRun, decide, train_resolved
+from gptoughts.config.tasks import TASKS, Task
 from gptoughts.errors import ConfigError
 from gptoughts.planning.environment import Process, lacking, restart
 
 if TYPE_CHECKING:
-    from gptoughts.run.run import Outcome
+    from gptoughts.run.run import RunResult
 
 
 def train(
@@ -30,22 +31,22 @@ def train(
     strict: bool,
     numerics: str,
 ) -> int:
-    """Train; returns the exit code: 0, or 128 + the signal that ended the run early."""
+    """Train. Returns the exit code: 0, or 128 + the signal that ended the run early."""
     setting = decide(recipe, profile, fields, layers, plugin)
     needs_torch()
     put_environment_in_place(setting)
     if setting.world.rank == 0:
         print(setting.plan.table(), flush=True)
-    outcome = train_setting(setting, run_name, run_dir, resume, strict, numerics)
+    result = train_resolved(setting, run_name, run_dir, resume=resume, strict=strict, numerics=numerics)
     if setting.world.rank == 0:
-        _report(outcome, recipe, run_name, run_dir)
-    return 128 + outcome.stopped_by if outcome.stopped_by else 0
+        _report(result, recipe, run_name, run_dir)
+    return 128 + result.stopped_by if result.stopped_by else 0
 
 
 def put_environment_in_place(setting: ResolvedRun) -> list[str]:
-    """Start this process again with the plan's variables, once; in somebody else's process `train_setting` sets them instead.
+    """Re-execute this process once with the plan's environment variables; inside another program `train_resolved` sets them instead.
 
-    Returns the plan's notes, for those who do not print its table.
+    Returns the plan's notes, for commands that do not print its table.
     """
     context = click.get_current_context(silent=True)
     if context is not None and context.find_root().obj is Process.OURS:
@@ -54,36 +55,37 @@ def put_environment_in_place(setting: ResolvedRun) -> list[str]:
 
 
 def needs_torch() -> None:
-    """Raise ConfigError, with the line to type, where a package that training needs is not installed."""
+    """Raise ConfigError if a package that training needs is not installed."""
     from importlib.util import find_spec
 
     missing = [package for package in ("torch", "numpy", "safetensors", "tokenizers") if find_spec(package) is None]
     if missing:
-        raise ConfigError(f"training needs {', '.join(missing)}, not installed\n  try: pip install 'gptoughts[train]'")
+        raise ConfigError(f"train: packages not installed: {', '.join(missing)}", fix="pip install 'gptoughts[train]'")
 
 
-def _report(outcome: Outcome, recipe: str | None, run_name: str | None, run_dir: str | None) -> None:
-    place = f"--run-dir {shlex.quote(run_dir)}" if run_dir else f"--run {shlex.quote(outcome.out.name)}"
-    if outcome.stopped_by:
+def _report(result: RunResult, recipe: str | None, run_name: str | None, run_dir: str | None) -> None:
+    place = f"--run-dir {shlex.quote(run_dir)}" if run_dir else f"--run {shlex.quote(result.out.name)}"
+    if result.stopped_by:
         words = shlex.join(_without_place(sys.argv[1:]))
-        print(f"stopped at step {outcome.progress.step} and saved; to go on: gptoughts {words} {place}")
+        print(f"interrupted at step {result.progress.step}, checkpoint saved. Resume with: gptoughts {words} {place}")
         return
-    if outcome.val_loss is not None and outcome.unigram_entropy is not None:
-        below = outcome.unigram_entropy - outcome.val_loss
+    if result.val_loss is not None and result.unigram_entropy is not None:
+        below = result.unigram_entropy - result.val_loss
         print(
-            f"validation loss {outcome.val_loss:.4f} nats per token; unigram entropy of the same tokens "
-            f"{outcome.unigram_entropy:.4f}: {abs(below):.4f} {'below' if below >= 0 else 'above'}"
+            f"validation loss {result.val_loss:.4f} nats per token; unigram entropy of the same tokens "
+            f"{result.unigram_entropy:.4f}: {abs(below):.4f} {'below' if below >= 0 else 'above'}"
         )
-    print(f"run         {outcome.out}  (plan.json, evidence.json, metrics.jsonl, recipe.toml, loss.png)")
-    print(f"checkpoint  {outcome.checkpoint or 'none'}")
-    if outcome.checkpoint:
-        print(f"next        {_next(outcome, shlex.quote(str(outcome.checkpoint)))}")
+    print(f"run         {result.out}  (plan.json, evidence.json, metrics.jsonl, recipe.toml, loss.png)")
+    print(f"checkpoint  {result.checkpoint or 'none'}")
+    if result.checkpoint:
+        print(f"next        {_next(result, shlex.quote(str(result.checkpoint)))}")
 
 
-def _next(outcome: Outcome, checkpoint: str) -> str:
-    if outcome.objective == "question-answering":
-        return f"gptoughts eval squad {checkpoint}"
-    return f"gptoughts generate {checkpoint} --prompt {shlex.quote(outcome.prompt)}"
+def _next(result: RunResult, checkpoint: str) -> str:
+    task = TASKS.get(result.objective, Task())
+    if not task.samples:
+        return f"gptoughts eval {task.evaluation} {checkpoint}"
+    return f"gptoughts generate {checkpoint} --prompt {shlex.quote(result.prompt)}"
 
 
 def _without_place(words: list[str]) -> list[str]:

@@ -1,6 +1,6 @@
-"""Where the time of steps went: read from the trace that torch's profiler wrote, by kind of work and by operator or kernel.
+"""Record a trace of training steps and summarize it: time by kind of work, and by operator or kernel.
 
-On a GPU kernels are counted, and the time in which none ran; on a CPU the operators of the training thread, each without what it called.
+On a GPU kernels are counted, and the time in which none ran; on a CPU the operators of the training thread, each without its callees.
 """
 
 from __future__ import annotations
@@ -11,18 +11,22 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from gptoughts.api import ResolvedRun
 from gptoughts.console import share as in_per_cent
-from gptoughts.errors import DataError
+from gptoughts.diagnostics.bench.training import opened_training
+from gptoughts.engine.trainer import advance
+from gptoughts.errors import DataError, RunError
+from gptoughts.run.memory_snapshot import history, memory_report
 
-STEP, WAITING, CLIPPING = "step", "waiting for data", "clipping"
-IDLE, PYTHON = "no kernel runs", "Python between operators"
+STEP, WAITING, CLIPPING = "step", "data wait", "clipping"
+IDLE, PYTHON = "idle (no kernel)", "Python between operators"
 ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
 MOST_ROWS = 20
 # First match counts, in lower case. Names are torch's, cuBLAS's, CUTLASS's, cuDNN's, FlashAttention's, Transformer Engine's and NCCL's.
@@ -46,7 +50,7 @@ KINDS = (
     ),
 )
 OTHER = "other"
-# Whatever runs inside one of these belongs to it.
+# Everything that runs inside one of these counts as its work.
 WHOLE = {
     WAITING: WAITING,
     CLIPPING: "optimizer and clipping",
@@ -67,39 +71,39 @@ class Part:
 
 @dataclass(frozen=True)
 class Summary:
-    """Where the time of the traced steps went."""
+    """Time of the traced steps by kind and by operator or kernel."""
 
     device: str
-    """`GPU` where kernels were counted, else `CPU`."""
+    """`GPU` if kernels were counted, else `CPU`."""
     steps: int
     seconds: float
-    """From the beginning of the first step to the end of the last."""
+    """From the start of the first step to the end of the last."""
     kinds: tuple[Part, ...]
-    """By kind, longest first; idle time is one. On several streams they may add up to more than the window."""
+    """By kind, longest first; idle time is a kind. With several streams the sum can exceed the window."""
     rows: tuple[Part, ...]
     """The longest operators or kernels."""
     idle_share: float
-    """Share of the window in which no kernel ran, or on a CPU the training thread was in no operator."""
+    """Share of the window in which no kernel ran, or on a CPU the training thread ran no operator."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
+        """Return plain data."""
         return asdict(self)
 
     def markdown(self, title: str) -> str:
-        """Two tables: kinds of work, and the longest operators or kernels."""
+        """Return two tables: kinds of work, and the longest operators or kernels."""
         per_step, what = 1000 / max(1, self.steps), "kernel" if self.device == "GPU" else "operator"
         idle = IDLE if self.device == "GPU" else "outside operators"
         lines = [
             f"# {title}", "",
-            f"{self.steps} steps, {1000 * self.seconds / max(1, self.steps):.1f} ms a step under the profiler (which costs time itself); "
+            f"{self.steps} steps, {1000 * self.seconds / max(1, self.steps):.1f} ms per step, profiler overhead included; "
             f"{idle} {in_per_cent(self.idle_share)}", "",
-            "| kind | ms a step | share | calls a step |", "|---|---:|---:|---:|",
+            "| kind | ms per step | share | calls per step |", "|---|---:|---:|---:|",
         ]  # fmt: skip
         for part in self.kinds:
             lines.append(
                 f"| {part.name} | {part.seconds * per_step:.2f} | {self._share(part)} | {part.calls / max(1, self.steps):.0f} |"
             )
-        lines += ["", f"| {what} | kind | ms a step | share | calls a step |", "|---|---|---:|---:|---:|"]
+        lines += ["", f"| {what} | kind | ms per step | share | calls per step |", "|---|---|---:|---:|---:|"]
         for part in self.rows:
             name = part.name if len(part.name) <= 100 else part.name[:97] + "..."
             lines.append(
@@ -115,28 +119,66 @@ class Summary:
 # --- recording
 
 
+def record(setting: ResolvedRun, first: int, last: int, out: Path, memory_history: bool) -> None:
+    """Train to step `last` and write trace.json.gz of steps `first` to `last` into `out`. Raises RunError if GPU memory runs out."""
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with ExitStack() as stack:
+            if memory_history:
+                if not setting.machine.gpus:
+                    print("note: --memory-history: records GPU allocations, and there is no GPU", flush=True)
+                stack.enter_context(history(torch.device("cuda" if setting.machine.gpus else "cpu")))
+            training = stack.enter_context(opened_training(setting))
+            engine, schedule = training.engine, training.session.length.rate
+            training.steps(first - 1)
+            engine.model.train()
+            with phases_named(engine), recorded(engine.device, out / "trace.json.gz"):
+                for number in range(first, last + 1):
+                    with step_named(number):
+                        training.progress, _ = advance(engine, training.progress, schedule)
+                        if number == last:
+                            engine.synchronize()
+    except torch.OutOfMemoryError as error:
+        blocks = memory_report(out / "memory.json")
+        raise RunError(
+            f"out of memory: {str(error).partition('. ')[0]}\n{blocks}", fix="a smaller --layer.microbatch.sequences"
+        ) from None
+
+
+def describe(out: Path, title: str) -> str:
+    """Summarize the trace in `out`, write the summary as Markdown, JSON and a plot beside it, and return its text."""
+    summary = summarize(read(out / "trace.json.gz"))
+    text = summary.markdown(title)
+    (out / "trace.md").write_text(text, encoding="utf-8")
+    (out / "trace.summary.json").write_text(
+        json.dumps({"title": title, **summary.to_json()}, indent=1) + "\n", encoding="utf-8"
+    )
+    draw(summary, out / "trace.png", title)
+    return f"{text}\ntrace       {out}  (trace.json.gz for perfetto.dev, trace.md, trace.summary.json, trace.png)"
+
+
 @contextmanager
 def recorded(device: torch.device, file: Path) -> Iterator[None]:
-    """Write what the profiler sees of the block to `file` (.json.gz), which chrome://tracing and perfetto.dev open."""
+    """Profile the block and write the trace to `file` (.json.gz), which chrome://tracing and perfetto.dev open."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     from torch.profiler import ProfilerActivity, profile
 
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     with profile(activities=activities) as profiler:
         yield
-    temporary = file.with_name(f"part-{file.name}")  # torch looks at the end of the name to see whether to compress
+    temporary = file.with_name(f"part-{file.name}")  # torch compresses if the name ends in .gz
     profiler.export_chrome_trace(str(temporary))
     temporary.replace(file)
 
 
 def step_named(number: int) -> Any:
-    """A context that the trace shows as `step N`."""
+    """Return a context that appears as `step N` in the trace."""
     return torch.profiler.record_function(f"{STEP} {number}")
 
 
 @contextmanager
 def phases_named(engine: Any) -> Iterator[None]:
-    """Let the trace show every wait for a batch, and clipping, while the block lasts."""
+    """Mark waits for a batch and gradient clipping in the trace during the block."""
     before = engine.next_batch
 
     def clip(inner: Callable[[], Any]) -> Any:
@@ -160,18 +202,18 @@ def phases_named(engine: Any) -> Iterator[None]:
 
 
 def read(file: Path) -> list[dict[str, Any]]:
-    """The complete events of a trace, plain or gzipped. Raises DataError where it is none."""
+    """Return the complete events of a trace file, plain or gzipped. Raises DataError if it is not one."""
     opener: Callable[..., Any] = gzip.open if file.suffix == ".gz" else open
     try:
         with opener(file, "rt", encoding="utf-8") as stream:
             events = json.load(stream)["traceEvents"]
     except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{file}: is no trace of torch's profiler ({type(error).__name__}: {error})") from None
+        raise DataError(f"{file}: not a trace of torch's profiler", found=f"{type(error).__name__}: {error}") from None
     return [event for event in events if event.get("ph") == "X" and "dur" in event]
 
 
 def kind_of(name: str) -> str:
-    """The kind of work of an operator or kernel, by its name."""
+    """Return the kind of work of an operator or kernel, from its name."""
     lower = name.lower()
     return next((kind for kind, pattern in KINDS if re.search(pattern, lower)), OTHER)
 
@@ -207,7 +249,7 @@ def _end(event: Mapping[str, Any]) -> float:
 
 
 def _union(spans: Iterable[tuple[float, float]]) -> float:
-    """Length of what the spans cover together."""
+    """Return the length of the union of the spans."""
     covered, until = 0.0, float("-inf")
     for begin, end in sorted(spans):
         covered += max(0.0, end - max(begin, until))
@@ -216,9 +258,9 @@ def _union(spans: Iterable[tuple[float, float]]) -> float:
 
 
 def _own_times(events: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, float]]:
-    """Name, kind and own time of every event of one thread: its duration without what it called.
+    """Return (name, kind, own time in µs) of every event of one thread: its duration without its callees.
 
-    What runs inside a wait for data, the optimizer or fused attention belongs to that. A step's own time is Python's.
+    Events inside a wait for data, the optimizer or fused attention count as that. A step's own time is Python's.
     """
     rows: list[list[Any]] = []
     around: list[tuple[float, int, str | None]] = []  # end, row, the kind that what is inside belongs to
@@ -236,7 +278,7 @@ def _own_times(events: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, floa
 
 
 def _shortened(name: str) -> str:
-    """The name without what differs from graph to graph."""
+    """Return the name without the part that differs between graphs."""
     return re.sub(r"^## Call CompiledFxGraph \S+ ##$", "CompiledFxGraph", name)
 
 
@@ -261,7 +303,7 @@ def _summary(device: str, steps: int, window: float, times: Iterable[tuple[str, 
 
 
 def draw(summary: Summary, picture: Path, title: str) -> None:
-    """A bar for each kind of work, in milliseconds a step, with its share."""
+    """Draw a bar per kind of work, in ms per step, with its share."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -274,7 +316,7 @@ def draw(summary: Summary, picture: Path, title: str) -> None:
     axes.barh([part.name for part in parts], lengths, color=colors)
     for place, part in enumerate(parts):
         axes.text(lengths[place], place, f" {in_per_cent(part.seconds / summary.seconds)}", va="center", fontsize=9)
-    axes.set(xlabel="milliseconds a step", title=title, xlim=(0, 1.15 * max(lengths)))
+    axes.set(xlabel="ms per step", title=title, xlim=(0, 1.15 * max(lengths)))
     axes.grid(axis="x", alpha=0.3)
     temporary = picture.with_suffix(".tmp.png")
     figure.savefig(temporary, dpi=120)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gptoughts.console import aside
+from gptoughts.console import note
 from gptoughts.engine.engine import Engine
 from gptoughts.engine.objectives.base import Batch
 from gptoughts.engine.oom import OutOfMemory, ran_out, release, smaller
@@ -71,7 +71,7 @@ def _make_smaller(engine: Engine, batch: Batch, told: str) -> None:
         )
     engine.reduced_from = engine.reduced_from or now
     engine.micro_batch = less
-    aside(f"note: memory ran out with {now} sequences per forward; the same batch again with {less}, the global batch stays")
+    note(f"memory ran out with {now} sequences per forward; the same batch again with {less}, the global batch stays")
 
 
 def _random_state(engine: Engine) -> list[Tensor]:

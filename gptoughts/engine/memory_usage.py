@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -65,3 +67,20 @@ def measured(engine: Engine) -> Iterator[Highest]:
     assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
     events = (event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]")
     found.size = highest(before, ((event.start_ns(), event.nbytes()) for event in events))
+
+
+def resident_bytes(which: str) -> int | None:
+    """Return VmRSS (now) or VmHWM (peak) of this process; None on systems without /proc.
+
+    `getrusage` is not used: a child process inherits its parent's peak.
+    """
+    return proc_bytes(Path("/proc/self/status"), which)
+
+
+def proc_bytes(file: Path, name: str) -> int | None:
+    """Return the value of a `name: N kB` line of a /proc file in bytes; None if there is none."""
+    try:
+        found = re.search(rf"^{name}:\s+(\d+) kB", file.read_text(encoding="ascii", errors="replace"), re.MULTILINE)
+    except OSError:
+        return None
+    return int(found[1]) * 1024 if found else None

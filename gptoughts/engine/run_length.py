@@ -17,7 +17,7 @@ class RunLength:
     """
 
     def __init__(self, recipe: Recipe, ranks: Ranks, samples: int) -> None:
-        self._recipe, self._ranks = recipe, ranks
+        self._recipe, self._ranks, self._samples = recipe, ranks, samples
         self.steps = _steps(recipe, samples)
         self._limit_seconds = (recipe.train.hours or 0.0) * 3600
 
@@ -36,11 +36,16 @@ class RunLength:
         seconds = float(self._ranks.sum(progress.seconds)) / self._ranks.size
         return learning_rate(optim, progress.step, seconds / self._limit_seconds)
 
-    def remaining(self, progress: Progress) -> float | None:
-        """Seconds of steps that are left, at the run's own mean speed; None before the first."""
+    def seconds_left(self, progress: Progress, seconds_per_step: float | None) -> float | None:
+        """Return the seconds of training left at `seconds_per_step`; None where that is needed and unknown."""
         if self.steps is None:
             return max(0.0, self._limit_seconds - progress.seconds)
-        return progress.seconds / progress.step * (self.steps - progress.step) if progress.step else None
+        return None if seconds_per_step is None else seconds_per_step * (self.steps - progress.step)
+
+    def epoch(self, progress: Progress) -> float | None:
+        """Return the epochs consumed so far; None where the number of samples is unknown."""
+        per_epoch = self._samples * self._recipe.data.sequence_length
+        return progress.tokens / per_epoch if per_epoch else None
 
 
 def _steps(recipe: Recipe, samples: int) -> int | None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gptoughts.engine.accumulation import accumulate
+from gptoughts.engine.callback import Callback
 from gptoughts.engine.engine import Engine
 from gptoughts.engine.optim.schedule_and_groups import set_rate
 
@@ -42,21 +43,6 @@ class StepStats:
     tokens: int
     cursor: Any
     rate: float
-
-
-class Callback(Protocol):
-    """What happens between steps: log, evaluate, sample, save."""
-
-    touches_weights: bool
-    """Whether it reads the model, and so must wait for the device; the wait is counted to the steps."""
-    on_stop: bool
-    """Whether it runs when a signal ends the run: whoever sent it may kill within seconds."""
-
-    def due(self, step: int, last: bool) -> bool:
-        """Whether to run after update `step`."""
-
-    def run(self, engine: Engine, progress: Progress, stats: StepStats, last: bool) -> None:
-        """Look at, or save, what the run has reached."""
 
 
 def train_step(engine: Engine, rate: float) -> StepStats:
@@ -104,7 +90,7 @@ def call_back(
         engine.synchronize()
         progress = replace(progress, seconds=progress.seconds + perf_counter() - began)
     for callback in due:
-        callback.run(engine, progress, stats, last)
+        callback.on_step(engine, progress, stats, last)
         if callback.touches_weights:
             engine.model.train()
     return progress

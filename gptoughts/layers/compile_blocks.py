@@ -46,10 +46,10 @@ def memory(case: Case, options: Options, budget: Budget) -> Budget:
 @contextmanager
 def apply(engine: Engine, options: Options) -> Iterator[None]:
     """Compile each block in place, which keeps parameter names as they are. What the compiler cannot do is told in one message."""
-    from gptoughts.console import aside
+    from gptoughts.console import note
     from gptoughts.layers.support.compile import compiled
 
-    with compiled(engine, LAYER.name, options["cache"], aside):
+    with compiled(engine, LAYER.name, options["cache"], note):
         for block in engine.blocks.values():
             block.compile(fullgraph=True, dynamic=False)
         try:

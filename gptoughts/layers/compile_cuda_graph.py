@@ -59,7 +59,7 @@ def apply(engine: Engine, options: Options) -> Iterator[None]:
     """Compile the model in place for recording, and say where every micro-batch begins: what the last one gave may be written over."""
     import torch
 
-    from gptoughts.console import aside
+    from gptoughts.console import note
     from gptoughts.layers.support.compile import compiled
 
     @contextmanager
@@ -67,7 +67,7 @@ def apply(engine: Engine, options: Options) -> Iterator[None]:
         torch.compiler.cudagraph_mark_step_begin()
         yield
 
-    with compiled(engine, LAYER.name, options["cache"], aside):
+    with compiled(engine, LAYER.name, options["cache"], note):
         undo = [engine.wrap_context(verb, begun) for verb in ("forward_context", "eval_context")]
         undo.append(engine.wrap("backward", lambda inner, loss: _outside_the_pool(engine, inner, loss)))
         engine.bare.compile(fullgraph=True, dynamic=False, mode="reduce-overhead")

@@ -58,10 +58,10 @@ def memory(case: Case, options: Options, budget: Budget) -> Budget:
 @contextmanager
 def apply(engine: Engine, options: Options) -> Iterator[None]:
     """Compile the model in place, which keeps parameter names as they are."""
-    from gptoughts.console import aside
+    from gptoughts.console import note
     from gptoughts.layers.support.compile import compiled
 
-    with compiled(engine, LAYER.name, options["cache"], aside):
+    with compiled(engine, LAYER.name, options["cache"], note):
         engine.bare.compile(fullgraph=True, dynamic=False)
         try:
             yield

@@ -1,4 +1,4 @@
-"""A run that memory ran out for, or that lost a rank, ends with one message and, where another start would help, with what that start needs."""
+"""Turn out-of-memory and lost-rank errors into one message; for OOM, save the smaller micro-batch for the restart."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from gptoughts.errors import RunError
 from gptoughts.run.memory_snapshot import memory_report
 
 SHORTAGE = "GPTOUGHTS_SHORTAGE"
-"""A file that whoever started the ranks looks into, to start them again."""
+"""Environment variable with a file that launch/torchrun.sh reads to restart the ranks."""
 
 
 @contextmanager
-def leaving(engine: Engine, out: Path) -> Iterator[None]:
-    """Write the smaller micro-batch down before ranks leave; tell of memory that ran out outside of the gradient in one message."""
+def report_failures(engine: Engine, out: Path) -> Iterator[None]:
+    """Save the smaller micro-batch before ranks exit; raise RunError for a lost rank or OOM outside the gradient."""
     share = engine.recipe.train.global_batch // engine.ranks.size
     planned = engine.reduced_from or engine.micro_batch or share
     try:
@@ -35,19 +35,20 @@ def leaving(engine: Engine, out: Path) -> Iterator[None]:
     except RuntimeError as error:
         if engine.ranks.size > 1 and _lost(error):
             raise RunError(
-                f"rank {engine.ranks.world.rank} lost the others: {str(error).splitlines()[0][:200]}\n"
-                "  whichever rank left first says why"
+                f"rank {engine.ranks.world.rank}: lost the connection to another rank, whose message names the cause",
+                found=str(error).splitlines()[0][:200],
             ) from error
         if not ran_out(error):
             raise
-        held = f"\n  {memory_report(out / 'memory.json')}" if engine.device.type == "cuda" else ""
+        blocks = f"\n  {memory_report(out / 'memory.json')}" if engine.device.type == "cuda" else ""
         raise RunError(
-            f"memory ran out outside of forward and backward: {str(error).splitlines()[0]}\n"
-            f"  try: --layer.optimizer 8bit, --layer.optimizer-offload state-on-cpu, or gptoughts plan, which names what needs less{held}"
+            f"out of memory: outside forward and backward{blocks}",
+            found=str(error).splitlines()[0],
+            fix="gptoughts plan, which lists options that need less memory, such as --layer.optimizer 8bit",
         ) from error
 
 
 def _lost(error: RuntimeError) -> bool:
-    """Whether a collective failed because its partner is gone; NCCL has types for it, gloo only words."""
+    """Return whether a collective failed because a peer is gone. NCCL has exception types for it, gloo only messages."""
     gone = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
     return isinstance(error, torch.distributed.DistError) or any(words in str(error) for words in gone)

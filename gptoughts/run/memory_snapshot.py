@@ -1,6 +1,6 @@
-"""What lay in a GPU's memory when it ran out: the allocator's own snapshot as JSON, and a summary of the largest blocks.
+"""GPU memory at the time it ran out: the allocator's snapshot as JSON, and a summary of the largest blocks.
 
-Torch's viewer (pytorch.org/memory_viz) reads a pickle. Nothing here writes one: the same records are JSON, for people and for `jq`.
+Torch's viewer (pytorch.org/memory_viz) reads a pickle; the same records are written as JSON here.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ UNKNOWN = "not recorded (gptoughts trace --memory-history records it)"
 
 @contextmanager
 def history(device: Any) -> Iterator[None]:
-    """Let the allocator note who asked for each block while the block lasts. Costs a few microseconds an allocation; nothing on a CPU."""
+    """Record the stack of every allocation in the block. Costs a few microseconds per allocation; does nothing on a CPU."""
     import torch
 
     if device.type != "cuda":
@@ -34,9 +34,9 @@ def history(device: Any) -> Iterator[None]:
 
 
 def memory_report(path: Path, segments: Sequence[Mapping[str, Any]] | None = None) -> str:
-    """Write the allocator's segments to `path` as JSON, and return a summary: where the memory is, and whose the largest live blocks are.
+    """Write the allocator's segments to `path` as JSON and return a summary of the largest live blocks and the lines that allocated them.
 
-    segments  as `torch.cuda.memory_snapshot()` gives them; taken now if not given
+    segments  as returned by `torch.cuda.memory_snapshot()`, which is called if not given
     """
     if segments is None:
         import torch
@@ -51,7 +51,7 @@ def memory_report(path: Path, segments: Sequence[Mapping[str, Any]] | None = Non
 
 def _summary(segments: Sequence[Mapping[str, Any]]) -> str:
     if not segments:
-        return "GPU memory: torch's allocator held nothing"
+        return "GPU memory: nothing allocated by torch"
     blocks = [block for segment in segments for block in segment["blocks"]]
     reserved = sum(int(segment["total_size"]) for segment in segments)
     live = [block for block in blocks if block["state"] == "active_allocated"]
@@ -66,15 +66,15 @@ def _summary(segments: Sequence[Mapping[str, Any]]) -> str:
     ]
     groups: dict[str, list[int]] = {}
     for block in live:
-        groups.setdefault(_whose(block), []).append(int(block["size"]))
-    lines.append("largest live blocks, by the line that asked for them:")
+        groups.setdefault(_allocated_by(block), []).append(int(block["size"]))
+    lines.append("largest live blocks, by allocating line:")
     for place, sizes in sorted(groups.items(), key=lambda row: -sum(row[1]))[:MOST_ROWS]:
         lines.append(f"  {bytes_in_words(sum(sizes)):>10}  {len(sizes):>5} x up to {bytes_in_words(max(sizes)):<10}  {place}")
     return "\n".join(lines)
 
 
-def _whose(block: Mapping[str, Any]) -> str:
-    """The innermost frame of ours, else of anybody outside torch, else the innermost."""
+def _allocated_by(block: Mapping[str, Any]) -> str:
+    """Return the innermost frame in gptoughts, else outside torch, else the innermost."""
     frames = [frame for frame in block.get("frames") or () if frame.get("filename") not in (None, "", "??")]
     if not frames:
         return UNKNOWN

@@ -1,4 +1,4 @@
-"""What can be told before the first step: settings that cannot be, and what the run is about to do."""
+"""Pre-flight checks and the start-up summary."""
 
 from __future__ import annotations
 
@@ -18,45 +18,45 @@ from gptoughts.planning.resolve import Plan
 from gptoughts.run import resume
 
 SHOWN_SAMPLES = 3
-"""Rows of chat and questions that a run prints before it trains on them."""
+"""Rows of chat and question data printed before training on them."""
 
 
-def check(recipe: Recipe, corpus: Corpus, parts: ModelBundle) -> None:
-    """Raise ConfigError for what would only be noticed after hours of training."""
-    if parts.mask_id is not None:
+def check(recipe: Recipe, corpus: Corpus, bundle: ModelBundle) -> None:
+    """Raise ConfigError for settings that would fail only after hours of training."""
+    if bundle.mask_id is not None:
         check_sampling(recipe)
     if recipe.eval.patience and not corpus.validates:
-        raise ConfigError("eval.patience: there is no validation split; give data.val_fraction or data.val_path")
+        raise ConfigError("eval.patience: needs a validation split", fix="--data.val-fraction 0.05, or --data.val-path FILE")
 
 
-def check_packing(recipe: Recipe, parts: ModelBundle, model: nn.Module) -> None:
-    """Raise ConfigError where conversations would share rows of a model that mixes them."""
+def check_packing(recipe: Recipe, bundle: ModelBundle, model: nn.Module) -> None:
+    """Raise ConfigError if conversations would be packed for a model that does not keep them apart."""
     if recipe.data.format == "chat" and recipe.data.packing and not getattr(model, "packs", True):
         raise ConfigError(
-            f"{parts.spec.family}: this model does not keep conversations that share a row apart\n  try: --data.packing false"
+            f"data.packing: {bundle.spec.family} attends across the conversations of a packed row", fix="--data.packing false"
         )
 
 
 def sample_prompt(resolved: Resolved, corpus: Corpus) -> str:
-    """The recipe's prompt, or an empty one where nobody asked for the default and the tokenizer has no such character."""
+    """Return the recipe's prompt; an empty one if it is the default and the tokenizer lacks one of its characters."""
     prompt = resolved.recipe.sample.prompt
     try:
         corpus.tokenizer.encode(prompt)
     except DataError as error:
         if resolved.given("sample.prompt"):
-            raise ConfigError(f"sample.prompt = {prompt!r}: {error}") from None
+            raise ConfigError(f"sample.prompt: {error}", found=repr(prompt)) from None
         return ""
     return prompt
 
 
-def introduced(
-    recipe: Recipe, corpus: Corpus, parts: ModelBundle, model: nn.Module, source: Any, style: Style
+def introduction(
+    recipe: Recipe, corpus: Corpus, bundle: ModelBundle, model: nn.Module, source: Any, style: Style
 ) -> Iterator[str]:
-    """Lines about the model, its weights and its data."""
-    spec = parts.spec
+    """Yield lines about the model, its weights and its data."""
+    spec = bundle.spec
     parameters = f"{count(spec.parameters)} parameters" if spec.parameters else "parameters n/a"
     yield f"model {spec.family}, {parameters}; data {corpus.folder}: {count(corpus.train_tokens)} tokens"
-    if parts.base is not None:
+    if bundle.base is not None:
         from gptoughts.models.adapters.adapter import summary  # imports peft
 
         yield summary(model)
@@ -67,10 +67,10 @@ def introduced(
         yield "---"
 
 
-def resuming(origin: resume.ResumePoint, now: Mapping[str, Any], plan: Plan) -> Iterator[str]:
-    """Lines about where a run goes on from, and what is not as it was."""
-    differing = resume.changes(origin, now)
+def resume_lines(point: resume.ResumePoint, now: Mapping[str, Any], plan: Plan) -> Iterator[str]:
+    """Yield lines about the checkpoint that a run resumes from, and what changed since."""
+    differing = resume.changes(point, now)
     exact = not differing and not plan.not_repeatable
-    words = ", bit for bit" if exact else "; no longer bit for bit (old | new):" if differing else ""
-    yield f"resumes from {origin.folder}{words}"
+    words = ", bit for bit" if exact else "; not bit for bit, because of (old | new):" if differing else ""
+    yield f"resuming from {point.folder}{words}"
     yield from (f"  {line}" for line in differing)

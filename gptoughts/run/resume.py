@@ -1,4 +1,4 @@
-"""What a run resumes from, and what has changed since: old | new, before the first step."""
+"""Find the checkpoint to resume from, and list what has changed since it was written (old | new)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 from gptoughts.config.loader import Resolved
 from gptoughts.data.batches import Cursor
-from gptoughts.engine.checkpoint import store as checkpoint
+from gptoughts.engine.checkpoint import store
 from gptoughts.engine.engine import Engine
 from gptoughts.engine.oom import recall
 from gptoughts.engine.trainer import Progress
@@ -34,50 +34,53 @@ HARMLESS = (
     "data.path",
     "data.cache",
 )
-"""Keys that may change without changing what the next steps compute. Another corpus is told by its fingerprint."""
+"""Recipe keys that do not affect the next steps' numbers. A different corpus is detected by its own fingerprint."""
 
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """The checkpoint that a run goes on from, and what its makers wrote into it."""
+    """The checkpoint that a run resumes from, and the run state stored in it."""
 
     folder: Path
     state: Mapping[str, Any]
 
     @property
     def progress(self) -> Progress:
-        """Where the run stood."""
+        """Return the progress at that checkpoint."""
         saved = self.state["progress"]
         return Progress(saved["step"], saved["tokens"], saved["seconds"], Cursor.from_json(saved["cursor"]))
 
 
 def find(folder: RunFolder, resume: str) -> tuple[ResumePoint | None, list[str]]:
-    """The checkpoint to go on from and lines about damaged ones. `resume` is auto, never, or a checkpoint's folder.
+    """Return the checkpoint to resume from, and a line per damaged one. `resume` is auto, never, or a checkpoint's folder.
 
-    Raises RunError where a run that has checkpoints was to start over, CheckpointError where none of them is whole.
+    Raises RunError if `never` would overwrite checkpoints, CheckpointError if none of the checkpoints is intact.
     """
     if resume not in ("auto", "never"):
-        path = checkpoint.locate(Path(resume))
-        return ResumePoint(path, checkpoint.read_state(path)["run"]), []
-    there = checkpoint.all_steps(folder.checkpoints)
+        path = store.locate(Path(resume))
+        return ResumePoint(path, store.read_state(path)["run"]), []
+    there = store.all_steps(folder.checkpoints)
     if resume == "never":
         if there:
             raise RunError(
-                f"{folder.checkpoints} holds {len(there)} checkpoints and --resume never would overwrite them\n  try: --run NAME"
+                f"--resume never: would overwrite checkpoints in {folder.checkpoints}",
+                found=f"{len(there)} checkpoints",
+                fix="--run with a new name",
             )
         return None, []
-    found, skipped = checkpoint.newest(folder.checkpoints)
+    found, skipped = store.newest(folder.checkpoints)
     if found is None:
         if there:
             raise CheckpointError(
-                "no whole checkpoint to resume from\n  " + "\n  ".join(skipped) + "\n  try: --run NAME to start over"
+                f"{folder.checkpoints}: no intact checkpoint to resume from\n  " + "\n  ".join(skipped),
+                fix="--run with a new name, to start over",
             )
         return None, []
-    return ResumePoint(found, checkpoint.read_state(found)["run"]), skipped
+    return ResumePoint(found, store.read_state(found)["run"]), skipped
 
 
-def circumstances(resolved: Resolved, plan: Plan, rows: int) -> dict[str, Any]:
-    """What must be the same for a resumed run to continue bit for bit."""
+def fingerprint(resolved: Resolved, plan: Plan, rows: int) -> dict[str, Any]:
+    """Return everything that must be equal for a resumed run to continue bit for bit."""
     return {
         "recipe": {**resolved.values(), "rows": rows},
         "layers": {choice.slot: [choice.layer, dict(choice.options)] for choice in plan.choices},
@@ -88,30 +91,34 @@ def circumstances(resolved: Resolved, plan: Plan, rows: int) -> dict[str, Any]:
     }
 
 
-def check_shape(origin: ResumePoint, now: Mapping[str, Any]) -> None:
-    """Raise CheckpointError where the checkpoint's model is not the one that was asked for."""
-    apart = ("model.dropout", "model.path", "model.config", "model.remote_code")  # where weights began is not what they are
+def check_shape(point: ResumePoint, now: Mapping[str, Any]) -> None:
+    """Raise CheckpointError if the checkpoint holds a model of a different shape."""
+    apart = (
+        "model.dropout",
+        "model.path",
+        "model.config",
+        "model.remote_code",
+    )  # the point of the initial weights does not matter any more
     shape = ["rows", *(key for key in now["recipe"] if key.startswith("model.") and key not in apart)]
     shape += [f"adapter.{key}" for key in ("kind", "rank", "alpha", "targets", "base")]
-    shape += ["seed"] if now["recipe"].get("adapter.kind") == "pissa" else []  # its base is split by draws
+    shape += ["seed"] if now["recipe"].get("adapter.kind") == "pissa" else []  # its base weights are split by random draws
     if now["recipe"].get("model.positions") == "learned":
         shape.append("data.sequence_length")
-    old = origin.state["circumstances"]["recipe"]
-    # A key that the checkpoint's version did not have is taken as it is now.
+    old = point.state["circumstances"]["recipe"]
+    # Keys that the version of the checkpoint did not have count as equal.
     differing = [
         f"  {key}: {old[key]} | {now['recipe'][key]}" for key in shape if key in old and old[key] != now["recipe"][key]
     ]
     if differing:
         raise CheckpointError(
-            f"{origin.folder} holds another model (checkpoint | now)\n"
-            + "\n".join(differing)
-            + "\n  try: --run NAME to start a new run"
+            f"{point.folder}: checkpoint of a different model (checkpoint | now)\n" + "\n".join(differing),
+            fix="--run with a new name, to start a new run",
         )
 
 
-def changes(origin: ResumePoint, now: Mapping[str, Any]) -> list[str]:
-    """One line per difference, `old | new`, harmless ones left out."""
-    old, new = _flat(origin.state["circumstances"]), _flat(json.loads(json.dumps(now)))
+def changes(point: ResumePoint, now: Mapping[str, Any]) -> list[str]:
+    """Return one line per difference, `key: old | new`, without the harmless keys."""
+    old, new = _flat(point.state["circumstances"]), _flat(json.loads(json.dumps(now)))
     keys = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]
     return [f"{key}: {old.get(key)} | {new.get(key)}" for key in keys if key.removeprefix("recipe.") not in HARMLESS]
 
@@ -126,16 +133,11 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def state_of(
-    progress: Progress,
-    now: Mapping[str, Any],
-    plan: Plan,
-    attempt: int,
-    val_loss: float | None,
-    validations: Mapping[str, Any] | None = None,
-    micro_batch: int | None = None,
-) -> dict[str, Any]:
-    """What a checkpoint keeps beside tensors."""
+def checkpoint_state(fingerprint: Mapping[str, Any], plan: Plan, progress: Progress, **run: Any) -> dict[str, Any]:
+    """Return the part of a checkpoint that is not tensors.
+
+    run  attempt, val_loss (None if this step was not validated), validations (see `Evaluate.state`), micro_batch
+    """
     return {
         "progress": {
             "step": progress.step,
@@ -143,31 +145,28 @@ def state_of(
             "seconds": progress.seconds,
             "cursor": progress.cursor.to_json(),
         },
-        "circumstances": dict(now),
+        "circumstances": dict(fingerprint),
         "plan_digest": plan.digest(),
-        "attempt": attempt,
-        "val_loss": val_loss,
-        "validations": dict(validations or {}),
-        "micro_batch": micro_batch,
+        **run,
     }
 
 
-def take_micro_batch(engine: Engine, origin: ResumePoint | None, now: Mapping[str, Any], out: Path) -> str:
-    """Give `engine` the micro-batch that the run had, where nothing that decides it has changed, or the smaller one that memory left it.
+def restore_micro_batch(engine: Engine, point: ResumePoint | None, now: Mapping[str, Any], out: Path) -> str:
+    """Set the micro-batch that the run had before, or the smaller one written after it ran out of memory.
 
-    Returns a line that says so, or nothing.
+    The earlier one is taken if recipe, ranks and the micro-batch layer are unchanged. Returns a line for the console, or an empty one.
     """
     planned = engine.micro_batch
     share = engine.recipe.train.global_batch // engine.ranks.size
     kept = recall(out, planned or share)
     if kept is not None:
         engine.reduced_from, engine.micro_batch = planned or share, kept.sequences
-        return f"micro-batch of {kept.sequences} sequences instead of {kept.planned}: memory ran out in an earlier start"
-    if origin is None or not origin.state.get("micro_batch") or share % origin.state["micro_batch"]:
+        return f"micro-batch of {kept.sequences} sequences instead of {kept.planned}: an earlier attempt ran out of memory"
+    if point is None or not point.state.get("micro_batch") or share % point.state["micro_batch"]:
         return ""
-    old, new = origin.state["circumstances"], now
+    old, new = point.state["circumstances"], now
     same = old["world_size"] == new["world_size"] and old["recipe"]["train.global_batch"] == new["recipe"]["train.global_batch"]
-    before = origin.state["micro_batch"]
+    before = point.state["micro_batch"]
     if (
         not same
         or old["layers"]["microbatch"] != json.loads(json.dumps(new["layers"]["microbatch"]))

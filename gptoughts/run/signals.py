@@ -1,4 +1,4 @@
-"""Ends a run on SIGINT or SIGTERM, after a whole step, on all ranks at the same one."""
+"""End a run on SIGINT or SIGTERM after the current step, at the same step on all ranks."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from gptoughts.engine.trainer import Progress
 
 
 class SignalWatcher:
-    """Hears signals and answers, once a step, whether the run ends here."""
+    """Catches signals and tells the loop, once per step, whether the run ends."""
 
     def __init__(self, ranks: Ranks) -> None:
         self.signal: int | None = None
-        """The signal that this process got."""
+        """The signal that this process received."""
         self.stopped = False
-        """Whether the ranks agreed to end the run."""
+        """Whether all ranks agreed to end the run."""
         self._vote = Vote(ranks) if ranks.size > 1 else None
 
     def asked(self, progress: Progress) -> bool:
-        """Whether a signal reached any rank: the same answer on all of them, for several ranks one step late."""
+        """Return whether any rank received a signal: the same answer on all ranks; with several ranks, one step late."""
         heard = self.signal is not None
         self.stopped = heard if self._vote is None else self._vote.heard(heard)
         return self.stopped
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """The first signal ends the run after the step, with a checkpoint; the second interrupts at once."""
+        """Handle signals in the block: the first ends the run after the step with a checkpoint, the second interrupts at once."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return

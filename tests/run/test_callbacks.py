@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import re
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -10,34 +12,44 @@ from typing import Any
 import pytest
 import torch
 
-from gptoughts.console import Console, SilentConsole, count, duration, share
+from gptoughts.console import Console, SilentConsole, count, duration, note, share
 from gptoughts.engine.checkpoint.store import Snapshot, Writer
+from gptoughts.engine.distributed.ranks import Ranks
+from gptoughts.engine.run_length import RunLength
 from gptoughts.engine.trainer import Progress, StepStats, train
-from gptoughts.errors import DataError, RunError
+from gptoughts.errors import ConfigError, DataError, RunError
+from gptoughts.hardware.machine import World
 from gptoughts.inference.eval.perplexity import mean_loss
 from gptoughts.run.callbacks import Evaluate, Log, Save, every
+from gptoughts.run.throughput import Throughput
 from gptoughts.run.tracking.jsonl import Jsonl, attempts, read
+from gptoughts.run.tracking.sink import SINKS, RunInfo, Sink, Sinks, check_sinks
 from tests.support.engines import engine_of, plan_of, random_batches, recipe_of
 
 
-def log_to(rows: list[dict[str, Any]]) -> Log:
-    class Sink:
-        def log(self, step: int, values: Any) -> None:
-            rows.append({"step": step, **values})
+class Rows(Sink):
+    def __init__(self, rows: list[dict[str, Any]]) -> None:
+        self.rows = rows
 
-        def close(self) -> None: ...
+    def log(self, step: int, values: Any) -> None:
+        self.rows.append({"step": step, **values})
 
-    return Log(2, [Sink()], SilentConsole(), lambda speed: speed / 100, 6, lambda progress: 1.0)  # type: ignore[list-item]
+
+def log_to(rows: list[dict[str, Any]], length: RunLength | None = None, console: Console | None = None) -> Log:
+    figures = Throughput(2, 10**9, lambda speed: speed / 100)
+    return Log(2, Rows(rows), console or SilentConsole(), figures, length)
 
 
 def test_rows_are_written_at_the_first_each_period_and_the_last() -> None:
     recipe, rows = recipe_of("modern"), []
     with engine_of(recipe, plan_of(recipe)) as engine:
         log = log_to(rows)
-        log.start(Progress(), engine)
-        progress = train(engine, Progress(), lambda now: now.step >= 5, lambda now: 1e-3, [log])
+        log.on_start(engine, Progress())
+        progress = train(engine, Progress(), lambda now: now.step >= 5, lambda now: 1e-3, callbacks=[log])
     assert [row["step"] for row in rows] == [1, 2, 4, 5]
-    assert rows[-1]["train/tokens"] == progress.tokens == 5 * 4 * 32
+    assert rows[-1]["train/num_tokens"] == progress.tokens == 5 * 4 * 32
+    assert rows[-1]["perf/tokens_per_second_per_gpu"] == rows[-1]["perf/tokens_per_second"] / 2
+    assert rows[-1]["perf/tflops_per_gpu"] == pytest.approx(rows[-1]["perf/tokens_per_second"] / 2 * 1e9 / 1e12)
     assert rows[-1]["perf/mfu"] == pytest.approx(rows[-1]["perf/tokens_per_second"] / 100)
     assert all(0 <= row["perf/data_wait"] <= 1 for row in rows)
 
@@ -46,11 +58,14 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_cursor() -> None:
     recipe, rows = recipe_of("modern"), []
     with engine_of(recipe, plan_of(recipe)) as engine:
         log = log_to(rows)
-        log.start(Progress(), engine)
+        log.on_start(engine, Progress())
         with torch.no_grad():
             engine.bare.blocks[0].mlp.down.weight.fill_(math.inf)
-        with pytest.raises(RunError, match=r"loss nan and gradient norm nan at step 1, up to data cursor 1\n  try: "):
-            train(engine, Progress(), lambda now: now.step >= 5, lambda now: 1e-3, [log])
+        with pytest.raises(
+            RunError,
+            match=r"step 1: loss or gradient norm is not finite, up to data cursor 1; .* Found loss nan, gradient norm nan.\n  Try: ",
+        ):
+            train(engine, Progress(), lambda now: now.step >= 5, lambda now: 1e-3, callbacks=[log])
 
 
 def test_labels_that_do_not_count_are_an_error_and_move_no_weight() -> None:
@@ -60,9 +75,9 @@ def test_labels_that_do_not_count_are_an_error_and_move_no_weight() -> None:
     with engine_of(recipe, plan_of(recipe), iter([(batch, number)])) as engine:
         before = [parameter.clone() for parameter in engine.parameters()]
         log = log_to(rows)
-        log.start(Progress(), engine)
-        with pytest.raises(RunError, match="step 1: none of its labels counts, up to data cursor 1"):
-            train(engine, Progress(), lambda now: now.step >= 1, lambda now: 1e-3, [log])
+        log.on_start(engine, Progress())
+        with pytest.raises(RunError, match="step 1: no label counts in this batch, up to data cursor 1"):
+            train(engine, Progress(), lambda now: now.step >= 1, lambda now: 1e-3, callbacks=[log])
         assert all(torch.equal(a, b) for a, b in zip(before, engine.parameters(), strict=True))
 
 
@@ -72,10 +87,10 @@ def test_no_checkpoint_is_written_of_weights_that_are_not_finite(tmp_path: Path)
     def take(engine: Any, progress: Progress) -> Snapshot:
         raise AssertionError("a poisoned state was taken")
 
-    save = Save(1, Writer(tmp_path, 1, False), take, lambda: None)
+    save = Save(1, Writer(tmp_path, 1, False), take)
     stats = StepStats(torch.tensor(1.0), torch.tensor(1.0), torch.tensor(math.nan), True, 1, 1, 1e-3)
     with engine_of(recipe, plan_of(recipe)) as engine, pytest.raises(RunError, match="no checkpoint is written"):
-        save.run(engine, Progress(step=3), stats, last=False)
+        save.on_step(engine, Progress(step=3), stats, last=False)
     assert not list(tmp_path.iterdir())
 
 
@@ -91,8 +106,8 @@ def test_validation_is_the_sum_over_labels_and_leaves_the_model_training() -> No
         assert loss == pytest.approx(total / weight, rel=1e-6)
         assert labels == weight
         text = StringIO()
-        evaluate = Evaluate(0, lambda: batches, [], Console(text))
-        evaluate.run(engine, Progress(step=7), None, last=True)  # type: ignore[arg-type]
+        evaluate = Evaluate(0, lambda: batches, Sink(), Console(text))
+        evaluate.on_step(engine, Progress(step=7), None, last=True)  # type: ignore[arg-type]
         assert evaluate.result == (7, pytest.approx(loss))
         assert f"step 7  validation loss {loss:.4f}" in text.getvalue()
         empty = [{"input_ids": batches[0]["input_ids"], "labels": torch.full_like(batches[0]["input_ids"], -100)}]
@@ -106,16 +121,27 @@ def test_periods() -> None:
     assert every(0, 4, True)
 
 
+def started(out: Path, attempt: int) -> Jsonl:
+    sink = Jsonl()
+    sink.start(RunInfo("run", out, attempt))
+    return sink
+
+
+def test_keys_of_earlier_versions_are_read_under_their_present_names(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "attempt": 1, "eval/val_loss": 2.0, "train/tokens": 64}\n')
+    assert read(tmp_path / "metrics.jsonl") == [{"step": 1, "attempt": 1, "eval/loss": 2.0, "train/num_tokens": 64}]
+
+
 def test_rows_of_several_attempts_are_read_as_the_last_one_says(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    first = Jsonl(path, 1)
+    first = started(tmp_path, 1)
     for step in (1, 2, 3, 4):
         first.log(step, {"train/loss": float(step)})
     first.close()
     with path.open("a", encoding="utf-8") as file:
         file.write('{"step": 5, "attempt": 1, "train/lo')  # torn by a kill
     assert attempts(path) == 1
-    second = Jsonl(path, 2)
+    second = started(tmp_path, 2)
     for step in (3, 4):
         second.log(step, {"train/loss": 10.0 * step})
     second.close()
@@ -128,16 +154,74 @@ class Terminal(StringIO):
         return True
 
 
-def test_a_terminal_gets_one_live_line_and_a_log_gets_lines() -> None:
+FIELDS = ("step 40/40", "loss 5.8393", "1584 tok/s", "MFU n/a", "ETA 2 min 11 s", "data wait 0.0 %", "of GEMM 12.3 %")
+
+
+@pytest.mark.parametrize("columns", [30, 80, 200])
+def test_a_terminal_gets_one_live_row_that_never_wraps_and_a_log_gets_lines(
+    monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("TERM", "xterm")
     live, plain = Terminal(), StringIO()
     for stream in (live, plain):
         console = Console(stream)
-        console.row("step 1")
-        console.row("step 2")
+        console.row(*FIELDS)
+        console.row(*FIELDS)
         console.say("saved")
-    assert plain.getvalue() == "step 1\nstep 2\nsaved\n"
-    assert live.getvalue().count("\n") == 1
-    assert live.getvalue().endswith("\x1b[2Ksaved\n")
+        console.end_row()
+    row = "  ".join(FIELDS)
+    assert plain.getvalue() == f"{row}\n{row}\nsaved\n"
+    lines = [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line).rpartition("\r")[2] for line in live.getvalue().split("\n")]
+    assert "saved" in lines and max(map(len, lines)) < columns
+    assert any(line.startswith("step 40/40  loss") for line in lines)
+    assert any("of GEMM" in line for line in lines) == (columns > len(row))
+
+
+def test_records_of_the_logger_are_printed_by_a_running_console_only() -> None:
+    text = StringIO()
+    with Console(text).logging():
+        note("recompiled")
+        logging.getLogger("gptoughts").warning("tracker failed")
+    note("later")
+    assert text.getvalue() == "note: recompiled\nwarning: tracker failed\n"
+
+
+def test_a_sink_that_fails_is_reported_once_and_left_out() -> None:
+    class Broken(Sink):
+        def log(self, step: int, values: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+    rows: list[dict[str, Any]] = []
+    text, sinks = StringIO(), Sinks([Broken(), Rows(rows)])
+    with Console(text).logging():
+        for step in (1, 2, 3):
+            sinks.log(step, {"train/loss": 1.0})
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert text.getvalue().count("\n") == 1 and "tracker Broken failed" in text.getvalue()
+
+
+def test_unknown_trackers_are_refused_with_the_nearest_name() -> None:
+    check_sinks(SINKS)
+    with pytest.raises(ConfigError, match=r"track: no tracker named 'jsnl' \(did you mean 'jsonl'\?\)"):
+        check_sinks(["jsnl"])
+
+
+def test_the_eta_leaves_out_the_first_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten seconds of compilation in step 1, then a second a step: after step 3 of 6 three seconds are left, not twelve."""
+    recipe = recipe_of("modern", train={"steps": 6})
+    length = RunLength(recipe, Ranks(World(), torch.device("cpu")), 4)
+    text, rows = StringIO(), []
+    with engine_of(recipe, plan_of(recipe)) as engine:
+        log = log_to(rows, length, Console(text))
+        log.period = 1
+        log.on_start(engine, Progress())
+        stats = StepStats(torch.tensor(1.0), torch.tensor(1.0), torch.tensor(1.0), True, 1, 1, 1e-3)
+        for step, seconds in ((1, 10.0), (2, 11.0), (3, 12.0)):
+            log.on_step(engine, Progress(step, 128 * step, seconds), stats, False)
+    first, second, third = text.getvalue().splitlines()
+    assert "ETA" not in first and "ETA 4 s" in second and "ETA 3 s" in third
+    assert [row["train/epoch"] for row in rows] == [1.0, 2.0, 3.0]
 
 
 @pytest.mark.parametrize(
@@ -180,7 +264,7 @@ def test_a_weight_below_one_scales_the_gradient_as_it_scales_the_loss() -> None:
             engine.objective = Scaled(factor)
             rows: list[dict[str, Any]] = []
             log = log_to(rows)
-            log.start(Progress(), engine)
-            train(engine, Progress(), lambda now: now.step >= 1, lambda now: 1e-3, [log])
+            log.on_start(engine, Progress())
+            train(engine, Progress(), lambda now: now.step >= 1, lambda now: 1e-3, callbacks=[log])
             norms.append((rows[0]["train/loss"], rows[0]["train/grad_norm"]))
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from gptoughts.console import GIB, aside, bytes_in_words
+from gptoughts.console import GIB, bytes_in_words, note
 from gptoughts.engine.engine import Engine
 from gptoughts.engine.memory_usage import held_bytes, measured
 from gptoughts.engine.objectives.base import Batch
@@ -82,7 +82,7 @@ def search(engine: Engine, sizes: Sequence[int], memory_gib: float | None) -> in
     taken = min((trial for trial in fitting if (trial.speed or 0.0) >= AS_FAST * best), key=lambda trial: trial.size)
     if engine.ranks.first:
         told = "; ".join(_told(trial, room) for trial in sorted(trials.values(), key=lambda trial: trial.size))
-        aside(f"micro-batch {taken.size} of {sizes[-1]} sequences, by measuring: {told}")
+        note(f"micro-batch {taken.size} of {sizes[-1]} sequences, by measuring: {told}")
     return taken.size
 
 

@@ -1,41 +1,53 @@
-"""metrics.jsonl: one row per logged step, append-only. The source that every report reads."""
+"""metrics.jsonl: one row per logged step, append-only. All reports read this file."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-Row = Mapping[str, Any]
+from gptoughts.run.tracking.metrics import RENAMED
+from gptoughts.run.tracking.sink import RunInfo, Sink
+
+FILE = "metrics.jsonl"
 
 
-class Jsonl:
-    """Appends rows, each with its step and the attempt of the run that wrote it; every row is on disk before the next."""
+class Jsonl(Sink):
+    """Appends rows with their step and attempt. Every row is flushed before the next."""
 
-    def __init__(self, path: Path, attempt: int) -> None:
+    _file: IO[str] | None = None
+    _attempt = 1
+
+    def start(self, run: RunInfo) -> None:
+        """Open the file for appending; end a line that a kill left incomplete."""
+        path, self._attempt = run.out / FILE, run.attempt
         torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
         self._file = path.open("a", encoding="utf-8", buffering=1)
-        self._attempt = attempt
-        if torn:  # a kill left half a row; the next must not be written behind it
+        if torn:
             self._file.write("\n")
 
-    def log(self, step: int, values: Row) -> None:
-        """Write one row."""
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        """Append one row."""
+        assert self._file is not None, "start comes first"
         self._file.write(json.dumps({"step": step, "attempt": self._attempt, **values}) + "\n")
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 def attempts(path: Path) -> int:
-    """How many times the run was started before."""
+    """Return how many attempts of the run wrote rows to `path`."""
     return max((int(row["attempt"]) for row in _rows(path)), default=0)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Rows in order of steps. What a later attempt went over again counts as that attempt says; a torn last line is left out."""
+    """Return rows in step order. Rows that a later attempt repeated are replaced by its rows; an incomplete last line is dropped.
+
+    Keys of earlier versions are returned under their present names.
+    """
     rows = _rows(path)
     first: dict[int, int] = {}
     for row in rows:
@@ -50,7 +62,8 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError:
-            continue  # the line that a kill tore
+            continue  # cut off by a kill
+        rows.append({RENAMED.get(key, key): value for key, value in row.items()})
     return rows

@@ -1,20 +1,36 @@
-"""loss.png: training and validation loss over tokens, for people who would rather look than read."""
+"""loss.png: training and validation loss over tokens."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from gptoughts.run.tracking.jsonl import read
+from gptoughts.run.tracking.jsonl import FILE, read
+from gptoughts.run.tracking.sink import RunInfo, Sink
+
+
+class LossPlot(Sink):
+    """Draws loss.png from metrics.jsonl when the run ends."""
+
+    _run: RunInfo | None = None
+
+    def start(self, run: RunInfo) -> None:
+        """Remember where the run writes."""
+        self._run = run
+
+    def close(self) -> None:
+        """Draw the plot."""
+        if self._run is not None:
+            draw_losses(self._run.out / FILE, self._run.out / "loss.png", self._run.name)
 
 
 def draw_losses(metrics: Path, picture: Path, title: str) -> None:
-    """Draw the losses of `metrics` (a metrics.jsonl) into `picture`. Nothing is drawn where nothing was logged."""
+    """Draw the losses of `metrics` (a metrics.jsonl) into `picture`; do nothing if no loss was logged."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     rows = read(metrics)
-    train = [(row["train/tokens"], row["train/loss"]) for row in rows if "train/loss" in row]
-    val = [(row["train/tokens"], row["eval/val_loss"]) for row in rows if "eval/val_loss" in row]
+    train = [(row["train/num_tokens"], row["train/loss"]) for row in rows if "train/loss" in row]
+    val = [(row["train/num_tokens"], row["eval/loss"]) for row in rows if "eval/loss" in row]
     if not train:
         return
     figure = Figure(figsize=(8, 4.5), layout="constrained")

@@ -1,9 +1,11 @@
-"""The two folders of a run: what happened in out/<run>/, what can be continued in checkpoints/<run>/. One process at a time."""
+"""The two folders of a run: out/<run>/ for results, checkpoints/<run>/ to resume from. One process at a time."""
 
 from __future__ import annotations
 
 import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -13,15 +15,25 @@ from gptoughts.errors import RunError
 
 @dataclass
 class RunFolder:
-    """Where a run writes. `lock` keeps a second process out until this one ends, however it ends."""
+    """Where a run writes. `lock` keeps other processes out until this one ends, however it ends."""
 
     name: str
     out: Path
     checkpoints: Path
     _lock: IO[str] | None = None
 
+    @contextmanager
+    def locked(self, mine: bool = True) -> Iterator[None]:
+        """Hold the folder during the block. `mine` is False on ranks that do not write, which take no lock."""
+        try:
+            if mine:
+                self.lock()
+            yield
+        finally:
+            self.release()
+
     def lock(self) -> None:
-        """Take the folder, creating it. Raises RunError where another process holds it."""
+        """Create and lock the folder. Raises RunError if another process holds it."""
         self.out.mkdir(parents=True, exist_ok=True)
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         file = (self.out / ".lock").open("a+", encoding="ascii")
@@ -32,7 +44,7 @@ class RunFolder:
             holder = file.read().strip() or "unknown"
             file.close()
             raise RunError(
-                f"run folder {self.out} is in use by process {holder}\n  try: --run NAME with another name"
+                f"{self.out}: run folder is in use", found=f"process {holder}", fix="--run with another name"
             ) from None
         file.truncate(0)
         file.write(str(os.getpid()))
@@ -40,7 +52,7 @@ class RunFolder:
         self._lock = file
 
     def release(self) -> None:
-        """Let others in. A folder that this run made and wrote nothing into goes with it."""
+        """Unlock; remove the folder if this run created it and wrote nothing."""
         if self._lock is None:
             return
         if [path.name for path in self.out.iterdir() if path != self.checkpoints] == [".lock"] and not any(
@@ -54,9 +66,9 @@ class RunFolder:
 
 
 def run_folder(name: str, run_dir: str | None) -> RunFolder:
-    """`out/NAME` and `checkpoints/NAME` under the current folder, or `run_dir` and `run_dir/checkpoints`."""
+    """Return `out/NAME` and `checkpoints/NAME` under the current folder, or `run_dir` and `run_dir/checkpoints`."""
     if run_dir is not None:
         return RunFolder(Path(run_dir).name, Path(run_dir), Path(run_dir) / "checkpoints")
     if not name or "/" in name or name.startswith("."):
-        raise RunError(f"--run {name!r} cannot be a folder's name; take letters, digits, - and _")
+        raise RunError(f"--run: {name!r} is not a folder name", fix="letters, digits, - and _")
     return RunFolder(name, Path("out") / name, Path("checkpoints") / name)

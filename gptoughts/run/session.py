@@ -1,0 +1,312 @@
+"""Set up one training: data, ranks, model, weights, layers. `train`, `fit`, `trace` and `bench` all start here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gptoughts.config.loader import Recipe, Resolved
+from gptoughts.config.model_spec import ModelSpec
+from gptoughts.console import Console, SilentConsole
+from gptoughts.data.corpus import Corpus, opened, prepared, prepared_validation
+from gptoughts.data.device import to_device
+from gptoughts.engine.callback import Callback
+from gptoughts.engine.checkpoint import state, store
+from gptoughts.engine.distributed.ranks import Ranks, process_group
+from gptoughts.engine.engine import Engine
+from gptoughts.engine.from_recipe import ModelBundle, initial_weights, model_bundle, resumed_weights
+from gptoughts.engine.memory_usage import resident_bytes
+from gptoughts.engine.objectives.base import Objective
+from gptoughts.engine.run_length import RunLength
+from gptoughts.engine.trainer import Progress
+from gptoughts.errors import LayerError, PlanError
+from gptoughts.hardware.machine import Machine, World
+from gptoughts.layers.plugins import Extensions
+from gptoughts.models.family import custom_family
+from gptoughts.models.sources import AsTheyAre, meta_model
+from gptoughts.planning.plan import Plan
+from gptoughts.run import numerics_check, preflight, resume
+from gptoughts.run.build import build_engine, seed_rngs
+from gptoughts.run.tracking.jsonl import FILE, attempts
+from gptoughts.run.tracking.run_dir import RunFolder
+
+Batches = Iterator[tuple[Any, Any]]
+
+
+@dataclass(frozen=True)
+class OwnModel:
+    """A user's model with its objective and endless batches, for `fit`."""
+
+    model: nn.Module
+    objective: Objective
+    batches: Batches
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """One training, fully decided: recipe, plan, machine, and where and how to run."""
+
+    resolved: Resolved
+    plan: Plan
+    machine: Machine
+    world: World
+    extensions: Extensions
+    folder: RunFolder | None = None
+    """Where the run writes and resumes from; None writes nothing."""
+    resume: str = "auto"
+    """`auto`, `never`, or the folder of a checkpoint."""
+    strict: bool = False
+    """Stop on layers that are unproven, not only on inactive ones."""
+    numerics: str = "check"
+    """`check` compares layers with the baseline before the first step; `off` does not."""
+    console: Console = field(default_factory=Console)
+    callbacks: tuple[Callback, ...] = ()
+    track: tuple[str, ...] = ("jsonl", "plot")
+    """Names of sinks."""
+    weights_seed: int | None = None
+    """Seed of the initial weights if it is not the recipe's; data and their order stay."""
+    own: OwnModel | None = None
+    """Replaces the recipe's model, data and objective."""
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe without the origins of its values."""
+        return self.resolved.recipe
+
+
+@dataclass(frozen=True)
+class Session:
+    """A training that is ready to step. Valid inside `open_session`."""
+
+    job: TrainingJob
+    ranks: Ranks
+    console: Console
+    """Silent on all ranks but the first."""
+    engine: Engine
+    bundle: ModelBundle
+    length: RunLength
+    corpus: Corpus | None = None
+    """None for a user's own model."""
+    prompt: str = ""
+    """Prompt of samples."""
+    attempt: int = 1
+    resumed: resume.ResumePoint | None = None
+    fingerprint: Mapping[str, Any] = field(default_factory=dict)
+    """Everything that decides the next steps' numbers, to compare on resume."""
+    bytes_before_model: int | None = None
+    """Resident memory of the process before the model existed."""
+
+    @property
+    def start(self) -> Progress:
+        """Where training starts: step 0, or the step of the checkpoint."""
+        return self.resumed.progress if self.resumed else Progress()
+
+    def validation_batches(self) -> Iterator[Any]:
+        """Return this rank's validation batches, as the objective prepares them."""
+        assert self.corpus is not None
+        recipe, world = self.job.recipe, self.job.world
+        read = self.corpus.validation(recipe, world.rank, world.world_size, self.bundle.rows)
+        prepare = self.bundle.objective.prepare_validation
+        return prepared_validation(read, prepare, recipe.train.global_batch, world.rank, world.world_size)
+
+
+def select_device(machine: Machine, world: World) -> torch.device:
+    """Return this rank's GPU, or the CPU if the plan has no GPU. Raises PlanError if this torch cannot use the GPU."""
+    if not machine.gpus:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise PlanError(
+            f"torch {torch.__version__}: sees no GPU, and the plan is for {machine.label()}",
+            fix="gptoughts doctor, which names the build that fits the driver, or CUDA_VISIBLE_DEVICES= to train on the CPU",
+        )
+    device = torch.device("cuda", world.local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+@contextmanager
+def open_session(job: TrainingJob) -> Iterator[Session]:
+    """Set up a training and undo it on exit: run folder, corpus, process group, weights, layers, checkpoint state.
+
+    Raises what keeps a training from starting: ConfigError, DataError, PlanError, CheckpointError, RunError, LayerError.
+    """
+    device = select_device(job.machine, job.world)
+    with ExitStack() as stack:
+        if job.folder is not None:
+            stack.enter_context(job.folder.locked(job.world.rank == 0))
+            if job.world.rank == 0:
+                store.clean(job.folder.checkpoints)  # a kill can leave a checkpoint hidden while it was replaced
+        # Before ranks meet: tokenizing can take longer than the timeout of the process group.
+        corpus = None if job.own else opened(job.recipe)
+        ranks = stack.enter_context(process_group(job.world, device))
+        ranks.same("the plan", job.plan.digest())
+        ranks.same("the recipe", job.resolved.to_toml())
+        console = job.console if ranks.first else SilentConsole()
+        stack.enter_context(console.logging())
+        if corpus is None:
+            yield stack.enter_context(_open_own(job, ranks, console))
+        else:
+            yield stack.enter_context(_Setup(job, ranks, console, corpus).open())
+
+
+@contextmanager
+def _open_own(job: TrainingJob, ranks: Ranks, console: Console) -> Iterator[Session]:
+    assert job.own is not None
+    own, family = job.own, custom_family(job.own.model)
+    attempt = _record_start(job, ranks)
+    bundle = ModelBundle(family, own.objective, 0, ModelSpec())
+    with build_engine(
+        own.model,
+        family,
+        own.objective,
+        job.recipe,
+        job.plan,
+        job.extensions.catalog,
+        ranks,
+        own.batches,
+        AsTheyAre(own.model),
+    ) as engine:
+        yield Session(job, ranks, console, engine, bundle, RunLength(job.recipe, ranks, 0), attempt=attempt)
+
+
+class _Setup:
+    """The steps of opening a recipe's training, in order."""
+
+    def __init__(self, job: TrainingJob, ranks: Ranks, console: Console, corpus: Corpus) -> None:
+        self.job, self.recipe, self.ranks, self.console, self.corpus = job, job.recipe, ranks, console, corpus
+        extensions = job.extensions
+        self.bundle = model_bundle(self.recipe, corpus.tokenizer, extensions.families, extensions.objectives)
+        preflight.check(self.recipe, corpus, self.bundle)
+        self.prompt = preflight.sample_prompt(job.resolved, corpus)
+
+    @contextmanager
+    def open(self) -> Iterator[Session]:
+        """Resume point, model on meta, weights, numerics check, layers, checkpoint state."""
+        job, bundle = self.job, self.bundle
+        fingerprint = resume.fingerprint(job.resolved, job.plan, bundle.rows)
+        point, skipped = self._resume_point(fingerprint)
+        progress = point.progress if point else Progress()
+        self.ranks.same("data and checkpoint", f"{self.corpus.fingerprint} at step {progress.step}")
+        seed_rngs(self.recipe.seed, job.world.rank, progress.step)
+        batches = self._batches(progress)
+        before = resident_bytes("VmRSS")
+        model = self._model()
+        preflight.check_packing(self.recipe, bundle, model)
+        source = self._weights(model, point.folder if point else None)
+        attempt = _record_start(job, self.ranks)
+        if job.folder is not None:
+            self._introduce(point, skipped, fingerprint, model, source)
+        if job.numerics == "check" and (point is None or point.state["plan_digest"] != job.plan.digest()):
+            batches = self._check_numerics(batches, point.folder if point else None)
+        with build_engine(
+            model,
+            bundle.family,
+            bundle.objective,
+            self.recipe,
+            job.plan,
+            job.extensions.catalog,
+            self.ranks,
+            batches,
+            source,
+        ) as engine:
+            if point is not None:
+                state.restore(engine, point.folder)
+            length = RunLength(self.recipe, self.ranks, self.corpus.samples)
+            yield Session(
+                job,
+                self.ranks,
+                self.console,
+                engine,
+                bundle,
+                length,
+                self.corpus,
+                self.prompt,
+                attempt,
+                point,
+                fingerprint,
+                before,
+            )
+
+    def _resume_point(self, fingerprint: Mapping[str, Any]) -> tuple[resume.ResumePoint | None, list[str]]:
+        if self.job.folder is None:
+            return None, []
+        point, skipped = resume.find(self.job.folder, self.job.resume)
+        if point is not None:
+            resume.check_shape(point, fingerprint)
+        return point, skipped
+
+    def _batches(self, progress: Progress) -> Batches:
+        world, bundle = self.job.world, self.bundle
+        read = self.corpus.train(self.recipe, world.rank, world.world_size, progress.cursor, bundle.rows)
+        return prepared(read, bundle.objective.prepare, self.recipe.train.global_batch, world.rank, world.world_size)
+
+    def _model(self) -> nn.Module:
+        return meta_model(self.recipe, self.bundle.family, self.bundle.rows)
+
+    def _weights(self, model: nn.Module, saved: Path | None) -> Any:
+        if saved is not None:
+            return resumed_weights(self.recipe, self.bundle, model, self.ranks.device, saved)
+        seed = self.job.weights_seed
+        recipe = self.recipe if seed is None else self.recipe.model_copy(update={"seed": seed})
+        return initial_weights(recipe, self.bundle, model, self.ranks.device)
+
+    def _introduce(
+        self,
+        point: resume.ResumePoint | None,
+        skipped: Iterable[str],
+        fingerprint: Mapping[str, Any],
+        model: nn.Module,
+        source: Any,
+    ) -> None:
+        for line in skipped:
+            self.console.say(f"note: {line}")
+        for line in preflight.introduction(self.recipe, self.corpus, self.bundle, model, source, self.console.style):
+            self.console.say(line)
+        for line in preflight.resume_lines(point, fingerprint, self.job.plan) if point else ():
+            self.console.say(line)
+
+    def _check_numerics(self, batches: Batches, saved: Path | None) -> Batches:
+        """Compare the layers with the baseline on the first batch. Returns the batches with that one put back."""
+        bundle, device = self.bundle, self.ranks.device
+        first = next(batches)
+        found = numerics_check.compare(
+            self.recipe,
+            self.job.plan,
+            self.job.extensions.catalog,
+            bundle.family,
+            bundle.objective,
+            device,
+            to_device(first[0], device),
+            self._model,
+            lambda model: self._weights(model, saved),
+            self.ranks.any,
+        )
+        for line in found.lines():
+            self.console.say(line)
+        if self.ranks.first and self.job.folder is not None:
+            text = json.dumps(found.to_json(), indent=1) + "\n"
+            (self.job.folder.out / "numerics.json").write_text(text, encoding="utf-8")
+        failed = not found.near
+        if self.ranks.any(failed) and not failed:
+            raise LayerError("numerics check: failed on another rank, whose message names the layers")
+        found.demand()
+        return chain([first], batches)
+
+
+def _record_start(job: TrainingJob, ranks: Ranks) -> int:
+    """Write plan.json and recipe.toml. Returns the number of this attempt."""
+    if job.folder is None or not ranks.first:
+        return 1
+    out = job.folder.out
+    (out / "plan.json").write_text(json.dumps(job.plan.to_json(), indent=1) + "\n", encoding="utf-8")
+    if job.own is None:
+        (out / "recipe.toml").write_text(job.resolved.to_toml(), encoding="utf-8")
+    return attempts(out / FILE) + 1
