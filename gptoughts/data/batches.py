@@ -53,7 +53,7 @@ def rank_rows(global_batch: int, rank: int, world_size: int) -> tuple[int, int]:
         raise DataError(f"rank: must be from 0 to {world_size - 1} for {world_size} ranks", found=rank)
     if global_batch < 1 or global_batch % world_size:
         below, above = global_batch // world_size * world_size, (global_batch // world_size + 1) * world_size
-        fix = f"--train.global_batch {below} or {above}" if below else f"--train.global_batch {above}"
+        fix = f"--train.global-batch {below} or {above}" if below else f"--train.global-batch {above}"
         raise DataError(
             f"train.global_batch: must be a positive multiple of the ranks ({world_size})", found=global_batch, fix=fix
         )

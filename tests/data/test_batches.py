@@ -161,10 +161,10 @@ def test_sample_counts() -> None:
     [
         (
             {"global_batch": 10, "world_size": 4},
-            "train.global_batch: must be a positive multiple of the ranks (4). Found 10.\n  Try: --train.global_batch 8 or 12",
+            "train.global_batch: must be a positive multiple of the ranks (4). Found 10.\n  Try: --train.global-batch 8 or 12",
         ),
-        ({"global_batch": 3, "world_size": 4}, "Found 3.\n  Try: --train.global_batch 4"),
-        ({"global_batch": 0}, "must be a positive multiple of the ranks (1). Found 0.\n  Try: --train.global_batch 1"),
+        ({"global_batch": 3, "world_size": 4}, "Found 3.\n  Try: --train.global-batch 4"),
+        ({"global_batch": 0}, "must be a positive multiple of the ranks (1). Found 0.\n  Try: --train.global-batch 1"),
         ({"rank": 2, "world_size": 2}, "rank: must be from 0 to 1 for 2 ranks. Found 2"),
         ({"global_batch": 11}, "exactly enough"),
         (

@@ -86,7 +86,7 @@ def test_positions_tell_where_a_batch_stands_whatever_the_ranks() -> None:
 
 def test_errors_name_what_to_mend() -> None:
     with pytest.raises(
-        DataError, match=r"must be a positive multiple of the ranks \(3\)(.|\n)*Try: --train.global_batch 6 or 9"
+        DataError, match=r"must be a positive multiple of the ranks \(3\)(.|\n)*Try: --train.global-batch 6 or 9"
     ):
         table_of(20).batches(8, 0, 0, 3)
     with pytest.raises(DataError, match="changed since the checkpoint"):

@@ -65,8 +65,7 @@ def open_lines(path: Path) -> IO[bytes]:
 
 
 def json_row(line: bytes, where: str) -> dict[str, Any]:
-    """Parse one line as a JSON object. Raises DataError that begins with `where`."""
-    fix = "one JSON object per line"
+    """Parse one line as a JSON object. Raises DataError of one line that begins with `where`; chat data lists several of them."""
     try:
         text = line.decode("utf-8-sig" if where.endswith(":1") else "utf-8")
     except UnicodeDecodeError as error:
@@ -75,11 +74,11 @@ def json_row(line: bytes, where: str) -> dict[str, Any]:
     try:
         row = json.loads(text)
     except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON ({error.msg} at column {error.colno})", fix=fix) from None
+        raise DataError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
     except RecursionError:
-        raise DataError(f"{where}: JSON nested too deeply", fix=fix) from None
+        raise DataError(f"{where}: JSON nested too deeply") from None
     if not isinstance(row, dict):
-        raise DataError(f"{where}: not a JSON object", found=f"JSON {type(row).__name__}", fix=fix)
+        raise DataError(f"{where}: not a JSON object", found=f"JSON {type(row).__name__}")
     return row
 
 
@@ -100,7 +99,7 @@ def row_text(row: dict[str, Any], text_key: str, where: str) -> str:
 def missing_field(text_key: str, fields: list[str], where: str) -> DataError:
     """Build the error for rows without the text field; it lists the fields that exist."""
     found = f"fields {', '.join(fields)}" if fields else "no fields"
-    fix = "--data.text_key FIELD (gptoughts tokenize: --text-key FIELD)"
+    fix = "--data.text-key FIELD (gptoughts tokenize: --text-key FIELD)"
     return DataError(f"{where}: no field {text_key!r}{nearest(text_key, fields)}", found=found, fix=fix)
 
 

@@ -295,7 +295,7 @@ def build_tokenizer(name: str, source: Source, train_bpe: int | None = None) -> 
         return CharacterTokenizer("".join(sorted(set().union(*(document.text for document in source.documents())))))
     if name == "bpe":
         if train_bpe is None:
-            raise DataError("tokenizer 'bpe': needs a vocabulary size", fix="--train-bpe 4096, or --data.train_bpe 4096")
+            raise DataError("tokenizer 'bpe': needs a vocabulary size", fix="--train-bpe 4096, or --data.train-bpe 4096")
         spec = bpe.train(spread_sample(source, BPE_SAMPLE_CHARACTERS), train_bpe)
         tokenizer: Tokenizer = JsonTokenizer(json.dumps(spec, ensure_ascii=False).encode(), "bpe", "trained BPE")
     else:
