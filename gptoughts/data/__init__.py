@@ -1,1 +1,1 @@
-"""From text to batches: sources, tokenizers, shards, chat and SQuAD rows, order, prefetch."""
+"""Data: text sources, tokenizers, shards, chat and SQuAD rows, sample order, batches, prefetching."""

@@ -1,7 +1,7 @@
-"""Batches in an order that depends on seed, epoch and position alone, with a cursor that resumes them anywhere at once.
+"""Batches in an order that depends only on seed, epoch and position, with a cursor for resuming in constant time.
 
 Sample i of sequence length T covers tokens [i*T, i*T + T]; its labels are the T tokens after its first. So every token but
-the stream's first is a label exactly once an epoch. Arrays are unshifted, as in Hugging Face: the objective owns the shift.
+the stream's first is a label exactly once per epoch. Arrays are unshifted, as in Hugging Face: the objective shifts the labels.
 """
 
 from __future__ import annotations
@@ -17,58 +17,58 @@ from gptoughts.data.text.shards import Stream
 from gptoughts.errors import DataError
 
 IGNORED = -100
-ORDER_CHUNK = 8192  # Samples whose order is computed at once.
+ORDER_CHUNK = 8192  # Number of samples whose order is computed at once.
 
 Batch = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
 class Cursor:
-    """Where reading goes on: `samples` consumed by all ranks since the start, and the shards they came from."""
+    """Position in the data order: `samples` consumed by all ranks since the start, and the fingerprint of the shards."""
 
     samples: int = 0
     fingerprint: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """The cursor as plain values."""
+        """Return the cursor as plain values."""
         return {"samples": self.samples, "fingerprint": self.fingerprint}
 
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> Cursor:
-        """The cursor that `to_json` wrote. Raises DataError where it is none."""
+        """Return the cursor that `to_json` wrote. Raises DataError for other values."""
         samples, fingerprint = values.get("samples"), values.get("fingerprint")
         if not isinstance(samples, int) or isinstance(samples, bool) or samples < 0 or not isinstance(fingerprint, str):
-            raise DataError(f"not a data cursor: {dict(values)!r}; it needs samples (a count) and fingerprint (a text)")
+            raise DataError("data cursor: must have samples (at least 0) and fingerprint (a string)", found=dict(values))
         return Cursor(samples, fingerprint)
 
 
 def samples_in(tokens: int, sequence_length: int) -> int:
-    """Samples an epoch: windows of `sequence_length` labels, the last one padded."""
+    """Return the number of samples per epoch: windows of `sequence_length` labels, the last one padded."""
     return max(0, -(-(tokens - 1) // sequence_length))
 
 
 def rank_rows(global_batch: int, rank: int, world_size: int) -> tuple[int, int]:
-    """The rows of a global batch that belong to `rank`. Raises DataError where the ranks cannot share it evenly."""
+    """Return the first and end row of `rank` in a global batch. Raises DataError where `global_batch` is not divisible."""
     if not 0 <= rank < world_size:
-        raise DataError(f"rank {rank} of {world_size}: ranks count from 0 to world_size - 1")
+        raise DataError(f"rank: must be from 0 to {world_size - 1} for {world_size} ranks", found=rank)
     if global_batch < 1 or global_batch % world_size:
         below, above = global_batch // world_size * world_size, (global_batch // world_size + 1) * world_size
-        nearest = f"{below} or {above}" if below else f"{above}"
+        fix = f"--train.global-batch {below} or {above}" if below else f"--train.global-batch {above}"
         raise DataError(
-            f"train.global_batch {global_batch} cannot be shared by {world_size} ranks; nearest that can: {nearest}"
+            f"train.global_batch: must be a positive multiple of the ranks ({world_size})", found=global_batch, fix=fix
         )
     share = global_batch // world_size
     return rank * share, (rank + 1) * share
 
 
 class Batches:
-    """Endless `(batch, cursor)` pairs: this rank's rows of each global batch, and the cursor to resume from after it.
+    """Endless iterable of `(batch, cursor)`: this rank's rows of each global batch, and the cursor to resume after it.
 
-    A batch holds `input_ids` (rows, sequence_length + 1) in the shards' dtype and, only where something is padded, `labels`
-    (int64, same shape, -100 where ignored). A global batch may lie across two epochs. `vocab_size` is the model's.
+    A batch holds `input_ids` (rows, sequence_length + 1) in the shards' dtype and, only if something is padded, `labels`
+    (int64, same shape, -100 where ignored). A global batch can span two epochs. `vocab_size` is the model's.
 
-    Raises DataError for a batch that ranks cannot share, fewer tokens than one global batch, an id outside the vocabulary, and a
-    cursor of other shards.
+    Raises DataError for a batch not divisible by the ranks, fewer tokens than one global batch, an id outside the vocabulary, and
+    a cursor of other shards.
     """
 
     def __init__(
@@ -88,14 +88,17 @@ class Batches:
         needed = global_batch * sequence_length + 1
         if len(stream) < needed:
             raise DataError(
-                f"split {stream.name!r} of {stream.folder} has {len(stream):,} tokens, shorter than one batch: {global_batch} x "
-                f"{sequence_length} + 1 = {needed:,}; give more text, or a smaller train.global_batch or data.sequence_length"
+                f"split {stream.name!r} of {stream.folder}: shorter than one batch "
+                f"({global_batch} x {sequence_length} + 1 = {needed:,} tokens)",
+                found=f"{len(stream):,} tokens",
+                fix="more text, or a smaller train.global_batch or data.sequence_length",
             )
         cursor = cursor or Cursor(0, stream.fingerprint)
         if cursor.fingerprint not in ("", stream.fingerprint):
             raise DataError(
-                f"{stream.folder}: shards changed since the checkpoint (fingerprint {stream.fingerprint[:12]}, checkpoint "
-                f"{cursor.fingerprint[:12]}); give the data it was trained on, or start a new run"
+                f"{stream.folder}: shards changed since the checkpoint (fingerprint {cursor.fingerprint[:12]})",
+                found=stream.fingerprint[:12],
+                fix="the data of the checkpoint, or a new run",
             )
         self.stream, self.sequence_length, self.global_batch, self.seed = stream, sequence_length, global_batch, seed
         self.eot_id = stream.eot_id if eot_id is None else eot_id
@@ -103,7 +106,7 @@ class Batches:
         self.samples_per_epoch = samples_in(len(stream), sequence_length)
 
     def __iter__(self) -> Iterator[tuple[Batch, Cursor]]:
-        """Walks on from the cursor that was given; each call starts there again."""
+        """Iterate from the cursor given at construction; each call starts there again."""
         consumed, rows = self.cursor.samples, self.end_row - self.first_row
         ahead = max(1, min(ORDER_CHUNK // rows, self.samples_per_epoch // self.global_batch))
         while True:
@@ -117,22 +120,22 @@ class Batches:
                 )
 
     def order(self, consumed: int, batches: int) -> np.ndarray:
-        """This rank's samples of the next `batches` global batches after `consumed` samples: int64 (batches, rows)."""
+        """Return this rank's samples in the `batches` global batches after `consumed` samples: int64 (batches, rows)."""
         starts = consumed + np.arange(batches, dtype=np.int64)[:, None] * self.global_batch
         positions = starts + np.arange(self.first_row, self.end_row, dtype=np.int64)
-        epochs, inside = np.divmod(positions, self.samples_per_epoch)
+        epochs, offsets = np.divmod(positions, self.samples_per_epoch)
         out = np.empty_like(positions)
         for epoch in np.unique(epochs).tolist():
-            here = epochs == epoch
-            out[here] = permuted(inside[here], self.samples_per_epoch, self.seed, epoch)
+            mask = epochs == epoch
+            out[mask] = permuted(offsets[mask], self.samples_per_epoch, self.seed, epoch)
         return out
 
 
 def read_batch(stream: Stream, samples: np.ndarray, sequence_length: int, eot_id: int) -> Batch:
-    """The windows of `samples` as a batch; samples at or beyond the end of the split are rows of padding."""
+    """Read the windows of `samples` as a batch; samples beyond the end of the split become rows of padding."""
     width = sequence_length + 1
     starts = samples * sequence_length
-    # A start on the last token has no label: such a row holds nothing.
+    # A window that starts on the last token has no label, so its row is empty.
     lengths = np.where(starts < len(stream) - 1, np.minimum(len(stream) - starts, width), 0)
     if lengths.min() == width:
         return {"input_ids": stream.gather(starts, width)}
@@ -154,33 +157,31 @@ def eval_batches(
     eot_id: int | None = None,
     vocab_size: int | None = None,
 ) -> Iterator[Batch]:
-    """This rank's rows of the whole split in order, each sample once; shapes stay constant, rows that fill up are ignored.
+    """Yield this rank's rows of the whole split in order, each sample once; shapes are constant, padding rows are ignored.
 
-    `limit` takes that many global batches, spread evenly over the split.
-    Every rank gets the same number of batches. Raises DataError as `Batches` does,
-    but takes a split shorter than one batch.
+    `limit` selects that many global batches, spread evenly over the split. Every rank gets the same number of batches. Raises
+    DataError as `Batches` does, but accepts a split shorter than one batch.
     """
     check_stream(stream, sequence_length, vocab_size)
     first, end = rank_rows(global_batch, rank, world_size)
     batches = -(-samples_in(len(stream), sequence_length) // global_batch)
     if not batches:
-        raise DataError(
-            f"split {stream.name!r} of {stream.folder} has {len(stream)} tokens; at least 2 are needed to predict one"
-        )
+        raise DataError(f"split {stream.name!r} of {stream.folder}: needs at least 2 tokens", found=len(stream))
     padding = stream.eot_id if eot_id is None else eot_id
     rows = np.arange(first, end, dtype=np.int64)
-    taken = batches if limit is None else min(limit, batches)
-    # Spread over the split: its first batches alone would be its first documents.
-    numbers = (index * batches // taken for index in range(taken))
+    count = batches if limit is None else min(limit, batches)
+    # Spread over the split, because the first batches hold only its first documents.
+    numbers = (index * batches // count for index in range(count))
     return (read_batch(stream, number * global_batch + rows, sequence_length, padding) for number in numbers)
 
 
 def check_stream(stream: Stream, sequence_length: int, vocab_size: int | None) -> None:
-    """Raises DataError for a length below 1, or a token id that a model of `vocab_size` has no row for."""
+    """Raise DataError for a length below 1, or a token id not below the model's `vocab_size`."""
     if sequence_length < 1:
-        raise DataError(f"data.sequence_length {sequence_length}: give at least 1")
+        raise DataError("data.sequence_length: must be at least 1", found=sequence_length)
     if vocab_size is not None and stream.max_id >= vocab_size:
         raise DataError(
-            f"split {stream.name!r} of {stream.folder} holds token id {stream.max_id}, outside the model's vocabulary of {vocab_size}; "
-            f"set model.vocab_size to at least {stream.vocab_size}, or leave it unset"
+            f"split {stream.name!r} of {stream.folder}: token id outside the model's vocabulary of {vocab_size}",
+            found=stream.max_id,
+            fix=f"model.vocab_size at least {stream.vocab_size}, or unset",
         )

@@ -1,7 +1,7 @@
-"""The order of samples: a keyed permutation that needs no memory and can be entered anywhere.
+"""Sample order: a keyed permutation with O(1) memory and random access.
 
-A Feistel network over just enough bits, walked along its cycle until it lands inside the range (Black and Rogaway, "Ciphers
-with Arbitrary Finite Domains", 2002). Integers only, so every platform and numpy gives the same order.
+A Feistel network over the smallest sufficient number of bits, with cycle walking (Black and Rogaway, "Ciphers with Arbitrary
+Finite Domains", 2002). Integer arithmetic only, so the order is the same on every platform and numpy version.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ S27, S30, S31 = np.uint64(27), np.uint64(30), np.uint64(31)
 
 
 def mix(values: np.ndarray) -> np.ndarray:
-    """splitmix64's finalizer of uint64 values, in place; arithmetic wraps."""
+    """Apply the finalizer of splitmix64 to uint64 values in place; arithmetic wraps."""
     values ^= values >> S30
     values *= MIX_1
     values ^= values >> S27
@@ -25,7 +25,7 @@ def mix(values: np.ndarray) -> np.ndarray:
 
 
 def round_keys(seed: int, epoch: int) -> np.ndarray:
-    """One uint64 key a round, shape (ROUNDS,), from any non-negative seed and epoch."""
+    """Return one uint64 key per round, shape (ROUNDS,), from a non-negative seed and epoch of any size."""
     state = np.zeros(1, dtype=np.uint64)
     for number in (seed, epoch):
         while True:
@@ -37,26 +37,26 @@ def round_keys(seed: int, epoch: int) -> np.ndarray:
 
 
 def permuted(positions: np.ndarray, count: int, seed: int, epoch: int) -> np.ndarray:
-    """Where `positions` (int64, each in [0, count)) go in the order of this seed and epoch: int64, a permutation of the range."""
+    """Map `positions` (int64, in [0, count)) to sample numbers (int64): a permutation of the range, keyed by seed and epoch."""
     if count == 1:
         return np.zeros_like(positions)
     keys = round_keys(seed, epoch)
     out = feistel(positions.astype(np.uint64), keys, count)
     outside = np.flatnonzero(out >= np.uint64(count))
-    while len(outside):  # Fewer than half of the values lie outside at each turn, on average.
+    while len(outside):  # On average, fewer than half of the values are outside after each pass.
         out[outside] = feistel(out[outside], keys, count)
         outside = outside[out[outside] >= np.uint64(count)]
     return out.astype(np.int64)
 
 
 def feistel(values: np.ndarray, keys: np.ndarray, count: int) -> np.ndarray:
-    """One pass of the network over the smallest power of two that holds `count`; the halves may differ by a bit."""
+    """Run the network once over the smallest power of two that holds `count`; the halves can differ by one bit."""
     bits = (count - 1).bit_length()
     low_bits = np.uint64(bits // 2)
     low_mask, high_mask = np.uint64((1 << (bits // 2)) - 1), np.uint64((1 << (bits - bits // 2)) - 1)
     low, high = values & low_mask, values >> low_bits
     for number, key in enumerate(keys):
-        # Each half is changed by a function of the other alone, so every round can be undone, whatever the function is.
+        # Each round changes one half by a function of the other, so it is invertible for any function.
         if number % 2:
             low = low ^ (mix(high + key) & low_mask)
         else:

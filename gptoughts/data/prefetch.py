@@ -1,4 +1,4 @@
-"""A thread that reads batches ahead and copies them to the device on a side stream, out of pinned buffers that are used in turn."""
+"""Prefetch batches in a thread and copy them to the device on a side stream, from a ring of pinned buffers."""
 
 from __future__ import annotations
 
@@ -10,53 +10,53 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptoughts.data.device import as_tensor, to_device, widened
+from gptoughts.data.device import as_tensor, to_device, widen_ids
 
 
 class Ring:
-    """Host buffers used in turn. One is written again only when the copy out of it is over; pinning memory anew for every batch costs more
-    than the copy.
+    """Ring of host buffers. A buffer is reused only after the copy from it has finished.
+
+    Pinning memory for every batch takes longer than the copy.
     """
 
     def __init__(self, slots: int, allocate: Callable[[torch.Size, torch.dtype], Tensor]) -> None:
         self.allocated = 0
-        """Buffers made so far; it stops growing once every slot has met the largest batch."""
+        """Number of buffers allocated so far; constant once every slot has held the largest batch."""
         self._allocate = allocate
         self._buffers: list[dict[str, Tensor]] = [{} for _ in range(slots)]
-        self._over: list[Callable[[], object]] = [lambda: None] * slots
-        self._at = 0
+        self._wait: list[Callable[[], object]] = [lambda: None] * slots
+        self._slot = 0
 
     def filled(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """`batch` in the next buffers, narrow types kept. Waits for the copy that last read them; call `sent` before the next."""
-        self._over[self._at]()
-        self._over[self._at] = lambda: None
+        """Copy `batch` to the next buffers, keeping dtypes. Waits for the last copy from them; call `sent` before the next call."""
+        self._wait[self._slot]()
+        self._wait[self._slot] = lambda: None
         return {key: self._buffer(key, value).copy_(value) for key, value in batch.items()}
 
-    def sent(self, over: Callable[[], object]) -> None:
-        """The buffers just filled are being copied; `over` waits until they are."""
-        self._over[self._at] = over
-        self._at = (self._at + 1) % len(self._buffers)
+    def sent(self, wait: Callable[[], object]) -> None:
+        """Record that the filled buffers are being copied; `wait` blocks until the copy has finished."""
+        self._wait[self._slot] = wait
+        self._slot = (self._slot + 1) % len(self._buffers)
 
     def _buffer(self, key: str, value: Tensor) -> Tensor:
-        """The first elements of this slot's memory for `key`, in the shape of `value`; more memory where there is too little."""
-        held = self._buffers[self._at].get(key)
-        if held is None or held.dtype != value.dtype or held.numel() < value.numel():
-            held = self._buffers[self._at][key] = self._allocate(torch.Size([value.numel()]), value.dtype)
+        """Return this slot's buffer for `key` in the shape of `value`; allocate a larger one if needed."""
+        buffer = self._buffers[self._slot].get(key)
+        if buffer is None or buffer.dtype != value.dtype or buffer.numel() < value.numel():
+            buffer = self._buffers[self._slot][key] = self._allocate(torch.Size([value.numel()]), value.dtype)
             self.allocated += 1
-        return held[: value.numel()].view(value.shape)
+        return buffer[: value.numel()].view(value.shape)
 
 
 def pinned(shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """Page-locked host memory, which the device reads without the processor."""
+    """Allocate page-locked host memory."""
     return torch.empty(shape, dtype=dtype, pin_memory=True)
 
 
 class Prefetcher(Iterator[tuple[dict[str, Tensor], Any]]):
-    """`batches`, up to `depth` of them ahead. An error in the thread is raised where the batch was wanted.
+    """Iterator that reads up to `depth` batches ahead. An error in the thread is raised by `next()`.
 
-    On CUDA each batch is written into the next pinned buffers of a ring, and copied from there to the device on a side stream. The compute
-    stream waits for the copy's event; the device's memory is not reused before the compute stream is past it, the ring's not before
-    the copy is over.
+    On CUDA each batch is written to the next pinned buffers of a ring and copied to the device on a side stream. The compute stream
+    waits for the copy's event. Device memory is reused only after the compute stream has passed it, the ring's only after the copy.
     """
 
     def __init__(self, batches: Iterator[tuple[Any, Any]], device: torch.device, depth: int) -> None:
@@ -64,7 +64,7 @@ class Prefetcher(Iterator[tuple[dict[str, Tensor], Any]]):
         self._batches = batches
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.ring = Ring(depth + 1, pinned)  # as many as are ready, and the one being filled
+        self.ring = Ring(depth + 1, pinned)  # `depth` batches ready and one being filled
         self._ready: queue.Queue[Any] = queue.Queue(maxsize=depth)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._fill, name="prefetch", daemon=True)
@@ -73,7 +73,7 @@ class Prefetcher(Iterator[tuple[dict[str, Tensor], Any]]):
     def __next__(self) -> tuple[dict[str, Tensor], Any]:
         item = self._ready.get()
         if isinstance(item, BaseException):
-            self._ready.put(item)  # whoever asks again gets the same answer instead of waiting for ever
+            self._ready.put(item)  # later calls raise the same error instead of blocking
             raise item
         batch, cursor, copied = item
         if copied is not None:
@@ -81,12 +81,12 @@ class Prefetcher(Iterator[tuple[dict[str, Tensor], Any]]):
             stream.wait_event(copied)
             for tensor in batch.values():
                 tensor.record_stream(stream)
-            batch = {key: widened(value) for key, value in batch.items()}
+            batch = {key: widen_ids(value) for key, value in batch.items()}
         self.served += 1
         return batch, cursor
 
     def close(self) -> None:
-        """End the thread. Batches that it read ahead are dropped; the cursor of the last one served still says where to go on."""
+        """Stop the thread and drop prefetched batches. The cursor of the last served batch stays valid for resuming."""
         self._closed.set()
         while self._thread.is_alive():
             try:
@@ -108,9 +108,9 @@ class Prefetcher(Iterator[tuple[dict[str, Tensor], Any]]):
         if self._stream is None:
             return to_device(batch, self._device), cursor, None
         with torch.cuda.stream(self._stream):
-            there = {key: as_tensor(value) for key, value in batch.items()}
-            hosted = self.ring.filled({key: value for key, value in there.items() if not value.is_cuda})
-            moved = {key: hosted.get(key, value).to(self._device, non_blocking=True) for key, value in there.items()}
+            tensors = {key: as_tensor(value) for key, value in batch.items()}
+            pinned_batch = self.ring.filled({key: value for key, value in tensors.items() if not value.is_cuda})
+            moved = {key: pinned_batch.get(key, value).to(self._device, non_blocking=True) for key, value in tensors.items()}
             event = torch.cuda.Event()
             event.record(self._stream)
         self.ring.sent(event.synchronize)

@@ -161,20 +161,20 @@ def test_sample_counts() -> None:
     [
         (
             {"global_batch": 10, "world_size": 4},
-            "train.global_batch 10 cannot be shared by 4 ranks; nearest that can: 8 or 12",
+            "train.global_batch: must be a positive multiple of the ranks (4). Found 10.\n  Try: --train.global-batch 8 or 12",
         ),
-        ({"global_batch": 3, "world_size": 4}, "nearest that can: 4"),
-        ({"global_batch": 0}, "train.global_batch 0 cannot be shared by 1 ranks; nearest that can: 1"),
-        ({"rank": 2, "world_size": 2}, "rank 2 of 2: ranks count from 0"),
+        ({"global_batch": 3, "world_size": 4}, "Found 3.\n  Try: --train.global-batch 4"),
+        ({"global_batch": 0}, "must be a positive multiple of the ranks (1). Found 0.\n  Try: --train.global-batch 1"),
+        ({"rank": 2, "world_size": 2}, "rank: must be from 0 to 1 for 2 ranks. Found 2"),
         ({"global_batch": 11}, "exactly enough"),
         (
             {"global_batch": 12},
-            "has 100 tokens, shorter than one batch: 12 x 9 + 1 = 109; give more text, or a smaller",
+            "shorter than one batch (12 x 9 + 1 = 109 tokens). Found 100 tokens.\n  Try: more text, or a smaller",
         ),
-        ({"sequence_length": 0}, "data.sequence_length 0: give at least 1"),
+        ({"sequence_length": 0}, "data.sequence_length: must be at least 1. Found 0"),
         (
             {"vocab_size": 99},
-            "holds token id 99, outside the model's vocabulary of 99; set model.vocab_size to at least 60001",
+            "token id outside the model's vocabulary of 99. Found 99.\n  Try: model.vocab_size at least 60001",
         ),
         ({"cursor": Cursor(5, "other")}, "shards changed since the checkpoint (fingerprint "),
     ],
@@ -191,7 +191,7 @@ def test_what_cannot_be_is_said(tmp_path: Path, change: dict[str, object], messa
 
 
 def test_evaluation_needs_two_tokens(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="has 1 tokens; at least 2 are needed to predict one"):
+    with pytest.raises(DataError, match=r"needs at least 2 tokens\. Found 1"):
         eval_batches(stream_of(tmp_path, 1), 4, 2)
 
 
@@ -199,5 +199,7 @@ def test_evaluation_needs_two_tokens(tmp_path: Path) -> None:
     "values", [{}, {"samples": -1, "fingerprint": ""}, {"samples": True, "fingerprint": ""}, {"samples": 1}]
 )
 def test_a_cursor_that_is_none_is_refused(values: dict[str, object]) -> None:
-    with pytest.raises(DataError, match="not a data cursor"):
+    with pytest.raises(
+        DataError, match=r"data cursor: must have samples \(at least 0\) and fingerprint \(a string\)\. Found \{"
+    ):
         Cursor.from_json(values)

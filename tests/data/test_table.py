@@ -85,7 +85,9 @@ def test_positions_tell_where_a_batch_stands_whatever_the_ranks() -> None:
 
 
 def test_errors_name_what_to_mend() -> None:
-    with pytest.raises(DataError, match="cannot be shared by 3 ranks; nearest that can: 6 or 9"):
+    with pytest.raises(
+        DataError, match=r"must be a positive multiple of the ranks \(3\)(.|\n)*Try: --train.global-batch 6 or 9"
+    ):
         table_of(20).batches(8, 0, 0, 3)
     with pytest.raises(DataError, match="changed since the checkpoint"):
         table_of(20).batches(2, 0, cursor=Cursor(4, "another"))

@@ -1,1 +1,1 @@
-"""Text files to token shards."""
+"""Tokenize text files into shards, and read shards."""

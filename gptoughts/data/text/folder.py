@@ -1,4 +1,4 @@
-"""A tokenized folder is held by one process at a time, and cleared of nothing but its own files."""
+"""Lock a tokenized folder, and remove only the files that tokenizing wrote."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gptoughts.errors import DataError
 
 
 def is_ours(name: str) -> bool:
-    """Whether a file name is one that tokenizing makes."""
+    """Whether tokenizing writes files of this name."""
     base = name.removesuffix(".tmp")
     return base in (INDEX, JOURNAL, TOKENIZER_FOLDER) or (
         base.startswith(("train_", "val_")) and base.endswith((".npy", ".npy.part"))
@@ -23,7 +23,7 @@ def is_ours(name: str) -> bool:
 
 
 def clear(folder: Path) -> None:
-    """Removes what tokenizing made in `folder`, the index first, and nothing else."""
+    """Remove the files that tokenizing wrote in `folder`, the index first."""
     (folder / INDEX).unlink(missing_ok=True)
     for path in folder.iterdir():
         if is_ours(path.name):
@@ -32,22 +32,22 @@ def clear(folder: Path) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Makes `folder` and holds it alone; a second process waits. The lock is on the folder itself and leaves no file."""
+    """Create `folder` and lock it; a second process waits. The lock is on the folder itself, without a lock file."""
     created = not folder.exists()
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         except OSError as error:
-            raise DataError(f"{folder}: cannot be made or opened as a folder ({error.strerror})") from None
+            raise DataError(f"{folder}: cannot be created or opened as a folder ({error.strerror})") from None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"data: another process is tokenizing into {folder}; waiting for it", file=sys.stderr, flush=True)
+            print(f"data: another process is tokenizing into {folder}, waiting", file=sys.stderr, flush=True)
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         if folder.exists() and folder.stat().st_ino == os.fstat(descriptor).st_ino:
             break
-        os.close(descriptor)  # The first process failed and removed the folder: make it anew.
+        os.close(descriptor)  # The first process failed and removed the folder: create it again.
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Parts of a corpus for training and checking tokenizers: bounded, and the same every time."""
+"""Bounded, deterministic samples of a corpus for training and checking tokenizers."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ from gptoughts.data.text.sources import Source
 
 
 def first_characters(source: Source, limit: int) -> list[str]:
-    """The first documents, each cut to a fiftieth of `limit` characters, until `limit` is reached."""
-    taken: list[str] = []
+    """Return the first documents, each cut to a fiftieth of `limit` characters, until `limit` is reached."""
+    sample: list[str] = []
     total = 0
     for document in source.documents():
-        taken.append(document.text[: limit // 50])
-        total += len(taken[-1])
+        sample.append(document.text[: limit // 50])
+        total += len(sample[-1])
         if total >= limit:
             break
-    return taken
+    return sample
 
 
 def spread_sample(source: Source, limit: int, block: int = 65536) -> Iterator[str]:
-    """About `limit` characters in blocks spread evenly over the corpus; all of it, document by document, where it is smaller."""
+    """Yield about `limit` characters in blocks spread evenly over the corpus; all documents where the corpus is smaller."""
     total = sum(len(document.text) for document in source.documents())
     if total <= limit:
         yield from (document.text for document in source.documents())
         return
-    seen = 0
+    offset = 0
     for document in source.documents():
         for start in range(0, len(document.text), block):
             part = document.text[start : start + block]
-            # A block is taken when its last character carries the share of the text taken so far past the next whole block.
-            if (seen + len(part)) * limit // (total * block) > seen * limit // (total * block):
+            # Take a block when its end crosses the next multiple of total * block / limit characters.
+            if (offset + len(part)) * limit // (total * block) > offset * limit // (total * block):
                 yield part
-            seen += len(part)
+            offset += len(part)

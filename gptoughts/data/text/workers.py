@@ -1,7 +1,7 @@
-"""Texts become ids in several processes, in order.
+"""Encode texts in several processes, in order.
 
-Workers are plain child processes that speak over their own pipes: they work from a notebook, from a script without a main
-guard, and they end by themselves when the parent is killed.
+Workers are plain child processes with their own pipes, so they work in a notebook and in a script without a main guard, and
+exit when the parent is killed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ COMMAND = "from gptoughts.data.text.workers import serve; serve()"
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a document: `first` where the document starts, which is where an end-of-text token goes."""
+    """A part of a document; `first` if the document starts here, where an end-of-text token is inserted."""
 
     split: str
     where: str
@@ -41,7 +41,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Encoded:
-    """The ids of some pieces, end to end; `lengths[i]` tokens belong to piece i."""
+    """Concatenated token ids of pieces; `lengths[i]` of them belong to piece i."""
 
     pieces: Sequence[Piece]
     tokens: np.ndarray
@@ -49,7 +49,7 @@ class Encoded:
 
 
 class BadPiece(DataError):
-    """A piece that the tokenizer refuses; `index` counts within its task."""
+    """A piece that cannot be encoded; `index` is its position in its task."""
 
     def __init__(self, index: int, reason: str) -> None:
         super().__init__(reason)
@@ -57,11 +57,11 @@ class BadPiece(DataError):
 
 
 class WorkerDied(DataError):
-    """A child process ended: what was written so far stays, and the next run goes on from there."""
+    """A child process ended. The files written so far stay, and the next run continues there."""
 
 
 def encode(tokenizer: Tokenizer, texts: Sequence[str], firsts: Sequence[bool]) -> tuple[np.ndarray, list[int]]:
-    """The ids of all texts in one array, end-of-text before those that are `first`, and how many belong to each.
+    """Return the ids of all texts in one array, with end-of-text before those that are `first`, and the length of each.
 
     Raises BadPiece where a text cannot be encoded, or an id is not below `vocab_size`.
     """
@@ -88,9 +88,9 @@ def encode(tokenizer: Tokenizer, texts: Sequence[str], firsts: Sequence[bool]) -
 
 
 def encode_all(tokenizer: Tokenizer, saved: Path, tasks: Iterator[list[Piece]], processes: int) -> Iterator[Encoded]:
-    """Every task encoded, in order, whatever the number of processes; at most three tasks a process wait.
+    """Yield every task encoded, in order; at most three tasks per process are queued.
 
-    `saved` is the folder the tokenizer was saved in: workers load it from there. Raises DataError that names the document.
+    `saved` is the folder from which workers load the tokenizer. Raises DataError that names the document.
     """
     if processes == 1:
         for task in tasks:
@@ -111,7 +111,7 @@ def encode_all(tokenizer: Tokenizer, saved: Path, tasks: Iterator[list[Piece]], 
 
 
 def named(task: list[Piece], call: Any, *arguments: Any) -> Encoded:
-    """The result of `call`; an error about a piece gets the name of its document."""
+    """Return the result of `call`; prefix an error about a piece with the name of its document."""
     try:
         tokens, lengths = call(*arguments)
     except BadPiece as error:
@@ -120,10 +120,10 @@ def named(task: list[Piece], call: Any, *arguments: Any) -> Encoded:
 
 
 class Workers:
-    """Child processes, each with the tokenizer; one thread talks to one of them at a time."""
+    """Pool of child processes with the tokenizer; each is used by one thread at a time."""
 
     def __init__(self, saved: Path, count: int) -> None:
-        # One thread each: the processes are the parallelism. sys.path travels, so that a checkout that is not installed works.
+        # One thread per process. sys.path is passed on, so that a checkout works without installation.
         environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
         environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
         self.children = [
@@ -141,7 +141,7 @@ class Workers:
             self.idle.put(child)
 
     def encode(self, texts: Sequence[str], firsts: Sequence[bool]) -> tuple[np.ndarray, list[int]]:
-        """`encode`, in one of the children. Raises DataError where the child died."""
+        """Run `encode` in one of the children. Raises WorkerDied where the child exited."""
         child = self.idle.get()
         assert child.stdin is not None and child.stdout is not None
         try:
@@ -151,7 +151,8 @@ class Workers:
         except (BrokenPipeError, EOFError):
             code = child.wait()
             raise WorkerDied(
-                f"a tokenizing process ended with code {code} (-9: out of memory?); run again to continue, with fewer processes"
+                f"processes: a tokenizing process exited with code {code} (-9: out of memory?)",
+                fix="run again with fewer processes; it continues from here",
             ) from None
         finally:
             self.idle.put(child)
@@ -169,17 +170,17 @@ class Workers:
             child.wait()
             for pipe in (child.stdin, child.stdout):
                 if pipe is not None:
-                    # Unsent bytes may be left of a task that nobody waits for any more.
+                    # Closing flushes unsent bytes of an abandoned task.
                     with suppress(BrokenPipeError):
                         pipe.close()
 
 
 def serve() -> None:
-    """A worker's life: load the tokenizer, answer requests on standard input until it closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides.
+    """Run a worker: load the tokenizer, answer requests on standard input until it closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent handles it.
     tokenizer = Tokenizer.load(Path(sys.argv[1]))
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # What a library prints must not end up between two answers.
+    os.dup2(2, 1)  # Output that a library prints must not mix with the answers.
     try:
         while True:
             head, body = receive(requests)
@@ -194,11 +195,11 @@ def serve() -> None:
             else:
                 send(answers, {"lengths": lengths}, tokens.data)
     except (EOFError, BrokenPipeError):
-        os._exit(0)  # The parent is gone or done; a normal exit would complain about the broken pipe.
+        os._exit(0)  # The parent has exited or finished; a normal exit would report a broken pipe.
 
 
 def send(pipe: IO[bytes], head: dict[str, Any], body: Any) -> None:
-    """One frame: two lengths, a JSON head, raw bytes."""
+    """Send one frame: two lengths (uint64), a JSON head, raw bytes."""
     raw = json.dumps(head).encode()
     view = memoryview(body).cast("B") if len(body) else b""
     pipe.write(struct.pack("<QQ", len(raw), len(view)) + raw)
@@ -207,7 +208,7 @@ def send(pipe: IO[bytes], head: dict[str, Any], body: Any) -> None:
 
 
 def receive(pipe: IO[bytes]) -> tuple[dict[str, Any], bytes]:
-    """The next frame. Raises EOFError where the pipe ends."""
+    """Receive one frame. Raises EOFError where the pipe ends."""
     lengths = pipe.read(16)
     if len(lengths) < 16:
         raise EOFError

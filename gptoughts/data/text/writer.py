@@ -1,7 +1,7 @@
-"""Shards reach the disk so that a kill at any moment loses nothing that was counted.
+"""Write shards so that a kill at any time loses no token recorded in the journal.
 
-An open shard grows in `{split}_{index:06d}.npy.part`. When full it gets its header, is synced, read back (hash, counts, where
-documents start) and renamed. What a journal has recorded is on the disk before the journal says so.
+An open shard grows in `{split}_{index:06d}.npy.part`. A full one gets its header, is synced, read back (hash, counts, document
+starts) and renamed. Data is synced before the journal records it.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ READ_TOKENS = 1 << 22
 
 
 class SplitWriter:
-    """Writes one split's shards of `shard_tokens` tokens each; the last may be shorter.
+    """Writer of one split's shards of `shard_tokens` tokens each; the last one can be shorter.
 
-    `state()` and `resume(state)` carry a position over a kill: the bytes in the end are those of an unbroken run.
+    `resume(state())` continues after a kill; the files are identical to those of an uninterrupted run.
     """
 
     def __init__(self, folder: Path, split: str, dtype: np.dtype[Any], vocab_size: int, eot_id: int, shard_tokens: int) -> None:
@@ -37,15 +37,15 @@ class SplitWriter:
 
     @property
     def tokens(self) -> int:
-        """Tokens written so far, in finished shards and the open one."""
+        """Number of tokens written so far, in finished shards and the open one."""
         return sum(shard.tokens for shard in self.finished) + self.tokens_open
 
     def path(self, index: int, end: str = ".npy") -> Path:
-        """The file of shard `index`."""
+        """Return the file name of shard `index`."""
         return self.folder / f"{self.split}_{index:06d}{end}"
 
     def append(self, tokens: np.ndarray) -> None:
-        """Adds tokens, starting new shards as they fill."""
+        """Append tokens; start a new shard when one is full."""
         done = 0
         while done < len(tokens):
             if self.file is None:
@@ -59,7 +59,7 @@ class SplitWriter:
                 self.finish_shard()
 
     def finish_shard(self) -> None:
-        """Closes the open shard, if one is open: header, sync, read back, rename."""
+        """Close the open shard, if any: header, sync, read back, rename."""
         if self.file is None:
             return
         index, part = len(self.finished), self.path(len(self.finished), ".npy.part")
@@ -77,7 +77,7 @@ class SplitWriter:
         self.finished.append(shard)
 
     def read_back(self, index: int, path: Path) -> tuple[Shard, np.ndarray]:
-        """A shard's entry for the index, and where documents start, from the bytes on the disk; adds to the histogram."""
+        """Read a shard from disk: return its index entry and document starts (int64), and add its tokens to the histogram."""
         digest = hashlib.sha256()
         starts, tokens, max_id = [], 0, 0
         with path.open("rb") as file:
@@ -86,7 +86,7 @@ class SplitWriter:
                 digest.update(raw)
                 part = np.frombuffer(raw, dtype=self.dtype)
                 self.histogram += np.bincount(part, minlength=len(self.histogram))
-                # Only the writer puts the end-of-text id there, so the tokens themselves say where documents start.
+                # Encoded text never holds the end-of-text id, so each one marks the start of a document.
                 starts.append(np.flatnonzero(part == self.eot_id) + tokens)
                 tokens, max_id = tokens + len(part), max(max_id, int(part.max()))
         documents = np.concatenate(starts)
@@ -96,24 +96,24 @@ class SplitWriter:
         return shard, documents
 
     def state(self) -> dict[str, int]:
-        """The position, once everything up to it is on the disk."""
+        """Sync the open shard and return the position as plain values."""
         if self.file is not None:
             sync(self.file)
         return {"shards": len(self.finished), "tokens_open": self.tokens_open}
 
     def resume(self, state: dict[str, int]) -> None:
-        """Goes back to `state`: finished shards are read again, the open one is cut to what was recorded, later files are removed."""
+        """Return to `state`: read finished shards again, truncate the open one to its recorded length, remove later files."""
         count, tokens = state["shards"], state["tokens_open"]
         for index in range(count):
             if not self.path(index).exists():
-                raise DataError(f"{self.path(index)}: missing, though {JOURNAL} counts it; start again with --overwrite")
+                raise DataError(f"{self.path(index)}: missing, but listed in {JOURNAL}", fix="tokenize again with --overwrite")
             shard, _ = self.read_back(index, self.path(index))
             if not self.path(index, ".docs.npy").exists() or sha256_of(self.path(index, ".docs.npy")) != shard.docs_sha256:
-                raise DataError(f"{self.path(index, '.docs.npy')}: missing or damaged; start again with --overwrite")
+                raise DataError(f"{self.path(index, '.docs.npy')}: missing or damaged", fix="tokenize again with --overwrite")
             self.finished.append(shard)
         open_shard = self.path(count, ".npy.part")
         if tokens and not open_shard.exists() and self.path(count).exists():
-            os.replace(self.path(count), open_shard)  # It was finished after the journal's last word.
+            os.replace(self.path(count), open_shard)  # It was finished after the last journal entry.
         for path in sorted(self.folder.glob(f"{self.split}_*")):
             if path != open_shard and path.name[: len(self.split) + 7] >= open_shard.name[: len(self.split) + 7]:
                 path.unlink()
@@ -122,21 +122,21 @@ class SplitWriter:
             return
         size = HEADER_BYTES + tokens * self.dtype.itemsize
         if not open_shard.exists() or open_shard.stat().st_size < size:
-            raise DataError(f"{open_shard}: shorter than {JOURNAL} says; start again with --overwrite")
+            raise DataError(f"{open_shard}: shorter than recorded in {JOURNAL}", fix="tokenize again with --overwrite")
         os.truncate(open_shard, size)
         self.file, self.tokens_open = open_shard.open("r+b", buffering=1 << 20), tokens
         self.file.seek(size)
 
 
 def entropy(histogram: np.ndarray) -> float:
-    """Entropy in nats per token of the distribution that the counts describe; what a model gains by knowing frequencies alone."""
+    """Return the entropy of the unigram distribution, in nats per token: the loss of a model that knows token frequencies only."""
     counts = [int(count) for count in histogram[histogram > 0]]
     total = sum(counts)
     return round(math.fsum(count * math.log(total / count) for count in counts) / total, 9) if total else 0.0
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Writes a whole file or none: temporary name, sync, rename."""
+    """Write a file atomically: temporary name, sync, rename."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("wb") as file:
         file.write(content)
@@ -146,18 +146,18 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes JSON, the whole file or none."""
+    """Write JSON atomically."""
     replace_file(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def sync(file: Any) -> None:
-    """Everything written so far is on the disk."""
+    """Flush a file to disk."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:
-    """Renames in a folder are on the disk."""
+    """Flush the renames in a folder to disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,6 +1,6 @@
-"""Byte-level BPE: trained on a text, read from GPT-2's files, and run by tiktoken where that gives the same ids three times as fast.
+"""Byte-level BPE: training, GPT-2's files, and tiktoken as an engine, which is three times as fast.
 
-Everything here speaks the tokenizers library's `tokenizer.json`, as a dictionary called `spec`.
+`spec` is always the content of a `tokenizer.json` of the tokenizers library, as a dictionary.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from gptoughts.data.text.sources import first_line, require
+from gptoughts.data.text.rows import first_line, require
 from gptoughts.errors import DataError
 
 END_OF_TEXT = "<|endoftext|>"
-LEAST_VOCABULARY = 257  # 256 bytes and the end-of-text token.
+MIN_VOCAB_SIZE = 257  # 256 bytes and the end-of-text token.
 GPT2_FILES = (("vocab.bpe", "encoder.json"), ("merges.txt", "vocab.json"))
 BYTE_LEVEL: dict[str, Any] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 
 
 def byte_of_character() -> dict[str, int]:
-    """GPT-2's printable stand-in for each byte, read backwards (openai/gpt-2, encoder.py, bytes_to_unicode)."""
+    """Return printable character -> byte: the inverse of GPT-2's table (openai/gpt-2, encoder.py, bytes_to_unicode)."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in set(printable)]
     characters = [*map(chr, printable), *(chr(256 + index) for index in range(len(others)))]
@@ -28,15 +28,13 @@ def byte_of_character() -> dict[str, int]:
 
 
 def train(texts: Iterable[str], vocab_size: int) -> dict[str, Any]:
-    """A byte-level BPE with GPT-2's split pattern, learned from `texts`; the same texts give the same bytes every time.
+    """Train a byte-level BPE with GPT-2's split pattern; deterministic for the same texts.
 
-    The end-of-text token is id 0 and counts in `vocab_size`. A small text may give fewer ids than asked for.
-    Raises DataError for a vocabulary that cannot hold the 256 bytes.
+    The end-of-text token is id 0 and counts in `vocab_size`. A small text can give fewer ids. Raises DataError for a vocabulary
+    that cannot hold the 256 bytes.
     """
-    if vocab_size < LEAST_VOCABULARY:
-        raise DataError(
-            f"train_bpe = {vocab_size}: a byte-level BPE needs at least {LEAST_VOCABULARY} (256 bytes and end-of-text)"
-        )
+    if vocab_size < MIN_VOCAB_SIZE:
+        raise DataError(f"train_bpe: must be at least {MIN_VOCAB_SIZE} (256 bytes and end-of-text)", found=vocab_size)
     require("tokenizers", "train", "training a BPE")
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -46,7 +44,7 @@ def train(texts: Iterable[str], vocab_size: int) -> dict[str, Any]:
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[END_OF_TEXT],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),  # The library's own order is that of a hash map.
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),  # The library returns them in hash-map order.
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
@@ -54,7 +52,7 @@ def train(texts: Iterable[str], vocab_size: int) -> dict[str, Any]:
 
 
 def gpt2_from_folder(folder: Path) -> dict[str, Any] | None:
-    """GPT-2's tokenizer from vocab.bpe and encoder.json, or merges.txt and vocab.json; None where the folder has neither pair."""
+    """Read GPT-2's vocab.bpe and encoder.json, or merges.txt and vocab.json; return None where the folder has neither pair."""
     for merges_name, vocab_name in GPT2_FILES:
         merges_file, vocab_file = folder / merges_name, folder / vocab_name
         if merges_file.exists() and vocab_file.exists():
@@ -65,17 +63,15 @@ def gpt2_from_folder(folder: Path) -> dict[str, Any] | None:
                 raise DataError(f"{folder}: {vocab_name} or {merges_name} cannot be read ({first_line(error)})") from None
             merges = [line.rstrip("\r").split(" ") for line in lines if line.strip() and not line.startswith("#version")]
             if not isinstance(vocab, dict) or any(len(merge) != 2 for merge in merges):
-                raise DataError(
-                    f"{merges_file}: not a list of merges, two tokens a line; give the files that GPT-2 was published with"
-                )
+                raise DataError(f"{merges_file}: not a list of merges, two tokens per line", fix="GPT-2's published files")
             if END_OF_TEXT not in vocab:
-                raise DataError(f"{vocab_file}: no {END_OF_TEXT}; give the files that GPT-2 was published with")
+                raise DataError(f"{vocab_file}: no {END_OF_TEXT}", fix="GPT-2's published files")
             return spec_of(vocab, merges)
     return None
 
 
 def gpt2_from_tiktoken() -> dict[str, Any]:
-    """GPT-2's tokenizer out of tiktoken's cache, which tiktoken fills from the network the first time."""
+    """Read GPT-2's tokenizer from tiktoken's cache; tiktoken downloads it on first use."""
     require("tiktoken", "train", "tokenizer gpt2")
     import tiktoken
 
@@ -83,34 +79,34 @@ def gpt2_from_tiktoken() -> dict[str, Any]:
         ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks
     except Exception as error:  # requests, urllib3, ssl and the cache's file errors have no common type.
         raise DataError(
-            f"tokenizer 'gpt2': not in tiktoken's cache, and the network gave no files ({type(error).__name__}); "
-            f"put vocab.bpe and encoder.json (or merges.txt and vocab.json) in a folder and name that folder as the tokenizer"
+            f"tokenizer 'gpt2': not in tiktoken's cache, and the download failed ({type(error).__name__})",
+            fix="a folder with vocab.bpe and encoder.json (or merges.txt and vocab.json) as the tokenizer",
         ) from None
-    character = {byte: sign for sign, byte in byte_of_character().items()}
+    character_of_byte = {byte: character for character, byte in byte_of_character().items()}
 
-    def written(token: bytes) -> str:
-        return "".join(character[byte] for byte in token)
+    def to_text(token: bytes) -> str:
+        return "".join(character_of_byte[byte] for byte in token)
 
-    merges = [[written(left), written(right)] for left, right in merges_of(ranks)]
-    return spec_of({written(token): rank for token, rank in ranks.items()} | {END_OF_TEXT: len(ranks)}, merges)
+    merges = [[to_text(left), to_text(right)] for left, right in merges_of(ranks)]
+    return spec_of({to_text(token): rank for token, rank in ranks.items()} | {END_OF_TEXT: len(ranks)}, merges)
 
 
 def merges_of(ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
-    """The merges behind tiktoken's ranks: each token's last join, when only earlier tokens may be used."""
+    """Yield the merges behind tiktoken's ranks: the last merge of each token, using only tokens of lower rank."""
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         parts = [bytes([byte]) for byte in token]
         while len(parts) > 2:
             joins = [ranks.get(parts[i] + parts[i + 1], rank) for i in range(len(parts) - 1)]
             best = min(range(len(joins)), key=joins.__getitem__)
             if joins[best] >= rank:
-                raise DataError(f"tiktoken's GPT-2 file holds a token that no merge makes ({token!r}); delete its cache")
+                raise DataError(f"tiktoken's GPT-2 file: no merge gives token {token!r}", fix="delete tiktoken's cache")
             parts[best : best + 2] = [parts[best] + parts[best + 1]]
         if len(parts) == 2:
             yield parts[0], parts[1]
 
 
 def spec_of(vocab: dict[str, int], merges: list[list[str]]) -> dict[str, Any]:
-    """A tokenizer.json of GPT-2's kind from its two tables."""
+    """Build a tokenizer.json like GPT-2's from vocabulary and merges."""
     special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     return {
         "version": "1.0",
@@ -137,7 +133,7 @@ def spec_of(vocab: dict[str, int], merges: list[list[str]]) -> dict[str, Any]:
 
 
 def splits_like_gpt2(spec: dict[str, Any]) -> bool:
-    """Whether text is split by GPT-2's pattern and nothing else touches it before the merges."""
+    """Whether text is split by GPT-2's pattern and not changed otherwise before the merges."""
     split = spec.get("pre_tokenizer") or {}
     return (
         spec.get("normalizer") is None
@@ -149,7 +145,7 @@ def splits_like_gpt2(spec: dict[str, Any]) -> bool:
 
 
 def tiktoken_ranks(spec: dict[str, Any]) -> dict[bytes, int] | None:
-    """Token bytes to id where tiktoken's merge rule (lowest id first) is this tokenizer's rule too; None where it is not."""
+    """Return token bytes -> id if this tokenizer follows tiktoken's merge rule (lowest id first), else None."""
     model, added = spec["model"], spec.get("added_tokens") or []
     plain = not any(
         model.get(key) for key in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
@@ -162,16 +158,16 @@ def tiktoken_ranks(spec: dict[str, Any]) -> dict[bytes, int] | None:
     pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
     results = [vocab.get("".join(pair), -1) for pair in pairs]
     tokens = {name: index for name, index in vocab.items() if name not in names}
-    if any(sign not in byte for name in tokens for sign in name) or not all(sign in tokens for sign in byte):
+    if any(char not in byte for name in tokens for char in name) or not all(char in tokens for char in byte):
         return None
     in_order = all(earlier < later for earlier, later in zip([-1, *results], results, strict=False))
     if not in_order or set(results) != {index for name, index in tokens.items() if len(name) > 1}:
         return None
-    return {bytes(byte[sign] for sign in name): index for name, index in tokens.items()}
+    return {bytes(byte[char] for char in name): index for name, index in tokens.items()}
 
 
 def tiktoken_encoding(spec: dict[str, Any], eot_id: int) -> Any | None:
-    """A `tiktoken.Encoding` with this tokenizer's ids, or None where its rules differ from tiktoken's."""
+    """Return a `tiktoken.Encoding` with this tokenizer's ids, or None if its merge rules differ."""
     ranks = tiktoken_ranks(spec)
     if ranks is None:
         return None

@@ -1,12 +1,11 @@
-"""One `Tokenizer` for bytes, characters, GPT-2, a trained BPE and any tokenizer.json.
+"""Tokenizers for bytes, characters, GPT-2, a trained BPE and any tokenizer.json.
 
-Text is always encoded as text: a document that spells `<|endoftext|>` never yields the end-of-text id. A saved tokenizer is
-two JSON files, `tokenizer.json` and `gptoughts_tokenizer.json`, and no pickle.
+Special tokens in a text are encoded as plain text: `<|endoftext|>` in a document never becomes the end-of-text id. A saved
+tokenizer is two JSON files, `tokenizer.json` and `gptoughts_tokenizer.json`.
 """
 
 from __future__ import annotations
 
-import codecs
 import hashlib
 import json
 import re
@@ -17,9 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from gptoughts.data.text.rows import first_line, require
 from gptoughts.data.text.sample import first_characters, spread_sample
-from gptoughts.data.text.sources import Source, first_line, require
+from gptoughts.data.text.sources import Source
 from gptoughts.data.tokenizers import bpe
+from gptoughts.data.tokenizers.stream import StreamDecoder
 from gptoughts.errors import DataError, nearest
 
 CARD = "gptoughts_tokenizer.json"
@@ -28,11 +29,11 @@ END_OF_TEXT_NAMES = (
 )  # fmt: skip
 BPE_SAMPLE_CHARACTERS = 50_000_000
 IDENTITY_SAMPLE_CHARACTERS = 1_000_000
-SAFE_CUT = re.compile(r"(?<=\S)(?= [A-Za-z])")  # GPT-2's pattern never joins what lies on both sides of this place.
+SAFE_CUT = re.compile(r"(?<=\S)(?= [A-Za-z])")  # GPT-2's pattern never matches across this boundary.
 
 
 class Tokenizer(ABC):
-    """Text to ids and back. `eot_id` is the end-of-text id; ids are below `vocab_size`; `hash` is the sha256 of `canonical`."""
+    """Base class. `eot_id` is the end-of-text id; ids are below `vocab_size`; `canonical` is the content of tokenizer.json."""
 
     kind: str
     vocab_size: int
@@ -42,61 +43,61 @@ class Tokenizer(ABC):
 
     @property
     def hash(self) -> str:
-        """sha256 of the tokenizer's canonical file: equal hashes mean equal ids."""
+        """sha256 of `canonical`; equal hashes mean equal ids."""
         return hashlib.sha256(self.canonical).hexdigest()
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """uint16 where every id fits, else uint32."""
+        """uint16 if every id fits, else uint32."""
         return np.dtype(np.uint16 if self.vocab_size <= 65536 else np.uint32)
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """The ids of each text, in `dtype`; no end-of-text is added and none is read out of the text."""
+        """Return the ids of each text, in `dtype`, without end-of-text."""
 
     @abstractmethod
     def token_bytes(self, index: int) -> bytes | None:
-        """The bytes that a token stands for; none for end-of-text and unknown ids. None where tokens are not bytes."""
+        """Return the bytes of a token; empty for end-of-text and unknown ids, None if the tokens are not bytes."""
 
     def encode(self, text: str) -> np.ndarray:
-        """The ids of one text, in `dtype`."""
+        """Return the ids of one text, in `dtype`."""
         return self.encode_batch([text])[0]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`. End-of-text reads as nothing; bytes that are not UTF-8 read as U+FFFD."""
+        """Decode `ids`; end-of-text becomes an empty string, bytes that are not UTF-8 become U+FFFD."""
         return b"".join(self.token_bytes(int(index)) or b"" for index in ids).decode("utf-8", errors="replace")
 
     def stream(self) -> StreamDecoder:
-        """A decoder for ids that come one by one."""
+        """Return an incremental decoder."""
         return StreamDecoder(self)
 
     def cut(self, text: str, characters: int) -> Iterator[str]:
-        """Parts of about `characters` whose ids, joined, are the ids of the whole text; one part where that cannot be promised."""
+        """Cut a text into parts of about `characters` whose joined ids equal those of the whole; one part if that is not guaranteed."""
         yield text
 
     def accelerate(self, sample: Sequence[str]) -> None:  # noqa: B027
-        """Takes a faster engine where it gives the same ids on `sample`."""
+        """Switch to a faster engine if it gives the same ids on `sample`."""
 
     def card(self) -> dict[str, Any]:
-        """What `gptoughts_tokenizer.json` says."""
-        facts = {
+        """Return the contents of `gptoughts_tokenizer.json`."""
+        content = {
             "kind": self.kind,
             "vocab_size": self.vocab_size,
             "eot_id": self.eot_id,
             "hash": self.hash,
             "engine": self.engine,
         }
-        return {"format": "gptoughts-tokenizer", "version": 1, **facts}
+        return {"format": "gptoughts-tokenizer", "version": 1, **content}
 
     def save(self, folder: Path) -> None:
-        """Writes `tokenizer.json` and `gptoughts_tokenizer.json` into `folder`, which is made if need be."""
+        """Write `tokenizer.json` and `gptoughts_tokenizer.json` into `folder`, created if missing."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "tokenizer.json").write_bytes(self.canonical)
         (folder / CARD).write_text(json.dumps(self.card(), indent=1) + "\n", encoding="utf-8")
 
     @staticmethod
     def load(folder: Path) -> Tokenizer:
-        """The tokenizer that `save` wrote. Raises DataError where files are missing, or the hash is another."""
+        """Load a tokenizer written by `save`. Raises DataError where a file is missing or changed."""
         try:
             card = json.loads((folder / CARD).read_text(encoding="utf-8"))
             raw = (folder / "tokenizer.json").read_bytes()
@@ -104,9 +105,8 @@ class Tokenizer(ABC):
             raise DataError(f"{folder}: not a saved tokenizer ({first_line(error)})") from None
         found = hashlib.sha256(raw).hexdigest()
         if not isinstance(card, dict) or card.get("hash") != found:
-            raise DataError(
-                f"{folder / 'tokenizer.json'}: changed since it was saved (sha256 {found[:12]} is not the one in {CARD})"
-            )
+            problem = f"{folder / 'tokenizer.json'}: changed since it was saved (sha256 differs from {CARD})"
+            raise DataError(problem, found=found[:12])
         kind = card.get("kind")
         if kind == "bytes":
             return ByteTokenizer()
@@ -120,7 +120,7 @@ class Tokenizer(ABC):
 
 
 class ByteTokenizer(Tokenizer):
-    """The 256 bytes of UTF-8, and end-of-text as id 256."""
+    """Tokenizer with the 256 bytes of UTF-8 and end-of-text as id 256."""
 
     kind = "bytes"
     vocab_size = 257
@@ -138,7 +138,7 @@ class ByteTokenizer(Tokenizer):
 
 
 class CharacterTokenizer(Tokenizer):
-    """The characters of a corpus in code point order, and end-of-text after the last."""
+    """Tokenizer with the characters of a corpus in code point order, and end-of-text as the last id."""
 
     kind = "chars"
 
@@ -149,7 +149,7 @@ class CharacterTokenizer(Tokenizer):
         content = {"format": "gptoughts-chars", "version": 1, "characters": self.characters}
         self.canonical = (json.dumps(content) + "\n").encode()
         points = np.array([ord(character) for character in self.characters], dtype=np.int64)
-        # One entry more than the highest code point: every character above it lands on this last, unknown one.
+        # One entry more than the highest code point, marked unknown, for every character above it.
         self.table = np.full(int(points.max(initial=0)) + 2, self.vocab_size, dtype=np.uint32)
         self.table[points] = np.arange(self.eot_id, dtype=np.uint32)
 
@@ -161,7 +161,9 @@ class CharacterTokenizer(Tokenizer):
         ids = self.table[np.minimum(points, len(self.table) - 1)]
         if ids.max(initial=0) == self.vocab_size:
             unknown = text[int((ids == self.vocab_size).argmax())]
-            raise DataError(f"character {unknown!r} (U+{ord(unknown):04X}) is not one of the tokenizer's {self.eot_id}")
+            raise DataError(
+                f"character {unknown!r} (U+{ord(unknown):04X}) is not among the tokenizer's {self.eot_id} characters"
+            )
         return ids.astype(self.dtype)
 
     def token_bytes(self, index: int) -> bytes:
@@ -172,7 +174,7 @@ class CharacterTokenizer(Tokenizer):
 
 
 class JsonTokenizer(Tokenizer):
-    """A `tokenizer.json` of the tokenizers library; `accelerate` hands byte-level BPE to tiktoken where the ids are identical."""
+    """A `tokenizer.json` of the tokenizers library; `accelerate` uses tiktoken for byte-level BPE if the ids are identical."""
 
     engine = "tokenizers"
 
@@ -190,7 +192,7 @@ class JsonTokenizer(Tokenizer):
         self.vocab_size = max([*vocab.values(), *added.values()], default=-1) + 1
         eot = next((table[name] for table in (added, vocab) for name in END_OF_TEXT_NAMES if name in table), None)
         if eot is None:
-            raise DataError(f"{origin}: cannot tell the end-of-text token; it needs one of {', '.join(END_OF_TEXT_NAMES)}")
+            raise DataError(f"{origin}: no end-of-text token", fix=f"add one of {', '.join(END_OF_TEXT_NAMES)}")
         self.eot_id = int(eot)
         self.encoding: Any = None
         self._library: Any = None
@@ -198,17 +200,17 @@ class JsonTokenizer(Tokenizer):
 
     @staticmethod
     def _byte_table(vocab: dict[str, int], added: dict[str, int]) -> dict[int, bytes]:
-        """The bytes of every token of a byte-level vocabulary; added tokens are written out in UTF-8."""
+        """Return id -> bytes for a byte-level vocabulary; added tokens are UTF-8 text."""
         byte = bpe.byte_of_character()
         table = {
-            index: bytes(byte[sign] for sign in name) if all(sign in byte for sign in name) else name.encode()
+            index: bytes(byte[char] for char in name) if all(char in byte for char in name) else name.encode()
             for name, index in vocab.items()
         }
         return table | {index: name.encode() for name, index in added.items()}
 
     @property
     def library(self) -> Any:
-        """The tokenizers library's object, in which special tokens found in a text stay text."""
+        """The tokenizers library's object, set to encode special tokens in a text as text."""
         if self._library is None:
             require("tokenizers", "train", self.origin)
             import tokenizers
@@ -227,23 +229,22 @@ class JsonTokenizer(Tokenizer):
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         if self.encoding is not None:
-            # With no special token allowed and none forbidden, tiktoken reads them all as plain text.
+            # With no special token allowed and none disallowed, tiktoken encodes all of them as plain text.
             return [self.encoding.encode_to_numpy(text, disallowed_special=()).astype(self.dtype) for text in texts]
         encoded = self.library.encode_batch_fast(list(texts), add_special_tokens=False)
         batch = [np.array(one.ids, dtype=np.uint32).astype(self.dtype) for one in encoded]
-        # A Unigram or WordLevel model can find the end-of-text token in the text by itself, as an ordinary piece.
+        # A Unigram or WordLevel model can match the end-of-text token in a text as an ordinary piece.
         return [self._without_eot(text) if (ids == self.eot_id).any() else ids for text, ids in zip(texts, batch, strict=True)]
 
     def _without_eot(self, text: str) -> np.ndarray:
-        """The ids of a text that spells the end-of-text token, which is cut after its first character wherever it stands."""
+        """Return the ids of a text that contains the end-of-text token as text, by cutting each occurrence after its first character."""
         name = next(name for name, index in self.library.get_vocab().items() if index == self.eot_id)
         parts = text.replace(name, name[0] + "\0" + name[1:]).split("\0") if "\0" not in text else [text]
         encoded = self.library.encode_batch_fast(parts, add_special_tokens=False)
         ids = np.array([index for one in encoded for index in one.ids], dtype=np.uint32).astype(self.dtype)
         if (ids == self.eot_id).any():
-            raise DataError(
-                f"the text spells the end-of-text token {name!r}, and {self.origin} cannot encode that as text; remove it"
-            )
+            problem = f"the text contains the end-of-text token {name!r}, which {self.origin} cannot encode as text"
+            raise DataError(problem, fix="remove it from the text")
         return ids
 
     def accelerate(self, sample: Sequence[str]) -> None:
@@ -272,52 +273,21 @@ class JsonTokenizer(Tokenizer):
             yield text
             return
         start = 0
-        while place := SAFE_CUT.search(text, start + characters):
-            yield text[start : place.start()]
-            start = place.start()
+        while match := SAFE_CUT.search(text, start + characters):
+            yield text[start : match.start()]
+            start = match.start()
         yield text[start:]
 
 
 def cut_anywhere(text: str, characters: int) -> Iterator[str]:
-    """`text` in parts of `characters`; an empty text is one empty part."""
+    """Cut a text into parts of `characters`; an empty text is one empty part."""
     return (text[start : start + characters] for start in range(0, max(len(text), 1), characters))
 
 
-class StreamDecoder:
-    """Ids in, text out; half of a UTF-8 character waits for its other half."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
-        self.bytes = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self.ids: list[int] = []
-        self.shown = 0
-
-    def push(self, index: int) -> str:
-        """The text that is certain after this id; often nothing."""
-        raw = self.tokenizer.token_bytes(int(index))
-        if raw is not None:
-            return self.bytes.decode(raw)
-        # Tokens that are not bytes: decode the last shown ids and the new ones together, as a word's first space depends on them.
-        self.ids.append(int(index))
-        before = self.tokenizer.decode(self.ids[: self.shown])
-        text = self.tokenizer.decode(self.ids)
-        if text.endswith("\N{REPLACEMENT CHARACTER}") or len(text) <= len(before):
-            return ""
-        self.ids, self.shown = self.ids[self.shown :], len(self.ids) - self.shown
-        return text[len(before) :]
-
-    def close(self) -> str:
-        """The rest; a character that never got its other half reads as U+FFFD."""
-        rest = self.bytes.decode(b"", final=True)
-        text = self.tokenizer.decode(self.ids)[len(self.tokenizer.decode(self.ids[: self.shown])) :] if self.ids else ""
-        self.ids, self.shown = [], 0
-        return rest + text
-
-
 def build_tokenizer(name: str, source: Source, train_bpe: int | None = None) -> Tokenizer:
-    """The tokenizer that `name` asks for: bytes, chars, gpt2, bpe, a tokenizer.json, or a folder with GPT-2's or saved files.
+    """Build the tokenizer `name`: bytes, chars, gpt2, bpe, a tokenizer.json, or a folder with GPT-2's or saved files.
 
-    `chars` and `bpe` read the corpus. Byte-level BPE is handed to tiktoken where a sample of the corpus gives identical ids.
+    `chars` and `bpe` read the corpus. Byte-level BPE runs on tiktoken if a sample of the corpus gives identical ids.
     """
     if name == "bytes":
         return ByteTokenizer()
@@ -325,7 +295,7 @@ def build_tokenizer(name: str, source: Source, train_bpe: int | None = None) -> 
         return CharacterTokenizer("".join(sorted(set().union(*(document.text for document in source.documents())))))
     if name == "bpe":
         if train_bpe is None:
-            raise DataError("tokenizer 'bpe' needs the size of its vocabulary; type: --train-bpe 4096")
+            raise DataError("tokenizer 'bpe': needs a vocabulary size", fix="--train-bpe 4096, or --data.train-bpe 4096")
         spec = bpe.train(spread_sample(source, BPE_SAMPLE_CHARACTERS), train_bpe)
         tokenizer: Tokenizer = JsonTokenizer(json.dumps(spec, ensure_ascii=False).encode(), "bpe", "trained BPE")
     else:
@@ -335,7 +305,7 @@ def build_tokenizer(name: str, source: Source, train_bpe: int | None = None) -> 
 
 
 def bpe_from_files(name: str) -> Tokenizer:
-    """GPT-2 through tiktoken, or the tokenizer in the file or folder `name`."""
+    """Load GPT-2's tokenizer through tiktoken, or a tokenizer from the file or folder `name`."""
     if name == "gpt2":
         return JsonTokenizer(json.dumps(bpe.gpt2_from_tiktoken(), ensure_ascii=False).encode(), "gpt2", "gpt2")
     path = Path(name).expanduser()
@@ -347,10 +317,9 @@ def bpe_from_files(name: str) -> Tokenizer:
         elif spec := bpe.gpt2_from_folder(path):
             return JsonTokenizer(json.dumps(spec, ensure_ascii=False).encode(), "gpt2", name)
         else:
-            raise DataError(
-                f"tokenizer {name!r}: the folder has no tokenizer.json, no vocab.bpe + encoder.json, no merges.txt + vocab.json"
-            )
+            files = "tokenizer.json, vocab.bpe + encoder.json, or merges.txt + vocab.json"
+            raise DataError(f"tokenizer {name!r}: the folder must hold {files}")
     if not path.is_file():
-        words = ("bytes", "chars", "gpt2", "bpe")
-        raise DataError(f"tokenizer {name!r}: not bytes, chars, gpt2 or bpe, and no such file{nearest(name, words)}")
+        known = ("bytes", "chars", "gpt2", "bpe")
+        raise DataError(f"tokenizer {name!r}: not bytes, chars, gpt2 or bpe, and no such file{nearest(name, known)}")
     return JsonTokenizer(path.read_bytes(), "file", name)

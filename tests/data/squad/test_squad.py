@@ -133,7 +133,7 @@ MISTAKES: list[tuple[str, Any, str]] = [
     ("a.jsonl", '{"id": "7", "question": "q"}', r"a.jsonl:1: question 7: no field 'answers'"),
     ("a.jsonl", '{"id": "7", "answers": {"text": ["Ann"], "answer_start": []}}', "1 texts and 0 starts"),
     ("a.jsonl", '{"id": "7", "answers": {"text": ["Ann"], "answer_start": ["0"]}}', "question 7: an answer is a text and a whole number"),
-    ("a.jsonl", "[1]", "a.jsonl:1: a JSON list"),
+    ("a.jsonl", "[1]", "a.jsonl:1: not a JSON object. Found JSON list"),
     ("a.txt", "x", "end in .json"),
 ]  # fmt: skip
 

@@ -19,10 +19,10 @@ import pytest
 
 from gptoughts.cli.tokenize import tokenize as command
 from gptoughts.config.loader import DataConfig
-from gptoughts.data.text import tokenize as module
+from gptoughts.data.text import job as module
 from gptoughts.data.text.shards import Shards
 from gptoughts.data.text.sources import open_source
-from gptoughts.data.text.split import by_documents, divided, resolve_rule
+from gptoughts.data.text.split import resolve_rule, split_by_position, split_documents
 from gptoughts.data.text.tokenize import prepare, tokenize
 from gptoughts.data.text.writer import entropy
 from gptoughts.data.tokenizers.tokenizer import ByteTokenizer, CharacterTokenizer
@@ -30,8 +30,8 @@ from gptoughts.errors import DataError
 
 CHILD = """
 import sys
-from gptoughts.data.text import tokenize
-tokenize.JOURNAL_SECONDS, tokenize.TASK_CHARACTERS = 0.0, 3000
+from gptoughts.data.text import job, tokenize
+job.JOURNAL_SECONDS, job.TASK_CHARACTERS = 0.0, 3000
 tokenize.tokenize(sys.argv[1], "bpe", sys.argv[2], train_bpe=300, val_fraction=0.2, shard_tokens=7001, processes=int(sys.argv[3]))
 """
 
@@ -87,7 +87,7 @@ def test_processes_and_kills_change_no_byte(tmp_path: Path) -> None:
             kills += not (killed / "index.json").exists()
         if (killed / "index.json").exists():
             break
-        with pytest.raises(DataError, match="tokenizing was interrupted; continue it with the same command"):
+        with pytest.raises(DataError, match=r"tokenizing was interrupted\.\n  Try: the same command again: gptoughts tokenize"):
             Shards.open(killed)
     assert kills >= 2
     assert child(tmp_path / "c.jsonl", killed).wait() == 0
@@ -174,26 +174,27 @@ def test_documents_are_chosen_by_their_position(tmp_path: Path) -> None:
     texts = write_corpus(tmp_path / "c.jsonl", 300)
     source = open_source(str(tmp_path / "c.jsonl"))
     rule = resolve_rule(source, 0.1, "auto")
-    held = [document.text for split, document in divided(source, 0.1, rule) if split == "val"]
+    held = [document.text for split, document in split_documents(source, 0.1, rule) if split == "val"]
     assert rule == "documents" and 15 <= len(held) <= 45 and set(held) < set(texts)
-    assert [s for s, _ in divided(source, 0.1, rule)] == [s for s, _ in divided(source, 0.1, rule)]
+    first, second = ([split for split, _ in split_documents(source, 0.1, rule)] for _ in range(2))
+    assert first == second
 
 
 @pytest.mark.parametrize(("count", "fraction"), [(2, 0.01), (2, 0.99), (5, 0.5)])
 def test_few_documents_leave_one_in_each_split(tmp_path: Path, count: int, fraction: float) -> None:
     write_corpus(tmp_path / "c.jsonl", count)
-    assert {split for split, _ in by_documents(open_source(str(tmp_path / "c.jsonl")), fraction)} == {"train", "val"}
+    assert {split for split, _ in split_by_position(open_source(str(tmp_path / "c.jsonl")), fraction)} == {"train", "val"}
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"val_fraction": 1.0}, "val_fraction = 1.0: give a share from 0"),
-        ({"val_from": "head"}, "val_from = 'head': give auto, tail or documents"),
-        ({"val_from": "documents"}, "one document cannot be shared by documents; type: --val-from tail"),
-        ({"shard_tokens": 0}, "shard_tokens = 0"),
-        ({"processes": 0}, "processes = 0"),
-        ({"val_fraction": 0.1}, "1 characters are too few to keep a share of 0.1"),
+        ({"val_fraction": 1.0}, "val_fraction: must be at least 0 and below 1. Found 1.0"),
+        ({"val_from": "head"}, "val_from: must be auto, tail or documents. Found 'head'"),
+        ({"val_from": "documents"}, "one document cannot be split by documents.\n  Try: --val-from tail"),
+        ({"shard_tokens": 0}, "shard_tokens: must be at least 1. Found 0"),
+        ({"processes": 0}, "processes: must be at least 1. Found 0"),
+        ({"val_fraction": 0.1}, "too short for val_fraction 0.1. Found 1 characters"),
     ],
 )
 def test_settings_that_cannot_be_are_named(tmp_path: Path, change: dict[str, object], message: str) -> None:
@@ -233,19 +234,19 @@ def test_other_settings_and_other_folders_are_refused(tmp_path: Path) -> None:
     index = tokenize(str(source), "bytes", out)
     assert tokenize(str(source), "bytes", out) == index
     with pytest.raises(
-        DataError, match=r"made with other settings \(val_fraction is 0.05 there, 0.5 asked\); type --overwrite"
+        DataError, match=r"made with other settings\. Found val_fraction 0.05 \(requested 0.5\)\.\n  Try: --overwrite"
     ):
         tokenize(str(source), "bytes", out, val_fraction=0.5)
     assert tokenize(str(source), "bytes", out, val_fraction=0.5, overwrite=True) != index
     source.write_text("some longer text to keep")
-    with pytest.raises(DataError, match="source_bytes is 17 there, 24 asked"):
+    with pytest.raises(DataError, match=r"source_bytes 17 \(requested 24\)"):
         tokenize(str(source), "bytes", out, val_fraction=0.5)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
     for overwrite in (False, True):
-        with pytest.raises(DataError, match=r"not empty \(holds 'letter.txt'\) and no tokenized folder"):
+        with pytest.raises(DataError, match=r"not empty and not a tokenized folder\. Found 'letter.txt'"):
             tokenize(str(source), "bytes", tmp_path / "mine", overwrite=overwrite)
-    with pytest.raises(DataError, match="cannot be made or opened as a folder"):
+    with pytest.raises(DataError, match="cannot be created or opened as a folder"):
         tokenize(str(source), "bytes", source)
 
 
@@ -254,7 +255,7 @@ def interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, P
     write_corpus(tmp_path / "c.jsonl", 40)
     monkeypatch.setattr(module, "JOURNAL_SECONDS", 0.0)
     monkeypatch.setattr(module, "TASK_CHARACTERS", 3000)
-    write, calls = module.write, 0
+    write, calls = module.write_pieces, 0
 
     def stop(*arguments: object) -> None:
         nonlocal calls
@@ -264,7 +265,7 @@ def interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, P
         write(*arguments)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(module, "write", stop)
+        patch.setattr(module, "write_pieces", stop)
         tokenize(str(tmp_path / "c.jsonl"), "bytes", tmp_path / "o", val_fraction=0, shard_tokens=9000)
     return str(tmp_path / "c.jsonl"), tmp_path / "o"
 
@@ -272,11 +273,11 @@ def interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, P
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        ("settings", "made with other settings (shard_tokens is 9000 there, 8000 asked)"),
+        ("settings", "made with other settings. Found shard_tokens 9000 (requested 8000)"),
         ("source", "changed since the interruption"),
         ("journal", "progress.json: damaged"),
-        ("part", "shorter than progress.json says"),
-        ("shard", "train_000000.npy: missing, though progress.json counts it"),
+        ("part", "shorter than recorded in progress.json"),
+        ("shard", "train_000000.npy: missing, but listed in progress.json"),
         ("docs", "train_000000.docs.npy: missing or damaged"),
     ],
 )
@@ -314,7 +315,7 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        with pytest.raises(DataError, match=r"cannot be written \(No space left on device; what is there stays: run again"):
+        with pytest.raises(DataError, match=r"cannot be written \(No space left on device\)\.\n  Try: run again"):
             tokenize(str(tmp_path / "c.jsonl"), "bytes", tmp_path / "o", **arguments)
     tokenize(str(tmp_path / "c.jsonl"), "bytes", tmp_path / "o", **arguments)
     tokenize(str(tmp_path / "c.jsonl"), "bytes", tmp_path / "whole", **arguments)
@@ -344,7 +345,7 @@ def test_a_dead_worker_is_an_error_and_the_work_goes_on(tmp_path: Path, monkeypa
     write_corpus(tmp_path / "c.jsonl", 40)
     with monkeypatch.context() as patch:
         patch.setattr(workers, "COMMAND", "import os; os.kill(os.getpid(), 9)")
-        with pytest.raises(DataError, match=r"a tokenizing process ended with code -9 .* run again to continue"):
+        with pytest.raises(DataError, match=r"a tokenizing process exited with code -9 .*\n  Try: run again with fewer"):
             tokenize(str(tmp_path / "c.jsonl"), "bytes", tmp_path / "o", processes=2)
     tokenize(str(tmp_path / "c.jsonl"), "bytes", tmp_path / "o", processes=2)
     Shards.open(tmp_path / "o").verify_hashes()

@@ -1,0 +1,178 @@
+"""Read rows with a text field from .jsonl (also compressed), .parquet and Hugging Face datasets."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import IO, Any
+
+from gptoughts.errors import DataError, nearest
+
+Row = tuple[str, str]
+"""Location (`file:line` or `file:row`, counted from 1) and text, which can be empty."""
+
+
+def json_rows(path: Path, name: str, text_key: str) -> Iterator[Row]:
+    """Yield the rows of a .jsonl file, also compressed; blank lines are ignored."""
+    number = 0
+    try:
+        with open_lines(path) as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    where = f"{name}:{number}"
+                    yield where, row_text(json_row(line, where), text_key, where)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{name}: damaged gzip after line {number} ({error})", fix="download the file again") from None
+    except OSError as error:
+        raise DataError(f"{name}: cannot be read after line {number} ({error})") from None
+
+
+def open_lines(path: Path) -> IO[bytes]:
+    """Open a file for reading lines as bytes; .gz and .zst are decompressed."""
+    if path.name.endswith(".gz"):
+        return gzip.open(path, "rb")  # type: ignore[return-value]
+    if path.name.endswith(".zst"):
+        require("zstandard", "train", path.name)
+        import zstandard
+
+        class Reader(io.RawIOBase):
+            """Decompressed zstd stream that raises DataError instead of zstandard's own error."""
+
+            def __init__(self) -> None:
+                self.file = path.open("rb")
+                self.stream = zstandard.ZstdDecompressor().stream_reader(self.file, read_across_frames=True)
+
+            def readable(self) -> bool:
+                return True
+
+            def readinto(self, buffer: Any) -> int:
+                try:
+                    return self.stream.readinto(buffer)
+                except zstandard.ZstdError as error:
+                    raise DataError(f"{path}: damaged zstd ({error})", fix="download the file again") from None
+
+            def close(self) -> None:
+                self.file.close()
+                super().close()
+
+        return io.BufferedReader(Reader(), 1 << 20)
+    return path.open("rb", buffering=1 << 20)
+
+
+def json_row(line: bytes, where: str) -> dict[str, Any]:
+    """Parse one line as a JSON object. Raises DataError of one line that begins with `where`; chat data lists several of them."""
+    try:
+        text = line.decode("utf-8-sig" if where.endswith(":1") else "utf-8")
+    except UnicodeDecodeError as error:
+        found = f"byte 0x{line[error.start]:02x} at offset {error.start} of the line"
+        raise DataError(f"{where}: not UTF-8", found=found) from None
+    try:
+        row = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
+    except RecursionError:
+        raise DataError(f"{where}: JSON nested too deeply") from None
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: not a JSON object", found=f"JSON {type(row).__name__}")
+    return row
+
+
+def row_text(row: dict[str, Any], text_key: str, where: str) -> str:
+    """Return the text of a row. Raises DataError where the field is missing, not a string, or not valid Unicode."""
+    if text_key not in row:
+        raise missing_field(text_key, list(row), where)
+    text = row[text_key]
+    if not isinstance(text, str):
+        raise DataError(f"{where}: field {text_key!r} must be a string", found=type(text).__name__)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where}: field {text_key!r} has an unpaired surrogate at character {error.start}") from None
+    return text
+
+
+def missing_field(text_key: str, fields: list[str], where: str) -> DataError:
+    """Build the error for rows without the text field; it lists the fields that exist."""
+    found = f"fields {', '.join(fields)}" if fields else "no fields"
+    fix = "--data.text-key FIELD (gptoughts tokenize: --text-key FIELD)"
+    return DataError(f"{where}: no field {text_key!r}{nearest(text_key, fields)}", found=found, fix=fix)
+
+
+def parquet_rows(path: Path, name: str, text_key: str) -> Iterator[Row]:
+    """Yield the rows of a .parquet file, read by row groups."""
+    require("pyarrow", "hf", path.name)
+    import pyarrow
+    import pyarrow.parquet
+
+    row = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            if text_key not in file.schema_arrow.names:
+                raise missing_field(text_key, file.schema_arrow.names, name)
+            for batch in file.iter_batches(batch_size=1024, columns=[text_key]):
+                for text in batch.column(0).to_pylist():
+                    row += 1
+                    yield f"{name}:{row}", row_text({text_key: text}, text_key, f"{name}:{row}")
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{name}: cannot be read as parquet after row {row} ({first_line(error)})") from None
+
+
+def saved_dataset_rows(path: Path, spec: str, text_key: str) -> Iterator[Row]:
+    """Yield the rows of a dataset written by `save_to_disk`."""
+    import datasets
+
+    try:
+        loaded = datasets.load_from_disk(str(path))
+    except Exception as error:  # A damaged folder raises errors of many types.
+        raise DataError(f"source {spec!r}: cannot be read as a Hugging Face dataset ({first_line(error)})") from error
+    yield from dataset_rows(spec, loaded, text_key)
+
+
+def hub_dataset_rows(spec: str, text_key: str) -> Iterator[Row]:
+    """Yield the rows of the Hugging Face Hub dataset `owner/name`."""
+    require("datasets", "hf", spec)
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(spec)
+    except Exception as error:  # Network, name, permission and script errors have no common type.
+        raise DataError(
+            f"source {spec!r}: not a local file or folder, and loading it from the Hugging Face Hub failed ({first_line(error)})"
+        ) from error
+    yield from dataset_rows(spec, loaded, text_key)
+
+
+def dataset_rows(spec: str, loaded: Any, text_key: str) -> Iterator[Row]:
+    """Yield the rows of a loaded dataset: the `train` split, or the only one."""
+    if isinstance(loaded, dict):
+        split = "train" if "train" in loaded else next(iter(loaded))
+        if split != "train" and len(loaded) > 1:
+            found = f"splits {', '.join(loaded)}"
+            raise DataError(f"source {spec!r}: no split 'train'", found=found, fix="the folder of one split")
+        loaded = loaded[split]
+    if text_key not in loaded.column_names:
+        raise missing_field(text_key, loaded.column_names, f"source {spec!r}")
+    row = 0
+    for batch in loaded.select_columns([text_key]).iter(batch_size=1024):
+        for text in batch[text_key]:
+            row += 1
+            yield f"{spec}:{row}", row_text({text_key: text}, text_key, f"{spec}:{row}")
+
+
+def require(package: str, extra: str, wanted_for: str) -> None:
+    """Raise DataError with the pip command where `package` is not installed."""
+    try:
+        metadata.version(package)
+    except metadata.PackageNotFoundError:
+        raise DataError(f"{wanted_for}: needs the package {package}", fix=f"pip install 'gptoughts[{extra}]'") from None
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, or its type where the text is empty."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

@@ -1,0 +1,40 @@
+"""Decode token ids one by one."""
+
+from __future__ import annotations
+
+import codecs
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gptoughts.data.tokenizers.tokenizer import Tokenizer
+
+
+class StreamDecoder:
+    """Incremental decoder; an incomplete UTF-8 character is held back until it is complete."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.bytes = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self.ids: list[int] = []
+        self.shown = 0
+
+    def push(self, index: int) -> str:
+        """Return the text that is final after this id; often empty."""
+        raw = self.tokenizer.token_bytes(int(index))
+        if raw is not None:
+            return self.bytes.decode(raw)
+        # Tokens that are not bytes: decode the last shown ids and the new ones together, as a word's first space depends on them.
+        self.ids.append(int(index))
+        before = self.tokenizer.decode(self.ids[: self.shown])
+        text = self.tokenizer.decode(self.ids)
+        if text.endswith("\N{REPLACEMENT CHARACTER}") or len(text) <= len(before):
+            return ""
+        self.ids, self.shown = self.ids[self.shown :], len(self.ids) - self.shown
+        return text[len(before) :]
+
+    def close(self) -> str:
+        """Return the remaining text; an incomplete character becomes U+FFFD."""
+        rest = self.bytes.decode(b"", final=True)
+        text = self.tokenizer.decode(self.ids)[len(self.tokenizer.decode(self.ids[: self.shown])) :] if self.ids else ""
+        self.ids, self.shown = [], 0
+        return rest + text
