@@ -23,6 +23,7 @@ from gptoughts.engine.objectives.base import Batch, Objective
 from gptoughts.errors import RunError
 from gptoughts.models.family import Family
 from gptoughts.models.sources import Source
+from gptoughts.models.torch_internals import convert_tensors, parameter_table
 
 __all__ = ["Counters", "Engine", "Source", "Stateful", "Undo", "allocate"]
 
@@ -210,10 +211,10 @@ def allocate(model: nn.Module, device: torch.device) -> None:
     """Give memory on `device` to every parameter that is on meta; move real tensors there, keeping their values, ties and identity."""
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
-        for name, parameter in module._parameters.items():
+        for name, parameter in parameter_table(module).items():
             if parameter is not None and parameter.is_meta:
                 if id(parameter) not in made:
                     made[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device=device), parameter.requires_grad)
-                module._parameters[name] = made[id(parameter)]
+                parameter_table(module)[name] = made[id(parameter)]
     # Torch's own way to move a module: recurrent layers keep flat views of their weights that only this refreshes.
-    model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
+    convert_tensors(model, lambda tensor: tensor if tensor.is_meta else tensor.to(device))

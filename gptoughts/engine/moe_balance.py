@@ -20,9 +20,7 @@ from gptoughts.engine.objectives.base import IGNORED, Batch, Objective
 from gptoughts.errors import ConfigError, RunError
 from gptoughts.models.hf.experts import Router, balance, coefficient, measured, nudge, routers
 from gptoughts.models.patching import Undo, reroute
-
-CHECKPOINT_KEY = "skip_fwd_side_effects_in_bwd_under_checkpoint"
-"""Dynamo's word for: what a forward leaves behind is left once, and not again when the backward recomputes it."""
+from gptoughts.models.torch_internals import set_side_effects_once
 
 
 def balanced(engine: Engine, objective: Objective, config: ExpertsConfig) -> tuple[Objective, Undo]:
@@ -187,8 +185,6 @@ class Experts:
         Works in eager mode, under non-reentrant checkpoints and in compiled blocks; checkpoints inside compiled blocks need a switch of
         Dynamo's, which is set as long as routers are watched. A torch without that switch refuses to compile such blocks.
         """
-        from torch._dynamo import config as dynamo
-
         undos = []
         for name, router in self.found.items():
             module = router.module
@@ -197,16 +193,14 @@ class Experts:
             watch = _Watch(router, self._ear, module.__dict__.get("forward"))
             module.__dict__["watch"] = self._watches[name] = watch
             undos.append(reroute(module, MethodType(_watched, module)))
-        before = getattr(dynamo, CHECKPOINT_KEY, None)
-        if before is not None:
-            setattr(dynamo, CHECKPOINT_KEY, True)
+        before = set_side_effects_once(True)
 
         def undo() -> None:
             for back, router in zip(undos, self.found.values(), strict=True):
                 back()
                 del router.module.__dict__["watch"]
             if before is not None:
-                setattr(dynamo, CHECKPOINT_KEY, before)
+                set_side_effects_once(before)
 
         return undo
 

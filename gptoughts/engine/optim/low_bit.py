@@ -25,6 +25,7 @@ from gptoughts.config.loader import OptimConfig
 from gptoughts.engine.optim.schedule_and_groups import Group
 from gptoughts.errors import CheckpointError, LayerError
 from gptoughts.models.adapters.nf4 import bitsandbytes_package
+from gptoughts.models.torch_internals import child_table, share_parameters
 
 Package = Literal["torchao", "bitsandbytes"]
 Scaling = Literal["tensorwise", "rowwise"]
@@ -216,13 +217,13 @@ def quantize_projections(model: nn.Module, names: Iterable[str], scaling: Scalin
             raise LayerError(f"precision fp8-torchao: torchao left {name} as it was")
         new.__class__ = kind
         new.train(old.training)
-        object.__setattr__(new, "_parameters", old._parameters)
+        share_parameters(new, old)
 
     def undo() -> None:
         for name, old in before.items():
             old.train(model.get_submodule(name).training)
             parent, _, own = name.rpartition(".")
-            model.get_submodule(parent)._modules[own] = old
+            child_table(model.get_submodule(parent))[own] = old
 
     return undo
 
