@@ -51,7 +51,7 @@ def _make_smaller(engine: Engine, batch: Batch, told: str) -> None:
     less = smaller(now, rows)
     for parameter in engine.parameters():
         parameter.grad = None
-    getattr(engine.objective, "forget", lambda: None)()
+    engine.objective.forget()
     release(engine.device)
     if less is None:
         raise RunError(

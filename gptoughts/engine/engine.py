@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
 from time import perf_counter
 from typing import Any, Protocol
@@ -62,6 +62,7 @@ class Engine:
     recipe: Recipe
     ranks: Ranks
     device: torch.device
+    _: KW_ONLY
     batches: Iterator[tuple[Any, Any]]
     """Yields this rank's share of a global batch with the cursor to resume from after it. A loader layer brings it to the device."""
     bare: nn.Module = field(init=False)

@@ -18,7 +18,7 @@ from gptoughts.config.model_spec import of as spec_of
 from gptoughts.data.tokenizers.tokenizer import Tokenizer
 from gptoughts.engine.checkpoint import state as training_state
 from gptoughts.engine.engine import Source
-from gptoughts.engine.objectives.base import OBJECTIVES, Objective
+from gptoughts.engine.objectives.base import OBJECTIVES, Objective, as_objective
 from gptoughts.engine.objectives.masked_diffusion import MaskedDiffusion, mask_token, require_unpacked
 from gptoughts.engine.objectives.span_qa import QuestionAnswering
 from gptoughts.errors import ConfigError, nearest
@@ -122,7 +122,10 @@ def _objective(recipe: Recipe, mask_id: int | None, tokenizer: Tokenizer, object
     if name not in known:
         names = ", ".join([*known, "masked-diffusion"])
         raise ConfigError(f"objective = {name!r} is unknown{nearest(name, known)}; known: {names}")
-    return known[name]()
+    made = as_objective(known[name]())
+    if made is None:
+        raise ConfigError(f"objective = {name!r}: its class lacks __call__, weight or tokens", found=known[name])
+    return made
 
 
 def initial_weights(

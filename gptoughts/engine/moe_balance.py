@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from gptoughts.config.recipe import ExpertsConfig
 from gptoughts.engine.distributed.ranks import Ranks
 from gptoughts.engine.engine import Engine
-from gptoughts.engine.objectives.base import IGNORED, Batch, Objective
+from gptoughts.engine.objectives.base import IGNORED, Batch, Objective, WrappedObjective
 from gptoughts.errors import ConfigError, RunError
 from gptoughts.models.hf.experts import Router, balance, coefficient, measured, nudge, routers
 from gptoughts.models.patching import Undo, reroute
@@ -50,7 +50,7 @@ def balanced(engine: Engine, objective: Objective, config: ExpertsConfig) -> tup
     return wrapped, undo
 
 
-class Balanced:
+class Balanced(WrappedObjective):
     """An objective with the balance loss of its model's experts added.
 
     A micro-batch adds coefficient x balance x its own weight, so the step's loss is the main loss plus the coefficient times the mean
@@ -60,14 +60,8 @@ class Balanced:
     """
 
     def __init__(self, objective: Objective, experts: Experts, coefficient: float) -> None:
-        self.objective, self.experts, self.coefficient = objective, experts, coefficient
-        self.meters: dict[str, tuple[Tensor, Tensor]] = getattr(objective, "meters", {})
-
-    def __getattr__(self, name: str) -> Any:
-        """What else the objective offers, such as `prepare`."""
-        if name == "objective":  # asked for before it is there, as copy does
-            raise AttributeError(name)
-        return getattr(self.objective, name)
+        super().__init__(objective)
+        self.experts, self.coefficient = experts, coefficient
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
         """The objective's sum plus coefficient x balance x weight; the sum alone where nothing is learned."""
@@ -91,14 +85,6 @@ class Balanced:
         """Load of every expert since the last call, on the device, and what makes a row of metrics.jsonl of it; None where nothing ran."""
         percentages = self.experts.percentages()
         return None if percentages is None else (percentages, self.experts.row)
-
-    def weight(self, batch: Batch) -> Tensor | float:
-        """The objective's weight."""
-        return self.objective.weight(batch)
-
-    def tokens(self, batch: Batch) -> int:
-        """The objective's tokens."""
-        return self.objective.tokens(batch)
 
 
 def meter(meters: dict[str, tuple[Tensor, Tensor]], name: str, value: Tensor, weight: Tensor) -> None:

@@ -6,7 +6,7 @@ import math
 
 from gptoughts.config.loader import Recipe
 from gptoughts.engine.distributed.ranks import Ranks
-from gptoughts.engine.optim.schedule_and_groups import learning_rate
+from gptoughts.engine.optim.lr_schedule import learning_rate
 from gptoughts.engine.trainer import Progress
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gptoughts.engine.accumulation import accumulate
 from gptoughts.engine.engine import Engine
-from gptoughts.engine.optim.schedule_and_groups import set_rate
+from gptoughts.engine.optim.lr_schedule import set_rate
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,7 @@ def train(
     schedule: Callable[[Progress], float],
     callbacks: Sequence[Callback] = (),
     stop: Callable[[Progress], bool] = lambda progress: False,
+    *,
     pause: Callable[[Progress], bool] = lambda progress: False,
 ) -> Progress:
     """Run from `progress` until `finished`, `stop` or `pause` says so. Returns the progress reached.

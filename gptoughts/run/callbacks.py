@@ -81,7 +81,7 @@ class Log:
         own = engine.ranks.sum(torch.stack([part for pair in meters.values() for part in pair])) if meters else None
         values = torch.stack([loss_sum, stats.weight, stats.grad_norm.float()])
         values = values if own is None else torch.cat([values, own.float()])
-        listing = getattr(engine.objective, "listing", lambda: None)()
+        listing = engine.objective.listing()
         values = values if listing is None else torch.cat([values, listing[0]])
         host = values.to("cpu", non_blocking=True)
         arrived = None
@@ -163,7 +163,7 @@ def yardsticks(spec: ModelSpec, plan: Plan, machine: Machine, world: World, cons
 
 def take_meters(engine: Engine) -> dict[str, tuple[Tensor, Tensor]]:
     """The objective's own figures since they were last taken, each a sum and a weight on the device; they start again at zero."""
-    meters = getattr(engine.objective, "meters", None)
+    meters = engine.objective.meters
     if not meters:
         return {}
     taken = {name: (total.clone(), weight.clone()) for name, (total, weight) in meters.items()}

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,8 @@ from gptoughts.engine.checkpoint import state as training_state
 from gptoughts.engine.checkpoint import store as checkpoint
 from gptoughts.engine.distributed.ranks import process_group
 from gptoughts.engine.engine import Engine
-from gptoughts.engine.objectives.base import Batch, Objective, Rows
-from gptoughts.engine.optim.schedule_and_groups import learning_rate
+from gptoughts.engine.objectives.base import Batch, Objective, Rows, as_objective
+from gptoughts.engine.optim.lr_schedule import learning_rate
 from gptoughts.engine.trainer import Progress, advance, call_back, train
 from gptoughts.errors import ConfigError, DataError
 from gptoughts.hardware.machine import Machine, World
@@ -108,8 +108,9 @@ def fit_model(
 
 def _whole(objective: Any) -> Objective:
     """A plain function as an objective whose weight is the number of rows; an objective as it is. Raises ConfigError."""
-    if hasattr(objective, "weight") and hasattr(objective, "tokens"):
-        return cast("Objective", objective)
+    adapted = as_objective(objective)
+    if adapted is not None:
+        return adapted
     if not callable(objective) or isinstance(objective, type):
         raise ConfigError(
             "objective: needs a function (model, batch) -> loss summed over the batch's rows, or an object with __call__, "

@@ -20,7 +20,6 @@ from gptoughts.engine.checkpoint import store as checkpoint
 from gptoughts.engine.distributed.ranks import Ranks, process_group
 from gptoughts.engine.engine import Engine
 from gptoughts.engine.from_recipe import ModelBundle, initial_weights, kept_documents, model_bundle, resumed_weights
-from gptoughts.engine.objectives.base import preparing
 from gptoughts.engine.run_length import RunLength
 from gptoughts.engine.trainer import Callback, Progress, train
 from gptoughts.errors import LayerError, PlanError
@@ -181,9 +180,7 @@ class _Run:
     def _batches(self, progress: Progress) -> Iterator[Any]:
         world, parts = self.order.world, self.parts
         read = self.corpus.train(self.recipe, world.rank, world.world_size, progress.cursor, parts.rows)
-        return prepared(
-            read, preparing(parts.objective, "training"), self.recipe.train.global_batch, world.rank, world.world_size
-        )
+        return prepared(read, parts.objective.prepare, self.recipe.train.global_batch, world.rank, world.world_size)
 
     def _check_numerics(self, batches: Iterator[Any], saved: Path | None) -> Iterator[Any]:
         """Compare the layers with the baseline on the first batch. Returns the batches, that one among them."""
@@ -281,7 +278,7 @@ class _Run:
     def _eval_batches(self) -> Iterator[Any]:
         world, parts = self.order.world, self.parts
         read = self.corpus.validation(self.recipe, world.rank, world.world_size, parts.rows)
-        prepare = preparing(parts.objective, "validation")
+        prepare = parts.objective.prepare_validation
         return prepared_validation(read, prepare, self.recipe.train.global_batch, world.rank, world.world_size)
 
     def _write_sample(self, engine: Engine) -> str:

@@ -26,7 +26,7 @@ def bare(**more: Any) -> Engine:
     recipe = recipe_of("modern", **more)
     family = FAMILIES["gpt"]
     return Engine(
-        meta_model(recipe, family, ROWS), family, NextToken(), recipe, Ranks(World(), CPU), CPU, random_batches(recipe)
+        meta_model(recipe, family, ROWS), family, NextToken(), recipe, Ranks(World(), CPU), CPU, batches=random_batches(recipe)
     )
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from gptoughts.config.recipe import ExpertsConfig
 from gptoughts.engine.engine import Engine
 from gptoughts.engine.moe_balance import Balanced, balanced, counted
+from gptoughts.engine.objectives.base import NextToken
 from gptoughts.engine.trainer import StepStats, train_step
 from gptoughts.errors import ConfigError, RunError
 from gptoughts.layers import CATALOG
@@ -294,7 +295,7 @@ def test_what_hides_a_router_is_an_error() -> None:
         engine.objective(engine.model, {"input_ids": ids()})
 
 
-class Prepared:
+class Prepared(NextToken):
     def __init__(self) -> None:
         self.meters: dict[str, Any] = {}
 

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptoughts.config.recipe import OptimConfig
-from gptoughts.engine.optim.schedule_and_groups import adamw, groups, learning_rate, set_rate
+from gptoughts.engine.optim.lr_schedule import learning_rate, set_rate
+from gptoughts.engine.optim.param_groups import adamw, groups
 from gptoughts.errors import ConfigError
 from gptoughts.models.family import FAMILIES
 from tests.support.engines import FAMILIES_UNDER_TEST, recipe_of

@@ -25,7 +25,8 @@ from gptoughts.engine.engine import Engine
 from gptoughts.engine.objectives.base import NextToken
 from gptoughts.engine.optim.apollo import Apollo
 from gptoughts.engine.optim.factory import averaged, covered, hidden_matrices, optimizer
-from gptoughts.engine.optim.schedule_and_groups import GROUP_STATE, set_rate
+from gptoughts.engine.optim.lr_schedule import set_rate
+from gptoughts.engine.optim.param_groups import GROUP_STATE
 from gptoughts.errors import CheckpointError, ConfigError, PlanError
 from gptoughts.hardware.machine import World
 from gptoughts.inference.eval.perplexity import mean_loss
@@ -332,7 +333,9 @@ def test_a_missing_package_names_the_extra(name: str, package: str, monkeypatch:
 def test_apollo_touches_no_generator_and_draws_by_seed_name_and_renewal() -> None:
     def projections(seed: int, names: tuple[str, ...]) -> dict[str, Tensor]:
         weights = {name: nn.Parameter(torch.ones(5, 7)) for name in names}
-        made = Apollo(weights, RATE, (0.9, 0.95), 1e-8, 0.0, rank=3, scale=1.0, per="channel", gap=1, seed=seed)
+        made = Apollo(
+            weights, lr=RATE, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, rank=3, scale=1.0, per="channel", gap=1, seed=seed
+        )
         for _ in range(2):
             for weight in weights.values():
                 weight.grad = torch.ones(5, 7)
@@ -349,7 +352,9 @@ def test_apollo_touches_no_generator_and_draws_by_seed_name_and_renewal() -> Non
 
 def test_apollos_projection_keeps_lengths_on_average() -> None:
     weight = nn.Parameter(torch.zeros(400, 64))
-    made = Apollo({"w": weight}, RATE, (0.9, 0.95), 1e-8, 0.0, rank=32, scale=1.0, per="channel", gap=1, seed=0)
+    made = Apollo(
+        {"w": weight}, lr=RATE, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, rank=32, scale=1.0, per="channel", gap=1, seed=0
+    )
     gradient = torch.randn(400, 64)
     weight.grad = gradient.clone()
     made.step()
@@ -360,7 +365,9 @@ def test_apollos_projection_keeps_lengths_on_average() -> None:
 def test_apollo_goes_on_after_a_gradient_of_zero() -> None:
     """An adapter's first gradient is zero; its update must not have to grow from nothing by a hundredth a step."""
     weight = nn.Parameter(torch.ones(5, 7))
-    made = Apollo({"w": weight}, RATE, (0.9, 0.95), 1e-8, 0.0, rank=3, scale=1.0, per="channel", gap=200, seed=0)
+    made = Apollo(
+        {"w": weight}, lr=RATE, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, rank=3, scale=1.0, per="channel", gap=200, seed=0
+    )
     for gradient in (torch.zeros(5, 7), torch.ones(5, 7)):
         weight.grad = gradient
         made.step()

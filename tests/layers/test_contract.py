@@ -176,7 +176,7 @@ def pristine(family: str) -> dict[str, Any]:
         recipe,
         Ranks(World(), torch.device("cpu")),
         torch.device("cpu"),
-        iter(()),
+        batches=iter(()),
     )
     return fingerprint(engine)
 

@@ -12,6 +12,7 @@ import torch
 
 from gptoughts.console import Console, SilentConsole, count, duration, share
 from gptoughts.engine.checkpoint.store import Snapshot, Writer
+from gptoughts.engine.objectives.base import Objective
 from gptoughts.engine.trainer import Progress, StepStats, train
 from gptoughts.errors import DataError, RunError
 from gptoughts.inference.eval.perplexity import mean_loss
@@ -161,7 +162,7 @@ def test_words_for_figures(made: str, expected: str) -> None:
 def test_a_weight_below_one_scales_the_gradient_as_it_scales_the_loss() -> None:
     """An objective whose sum and weight shrink alike is the same objective."""
 
-    class Scaled:
+    class Scaled(Objective):
         def __init__(self, factor: float) -> None:
             self.factor = factor
 

@@ -19,7 +19,6 @@ from gptoughts.data.corpus import opened, prepared
 from gptoughts.engine.distributed.ranks import Ranks
 from gptoughts.engine.engine import Engine
 from gptoughts.engine.from_recipe import ModelBundle, initial_weights, model_bundle
-from gptoughts.engine.objectives.base import preparing
 from gptoughts.engine.run_length import RunLength
 from gptoughts.engine.trainer import Progress, StepStats, advance, call_back, train
 from gptoughts.errors import ConfigError, LayerError
@@ -144,7 +143,7 @@ def opened_training(setting: ResolvedRun, weights_seed: int | None = None) -> It
     parts = model_bundle(recipe, corpus.tokenizer, extensions.families, extensions.objectives)
     seed_rngs(recipe.seed, 0, 0)
     read = corpus.train(recipe, 0, 1, None, parts.rows)
-    batches = prepared(read, preparing(parts.objective, "training"), recipe.train.global_batch, 0, 1)
+    batches = prepared(read, parts.objective.prepare, recipe.train.global_batch, 0, 1)
     bytes_before = resident_bytes("VmRSS")
     model = meta_model(recipe, parts.family, parts.rows)
     beforehand.check_packing(recipe, parts, model)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from gptoughts.engine.checkpoint.store import FORMAT, Snapshot, read_state
 from gptoughts.engine.engine import Engine
-from gptoughts.engine.optim.schedule_and_groups import GROUP_STATE, KeepsItsOwn
+from gptoughts.engine.optim.param_groups import GROUP_STATE, KeepsItsOwn
 from gptoughts.errors import CheckpointError
 
 Which = Literal["all", "trained"]

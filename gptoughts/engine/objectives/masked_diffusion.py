@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from gptoughts.config.recipe import DataConfig, DiffusionConfig
 from gptoughts.data.order import GOLDEN, mix, round_keys
 from gptoughts.data.tokenizers.tokenizer import JsonTokenizer, Tokenizer
-from gptoughts.engine.objectives.base import IGNORED, Batch
+from gptoughts.engine.objectives.base import IGNORED, Batch, Objective
 from gptoughts.errors import ConfigError, DataError, RunError, nearest
 
 MASK_NAMES = ("<|mdm_mask|>", "<|mask|>", "[MASK]", "<mask>", "<MASK>")
@@ -117,7 +117,7 @@ def answer_padding(
 # --- the objective
 
 
-class MaskedDiffusion:
+class MaskedDiffusion(Objective):
     """The objective. `learns` "text": every token, weighted by tokens; "answers": labeled tokens, weighted by rows.
 
     text      `input_ids` rows x T+1, of which the first T are learned: the last is the first of the next window, so each token of

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gptoughts.engine.objectives.base import IGNORED, Batch
+from gptoughts.engine.objectives.base import IGNORED, Batch, HostBatch, Objective
 from gptoughts.errors import DataError
 
 
@@ -21,7 +18,7 @@ def span_scores(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     return start, end
 
 
-class QuestionAnswering:
+class QuestionAnswering(Objective):
     """Both ends of the answer by cross-entropy over the row (Devlin et al. 2019, section 4.2).
 
     Batches hold `input_ids`, `token_types`, `mask` (all B T) and `starts`, `ends` (B, inclusive; -100 in rows that only fill up).
@@ -42,7 +39,7 @@ class QuestionAnswering:
         """Rows times positions, padding included."""
         return batch["input_ids"].numel()
 
-    def prepare(self, batch: Mapping[str, Any], samples: np.ndarray) -> Mapping[str, Any]:
+    def prepare(self, batch: HostBatch, samples: np.ndarray) -> HostBatch:
         """The batch as it is. Raises DataError for an answer outside its row, which a device would end the process for, or call 0."""
         starts, ends, mask = (np.asarray(batch[name]) for name in ("starts", "ends", "mask"))
         filled = (starts == IGNORED) & (ends == IGNORED)

@@ -34,6 +34,7 @@ class Apollo(torch.optim.Optimizer):
     def __init__(
         self,
         params: Mapping[str, nn.Parameter],
+        *,
         lr: float,
         betas: tuple[float, float],
         eps: float,

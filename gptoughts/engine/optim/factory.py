@@ -20,7 +20,7 @@ from gptoughts.config.loader import OptimConfig, Recipe
 from gptoughts.engine.engine import Engine
 from gptoughts.engine.optim.apollo import Apollo
 from gptoughts.engine.optim.low_bit import adamw_in_eight_bits, sparsely_graded
-from gptoughts.engine.optim.schedule_and_groups import adamw_over, by_decay, groups, trained
+from gptoughts.engine.optim.param_groups import adamw_over, by_decay, groups, trained
 from gptoughts.errors import ConfigError
 
 Implementation = Literal["plain", "fused", "torchao", "bitsandbytes"]

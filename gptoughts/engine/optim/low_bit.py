@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gptoughts.config.loader import OptimConfig
-from gptoughts.engine.optim.schedule_and_groups import Group
+from gptoughts.engine.optim.param_groups import Group
 from gptoughts.errors import CheckpointError, LayerError
 from gptoughts.models.adapters.nf4 import bitsandbytes_package
 from gptoughts.models.torch_internals import child_table, share_parameters

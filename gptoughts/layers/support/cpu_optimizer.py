@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptoughts.engine.optim.schedule_and_groups import step_one
+from gptoughts.engine.optim.param_groups import step_one
 from gptoughts.errors import CheckpointError
 from gptoughts.models.torch_internals import version_of
 

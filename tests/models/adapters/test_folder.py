@@ -137,7 +137,7 @@ def test_a_pretrained_folder_takes_an_adapter_and_opens_with_it_again(tmp_path: 
     again = adapted_as(plain, tmp_path / "adapter")
     model = again.build(named, 96, 32)
     source = AdapterSource(Pretrained(folder), model, saved=AdapterFolder(tmp_path / "adapter"))
-    Engine(model, again, NextToken(), recipe, ranks, ranks.device, iter(())).materialize(source)
+    Engine(model, again, NextToken(), recipe, ranks, ranks.device, batches=iter(())).materialize(source)
     with torch.no_grad():
         assert torch.allclose(model.eval()(IDS), wanted, atol=1e-5)
     opened = peft.PeftModel.from_pretrained(type(theirs("llama")).from_pretrained(folder), tmp_path / "adapter")

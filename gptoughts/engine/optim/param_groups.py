@@ -1,9 +1,8 @@
-"""Parameter groups that provably cover the model, AdamW, and the learning rate as a pure function of progress."""
+"""Parameter groups that cover the model, and AdamW over them."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -74,15 +73,6 @@ def adamw_over(made: list[Group], config: OptimConfig, **implementation: bool) -
     )
 
 
-def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Give every group the learning rate `rate`, in the tensor where an optimizer holds its rate in one."""
-    for group in optimizer.param_groups:
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(rate)
-        else:
-            group["lr"] = rate
-
-
 def step_one(optimizer: torch.optim.Optimizer, group: Group, parameter: Tensor) -> None:
     """Update `parameter` alone, by the settings of `group`. For optimizers that keep no count per group (`GROUP_STATE`)."""
     groups = optimizer.param_groups
@@ -105,25 +95,3 @@ class KeepsItsOwn(Protocol):
 
     def take(self, parameter: Tensor, values: Mapping[str, Any]) -> None:
         """Take back what `stored` gave. Raises CheckpointError where it does not fit."""
-
-
-def learning_rate(config: OptimConfig, step: int, done: float, warm: float = 0.0) -> float:
-    """The rate of update `step` (from 0) when the share `done` of the run lies behind, of which `warm` was the warm-up.
-
-    Warm-up is linear to the peak over `warmup_steps`. Then cosine and linear fall to `min_learning_rate` at the end, wsd (warm-up,
-    stable, decay: Hu et al. 2024) stays and falls linearly over the last `decay_fraction`, constant stays.
-    """
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / (config.warmup_steps + 1)
-    share = min(max((done - warm) / max(1e-12, 1.0 - warm), 0.0), 1.0)
-    return config.min_learning_rate + (config.learning_rate - config.min_learning_rate) * _SHAPES[config.schedule](
-        share, config
-    )
-
-
-_SHAPES: Mapping[str, Callable[[float, OptimConfig], float]] = {
-    "cosine": lambda share, config: 0.5 * (1.0 + math.cos(math.pi * share)),
-    "linear": lambda share, config: 1.0 - share,
-    "wsd": lambda share, config: min(1.0, (1.0 - share) / config.decay_fraction),
-    "constant": lambda share, config: 1.0,
-}
