@@ -1,4 +1,4 @@
-"""How long a run is and which learning rate each of its steps has, in steps or by the clock."""
+"""Length of a run, in steps or hours, and the learning rate of each step."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from gptoughts.engine.trainer import Progress
 
 
 class RunLength:
-    """A run's length. `steps` is None where the recipe counts hours; then ranks agree on the time, since clocks differ.
+    """Length of a run. `steps` is None where the recipe counts hours; ranks then agree on the time, since clocks differ.
 
-    `samples` make one epoch.
+    samples  number of samples per epoch
     """
 
     def __init__(self, recipe: Recipe, ranks: Ranks, samples: int) -> None:
@@ -22,13 +22,13 @@ class RunLength:
         self._limit_seconds = (recipe.train.hours or 0.0) * 3600
 
     def finished(self, progress: Progress) -> bool:
-        """Whether the run has reached its length."""
+        """Return whether the run has reached its length."""
         if self.steps is not None:
             return progress.step >= self.steps
         return self._ranks.any(progress.seconds >= self._limit_seconds)
 
     def rate(self, progress: Progress) -> float:
-        """Learning rate of the next update. The last update has the schedule's last rate."""
+        """Return the learning rate of the next update. The last update has the schedule's last rate."""
         optim = self._recipe.optim
         if self.steps is not None:
             last = max(1, self.steps - 1)
@@ -37,7 +37,7 @@ class RunLength:
         return learning_rate(optim, progress.step, seconds / self._limit_seconds)
 
     def remaining(self, progress: Progress) -> float | None:
-        """Seconds of steps that are left, at the run's own mean speed; None before the first."""
+        """Return the estimated seconds left, at the run's mean speed; None before the first step."""
         if self.steps is None:
             return max(0.0, self._limit_seconds - progress.seconds)
         return progress.seconds / progress.step * (self.steps - progress.step) if progress.step else None

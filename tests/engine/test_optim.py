@@ -39,7 +39,7 @@ def test_frozen_parameters_are_left_out_and_a_wholly_frozen_model_is_an_error() 
     model.bias.requires_grad_(False)
     assert [len(group["params"]) for group in groups(model, OptimConfig())] == [1]
     model.weight.requires_grad_(False)
-    with pytest.raises(ConfigError, match="no parameter that wants a gradient"):
+    with pytest.raises(ConfigError, match="no parameter has requires_grad"):
         groups(model, OptimConfig())
 
 

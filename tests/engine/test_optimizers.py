@@ -299,7 +299,7 @@ def test_hidden_matrices_of_pretrained_and_adapted_models() -> None:
 
 @pytest.mark.parametrize("name", ["muon", "apollo", "apollo-mini"])
 def test_a_model_without_hidden_matrices_is_refused(name: str) -> None:
-    with pytest.raises(ConfigError, match=rf"optim.name = {name}: is for matrices inside .*\n.*--optim.name adamw"):
+    with pytest.raises(ConfigError, match=rf"optim.name: {name} needs trained matrices inside .*\n.*--optim.name adamw"):
         optimizer(nn.Linear(3, 3), config_of(name), "plain")
 
 
@@ -307,9 +307,7 @@ def test_a_model_without_hidden_matrices_is_refused(name: str) -> None:
 def test_weights_in_half_precision_are_refused(name: str) -> None:
     model = Net()
     model.blocks[1]["up"].weight.data = model.blocks[1]["up"].weight.data.bfloat16()
-    with pytest.raises(
-        ConfigError, match=r"1 of \d+ trained parameters are not float32, first blocks.1.up.weight \(bfloat16\)"
-    ):
+    with pytest.raises(ConfigError, match=r"blocks.1.up.weight: 1 of \d+ trained parameters are not float32, .*Found bfloat16"):
         optimizer(model, config_of(name), "plain", model.blocks, updates=9)
     model.blocks[1]["up"].weight.requires_grad_(False)
     optimizer(model, config_of(name), "plain", model.blocks, updates=9)
@@ -322,7 +320,7 @@ def test_a_missing_package_names_the_extra(name: str, package: str, monkeypatch:
     import sys
 
     monkeypatch.setitem(sys.modules, package.replace("-", "_"), None)
-    said = rf"optim.name = {name}: needs the package {package}.*\n.*pip install 'gptoughts\[opt"
+    said = rf"optim.name: {name} needs the package {package}.*\n.*pip install 'gptoughts\[opt"
     with pytest.raises(ConfigError, match=said):
         optimizer(Net(), config_of(name), "plain", updates=9)
 
@@ -577,7 +575,7 @@ def test_fused_is_for_adamw(name: str) -> None:
     recipe = recipe_with(name)
     with pytest.raises(PlanError, match=f"torch fuses AdamW, and optim.name is {name}"):
         plan_of(recipe, {"optimizer": "fused"})
-    with pytest.raises(ConfigError, match=f"optim.name = {name}: torch fuses AdamW only"):
+    with pytest.raises(ConfigError, match=f"optim.name: torch fuses AdamW only. Found {name}"):
         optimizer(Net(), recipe.optim, "fused")
 
 
@@ -585,7 +583,7 @@ def test_ademamix_must_know_how_long_the_run_is() -> None:
     recipe = recipe_of("modern", optim=optim_of("ademamix"), train={"epochs": 2.0, "global_batch": 4})
     with pytest.raises(PlanError, match="must know its length in updates"):
         plan_of(recipe)
-    with pytest.raises(ConfigError, match="must know its length in updates"):
+    with pytest.raises(ConfigError, match="needs its length in updates"):
         optimizer(Net(), recipe.optim, "plain")
 
 

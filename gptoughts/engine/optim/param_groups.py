@@ -12,22 +12,22 @@ from gptoughts.config.loader import OptimConfig
 from gptoughts.errors import ConfigError
 
 GROUP_STATE = ("step", "k", "weight_sum", "lr_max", "scheduled_lr", "train_mode")
-"""Values that optimizers keep per group and change as they go. Everything else in a group is the recipe's."""
+"""Per-group values that optimizers change. All other values in a group come from the recipe."""
 
 Group = dict[str, Any]
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:
-    """Every parameter that wants a gradient, once. Raises ConfigError where there is none, or one in half precision."""
+    """Return the trainable parameters, each once. Raises ConfigError if there is none, or one in half precision."""
     found = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not found:
-        raise ConfigError("the model has no parameter that wants a gradient; nothing could be trained")
+        raise ConfigError("model: no parameter has requires_grad, so there is nothing to train")
     half = [name for name, parameter in model.named_parameters() if parameter.requires_grad and _is_half(parameter)]
     if half:
         raise ConfigError(
-            f"{len(half)} of {len(found)} trained parameters are not float32, first {half[0]} "
-            f"({_dtype(model.get_parameter(half[0]))}): updates smaller than half a unit in the last place would be lost\n"
-            "  try: weights in float32 (model.float()); --layer.precision bf16 computes in bfloat16 beside them"
+            f"{half[0]}: {len(half)} of {len(found)} trained parameters are not float32, which loses updates below their rounding step",
+            found=_dtype(model.get_parameter(half[0])),
+            fix="model.float(); --layer.precision bf16 computes in bfloat16 with float32 weights",
         )
     return found
 
@@ -41,15 +41,15 @@ def _dtype(parameter: nn.Parameter) -> str:
 
 
 def groups(model: nn.Module, config: OptimConfig) -> list[Group]:
-    """Two groups: weights with two or more dimensions decay, the rest do not.
+    """Return two groups: with weight decay for parameters of two or more dimensions, without for the others.
 
-    Every parameter that wants a gradient is in exactly one group; a model without any raises ConfigError.
+    Each trainable parameter is in exactly one group; a model without any raises ConfigError.
     """
     return by_decay(trained(model), config)
 
 
 def by_decay(parameters: Iterable[nn.Parameter], config: OptimConfig) -> list[Group]:
-    """`parameters` in at most two groups, as in `groups`."""
+    """Split `parameters` into at most two groups, as in `groups`."""
     parameters = list(parameters)
     decayed = [parameter for parameter in parameters if parameter.dim() >= 2]
     kept = [parameter for parameter in parameters if parameter.dim() < 2]
@@ -58,12 +58,12 @@ def by_decay(parameters: Iterable[nn.Parameter], config: OptimConfig) -> list[Gr
 
 
 def adamw(model: nn.Module, config: OptimConfig, **implementation: bool) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2019) over `groups`; `implementation` chooses torch's `fused` or `foreach`."""
+    """Build AdamW (Loshchilov and Hutter 2019) over `groups`; `implementation` sets torch's `fused` or `foreach`."""
     return adamw_over(groups(model, config), config, **implementation)
 
 
 def adamw_over(made: list[Group], config: OptimConfig, **implementation: bool) -> torch.optim.AdamW:
-    """AdamW over groups that are made already."""
+    """Build AdamW over existing groups."""
     return torch.optim.AdamW(
         made,
         lr=config.learning_rate,
@@ -74,7 +74,7 @@ def adamw_over(made: list[Group], config: OptimConfig, **implementation: bool) -
 
 
 def step_one(optimizer: torch.optim.Optimizer, group: Group, parameter: Tensor) -> None:
-    """Update `parameter` alone, by the settings of `group`. For optimizers that keep no count per group (`GROUP_STATE`)."""
+    """Update only `parameter`, with the settings of `group`. For optimizers without per-group state (`GROUP_STATE`)."""
     groups = optimizer.param_groups
     optimizer.param_groups = [{**group, "params": [parameter]}]
     try:
@@ -85,13 +85,13 @@ def step_one(optimizer: torch.optim.Optimizer, group: Group, parameter: Tensor) 
 
 @runtime_checkable
 class KeepsItsOwn(Protocol):
-    """An optimizer whose state is not made of plain tensors beside the weights, and which says how it is kept and taken back."""
+    """Optimizer with its own state format, such as 8-bit codes or state on the host, which it converts for checkpoints."""
 
     made_by: str
-    """The name of what made the state: only the same can take it back."""
+    """Name of the implementation; only the same one can restore the state."""
 
     def stored(self, parameter: Tensor) -> dict[str, Any]:
-        """The state of `parameter` as plain tensors and numbers."""
+        """Return the state of `parameter` as plain tensors and numbers."""
 
     def take(self, parameter: Tensor, values: Mapping[str, Any]) -> None:
-        """Take back what `stored` gave. Raises CheckpointError where it does not fit."""
+        """Restore what `stored` returned. Raises CheckpointError where it does not match."""
