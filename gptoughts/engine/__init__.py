@@ -1,1 +1,1 @@
-"""One training step and what it needs: engine, loop, objectives, optimizers, checkpoints, ranks."""
+"""One training step: engine, loop, objectives, optimizers, checkpoints, ranks."""

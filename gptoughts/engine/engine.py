@@ -1,7 +1,7 @@
-"""The engine: model, optimizer, batches, and the verbs of a step. Layers wrap or replace verbs; the loop only calls them.
+"""The engine: model, optimizer, batches and step hooks. Layers wrap or replace hooks; the loop calls them.
 
-`forward_context`, `eval_context` and `grad_sync` are only wrapped: layers push context factories, the first pushed is outermost.
-`backward`, `clip`, `step` and `materialize` may be wrapped by many layers and replaced by one.
+`forward_context`, `eval_context` and `grad_sync` are context hooks: layers push context factories, the first pushed is outermost.
+`backward`, `clip`, `step` and `materialize` are function hooks: any number of layers may wrap one, and one layer may replace it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
 from time import perf_counter
 from typing import Any, Protocol
@@ -23,6 +23,7 @@ from gptoughts.engine.objectives.base import Batch, Objective
 from gptoughts.errors import RunError
 from gptoughts.models.family import Family
 from gptoughts.models.sources import Source
+from gptoughts.models.torch_internals import convert_tensors, parameter_table
 
 __all__ = ["Counters", "Engine", "Source", "Stateful", "Undo", "allocate"]
 
@@ -30,146 +31,147 @@ Undo = Callable[[], None]
 
 
 class Stateful(Protocol):
-    """A layer's memory that must survive a restart, such as a loss scaler."""
+    """Layer state that checkpoints keep, such as a loss scale."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors, numbers, strings, None."""
+        """Return tensors, numbers, strings and None by name."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
 
 
 @dataclass
 class Counters:
-    """What the engine itself counts; a watched step reads the difference."""
+    """Counters of the engine; evidence uses their difference over a watched step."""
 
     micro_batches: int = 0
     updates: int = 0
     data_wait_seconds: float = 0.0
     call_counts: Counter[str] = field(default_factory=Counter)
-    """Calls of what a layer put in place, by the layer's name."""
+    """Calls of a layer's code, by the layer's name."""
 
 
 @dataclass
 class Engine:
-    """Everything that one step needs. Layers change it inside `apply` and put it back below their `yield`."""
+    """Model, data and hooks of one step. Layers change it in `apply` and undo the change after their `yield`."""
 
     model: nn.Module
-    """What the loop calls; a wrapper such as DDP may stand around `bare`."""
+    """The module that the loop calls: `bare`, or a wrapper around it such as DDP."""
     family: Family
     objective: Objective
     recipe: Recipe
     ranks: Ranks
     device: torch.device
+    _: KW_ONLY
     batches: Iterator[tuple[Any, Any]]
-    """Yields this rank's share of a global batch with the cursor to resume from after it. A loader layer brings it to the device."""
+    """Yields this rank's share of a global batch and the cursor after it. A loader layer moves batches to the device."""
     bare: nn.Module = field(init=False)
     blocks: dict[str, nn.Module] = field(init=False)
     optimizer: torch.optim.Optimizer | None = None
     micro_batch: int | None = None
-    """Sequences per forward; None takes the rank's whole share at once."""
+    """Sequences per forward; None for the rank's whole share."""
     reduced_from: int | None = None
-    """Sequences per forward before memory ran out; None where it never did."""
+    """Sequences per forward before the first out-of-memory error; None if there was none."""
     repeatable: bool = True
-    """Whether the gradient of a batch may be taken again: not where weights change within the backward."""
+    """Whether a batch may be computed again: False where weights change during the backward."""
     extras: dict[str, Stateful] = field(default_factory=dict)
     counters: Counters = field(default_factory=Counters)
     _contexts: dict[str, list[Callable[..., AbstractContextManager[Any]]]] = field(init=False)
-    _verbs: dict[str, Callable[..., Any]] = field(init=False)
+    _hooks: dict[str, Callable[..., Any]] = field(init=False)
     _wrappers: dict[str, list[Callable[..., Any]]] = field(init=False)
 
     def __post_init__(self) -> None:
         self.bare = self.model
         self.blocks = self.family.blocks(self.model)
         self._contexts = {"forward_context": [], "eval_context": [], "grad_sync": []}
-        self._verbs = {"backward": Tensor.backward, "clip": self._clip, "step": self._step, "materialize": self._materialize}
-        self._wrappers = {verb: [] for verb in self._verbs}
+        self._hooks = {"backward": Tensor.backward, "clip": self._clip, "step": self._step, "materialize": self._materialize}
+        self._wrappers = {hook: [] for hook in self._hooks}
 
-    # Verbs that are only wrapped.
+    # Context hooks.
 
     def forward_context(self) -> AbstractContextManager[Any]:
-        """Around the forward of a training micro-batch."""
+        """Return the context of a training micro-batch's forward."""
         return self._entered("forward_context")
 
     def eval_context(self) -> AbstractContextManager[Any]:
-        """Around a forward without gradients: validation and generation."""
+        """Return the context of a forward without gradients: validation, generation, checkpoints."""
         return self._entered("eval_context")
 
     def grad_sync(self, last: bool) -> AbstractContextManager[Any]:
-        """Around forward and backward of a micro-batch; ranks exchange gradients in the last one."""
+        """Return the context of a micro-batch's forward and backward; ranks exchange gradients in the last one."""
         return self._entered("grad_sync", last)
 
-    def _entered(self, verb: str, *arguments: Any) -> ExitStack:
+    def _entered(self, hook: str, *arguments: Any) -> ExitStack:
         stack = ExitStack()
-        for factory in self._contexts[verb]:
+        for factory in self._contexts[hook]:
             stack.enter_context(factory(*arguments))
         return stack
 
-    def wrap_context(self, verb: str, factory: Callable[..., AbstractContextManager[Any]]) -> Undo:
-        """Push a factory of contexts inside those already there. Returns the undo."""
-        self._contexts[verb].append(factory)
-        return lambda: self._contexts[verb].remove(factory)
+    def wrap_context(self, hook: str, factory: Callable[..., AbstractContextManager[Any]]) -> Undo:
+        """Add a context factory inside the existing ones. Returns the undo."""
+        self._contexts[hook].append(factory)
+        return lambda: self._contexts[hook].remove(factory)
 
-    # Verbs that may be wrapped by many and replaced by one.
+    # Function hooks.
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of `loss`, a scalar."""
-        self._verb("backward")(loss)
+        """Accumulate the gradient of `loss`, a scalar."""
+        self._wrapped("backward")(loss)
 
     def clip(self) -> Tensor:
-        """Scale gradients to at most `optim.clip_norm`. Returns the norm before, on the device."""
-        return self._verb("clip")()
+        """Clip gradients to the norm `optim.clip_norm`. Returns the norm before, on the device."""
+        return self._wrapped("clip")()
 
     def step(self) -> bool:
-        """Update the weights and clear gradients. Returns whether an update took place."""
-        return self._verb("step")()
+        """Update the weights and clear the gradients. Returns False where the update was skipped."""
+        return self._wrapped("step")()
 
     def materialize(self, source: Source) -> None:
-        """Give every parameter that is still on meta memory and, from `source`, its value."""
-        self._verb("materialize")(source)
+        """Allocate parameters that are on meta, and copy all values from `source`. Raises RunError where they do not match."""
+        self._wrapped("materialize")(source)
 
-    def _verb(self, verb: str) -> Callable[..., Any]:
-        function = self._verbs[verb]
-        for wrapper in reversed(self._wrappers[verb]):
+    def _wrapped(self, hook: str) -> Callable[..., Any]:
+        function = self._hooks[hook]
+        for wrapper in reversed(self._wrappers[hook]):
             function = partial(wrapper, function)
         return function
 
-    def replace(self, verb: str, function: Callable[..., Any]) -> Undo:
-        """Put `function` in the place of a verb, inside whatever wraps it. Returns the undo."""
-        before = self._verbs[verb]
-        self._verbs[verb] = function
-        return lambda: self._verbs.__setitem__(verb, before)
+    def replace(self, hook: str, function: Callable[..., Any]) -> Undo:
+        """Replace a function hook inside its wrappers. Returns the undo."""
+        before = self._hooks[hook]
+        self._hooks[hook] = function
+        return lambda: self._hooks.__setitem__(hook, before)
 
-    def wrap(self, verb: str, wrapper: Callable[..., Any]) -> Undo:
-        """Put `wrapper(inner, *arguments)` around a verb, inside the wrappers already there. Returns the undo."""
-        self._wrappers[verb].append(wrapper)
-        return lambda: self._wrappers[verb].remove(wrapper)
+    def wrap(self, hook: str, wrapper: Callable[..., Any]) -> Undo:
+        """Add `wrapper(inner, *arguments)` around a function hook, inside the existing wrappers. Returns the undo."""
+        self._wrappers[hook].append(wrapper)
+        return lambda: self._wrappers[hook].remove(wrapper)
 
     def synchronize(self) -> None:
-        """Wait for the device to finish what was asked of it, so that the time belongs to the steps that asked."""
+        """Wait for the device, so that queued work is counted to the step that queued it."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
     # Batches.
 
     def next_batch(self) -> tuple[Batch, Any]:
-        """This rank's share of the next global batch, on the device, and its cursor. The wait is counted."""
+        """Return this rank's share of the next global batch, on the device, and its cursor. Counts the wait."""
         began = perf_counter()
         batch, cursor = next(self.batches)
         self.counters.data_wait_seconds += perf_counter() - began
         return batch, cursor
 
     def micro_batches(self, batch: Batch) -> list[Batch]:
-        """`batch` in slices of `micro_batch` sequences."""
+        """Split `batch` into slices of `micro_batch` sequences."""
         rows = len(next(iter(batch.values())))
         size = self.micro_batch or rows
         return [{key: value[start : start + size] for key, value in batch.items()} for start in range(0, rows, size)]
 
     def parameters(self) -> list[nn.Parameter]:
-        """Parameters that are trained."""
+        """Return the trainable parameters."""
         return [parameter for parameter in self.bare.parameters() if parameter.requires_grad]
 
-    # Baseline verbs.
+    # Baseline hooks.
 
     def _clip(self) -> Tensor:
         limit = self.recipe.optim.clip_norm
@@ -193,27 +195,29 @@ class Engine:
                     unwritten.append(name)
                     continue
                 if value.shape != parameter.shape:
-                    raise RunError(f"{name}: the source has shape {tuple(value.shape)}, the model {tuple(parameter.shape)}")
+                    raise RunError(
+                        f"{name}: the model needs shape {tuple(parameter.shape)}", found=f"shape {tuple(value.shape)}"
+                    )
                 parameter.copy_(value)
             kept = self.bare.state_dict().keys()
             for name, buffer in self.bare.named_buffers():
                 saved = source.buffer(name) if name in kept else None
                 if saved is not None:
                     buffer.copy_(saved)
-        problems = [f"not written by any source: {', '.join(unwritten)}"] if unwritten else []
-        problems += [f"held by the source and not used: {', '.join(source.unused())}"] if source.unused() else []
+        problems = [f"missing in the source: {', '.join(unwritten)}"] if unwritten else []
+        problems += [f"unused in the source: {', '.join(source.unused())}"] if source.unused() else []
         if problems:
-            raise RunError("weights do not fit the model\n  " + "\n  ".join(problems))
+            raise RunError("weights do not match the model\n  " + "\n  ".join(problems))
 
 
 def allocate(model: nn.Module, device: torch.device) -> None:
-    """Give memory on `device` to every parameter that is on meta; move real tensors there, keeping their values, ties and identity."""
+    """Allocate parameters that are on meta on `device`, and move all other tensors there; values, ties and identity stay."""
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
-        for name, parameter in module._parameters.items():
+        for name, parameter in parameter_table(module).items():
             if parameter is not None and parameter.is_meta:
                 if id(parameter) not in made:
                     made[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device=device), parameter.requires_grad)
-                module._parameters[name] = made[id(parameter)]
-    # Torch's own way to move a module: recurrent layers keep flat views of their weights that only this refreshes.
-    model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
+                parameter_table(module)[name] = made[id(parameter)]
+    # As Module.to moves tensors: only this refreshes the flat weight views of RNN modules.
+    convert_tensors(model, lambda tensor: tensor if tensor.is_meta else tensor.to(device))

@@ -1,4 +1,4 @@
-"""What a recipe's model is made of: family, objective, embedding rows, facts, and the source of its first weights."""
+"""Build family, objective, model spec and weight sources from a recipe."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gptoughts.config.model_spec import of as spec_of
 from gptoughts.data.tokenizers.tokenizer import Tokenizer
 from gptoughts.engine.checkpoint import state as training_state
 from gptoughts.engine.engine import Source
-from gptoughts.engine.objectives.base import OBJECTIVES, Objective
+from gptoughts.engine.objectives.base import OBJECTIVES, Objective, as_objective
 from gptoughts.engine.objectives.masked_diffusion import MaskedDiffusion, mask_token, require_unpacked
 from gptoughts.engine.objectives.span_qa import QuestionAnswering
 from gptoughts.errors import ConfigError, nearest
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelBundle:
-    """The parts that training, generation and evaluation share."""
+    """Family, objective and sizes of a recipe's model, shared by training, generation and evaluation."""
 
     family: Family
     objective: Objective
@@ -40,9 +40,9 @@ class ModelBundle:
     """Rows of the embedding."""
     spec: ModelSpec
     base: Family | None = None
-    """The family without its adapter, where there is one."""
+    """The family without its adapter; None without an adapter."""
     mask_id: int | None = None
-    """The token that stands for a masked one, where the objective masks."""
+    """Id of the mask token; None where the objective does not mask."""
 
 
 def model_bundle(
@@ -52,9 +52,9 @@ def model_bundle(
     objectives: Mapping[str, Any],
     adapter: Path | None = None,
 ) -> ModelBundle:
-    """The parts of `recipe` over `tokenizer`, with the shape of the adapter in the folder `adapter` where one is given.
+    """Build a recipe's ModelBundle; a given folder `adapter` sets the adapter's shape.
 
-    Raises ConfigError for names that are not known and sizes that do not fit.
+    Raises ConfigError for unknown names and sizes that do not match.
     """
     mask_id, words = None, tokenizer.vocab_size
     if recipe.objective == "masked-diffusion":
@@ -81,7 +81,7 @@ def model_bundle(
 
 
 def mask_of(recipe: Recipe, tokenizer: Tokenizer) -> int:
-    """The id of the mask: what pretrained weights were trained with, else the tokenizer's, else a new one. Raises ConfigError."""
+    """Return the mask token's id: that of the pretrained weights, else the tokenizer's, else a new one. Raises ConfigError."""
     asked = recipe.diffusion.mask_token
     found, _ = mask_token(tokenizer, asked)
     trained = hf_spec.read_config(recipe.model).get("mask_token_id") if recipe.model.path else None
@@ -89,8 +89,9 @@ def mask_of(recipe: Recipe, tokenizer: Tokenizer) -> int:
         return found
     if asked is not None and trained != found:
         raise ConfigError(
-            f"diffusion.mask_token = {asked!r} is token {found}, and the weights of {recipe.model.path} know token {trained} as "
-            "their mask; leave it out"
+            f"diffusion.mask_token: the weights of {recipe.model.path} use token {trained} as mask",
+            found=f"{asked!r}, token {found}",
+            fix="leave diffusion.mask_token unset",
         )
     return int(trained)
 
@@ -107,7 +108,7 @@ def _family(recipe: Recipe, families: Mapping[str, Family]) -> Family:
 
 
 def task_of(recipe: Recipe) -> Literal["causal", "question-answering"]:
-    """Which of transformers' heads the recipe's objective needs."""
+    """Return which transformers head the recipe's objective needs."""
     return "question-answering" if recipe.objective == "question-answering" else "causal"
 
 
@@ -121,17 +122,22 @@ def _objective(recipe: Recipe, mask_id: int | None, tokenizer: Tokenizer, object
     known = {**OBJECTIVES, "question-answering": QuestionAnswering, **objectives}
     if name not in known:
         names = ", ".join([*known, "masked-diffusion"])
-        raise ConfigError(f"objective = {name!r} is unknown{nearest(name, known)}; known: {names}")
-    return known[name]()
+        raise ConfigError(f"objective: unknown{nearest(name, known)}; known: {names}", found=repr(name))
+    made = as_objective(known[name]())
+    if made is None:
+        raise ConfigError(f"objective: {name!r} has no __call__, weight or tokens", found=known[name])
+    return made
 
 
 def initial_weights(
     recipe: Recipe, parts: ModelBundle, model: nn.Module, device: torch.device, adapter: Path | None = None
 ) -> Source:
-    """Where the weights of a new run come from: pretrained ones where the recipe names them, else initialization.
+    """Return the source of a new run's weights: pretrained ones if the recipe names them, else initialization.
 
-    `model` is the one to be filled, on meta or not, on `device`; `adapter` a folder with a trained adapter to lay over the weights.
-    Raises CheckpointError where that was trained over others.
+    model    the model to fill, on meta or not, on `device`
+    adapter  folder with a trained adapter to load over the weights
+
+    Raises CheckpointError where the adapter was trained on other weights.
     """
     base = base_weights(recipe, parts.base or parts.family)
     if parts.base is None:
@@ -146,9 +152,9 @@ def initial_weights(
 
 
 def resumed_weights(recipe: Recipe, parts: ModelBundle, model: nn.Module, device: torch.device, folder: Path) -> Source:
-    """The weights of a checkpoint; where it holds an adapter alone, over those that the recipe names.
+    """Return the source of a checkpoint's weights; for an adapter checkpoint, over the base weights that the recipe names.
 
-    Raises CheckpointError where those are not the ones that the adapter was trained over.
+    Raises CheckpointError where the adapter was trained on other weights.
     """
     saved = training_state.Weights(folder)
     if parts.base is None:
@@ -161,7 +167,7 @@ def resumed_weights(recipe: Recipe, parts: ModelBundle, model: nn.Module, device
 
 
 def base_weights(recipe: Recipe, family: Family) -> Source:
-    """All weights that the recipe begins from, an adapter's base among them."""
+    """Return the source of all weights that training starts from, without an adapter."""
     drawn = Initialization(family, recipe.model, recipe.seed) if family.initial else None
     if not recipe.model.path:
         assert drawn is not None
@@ -175,7 +181,7 @@ def base_weights(recipe: Recipe, family: Family) -> Source:
 
 
 def base_record(recipe: Recipe) -> BaseRecord:
-    """What an adapter notes of the weights under it."""
+    """Return the record of the base weights that an adapter checkpoint keeps."""
     from gptoughts.models.adapters.folder import record_of, record_of_drawn
 
     if recipe.model.path:
@@ -184,7 +190,7 @@ def base_record(recipe: Recipe) -> BaseRecord:
 
 
 def kept_documents(recipe: Recipe) -> dict[str, str]:
-    """Small files that a checkpoint keeps: of a Hugging Face model what opens it (under base/), of an adapter's base its record."""
+    """Return small files for a checkpoint: a Hugging Face model's config files (under base/), an adapter's base record."""
     kept: dict[str, str] = {}
     if recipe.model.family == "hf":
         kept = {f"base/{name}": text for name, text in hf_spec.documents(recipe.model).items()}

@@ -1,4 +1,4 @@
-"""The most memory that a stretch of work held on the device at one time: from the allocator on a GPU, from the profiler on a CPU."""
+"""Peak memory of a block of code: from the allocator on a GPU, from the profiler on a CPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gptoughts.engine.engine import Engine
 
 
 def held_bytes(engine: Engine) -> int:
-    """What is held now: on a GPU all that the allocator has given out, on a CPU weights, gradients and optimizer state, each storage once."""
+    """Return the bytes in use: on a GPU all that is allocated; on a CPU weights, gradients and optimizer state, each storage once."""
     if engine.device.type == "cuda":
         return torch.cuda.memory_allocated(engine.device)
     tensors: list[Any] = [*engine.bare.parameters(), *(parameter.grad for parameter in engine.parameters())]
@@ -27,7 +27,7 @@ def held_bytes(engine: Engine) -> int:
 
 
 def _parts(tensor: Tensor) -> Iterator[Tensor]:
-    """The plain tensors that a tensor of a library's own class is made of."""
+    """Yield the plain tensors inside a tensor subclass; a plain tensor yields itself."""
     inner, _ = tensor.__tensor_flatten__() if hasattr(tensor, "__tensor_flatten__") else ((), None)
     if not inner:
         yield tensor
@@ -36,7 +36,7 @@ def _parts(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def highest(before: int, allocations: Iterable[tuple[int, int]]) -> int:
-    """The highest sum of bytes from `before` on, over (moment, bytes) pairs in which what is given back is negative."""
+    """Return the highest running sum of bytes, starting at `before`, over (time, bytes) pairs; frees are negative."""
     now = most = before
     for _, size in sorted(allocations, key=lambda event: event[0]):
         now += size
@@ -45,21 +45,21 @@ def highest(before: int, allocations: Iterable[tuple[int, int]]) -> int:
 
 
 class Highest:
-    """What was held at most; None until the stretch has ended."""
+    """Peak bytes; None until the block has ended."""
 
     size: int | None = None
 
 
 @contextmanager
 def measured(engine: Engine) -> Iterator[Highest]:
-    """Measure what the block holds at most."""
+    """Measure the peak memory of the block."""
     found, before = Highest(), held_bytes(engine)
     if engine.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(engine.device)
         yield found
         found.size = torch.cuda.max_memory_allocated(engine.device)
         return
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its two trace points on standard error are not for the user
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # suppresses two lines of Kineto on standard error
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:

@@ -1,7 +1,7 @@
-"""Keeps the experts of a mixture evenly loaded and says how they are: a loss on the router, or a bias that follows the loads.
+"""Load balancing for mixture-of-experts models: a router loss, or a routing bias that follows the loads; and load metrics.
 
-The routers of a model are watched in place: their forward also leaves tokens per expert and summed probabilities behind, on the
-device, without a hook (hooks are silent under torch.compile) and without waiting for the host. Dense models are left as they are.
+Each router's forward is patched to record tokens per expert and summed probabilities on the device. It uses no module hook, because
+torch.compile ignores those, and never waits for the host. Dense models are unchanged.
 """
 
 from __future__ import annotations
@@ -16,20 +16,18 @@ from torch import Tensor, nn
 from gptoughts.config.recipe import ExpertsConfig
 from gptoughts.engine.distributed.ranks import Ranks
 from gptoughts.engine.engine import Engine
-from gptoughts.engine.objectives.base import IGNORED, Batch, Objective
+from gptoughts.engine.objectives.base import IGNORED, Batch, Objective, WrappedObjective
 from gptoughts.errors import ConfigError, RunError
 from gptoughts.models.hf.experts import Router, balance, coefficient, measured, nudge, routers
 from gptoughts.models.patching import Undo, reroute
-
-CHECKPOINT_KEY = "skip_fwd_side_effects_in_bwd_under_checkpoint"
-"""Dynamo's word for: what a forward leaves behind is left once, and not again when the backward recomputes it."""
+from gptoughts.models.torch_internals import set_side_effects_once
 
 
 def balanced(engine: Engine, objective: Objective, config: ExpertsConfig) -> tuple[Objective, Undo]:
-    """`objective` with the balance of the engine's experts, and the undo; `objective` itself for a dense model.
+    """Return `objective` with the balance loss added, and the undo; `objective` itself for a dense model.
 
-    Call it once the engine's model is built (meta will do) and before its first forward. Afterwards an update also moves the
-    balancing biases of routers that learn. Raises ConfigError where experts are there and their routers are not understood.
+    Call it after the engine's model is built (meta is enough) and before its first forward. Each update then also moves the balancing
+    biases of trainable routers. Raises ConfigError where the routers of a model's experts are not recognized.
     """
     found = routers(engine.bare)
     if not found:
@@ -52,27 +50,20 @@ def balanced(engine: Engine, objective: Objective, config: ExpertsConfig) -> tup
     return wrapped, undo
 
 
-class Balanced:
-    """An objective with the balance loss of its model's experts added.
+class Balanced(WrappedObjective):
+    """Objective plus the balance loss of the model's experts; the objective alone in evaluation.
 
-    A micro-batch adds coefficient x balance x its own weight, so the step's loss is the main loss plus the coefficient times the mean
-    of the micro-batches' balances, weighted as their losses are. The balance of a batch is not the mean of its parts' balances (it
-    multiplies two means), so this term, and it alone, depends on the size of micro-batches: small ones ask for balance within fewer
-    tokens. The main loss does not. Evaluation has the main loss alone.
+    A micro-batch adds coefficient x balance x its weight, so the step's loss is the main loss plus the coefficient times the weighted
+    mean of the micro-batches' balances. The balance multiplies two means over a micro-batch, so this term, unlike the main loss, depends
+    on the micro-batch size: smaller ones require balance within fewer tokens.
     """
 
     def __init__(self, objective: Objective, experts: Experts, coefficient: float) -> None:
-        self.objective, self.experts, self.coefficient = objective, experts, coefficient
-        self.meters: dict[str, tuple[Tensor, Tensor]] = getattr(objective, "meters", {})
-
-    def __getattr__(self, name: str) -> Any:
-        """What else the objective offers, such as `prepare`."""
-        if name == "objective":  # asked for before it is there, as copy does
-            raise AttributeError(name)
-        return getattr(self.objective, name)
+        super().__init__(objective)
+        self.experts, self.coefficient = experts, coefficient
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The objective's sum plus coefficient x balance x weight; the sum alone where nothing is learned."""
+        """Return the objective's sum plus coefficient x balance x weight; without gradients the sum alone."""
         if not (model.training and torch.is_grad_enabled()):
             return self.objective(model, batch)
         self.experts.listen(counted(batch, self.objective.tokens(batch)))
@@ -86,40 +77,33 @@ class Balanced:
         return loss + self.coefficient * weight * term if self.coefficient else loss
 
     def forget(self) -> None:
-        """Drop the loads since the last update: the batch that made them is taken again, or was none of the training's."""
+        """Drop the loads since the last update, and the inner objective's state."""
         self.experts.forget()
+        super().forget()
 
     def listing(self) -> tuple[Tensor, Callable[[Sequence[float]], dict[str, list[int]]]] | None:
-        """Load of every expert since the last call, on the device, and what makes a row of metrics.jsonl of it; None where nothing ran."""
+        """Return the load of every expert since the last call, and its formatter for metrics.jsonl; None if no update ran."""
         percentages = self.experts.percentages()
         return None if percentages is None else (percentages, self.experts.row)
 
-    def weight(self, batch: Batch) -> Tensor | float:
-        """The objective's weight."""
-        return self.objective.weight(batch)
-
-    def tokens(self, batch: Batch) -> int:
-        """The objective's tokens."""
-        return self.objective.tokens(batch)
-
 
 def meter(meters: dict[str, tuple[Tensor, Tensor]], name: str, value: Tensor, weight: Tensor) -> None:
-    """Add to the quotient `name`, on the device."""
+    """Add to the sum and weight of meter `name`, on the device."""
     before = meters.get(name)
     meters[name] = (value, weight) if before is None else (before[0] + value, before[1] + weight)
 
 
 def counted(batch: Batch, tokens: int) -> Tensor:
-    """Which of a micro-batch's positions count as load, float32 (tokens,): those of documents in which any label counts.
+    """Return float32 (tokens,): 1 for positions that count as load, those of documents with a label that is not ignored.
 
-    So a prompt counts with its answer, and padding, a document without labels, does not. Without labels all positions count.
+    A prompt counts with its answer; padding, a document without labels, does not. Without `labels` all positions count.
     """
     rows = len(batch["input_ids"])
     columns = tokens // rows
     labels, positions = batch.get("labels"), batch.get("positions")
     if labels is None:
         return torch.ones(tokens, device=batch["input_ids"].device)
-    kept = labels[:, -columns:] != IGNORED  # next-token batches have a column more, whose first label nobody predicts
+    kept = labels[:, -columns:] != IGNORED  # next-token batches have one more column, whose first label is not predicted
     if positions is None:
         return kept.any(1, keepdim=True).expand(rows, columns).flatten().float()
     document = (positions[:, :columns] == 0).cumsum(1)
@@ -127,110 +111,106 @@ def counted(batch: Batch, tokens: int) -> Tensor:
     return (labeled.gather(1, document) > 0).float().flatten()
 
 
-class _Ear:
-    """What all watched routers of a model share."""
+class _Recording:
+    """State shared by all patched routers of a model."""
 
     def __init__(self) -> None:
-        self.listening = False
+        self.active = False
         self.counted: Tensor | None = None
 
 
-class _Watch:
-    """What one router leaves behind. Compiled code reads the same fields in every layer, so that all layers are one graph."""
+class _RouterRecord:
+    """Record of one router. Compiled code reads the same fields in every layer, so that all layers share one graph."""
 
-    def __init__(self, router: Router, ear: _Ear, inner: Callable[..., Any] | None) -> None:
-        self.router, self.ear, self.inner = router, ear, inner
-        self.seen: Tensor | None = None
+    def __init__(self, router: Router, recording: _Recording, inner: Callable[..., Any] | None) -> None:
+        self.router, self.recording, self.inner = router, recording, inner
+        self.value: Tensor | None = None
 
 
-def _watched(module: Any, *arguments: Any, **keywords: Any) -> Any:
-    watch: _Watch = module.watch
-    if watch.inner is not None:
-        outputs = watch.inner(*arguments, **keywords)
+def _recording_forward(module: Any, *arguments: Any, **keywords: Any) -> Any:
+    record: _RouterRecord = module.watch
+    if record.inner is not None:
+        outputs = record.inner(*arguments, **keywords)
     else:
         outputs = type(module).forward(module, *arguments, **keywords)
-    mask = watch.ear.counted
+    mask = record.recording.counted
     if not module.training or not torch.is_grad_enabled() or mask is None:
         return outputs
-    positions = outputs[watch.router.scores_at].numel() // watch.router.experts
+    positions = outputs[record.router.scores_at].numel() // record.router.experts
     if positions == mask.numel():
-        # Recomputation must save what the forward saved: what is computed may not depend on who listens, what is kept may.
-        seen = measured(outputs, watch.router, mask)
-        if watch.ear.listening:
-            watch.seen = seen if watch.seen is None else watch.seen + seen
-    elif watch.ear.listening:
-        raise RunError(f"router {watch.router.name} chose experts for {positions} positions of a batch of {mask.numel()}")
+        # Recomputation must save the same tensors as the forward, so this is computed even where it is not recorded.
+        value = measured(outputs, record.router, mask)
+        if record.recording.active:
+            record.value = value if record.value is None else record.value + value
+    elif record.recording.active:
+        raise RunError(f"router {record.router.name}: must route {mask.numel()} positions", found=positions)
     return outputs
 
 
 class Experts:
-    """The watched routers of a model, and how their experts are loaded.
+    """Patched routers of a model and the loads of their experts.
 
-    Loads are summed over the micro-batches of an update and, in `settle`, over ranks. What is counted says `counted`.
+    Loads are summed over the micro-batches of an update and, in `reduce_loads`, over ranks. `counted` selects the positions.
     """
 
     def __init__(self, found: Mapping[str, Router]) -> None:
         self.found = dict(found)
-        self._ear = _Ear()
-        self._watches: dict[str, _Watch] = {}
+        self._recording = _Recording()
+        self._records: dict[str, _RouterRecord] = {}
         self._sizes = [router.experts for router in self.found.values()]
         self._loads: Tensor | None = None
         self._since_row: Tensor | None = None
 
     def forget(self) -> None:
-        """Begin to count the loads of this update anew."""
+        """Reset the loads of this update."""
         self._loads = None
 
     def watch(self) -> Undo:
-        """Have every router leave behind what it did. Returns the undo.
+        """Patch every router's forward to record its output. Returns the undo.
 
-        Works in eager mode, under non-reentrant checkpoints and in compiled blocks; checkpoints inside compiled blocks need a switch of
-        Dynamo's, which is set as long as routers are watched. A torch without that switch refuses to compile such blocks.
+        Works in eager mode, under non-reentrant checkpoints and in compiled blocks. Checkpoints inside compiled blocks need a Dynamo
+        setting, which is set until the undo; a torch without it does not compile such blocks.
         """
-        from torch._dynamo import config as dynamo
-
         undos = []
         for name, router in self.found.items():
             module = router.module
             if hasattr(module, "watch"):
-                raise ConfigError(f"router {name} is watched already, or has something of its own called watch")
-            watch = _Watch(router, self._ear, module.__dict__.get("forward"))
-            module.__dict__["watch"] = self._watches[name] = watch
-            undos.append(reroute(module, MethodType(_watched, module)))
-        before = getattr(dynamo, CHECKPOINT_KEY, None)
-        if before is not None:
-            setattr(dynamo, CHECKPOINT_KEY, True)
+                raise ConfigError(f"router {name}: already patched, or has its own attribute `watch`")
+            record = _RouterRecord(router, self._recording, module.__dict__.get("forward"))
+            module.__dict__["watch"] = self._records[name] = record
+            undos.append(reroute(module, MethodType(_recording_forward, module)))
+        before = set_side_effects_once(True)
 
         def undo() -> None:
             for back, router in zip(undos, self.found.values(), strict=True):
                 back()
                 del router.module.__dict__["watch"]
             if before is not None:
-                setattr(dynamo, CHECKPOINT_KEY, before)
+                set_side_effects_once(before)
 
         return undo
 
     def listen(self, positions: Tensor) -> None:
-        """Keep what routers do from now on; `positions` (N,) is 1 where a position counts."""
-        for watch in self._watches.values():
-            watch.seen = None
-        self._ear.counted, self._ear.listening = positions, True
+        """Start recording; `positions` (N,) is 1 where a position counts."""
+        for record in self._records.values():
+            record.value = None
+        self._recording.counted, self._recording.active = positions, True
 
     def heard(self) -> dict[str, Tensor | None]:
-        """Stop listening; what each router left behind, with its gradient, or None where it did not run."""
-        self._ear.listening = False
-        seen = {name: watch.seen for name, watch in self._watches.items()}
-        for watch in self._watches.values():
-            watch.seen = None
-        return seen
+        """Stop recording. Returns each router's record, differentiable, or None where it did not run."""
+        self._recording.active = False
+        values = {name: record.value for name, record in self._records.items()}
+        for record in self._records.values():
+            record.value = None
+        return values
 
     def complete(self, seen: Mapping[str, Tensor | None]) -> list[Tensor]:
-        """What every router left behind, its loads added to the update's. Raises RunError naming routers that left nothing."""
+        """Return all routers' records and add their loads to the update's. Raises RunError naming routers without a record."""
         silent = [name for name, value in seen.items() if value is None]
         if silent:
             raise RunError(
-                f"routers that did not run in a training forward: {', '.join(silent)}\n"
-                "  a reentrant checkpoint hides them; recompute with --layer.recompute recompute-blocks"
+                f"{', '.join(silent)}: routers without a record of the training forward, as inside a reentrant checkpoint",
+                fix="--layer.recompute recompute-blocks",
             )
         layers = [value for value in seen.values() if value is not None]
         loads = torch.cat([value.detach()[0] for value in layers]).long()
@@ -238,9 +218,10 @@ class Experts:
         return layers
 
     def reduce_loads(self, ranks: Ranks, rate: float, meters: dict[str, tuple[Tensor, Tensor]]) -> None:
-        """After an update: sum loads over ranks, move balancing biases by `rate`, add to the meters, and start anew.
+        """After an update: sum loads over ranks, move balancing biases by `rate`, add to the meters, and reset.
 
-        load_max: the most tokens of an expert over its layer's mean, in the worst layer; 1 is even. dead_experts: share without a token.
+        load_max: the most tokens of an expert over its layer's mean, in the worst layer; 1 is balanced.
+        dead_experts: fraction of experts without a token.
         """
         if self._loads is None:
             return
@@ -257,14 +238,14 @@ class Experts:
         self._since_row = loads if self._since_row is None else self._since_row + loads
 
     def percentages(self) -> Tensor | None:
-        """Load of every expert of every layer as a percentage of its layer's mean since the last call, on the device; None if none."""
+        """Return each expert's load since the last call as a percentage of its layer's mean, on the device; None if no update ran."""
         if self._since_row is None:
             return None
         layers, self._since_row = self._since_row.double().split(self._sizes), None
         return torch.cat([100 * load / load.mean().clamp(min=1e-9) for load in layers]).float()
 
     def row(self, percentages: Sequence[float]) -> dict[str, list[int]]:
-        """`percentages`, brought to the host, for metrics.jsonl: "experts/<router>" -> whole percentages by expert; 100 is even."""
+        """Format `percentages` for metrics.jsonl: "experts/<router>" -> rounded percentages by expert; 100 is balanced."""
         rest, row = [round(value) for value in percentages], {}
         for name, router in self.found.items():
             row[f"experts/{name}"], rest = rest[: router.experts], rest[router.experts :]

@@ -1,4 +1,4 @@
-"""Memory that ran out: told from other errors, and the smaller micro-batch that a run goes on with, kept in its folder."""
+"""Out-of-memory errors: detect them, free what they held, and keep the smaller micro-batch in the run folder."""
 
 from __future__ import annotations
 
@@ -17,31 +17,30 @@ CPU_WORDS = ("DefaultCPUAllocator", "can't allocate memory")
 
 
 class OutOfMemory(RunError):
-    """Memory ran out where the process itself cannot go on; started again, it continues with `sequences` per forward.
+    """Out of memory where the process cannot continue; after a restart the run uses `sequences` per forward.
 
-    The exit code is that of a temporary failure: whoever started the run may start it again.
+    The exit code is EX_TEMPFAIL, on which a launcher restarts the run.
     """
 
     exit_code = 75
 
-    def __init__(self, text: str, sequences: int | None) -> None:
-        super().__init__(text)
+    def __init__(self, problem: str, sequences: int | None, fix: str = "") -> None:
+        super().__init__(problem, fix=fix)
         self.sequences = sequences
 
 
 def ran_out(error: BaseException) -> bool:
-    """Whether the device, or on a CPU the process, had no memory left."""
+    """Return whether an error means that the device, or on a CPU the process, is out of memory."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and all(word in str(error) for word in CPU_WORDS)
 
 
 def release(device: torch.device) -> None:
-    """Free what a forward or backward on `device` held when it failed. Call it outside of the handler, whose traceback holds the frames.
+    """Free the memory of a failed forward or backward on `device`. Call it outside of the handler, whose traceback holds the frames.
 
-    After a failed backward on a CPU the tasks that were waiting stay in the calling thread's queue, and with them the activations that
-    they saved, until that thread runs a backward again: https://github.com/pytorch/pytorch/issues/82218. The next forward has to find
-    its memory before that, so the smallest of backwards runs here.
+    After a failed backward on a CPU, queued autograd tasks keep their saved activations until the same thread runs a backward again
+    (https://github.com/pytorch/pytorch/issues/82218), so a minimal backward runs here.
     """
     with torch.enable_grad():
         torch.zeros((), device="cpu", requires_grad=True).clone().backward()
@@ -51,27 +50,27 @@ def release(device: torch.device) -> None:
 
 
 def smaller(sequences: int, share: int) -> int | None:
-    """The largest divisor of `share` that is at most half of `sequences`; None where one sequence is already too much."""
+    """Return the largest divisor of `share` that is at most half of `sequences`; None where `sequences` is 1."""
     return next((count for count in range(sequences // 2, 0, -1) if share % count == 0), None)
 
 
 @dataclass(frozen=True)
 class Kept:
-    """The micro-batch that memory left to a run."""
+    """Micro-batch of a run after an out-of-memory error."""
 
     sequences: int
     planned: int
 
 
 def keep(folder: Path, kept: Kept) -> None:
-    """Write it down for the next start."""
-    part = folder / f"{FILE}.{os.getpid()}.part"  # ranks may run out together
+    """Write the record for the next start."""
+    part = folder / f"{FILE}.{os.getpid()}.part"  # several ranks may write at once
     part.write_text(json.dumps(vars(kept), indent=1) + "\n", encoding="utf-8")
     part.replace(folder / FILE)
 
 
 def recall(folder: Path, planned: int) -> Kept | None:
-    """What an earlier start wrote down, where it was planned as now and so still counts. Raises RunError for a file that is something else."""
+    """Return the record of an earlier start; None if there is none or it has another planned size. Raises RunError for a damaged file."""
     path = folder / FILE
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -79,5 +78,5 @@ def recall(folder: Path, planned: int) -> Kept | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{path} cannot be read: {error}; delete it to begin with the planned micro-batch") from None
+        raise RunError(f"{path}: not readable ({error})", fix=f"rm {path}, to start with the planned micro-batch") from None
     return kept if kept.planned == planned and 0 < kept.sequences < planned else None

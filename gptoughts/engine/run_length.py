@@ -1,4 +1,4 @@
-"""How long a run is and which learning rate each of its steps has, in steps or by the clock."""
+"""Length of a run, in steps or hours, and the learning rate of each step."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import math
 
 from gptoughts.config.loader import Recipe
 from gptoughts.engine.distributed.ranks import Ranks
-from gptoughts.engine.optim.schedule_and_groups import learning_rate
+from gptoughts.engine.optim.lr_schedule import learning_rate
 from gptoughts.engine.trainer import Progress
 
 
 class RunLength:
-    """A run's length. `steps` is None where the recipe counts hours; then ranks agree on the time, since clocks differ.
+    """Length of a run. `steps` is None where the recipe counts hours; ranks then agree on the time, since clocks differ.
 
-    `samples` make one epoch.
+    samples  number of samples per epoch
     """
 
     def __init__(self, recipe: Recipe, ranks: Ranks, samples: int) -> None:
@@ -22,13 +22,13 @@ class RunLength:
         self._limit_seconds = (recipe.train.hours or 0.0) * 3600
 
     def finished(self, progress: Progress) -> bool:
-        """Whether the run has reached its length."""
+        """Return whether the run has reached its length."""
         if self.steps is not None:
             return progress.step >= self.steps
         return self._ranks.any(progress.seconds >= self._limit_seconds)
 
     def rate(self, progress: Progress) -> float:
-        """Learning rate of the next update. The last update has the schedule's last rate."""
+        """Return the learning rate of the next update. The last update has the schedule's last rate."""
         optim = self._recipe.optim
         if self.steps is not None:
             last = max(1, self.steps - 1)

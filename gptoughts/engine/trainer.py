@@ -1,4 +1,4 @@
-"""The loop. It pulls a batch, calls the engine's verbs, and lets callbacks look; it knows no optimization by name."""
+"""The training loop: take a batch, call the engine's step hooks, run callbacks. It names no optimization."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import Tensor
 from gptoughts.engine.accumulation import accumulate
 from gptoughts.engine.callback import Callback
 from gptoughts.engine.engine import Engine
-from gptoughts.engine.optim.schedule_and_groups import set_rate
+from gptoughts.engine.optim.lr_schedule import set_rate
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is. Everything that the loop needs to go on, and nothing else."""
+    """Progress of a run: all that the loop needs to resume."""
 
     step: int = 0
     """Updates of the weights."""
@@ -27,12 +27,12 @@ class Progress:
     seconds: float = 0.0
     """Time spent in steps; callbacks are not counted."""
     cursor: Any = None
-    """What the batches resume from."""
+    """Position in the data order to resume from."""
 
 
 @dataclass(frozen=True)
 class StepStats:
-    """What one step gave. Tensors stay on the device: nobody waits for them here."""
+    """Results of one step. Tensors stay on the device, so that the host does not wait."""
 
     loss_sum: Tensor
     """Summed loss of this rank."""
@@ -46,16 +46,16 @@ class StepStats:
 
 
 def train_step(engine: Engine, rate: float) -> StepStats:
-    """One update from one global batch: forward and backward per micro-batch, clip, step.
+    """Run one update on one global batch: forward and backward per micro-batch, clip, step.
 
-    The loss is the sum over all micro-batches and ranks divided by the sum of their weights. Ranks average gradients, hence the
-    factor of their number.
+    The loss is the sum over all micro-batches and ranks divided by the sum of their weights. Ranks average gradients, so each loss is
+    also multiplied by their number.
     """
     if engine.optimizer is not None:
-        set_rate(engine.optimizer, rate)  # before the backward, in which some engines update already
+        set_rate(engine.optimizer, rate)  # before the backward, which may already update weights
     batch, cursor = engine.next_batch()
     weight = engine.ranks.sum(engine.objective.weight(batch))
-    # A weight of 0 is an error that the log names; here it must only not poison the weights before it is read.
+    # A weight of 0 is an error that the log reports one step later; until then it must not make the weights NaN.
     scale = engine.ranks.size / torch.where(weight > 0, weight, torch.ones_like(weight))
     loss_sum = accumulate(engine, batch, scale)
     grad_norm = engine.clip()
@@ -66,7 +66,7 @@ def train_step(engine: Engine, rate: float) -> StepStats:
 
 
 def advance(engine: Engine, progress: Progress, schedule: Callable[[Progress], float]) -> tuple[Progress, StepStats]:
-    """One step from `progress`. Returns where the run stands then."""
+    """Run one step. Returns the progress after it and the step's results."""
     began = perf_counter()
     stats = train_step(engine, schedule(progress))
     reached = replace(
@@ -82,7 +82,7 @@ def advance(engine: Engine, progress: Progress, schedule: Callable[[Progress], f
 def call_back(
     engine: Engine, progress: Progress, stats: StepStats, callbacks: Sequence[Callback], last: bool, stopped: bool = False
 ) -> Progress:
-    """Run the callbacks that are due after this step; the model is in training mode afterwards."""
+    """Run the callbacks that are due after this step, then return the model to training mode."""
     last = last or stopped
     due = [callback for callback in callbacks if callback.due(progress.step, last) and (callback.on_stop or not stopped)]
     if any(callback.touches_weights for callback in due):
@@ -103,11 +103,12 @@ def train(
     schedule: Callable[[Progress], float],
     callbacks: Sequence[Callback] = (),
     stop: Callable[[Progress], bool] = lambda progress: False,
+    *,
     pause: Callable[[Progress], bool] = lambda progress: False,
 ) -> Progress:
-    """Run from `progress` until `finished`, `stop` or `pause` says so. Returns the progress reached.
+    """Run steps from `progress` until `finished`, `stop` or `pause` returns True. Returns the progress reached.
 
-    The first two end the run: callbacks are told that the step was the last. A pause is for whoever wants to look in between.
+    `finished` and `stop` end the run: callbacks get `last=True`. After `pause` the caller may continue.
     """
     engine.model.train()
     while not (finished(progress) or pause(progress)):

@@ -168,7 +168,7 @@ def reading_engine(
         recipe,
         Ranks(World(), device),
         device,
-        iter(()),
+        batches=iter(()),
     )
     engine.materialize(source)
     engine.bare.eval()

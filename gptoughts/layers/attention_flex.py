@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from functools import partial
 
 from gptoughts.errors import LayerError
+from gptoughts.models.torch_internals import is_compiled
 from gptoughts.planning.kernel_names import attention_forwards, told
 from gptoughts.planning.layer import (
     Budget,
@@ -79,7 +80,7 @@ def apply(engine: Engine, options: Options) -> Iterator[None]:
 @contextmanager
 def _eager(engine: Engine) -> Iterator[None]:
     """On a CPU torch compiles this operator's forward and not its backward, and the compiler's own message says neither."""
-    if any(getattr(module, "_compiled_call_impl", None) is not None for module in engine.bare.modules()):
+    if any(is_compiled(module) for module in engine.bare.modules()):
         raise LayerError(
             "attention=flex: torch has no backward of compiled flex_attention on a CPU\n  try: --layer.compile eager, or --layer.attention sdpa"
         )

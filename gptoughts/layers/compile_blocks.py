@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from gptoughts.layers.support.compile import CACHE, lacking
+from gptoughts.models.torch_internals import undo_compile
 from gptoughts.planning.layer import (
     Budget,
     Case,
@@ -56,7 +57,7 @@ def apply(engine: Engine, options: Options) -> Iterator[None]:
             yield
         finally:
             for block in engine.blocks.values():
-                block._compiled_call_impl = None
+                undo_compile(block)
 
 
 def verify(engine: Engine, trace: StepTrace, options: Options) -> Evidence:

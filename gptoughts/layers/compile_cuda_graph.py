@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from gptoughts.layers.support.compile import CACHE, lacking
+from gptoughts.models.torch_internals import undo_compile
 from gptoughts.planning.layer import (
     Budget,
     Case,
@@ -74,7 +75,7 @@ def apply(engine: Engine, options: Options) -> Iterator[None]:
         try:
             yield
         finally:
-            engine.bare._compiled_call_impl = None
+            undo_compile(engine.bare)
             for back in undo:
                 back()
 

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from gptoughts.errors import RunError
+from gptoughts.models.torch_internals import scale_all
 from gptoughts.planning.layer import (
     Budget,
     Case,
@@ -107,7 +108,7 @@ class LossScale:
         import torch
 
         gradients = [parameter.grad for parameter in self.engine.parameters() if parameter.grad is not None]
-        torch._foreach_mul_(gradients, 1 / self.scale)
+        scale_all(gradients, 1 / self.scale)
         norm = inner()
         self.finite = torch.isfinite(norm)
         return torch.where(self.finite, norm, torch.zeros_like(norm))

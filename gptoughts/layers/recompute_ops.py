@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
+from gptoughts.models.torch_internals import dispatch_mode
 from gptoughts.planning.layer import (
     Budget,
     Case,
@@ -127,9 +128,8 @@ def _counting(keep: str, call_counts: Counter[str]) -> Any:
 
     The profiler cannot tell the two apart on a CPU: it records an operator before the mode that answers it.
     """
-    from torch.utils._python_dispatch import TorchDispatchMode
 
-    class Ran(TorchDispatchMode):
+    class Ran(dispatch_mode()):  # type: ignore[misc]
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             call_counts[AGAIN] += is_kept(func.name(), keep)
             return func(*args, **(kwargs or {}))

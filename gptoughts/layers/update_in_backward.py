@@ -106,7 +106,7 @@ class _Updates:
         """The hook for parameters of `group`: once a parameter's gradient is complete, tied uses and all."""
         import torch
 
-        from gptoughts.engine.optim.schedule_and_groups import step_one
+        from gptoughts.engine.optim.param_groups import step_one
 
         def update(parameter: Any) -> None:
             self.norms.append(torch.linalg.vector_norm(parameter.grad.detach()))

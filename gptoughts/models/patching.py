@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from gptoughts.models.torch_internals import parameter_table
+
 Undo = Callable[[], None]
 
 
@@ -32,4 +34,4 @@ def pass_through(hidden: Tensor) -> Tensor:
 def share(target: nn.Module, names: dict[str, nn.Parameter | None]) -> None:
     """Let `target` compute with parameters that another module owns."""
     for name, parameter in names.items():
-        target._parameters[name] = parameter
+        parameter_table(target)[name] = parameter

@@ -43,7 +43,7 @@ def build_engine(
 
     Raises LayerError naming the layer that could not be applied, RunError where `source` does not fit the model.
     """
-    engine = Engine(model, family, objective, recipe, ranks, ranks.device, batches)
+    engine = Engine(model, family, objective, recipe, ranks, ranks.device, batches=batches)
     with ExitStack() as stack:
         if recipe.model.family == "hf":  # dense models come back as they are
             # Under an adapter the base stays as it is, its routing bias with it: an adapter's folder could not hold a moved one.

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from gptoughts.config.loader import Recipe
 from gptoughts.console import SilentConsole
 from gptoughts.data.device import to_device
 from gptoughts.engine.checkpoint import state, store
-from gptoughts.engine.objectives.base import Batch, Objective, Rows
+from gptoughts.engine.objectives.base import Batch, Objective, Rows, as_objective
 from gptoughts.engine.trainer import Progress, train
 from gptoughts.errors import ConfigError, DataError
 from gptoughts.hardware.machine import World
@@ -104,8 +104,9 @@ def _train(session: Session, result: FitResult) -> None:
 
 def _as_objective(objective: Any) -> Objective:
     """Return an objective as it is; wrap a plain function, whose weight is the number of rows. Raises ConfigError."""
-    if hasattr(objective, "weight") and hasattr(objective, "tokens"):
-        return cast("Objective", objective)
+    adapted = as_objective(objective)
+    if adapted is not None:
+        return adapted
     if not callable(objective) or isinstance(objective, type):
         raise ConfigError(
             "objective: needs a function (model, batch) -> loss summed over the rows, or an object with __call__, weight and tokens",

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from gptoughts.console import bytes_in_words, share
+from gptoughts.models.torch_internals import allocation_history
 
 MOST_ROWS = 15
 OURS = "/gptoughts/"
@@ -21,16 +22,8 @@ UNKNOWN = "not recorded (gptoughts trace --memory-history records it)"
 @contextmanager
 def history(device: Any) -> Iterator[None]:
     """Record the stack of every allocation in the block. Costs a few microseconds per allocation; does nothing on a CPU."""
-    import torch
-
-    if device.type != "cuda":
+    with allocation_history(device) if device.type == "cuda" else nullcontext():
         yield
-        return
-    torch.cuda.memory._record_memory_history(enabled="state", context="state", stacks="python", device=device)
-    try:
-        yield
-    finally:
-        torch.cuda.memory._record_memory_history(enabled=None, device=device)
 
 
 def memory_report(path: Path, segments: Sequence[Mapping[str, Any]] | None = None) -> str:

@@ -23,6 +23,7 @@ from gptoughts.engine.objectives.base import Batch, Objective
 from gptoughts.errors import LayerError
 from gptoughts.hardware.machine import World
 from gptoughts.models.family import Family
+from gptoughts.models.torch_internals import dropout_type
 from gptoughts.planning.layer import SLOTS, Choice, Layer
 from gptoughts.planning.resolve import Plan
 from gptoughts.run.build import build_engine
@@ -205,7 +206,7 @@ def _baseline(slot: str, catalog: Mapping[str, Layer]) -> Choice:
 def _gradient(engine: Engine, batch: Batch) -> tuple[float, list[Tensor]]:
     engine.model.train()
     for module in engine.bare.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
+        if isinstance(module, dropout_type()):
             module.eval()  # what is drawn differs between kernels and dtypes that are otherwise the same
     # As in a step, the sum is divided by its weight: a scaler's range is made for that, not for a sum over tokens.
     weight = max(1.0, float(engine.objective.weight(batch)))

@@ -26,7 +26,7 @@ def bare(**more: Any) -> Engine:
     recipe = recipe_of("modern", **more)
     family = FAMILIES["gpt"]
     return Engine(
-        meta_model(recipe, family, ROWS), family, NextToken(), recipe, Ranks(World(), CPU), CPU, random_batches(recipe)
+        meta_model(recipe, family, ROWS), family, NextToken(), recipe, Ranks(World(), CPU), CPU, batches=random_batches(recipe)
     )
 
 
@@ -57,14 +57,14 @@ def test_contexts_nest_in_the_order_in_which_they_were_pushed() -> None:
 
 def test_a_replaced_verb_is_called_and_put_back() -> None:
     engine = bare()
-    before = dict(engine._verbs)
+    before = dict(engine._hooks)
     back = engine.wrap("step", lambda inner: not inner())
     undo = engine.replace("step", lambda: False)  # a later slot's replacement stays inside an earlier slot's wrapper
     assert engine.step() is True
     back()
     assert engine.step() is False
     undo()
-    assert engine._verbs == before
+    assert engine._hooks == before
     assert not any(engine._wrappers.values())
 
 
@@ -98,9 +98,11 @@ class Partial:
 
 
 def test_parameters_that_no_source_wrote_and_keys_that_nobody_used_are_named() -> None:
-    with pytest.raises(RunError, match=r"not written by any source: blocks.1.mlp.down.weight\n.*not used: lm_head.bias"):
+    with pytest.raises(
+        RunError, match=r"missing in the source: blocks.1.mlp.down.weight\n.*unused in the source: lm_head.bias"
+    ):
         bare().materialize(Partial(missing="blocks.1.mlp.down.weight", extra="lm_head.bias"))
-    with pytest.raises(RunError, match=r"embed.weight: the source has shape \(3,\), the model \(128, 64\)"):
+    with pytest.raises(RunError, match=r"embed.weight: the model needs shape \(128, 64\). Found shape \(3,\)"):
         bare().materialize(Partial(shape=True))
 
 

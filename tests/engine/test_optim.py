@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptoughts.config.recipe import OptimConfig
-from gptoughts.engine.optim.schedule_and_groups import adamw, groups, learning_rate, set_rate
+from gptoughts.engine.optim.lr_schedule import learning_rate, set_rate
+from gptoughts.engine.optim.param_groups import adamw, groups
 from gptoughts.errors import ConfigError
 from gptoughts.models.family import FAMILIES
 from tests.support.engines import FAMILIES_UNDER_TEST, recipe_of
@@ -38,7 +39,7 @@ def test_frozen_parameters_are_left_out_and_a_wholly_frozen_model_is_an_error() 
     model.bias.requires_grad_(False)
     assert [len(group["params"]) for group in groups(model, OptimConfig())] == [1]
     model.weight.requires_grad_(False)
-    with pytest.raises(ConfigError, match="no parameter that wants a gradient"):
+    with pytest.raises(ConfigError, match="no parameter has requires_grad"):
         groups(model, OptimConfig())
 
 

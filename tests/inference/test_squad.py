@@ -359,5 +359,7 @@ def test_an_answer_outside_its_row_is_never_ignored(folder: Path, starts: int, e
     row = int(np.flatnonzero(tables["train"].arrays["mask"].sum(axis=1) < 32)[0])
     held = tables["train"].rows(np.array([0, row]))
     held["starts"][1], held["ends"][1] = starts, ends
-    with pytest.raises(DataError, match=rf"sample 77: the answer's tokens {starts} to {ends} do not lie in its \d+ tokens"):
+    with pytest.raises(
+        DataError, match=rf"sample 77: the answer is not inside its \d+ tokens. Found tokens {starts} to {ends}"
+    ):
         QuestionAnswering().prepare(held, np.array([12, 77]))

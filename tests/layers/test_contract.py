@@ -149,7 +149,7 @@ def fingerprint(engine: Any) -> dict[str, Any]:
         "attend": [getattr(module, "attend", None) for module in model.modules()],
         "loss": engine.family.head(model).loss if engine.family.head else None,
         "attention": getattr(getattr(getattr(model, "inner", None), "config", None), "_attn_implementation", None),
-        "verbs": set(engine._verbs),
+        "verbs": set(engine._hooks),
         "wrappers": {verb: list(wrappers) for verb, wrappers in engine._wrappers.items()},
         "contexts": {verb: list(factories) for verb, factories in engine._contexts.items()},
         "extras": dict(engine.extras),
@@ -176,7 +176,7 @@ def pristine(family: str) -> dict[str, Any]:
         recipe,
         Ranks(World(), torch.device("cpu")),
         torch.device("cpu"),
-        iter(()),
+        batches=iter(()),
     )
     return fingerprint(engine)
 
@@ -202,7 +202,7 @@ def test_applied_steps_proves_itself_and_is_undone(layer: Layer, family: str) ->
         "step": engine._step,
         "materialize": engine._materialize,
     }
-    assert engine._verbs == default
+    assert engine._hooks == default
 
 
 def without_block(layer: str, engine: Any) -> None:
@@ -305,7 +305,7 @@ def gradient(
     taken: list[torch.Tensor] = []
     with engine_of(recipe, plan_of(recipe, layers), random_batches(recipe, ragged=True)) as engine:
         change(engine)
-        inner = engine._verbs["clip"]
+        inner = engine._hooks["clip"]
 
         def clip() -> torch.Tensor:
             taken.append(torch.cat([parameter.grad.flatten().clone() for parameter in engine.parameters()]))

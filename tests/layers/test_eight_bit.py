@@ -20,7 +20,7 @@ from gptoughts.engine.distributed.ranks import Ranks
 from gptoughts.engine.engine import Engine
 from gptoughts.engine.optim import low_bit as lowbit
 from gptoughts.engine.optim.factory import optimizer
-from gptoughts.engine.optim.schedule_and_groups import set_rate
+from gptoughts.engine.optim.lr_schedule import set_rate
 from gptoughts.errors import CheckpointError, ConfigError, LayerError
 from gptoughts.hardware.machine import World, probe
 from gptoughts.layers import CATALOG

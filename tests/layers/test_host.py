@@ -65,7 +65,7 @@ def test_an_engine_whose_collector_runs_is_inactive() -> None:
 def test_a_collection_inside_the_watched_step_is_inactive() -> None:
     recipe = recipe_of("modern")
     with engine_of(recipe, plan_of(recipe, {"host": "threads", "host.threads": 1})) as engine:
-        inner = engine._verbs["clip"]
+        inner = engine._hooks["clip"]
 
         def clip() -> torch.Tensor:
             gc.collect()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gptoughts.config.model_spec import spec_for
 from gptoughts.engine.engine import Engine
-from gptoughts.engine.optim.schedule_and_groups import Group
+from gptoughts.engine.optim.param_groups import Group
 from gptoughts.engine.trainer import Progress, advance
 from gptoughts.errors import LayerError, PlanError
 from gptoughts.hardware.machine import World, probe
@@ -75,7 +75,7 @@ def test_gradients_never_exist_all_at_once(family: str, monkeypatch: pytest.Monk
         everything = 4 * sum(parameter.numel() for parameter in engine.parameters())
         assert most == [everything]
     most.clear()
-    from gptoughts.engine.optim import schedule_and_groups as optim
+    from gptoughts.engine.optim import param_groups as optim
 
     inner = optim.step_one
 

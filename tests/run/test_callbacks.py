@@ -15,6 +15,7 @@ import torch
 from gptoughts.console import Console, SilentConsole, count, duration, note, share
 from gptoughts.engine.checkpoint.store import Snapshot, Writer
 from gptoughts.engine.distributed.ranks import Ranks
+from gptoughts.engine.objectives.base import Objective
 from gptoughts.engine.run_length import RunLength
 from gptoughts.engine.trainer import Progress, StepStats, train
 from gptoughts.errors import ConfigError, DataError, RunError
@@ -245,7 +246,7 @@ def test_words_for_figures(made: str, expected: str) -> None:
 def test_a_weight_below_one_scales_the_gradient_as_it_scales_the_loss() -> None:
     """An objective whose sum and weight shrink alike is the same objective."""
 
-    class Scaled:
+    class Scaled(Objective):
         def __init__(self, factor: float) -> None:
             self.factor = factor
 

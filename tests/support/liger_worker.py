@@ -58,7 +58,7 @@ def trained(family: str, parts: str | None) -> dict[str, Any]:
     recipe = recipe_of(family)
     gradient: list[torch.Tensor] = []
     with engine_of(recipe, plan_of(recipe), batches()) as engine:
-        inner = engine._verbs["clip"]
+        inner = engine._hooks["clip"]
 
         def clip() -> torch.Tensor:
             gradient.append(torch.cat([parameter.grad.flatten().clone() for parameter in engine.parameters()]))

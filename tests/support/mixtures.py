@@ -87,7 +87,7 @@ def engine_for(model: nn.Module, batch: dict[str, Tensor], micro_batch: int | No
     """An engine that sees the same batch again and again."""
     ranks = Ranks(World(), torch.device("cpu"))
     stream: Iterator[Any] = repeat((batch, 0))
-    engine = Engine(model, custom_family(model), NextToken(), recipe_of(), ranks, ranks.device, stream)
+    engine = Engine(model, custom_family(model), NextToken(), recipe_of(), ranks, ranks.device, batches=stream)
     engine.optimizer = torch.optim.SGD(engine.parameters(), lr=rate)
     engine.micro_batch = micro_batch
     return engine

@@ -19,7 +19,7 @@ from gptoughts.data.table import Table
 from gptoughts.engine.distributed.ranks import Ranks, process_group
 from gptoughts.engine.engine import Engine
 from gptoughts.engine.objectives.span_qa import QuestionAnswering
-from gptoughts.engine.optim.schedule_and_groups import adamw
+from gptoughts.engine.optim.param_groups import adamw
 from gptoughts.hardware.machine import World, world_from_environment
 from gptoughts.inference.eval.squad import evaluate, predict
 from gptoughts.models.family import custom_family
@@ -84,7 +84,7 @@ def engine_for(folder: Path, ranks: Ranks | None = None, **data: Any) -> tuple[E
         for batch, cursor in tables["train"].batches(BATCH, 0, ranks.world.rank, ranks.size):
             yield to_device(objective.prepare(batch, torch.arange(len(batch["starts"])).numpy()), device), cursor
 
-    engine = Engine(model, custom_family(model), objective, recipe, ranks, device, batches())
+    engine = Engine(model, custom_family(model), objective, recipe, ranks, device, batches=batches())
     engine.optimizer = adamw(model, recipe.optim)
     return engine, tables, questions
 

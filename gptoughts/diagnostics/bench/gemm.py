@@ -22,6 +22,7 @@ from gptoughts.diagnostics.bench.variant import clock_mhz
 from gptoughts.diagnostics.timing import timed
 from gptoughts.hardware.machine import Machine
 from gptoughts.hardware.measured_peaks import Ceilings, datasheet, key
+from gptoughts.models.torch_internals import scaled_matmul
 
 Say = Callable[[str], None]
 
@@ -132,8 +133,8 @@ def _product(dtype: str, size: int, device: torch.device) -> Callable[[], Any]:
         out = torch.empty_like(left)
         return lambda: torch.mm(left, right, out=out)
     eights = left.to(torch.float8_e4m3fn), right.to(torch.float8_e4m3fn).t().contiguous().t()
-    scale = torch.ones((), device=device)
-    return lambda: torch._scaled_mm(*eights, scale_a=scale, scale_b=scale, out_dtype=torch.bfloat16, use_fast_accum=True)
+    scale, scaled = torch.ones((), device=device), scaled_matmul()
+    return lambda: scaled(*eights, scale_a=scale, scale_b=scale, out_dtype=torch.bfloat16, use_fast_accum=True)
 
 
 def _copies(device: torch.device, effort: Effort) -> dict[str, Any]:

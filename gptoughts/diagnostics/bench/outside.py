@@ -9,6 +9,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from gptoughts.engine.engine import Engine
+from gptoughts.engine.objectives.base import Objective, WrappedObjective
 from gptoughts.engine.trainer import Progress, StepStats, train
 from gptoughts.planning.layer import Choice
 
@@ -37,12 +38,12 @@ class _Clock:
         return timed
 
 
-class _TimedObjective:
+class _TimedObjective(WrappedObjective):
     """An objective whose forward runs under a clock."""
 
-    def __init__(self, objective: Any, clock: _Clock) -> None:
+    def __init__(self, objective: Objective, clock: _Clock) -> None:
+        super().__init__(objective)
         self._forward = clock.around(objective)
-        self.weight, self.tokens = objective.weight, objective.tokens
 
     def __call__(self, model: Any, batch: Any) -> Any:
         return self._forward(model, batch)

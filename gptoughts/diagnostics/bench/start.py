@@ -86,11 +86,10 @@ def _processor_seconds() -> float:
 
 def one(recipe: str, layer: str) -> dict[str, Any]:
     """The first step of this process, less the second, and where its processor seconds went."""
-    from torch._dynamo.utils import compile_times
-
     from gptoughts.api import decide
     from gptoughts.diagnostics.bench.training import opened_training
     from gptoughts.layers.support.compile import newest
+    from gptoughts.models.torch_internals import compile_seconds
 
     setting = decide(recipe, layers={"compile": layer})
     with opened_training(setting) as training:
@@ -102,10 +101,7 @@ def one(recipe: str, layer: str) -> dict[str, Any]:
         made = newest()
         if made is None or not made.figures["made"] + made.figures["cached"]:
             raise LayerError(f"compile={layer}: two steps made no graph, so there is no start to measure")
-        names, seconds = compile_times(repr="csv", aggregate=True)
-        parts = sorted(
-            ((str(name), float(str(told))) for name, told in zip(names, seconds, strict=True)), key=lambda row: -row[1]
-        )
+        parts = sorted(compile_seconds().items(), key=lambda row: -row[1])
         return {
             "clock_seconds": took[0][0] - took[1][0],
             "processor_seconds": took[0][1] - took[1][1],

@@ -1,1 +1,1 @@
-"""Checkpoints: files on disk, and the training state inside them."""
+"""Checkpoints: files on disk, and the training state in them."""

@@ -1,9 +1,9 @@
-"""Everything that a resumed run needs, between the engine and a checkpoint: weights, optimizer, generators, layers' memory.
+"""Save and restore the training state of an engine: weights, optimizer, random generators, layer state.
 
-Tensors go to safetensors under flattened names; numbers, tuples and None to JSON. No pickle.
+Tensors are stored as safetensors under flattened names; numbers, tuples and None as JSON. No pickle.
 
-Both directions happen inside `eval_context`: a checkpoint's weights are those that evaluation sees. Where an optimizer trains others, it
-keeps them in its state there, so they are saved and come back with it.
+Saving and restoring run inside `eval_context`: a checkpoint holds the weights that evaluation uses. An optimizer that trains other
+weights, such as schedule-free, keeps those in its state there.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from torch import Tensor
 
 from gptoughts.engine.checkpoint.store import FORMAT, Snapshot, read_state
 from gptoughts.engine.engine import Engine
-from gptoughts.engine.optim.schedule_and_groups import GROUP_STATE, KeepsItsOwn
+from gptoughts.engine.optim.param_groups import GROUP_STATE, KeepsItsOwn
 from gptoughts.errors import CheckpointError
 
 Which = Literal["all", "trained"]
-"""Which weights a checkpoint holds. `trained` leaves frozen ones out, which an adapter's base brings again."""
+"""Which weights a checkpoint holds. `trained` omits frozen ones, which an adapter loads from its base."""
 
 
 def snapshot(
@@ -37,9 +37,9 @@ def snapshot(
     folders: Mapping[str, Path],
     weights: Which = "all",
 ) -> Snapshot:
-    """Copy weights, optimizer, generators and layers' memory. `state` is the caller's own JSON, kept under `run`.
+    """Copy weights, optimizer, generators and layer state to the host. `state` is the caller's JSON, stored under `run`.
 
-    Persistent buffers are held in either case: they may change without a gradient.
+    Persistent buffers are always included, because they can change without a gradient.
     """
     with torch.no_grad(), engine.eval_context():
         held = {
@@ -100,7 +100,7 @@ def _optimizer_state(engine: Engine) -> tuple[dict[str, Tensor], dict[str, Any]]
 
 
 def _made_by(engine: Engine) -> dict[str, Any]:
-    """What must be the same for a state to fit: the optimizer, what computes it, and what its shapes depend on."""
+    """Return what a saved state must match: the optimizer's name, its implementation, and options that change state shapes."""
     optim = engine.recipe.optim
     shape = {"rank": optim.rank} if optim.name == "apollo" else {}
     made = engine.optimizer
@@ -133,9 +133,9 @@ def _generators(device: torch.device) -> tuple[dict[str, Tensor], dict[str, Any]
 
 
 def restore(engine: Engine, folder: Path) -> dict[str, Any]:
-    """Give the engine the optimizer, generators and layers' memory of a checkpoint. Returns the caller's own state.
+    """Restore optimizer, generators and layer state from a checkpoint. Returns the caller's state.
 
-    Weights came earlier, through `materialize(Weights(folder))`. Raises CheckpointError where the optimizer does not fit.
+    Weights are restored before, by `materialize(Weights(folder))`. Raises CheckpointError where the optimizer differs.
     """
     state = read_state(folder)
     with torch.no_grad(), engine.eval_context():
@@ -146,7 +146,7 @@ def restore(engine: Engine, folder: Path) -> dict[str, Any]:
         mine = {key.removeprefix(prefix): value for key, value in kept.items() if key.startswith(prefix)}
         stateful.load_state_dict({**mine, **state["layers"].get(layer, {})})
     if not engine.ranks.first:
-        return dict(state["run"])  # the first rank's generators were saved; the others were seeded by rank and step
+        return dict(state["run"])  # only rank 0's generators were saved; the others are seeded by rank and step
     torch.set_rng_state(kept["generator/torch"])
     if engine.device.type == "cuda" and "generator/cuda" in kept:
         torch.cuda.set_rng_state(kept["generator/cuda"], engine.device)
@@ -165,13 +165,15 @@ def _restore_optimizer(engine: Engine, tensors: Mapping[str, Tensor], numbers: M
     for place, value in [*numbers["values"].items(), *tensors.items()]:
         name, _, key = place.rpartition("/")
         saved[name][key] = value
-    here = _names(engine)
-    missing = set(saved) - set(here.values())
+    names = _names(engine)
+    missing = set(saved) - set(names.values())
     if missing:
-        raise CheckpointError(f"{folder}: the optimizer holds {', '.join(sorted(missing)[:5])}, which this model does not have")
+        raise CheckpointError(
+            f"{folder}: its optimizer state has parameters that the model lacks", found=", ".join(sorted(missing)[:5])
+        )
     for group in engine.optimizer.param_groups:
         for parameter in group["params"]:
-            values = saved.get(here[id(parameter)])
+            values = saved.get(names[id(parameter)])
             if values and isinstance(engine.optimizer, KeepsItsOwn):
                 engine.optimizer.take(parameter, values)
             elif values:
@@ -183,7 +185,7 @@ def _restore_optimizer(engine: Engine, tensors: Mapping[str, Tensor], numbers: M
 
 
 def _check_maker(engine: Engine, numbers: Mapping[str, Any], folder: Path) -> None:
-    """Raise CheckpointError where another optimizer wrote the state; a checkpoint from before there were others names none."""
+    """Raise CheckpointError where another optimizer wrote the state; the oldest checkpoints name none."""
     assert engine.optimizer is not None
     now, groups = _made_by(engine), len(engine.optimizer.param_groups)
     differing = [f"  {key}: {old} | {now.get(key)}" for key, old in numbers.get("made_by", {}).items() if old != now.get(key)]
@@ -191,39 +193,38 @@ def _check_maker(engine: Engine, numbers: Mapping[str, Any], folder: Path) -> No
         differing = [f"  parameter groups: {len(numbers['groups'])} | {groups}"]
     if differing:
         raise CheckpointError(
-            f"{folder} holds the state of another optimizer (checkpoint | now)\n"
-            + "\n".join(differing)
-            + "\n  try: --run NAME to start a new run"
+            f"{folder}: state of another optimizer (checkpoint | now)\n" + "\n".join(differing),
+            fix="--run NAME to start a new run",
         )
 
 
 def _placed(key: str, value: Any, group: Mapping[str, Any], device: torch.device) -> Any:
-    """`value` where its optimizer looks for it: torch's plain AdamW keeps its counter on the host, the fused one on the device."""
+    """Return `value` on the device that its optimizer expects: plain AdamW keeps `step` on the host, fused AdamW on the device."""
     if not isinstance(value, Tensor) or (key == "step" and value.dim() == 0 and not group.get("fused")):
         return value
     return value.to(device)
 
 
 class Weights:
-    """The weights of a checkpoint as a source for `materialize`."""
+    """Weights of a checkpoint as a source for `materialize`."""
 
     def __init__(self, folder: Path) -> None:
         self._file = safe_open(folder / "model.safetensors", framework="pt")
         self._left = set(self._file.keys())
 
     def tensor(self, name: str, shape: torch.Size) -> Tensor | None:
-        """The saved value of `name`, or None."""
+        """Return the saved value of `name`, or None."""
         if name not in self._file.keys():  # noqa: SIM118  # not a dict
             return None
         self._left.discard(name)
         return self._file.get_tensor(name)
 
     def buffer(self, name: str) -> Tensor | None:
-        """The saved value of a persistent buffer, or None."""
+        """Return the saved value of a persistent buffer, or None."""
         return self.tensor(name, torch.Size())
 
     def unused(self) -> list[str]:
-        """Names that nobody asked for."""
+        """Return the saved names that were not read."""
         return sorted(self._left)
 
 

@@ -1,7 +1,7 @@
-"""Checkpoints: safetensors and JSON, written off the training path, atomic, hashed, reopened before they count. No pickle.
+"""Checkpoint files: safetensors and JSON, written in a thread, atomic, hashed and verified. No pickle.
 
 <folder>/step-000100/{model,optimizer,state}.safetensors, state.json, plan.json, recipe.toml, tokenizer/, manifest.json, and beside
-them `latest`, which moves last. A folder without a whole manifest is not a checkpoint.
+them `latest`, which is updated last. A folder without a complete manifest is not a checkpoint.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ABANDONED = "abandoned-"
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Everything a checkpoint holds, copied to host memory, so that training goes on while it is written."""
+    """Content of a checkpoint in host memory, so that training continues while it is written."""
 
     step: int
     tensors: Mapping[str, Mapping[str, Tensor]]
@@ -44,17 +44,17 @@ class Snapshot:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """`state.json` of a checkpoint. Raises CheckpointError for one of another format."""
+    """Return a checkpoint's `state.json`. Raises CheckpointError for another format version."""
     state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     if state.get("format") != FORMAT:
-        raise CheckpointError(f"{folder}: format {state.get('format')!r}, this version reads {FORMAT}")
+        raise CheckpointError(f"{folder}: this version reads format {FORMAT}", found=f"format {state.get('format')!r}")
     return dict(state)
 
 
 def write(snapshot: Snapshot, folder: Path) -> Path:
-    """Write `folder`/step-N so that it is there whole or not at all. Returns its path.
+    """Write `folder`/step-N atomically. Returns its path.
 
-    Temporary folder, every file synced and reopened, manifest with sizes and SHA-256, rename, then `latest`.
+    Writes a temporary folder, syncs and reopens every file, adds a manifest with sizes and SHA-256, renames, then updates `latest`.
     """
     final = folder / f"step-{snapshot.step:06d}"
     temporary = folder / f"{TEMPORARY}{final.name}"
@@ -78,9 +78,7 @@ def write(snapshot: Snapshot, folder: Path) -> Path:
         _sync(inner)
     _sync(temporary)
     replaced = folder / f"{REPLACED}{final.name}"
-    if (
-        final.exists()
-    ):  # the same step again, after a resume from an older one; `clean` brings it back if a kill falls in between
+    if final.exists():  # the same step after a resume from an older one; after a kill in between, `clean` restores it
         shutil.rmtree(replaced, ignore_errors=True)
         final.rename(replaced)
     temporary.rename(final)
@@ -94,7 +92,7 @@ def _reopen(folder: Path, snapshot: Snapshot) -> None:
     for stem, tensors in snapshot.tensors.items():
         with safe_open(folder / f"{stem}.safetensors", framework="pt") as file:
             if set(file.keys()) != set(tensors):
-                raise CheckpointError(f"{folder / stem}.safetensors was written and holds other names")
+                raise CheckpointError(f"{folder / stem}.safetensors: tensor names differ from those written")
     json.loads((folder / "state.json").read_text(encoding="utf-8"))
 
 
@@ -120,35 +118,35 @@ def _point(pointer: Path, name: str) -> None:
 
 
 def damage(folder: Path) -> str:
-    """Why `folder` is not a whole checkpoint; empty where it is."""
+    """Return what is wrong with a checkpoint folder; an empty string if it is intact."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         files = manifest["files"]
     except FileNotFoundError:
         return "manifest.json is missing"
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
-        return "manifest.json cannot be read"
+        return "manifest.json is not readable"
     for name, expected in files.items():
         path = folder / name
         if Path(name).is_absolute() or ".." in Path(name).parts:
-            return f"manifest.json names {name}, outside the checkpoint"
+            return f"manifest.json lists {name}, outside the checkpoint"
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != expected["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes, {expected['bytes']} were written"
+            return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
         if _sha256(path) != expected["sha256"]:
-            return f"{name} has changed since it was written"
+            return f"{name} has another SHA-256 than when written"
     try:
         for path in folder.glob("*.safetensors"):
             with safe_open(path, framework="pt") as file:
                 file.keys()
     except SafetensorError as error:
-        return f"a tensor file cannot be opened: {error}"
+        return f"not a safetensors file: {error}"
     return ""
 
 
 def all_steps(folder: Path) -> list[Path]:
-    """Checkpoints of a run, newest first, whole or not."""
+    """Return the checkpoints of a run, newest first, damaged ones included."""
     found = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdigit()]
     return sorted(found, key=_step_of, reverse=True)
 
@@ -158,22 +156,22 @@ def _step_of(path: Path) -> int:
 
 
 def newest(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint of a run, and a line for each newer one that is damaged."""
+    """Return the newest intact checkpoint of a run, or None, and a line for each newer damaged one."""
     skipped: list[str] = []
     for path in all_steps(folder):
         why = damage(path)
         if not why:
             return path, skipped
-        skipped.append(f"{path} is damaged: {why}; skipped")
+        skipped.append(f"{path}: damaged, skipped: {why}")
     return None, skipped
 
 
 def locate(path: Path) -> Path:
-    """The checkpoint that `path` means: a checkpoint folder, or the newest whole one of a run's folder. Raises CheckpointError."""
+    """Return `path` if it is a checkpoint folder, else the newest intact one of the run folder. Raises CheckpointError."""
     if (path / "manifest.json").is_file() or (path / "model.safetensors").is_file():
         why = damage(path)
         if why:
-            raise CheckpointError(f"{path} is damaged: {why}\n  try: another checkpoint beside it")
+            raise CheckpointError(f"{path}: damaged: {why}", fix="another checkpoint in the same folder")
         return path
     for folder in (path, path / "checkpoints"):
         if not folder.is_dir():
@@ -182,12 +180,12 @@ def locate(path: Path) -> Path:
         if found:
             return found
         if skipped:
-            raise CheckpointError("no whole checkpoint\n  " + "\n  ".join(skipped))
-    raise CheckpointError(f"no checkpoint in {path}\n  try: checkpoints/RUN, or a folder checkpoints/RUN/step-000100")
+            raise CheckpointError(f"{folder}: no intact checkpoint\n  " + "\n  ".join(skipped))
+    raise CheckpointError(f"{path}: no checkpoint", fix="checkpoints/RUN, or a folder checkpoints/RUN/step-000100")
 
 
 class Writer:
-    """Writes snapshots in a thread, one at a time, and keeps the newest `keep` and the best."""
+    """Checkpoint writer: one snapshot at a time in a thread; keeps the newest `keep` checkpoints and the best one."""
 
     def __init__(self, folder: Path, keep: int, keep_best: bool) -> None:
         self.folder, self._keep, self._keep_best = folder, keep, keep_best
@@ -195,38 +193,36 @@ class Writer:
         self._error: BaseException | None = None
 
     def save(self, snapshot: Snapshot, val_loss: float | None = None) -> None:
-        """Start writing. Waits for the one before; raises CheckpointError if that one failed."""
+        """Start writing. Waits for the write before; raises CheckpointError if that one failed."""
         self.wait()
         self._thread = threading.Thread(target=self._write, args=(snapshot, val_loss), name="checkpoint")
         self._thread.start()
 
     def wait(self) -> None:
-        """Wait until what was saved is on disk. Raises CheckpointError if it could not be written."""
+        """Wait until the snapshot is on disk. Raises CheckpointError if writing failed."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
         if self._error is not None:
             error, self._error = self._error, None
-            raise CheckpointError(
-                f"a checkpoint could not be written to {self.folder}: {error}\n  the one before is whole"
-            ) from error
+            raise CheckpointError(f"{self.folder}: writing a checkpoint failed: {error}; the previous one is intact") from error
 
     def _write(self, snapshot: Snapshot, val_loss: float | None) -> None:
         try:
             path = write(snapshot, self.folder)
-            self._set_aside(path)
+            self._abandon_later(path)
             self._note_best(path, val_loss)
             self._drop_old()
         except BaseException as error:
             self._error = error
 
-    def _set_aside(self, written: Path) -> None:
-        """Checkpoints of later steps are damaged, or of a branch that was left: resuming must not find them, and nothing is lost."""
+    def _abandon_later(self, written: Path) -> None:
+        """Rename checkpoints of later steps, which are damaged or of an abandoned branch, so that resuming does not find them."""
         for path in all_steps(self.folder):
             if _step_of(path) > _step_of(written):
-                aside = path.with_name(f"{ABANDONED}{path.name}")
-                shutil.rmtree(aside, ignore_errors=True)
-                path.rename(aside)
+                target = path.with_name(f"{ABANDONED}{path.name}")
+                shutil.rmtree(target, ignore_errors=True)
+                path.rename(target)
 
     def _note_best(self, path: Path, val_loss: float | None) -> None:
         if val_loss is None or not math.isfinite(val_loss):
@@ -241,13 +237,13 @@ class Writer:
         chosen = best(self.folder) if self._keep_best else None
         for path in all_steps(self.folder)[self._keep :]:
             if chosen is None or path.name != chosen[0]:
-                doomed = path.with_name(f"{DROPPED}{path.name}")
-                path.rename(doomed)  # first out of sight, so that a kill leaves no half checkpoint under a good name
-                shutil.rmtree(doomed)
+                target = path.with_name(f"{DROPPED}{path.name}")
+                path.rename(target)  # renamed first, so that a kill leaves no half-deleted checkpoint
+                shutil.rmtree(target)
 
 
 def best(folder: Path) -> tuple[str, float] | None:
-    """Name and validation loss of the best checkpoint, if one was noted."""
+    """Return name and validation loss of the best checkpoint, or None."""
     try:
         noted = json.loads((folder / "best").read_text(encoding="utf-8"))
         return str(noted["checkpoint"]), float(noted["val_loss"])
@@ -256,7 +252,7 @@ def best(folder: Path) -> tuple[str, float] | None:
 
 
 def clean(folder: Path) -> None:
-    """Remove what a killed writer left behind, and bring back what it was about to replace."""
+    """Remove a killed writer's leftovers, and restore the checkpoint that it was about to replace."""
     for path in folder.glob(f"{REPLACED}*"):
         final = path.with_name(path.name.removeprefix(REPLACED))
         if not final.exists():

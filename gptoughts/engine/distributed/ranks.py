@@ -1,4 +1,4 @@
-"""Ranks that work together: sums, agreement, and the start of the process group."""
+"""Collectives over ranks, and the process group."""
 
 from __future__ import annotations
 
@@ -18,36 +18,36 @@ from gptoughts.hardware.machine import World
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among the others. With one process every method is free."""
+    """Collective operations of this rank. With one process none communicates."""
 
     world: World
     device: torch.device
 
     @property
     def size(self) -> int:
-        """Number of ranks."""
+        """World size."""
         return self.world.world_size
 
     @property
     def first(self) -> bool:
-        """Whether this rank writes what is written once."""
+        """Whether this is rank 0, which writes files."""
         return self.world.rank == 0
 
     def sum(self, value: Tensor | float) -> Tensor:
-        """Sum over ranks, on the device, without waiting for it on the host."""
+        """Return the sum over ranks, on the device; the host does not wait."""
         total = value.detach().clone() if isinstance(value, Tensor) else torch.full((), float(value), device=self.device)
         if self.size > 1:
             dist.all_reduce(total)
         return total
 
     def any(self, flag: bool) -> bool:
-        """Whether any rank says yes. Waits."""
+        """Return whether `flag` is True on any rank. The host waits."""
         if self.size == 1:
             return flag
         return bool(self.sum(float(flag)).item() > 0)
 
     def largest(self, value: float) -> float:
-        """The largest value of all ranks. Waits."""
+        """Return the maximum over ranks. The host waits."""
         if self.size == 1:
             return value
         most = torch.full((), value, dtype=torch.float64, device=self.device)
@@ -60,7 +60,7 @@ class Ranks:
             self.sum(0.0).item()
 
     def same(self, what: str, text: str) -> None:
-        """Raise RunError on every rank unless all hold the same `text`."""
+        """Raise RunError on every rank unless `text` is the same on all. `what` names it in the message."""
         if self.size == 1:
             return
         digest = int(hashlib.sha256(text.encode()).hexdigest()[:12], 16)  # 48 bits are exact in float64
@@ -69,18 +69,18 @@ class Ranks:
         dist.all_reduce(least, op=dist.ReduceOp.MIN)
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
         if least.item() != most.item():
-            raise RunError(f"ranks disagree on {what}; rank {self.world.rank} has:\n{text}")
+            raise RunError(f"ranks disagree on {what}", found=f"on rank {self.world.rank}:\n{text}")
 
 
 class Vote:
-    """Asks every step whether any rank says yes, and hears the answer one step later, so that nobody waits for the device."""
+    """Any-reduction whose result is read one step later, so that the host does not wait for the device."""
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
         self._asked: tuple[Tensor, torch.cuda.Event | None] | None = None
 
     def heard(self, mine: bool) -> bool:
-        """Cast this step's vote; the outcome of the step before, the same on every rank."""
+        """Start this step's reduction. Returns the result of the step before, the same on every rank."""
         total = self._ranks.sum(float(mine))
         before, answer = self._asked, total.to("cpu", non_blocking=True)
         arrived = None
@@ -97,7 +97,7 @@ class Vote:
 
 @contextmanager
 def process_group(world: World, device: torch.device) -> Iterator[Ranks]:
-    """The process group for as long as the block lasts; nothing where there is one process."""
+    """Open the process group for the block; a single process opens none."""
     if world.world_size == 1:
         yield Ranks(world, device)
         return

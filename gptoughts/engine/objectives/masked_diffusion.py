@@ -1,10 +1,10 @@
-"""Masked diffusion (Nie et al. 2025, LLaDA): some tokens of a row are masked, the model fills them in from both sides.
+"""Masked diffusion (Nie et al. 2025, LLaDA): a bidirectional model predicts the masked tokens of a row.
 
-Each row draws a time t from [0, 1) and masks each of its tokens with probability p = (1 - e) t + e, for itself. Its loss is the
-cross-entropy over masked tokens divided by p, whose expectation over t and masks bounds the row's negative log-likelihood. Nothing
-is shifted: a masked token is predicted where it stands.
+Each row draws a time t from [0, 1) and masks each token independently with probability p = (1 - e) t + e. Its loss is the
+cross-entropy over masked tokens divided by p, whose expectation over t and masks bounds the row's negative log-likelihood. Labels
+are not shifted.
 
-Draws are a hash of (seed, sample position, token index), so micro-batch, rank and resume change none of them.
+Draws are a hash of (seed, sample position, token index), independent of micro-batch, rank and resume.
 """
 
 from __future__ import annotations
@@ -19,49 +19,49 @@ from torch import Tensor, nn
 from gptoughts.config.recipe import DataConfig, DiffusionConfig
 from gptoughts.data.order import GOLDEN, mix, round_keys
 from gptoughts.data.tokenizers.tokenizer import JsonTokenizer, Tokenizer
-from gptoughts.engine.objectives.base import IGNORED, Batch
+from gptoughts.engine.objectives.base import IGNORED, Batch, Objective
 from gptoughts.errors import ConfigError, DataError, RunError, nearest
 
 MASK_NAMES = ("<|mdm_mask|>", "<|mask|>", "[MASK]", "<mask>", "<MASK>")
-"""What tokenizers call a token that stands for a masked one, LLaDA's own name first."""
+"""Names of mask tokens in tokenizers, LLaDA's first."""
 
 END_MULTIPLE = 64
-"""Behind an answer, end-of-text is learned up to the next multiple of this many tokens."""
+"""After an answer, end-of-text is learned up to the next multiple of this many tokens."""
 BUCKETS = 10
-TRAINING, VALIDATION = 1, 2  # streams of draws
-TIME, CROP, LENGTH, TOKENS = 0, 1, 2, 3  # places in a sample's stream: one each, and from TOKENS on one per token
+TRAINING, VALIDATION = 1, 2  # random streams
+TIME, CROP, LENGTH, TOKENS = 0, 1, 2, 3  # indices in a sample's stream; from TOKENS on one per token
 
 HostBatch = dict[str, np.ndarray]
 
 
-# --- draws
+# --- random draws
 
 
 def uniform(seed: int, stream: int, samples: np.ndarray, first: int, count: int) -> np.ndarray:
-    """Numbers `first` to `first + count` of each sample's own stream: float64 (samples, count), uniform in [0, 1)."""
+    """Return numbers `first` to `first + count` of each sample's stream: float64 (samples, count), uniform in [0, 1)."""
     rows = mix(round_keys(seed, stream)[0] + samples.astype(np.uint64) * GOLDEN)
     places = np.arange(first + 1, first + count + 1, dtype=np.uint64) * GOLDEN
     return as_share(mix(rows[:, None] + places))
 
 
 def as_share(values: np.ndarray) -> np.ndarray:
-    """The 53 high bits of uint64 as a float64 in [0, 1)."""
+    """Convert the 53 high bits of uint64 to float64 in [0, 1)."""
     return (values >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def even_times(seed: int, samples: np.ndarray) -> np.ndarray:
-    """Times in [0, 1) that cover it evenly whichever run of samples is taken: steps of the golden ratio (Weyl 1916)."""
+    """Return times that cover [0, 1) evenly for any consecutive samples: golden-ratio steps (Weyl 1916)."""
     return as_share(round_keys(seed, VALIDATION)[1] + samples.astype(np.uint64) * GOLDEN)
 
 
-# --- what surrounds the objective
+# --- mask token and padding
 
 
 def mask_token(tokenizer: Tokenizer, name: str | None = None) -> tuple[int, bool]:
-    """(id of the mask, whether it is a row that the tokenizer does not know and the embedding must have).
+    """Return the mask token's id, and whether it is a new id that needs a row in the embedding.
 
-    `name` is the tokenizer's own token; without one its added tokens are searched for `MASK_NAMES`, and where there is none
-    the id behind its last one is taken. An ordinary piece of the vocabulary is never taken unasked: text could hold it.
+    `name` is a token of the tokenizer. Without it the first of `MASK_NAMES` among the tokenizer's added tokens is used, else the id
+    after its last one. An ordinary vocabulary entry is used only by `name`, because text may contain it.
     Raises ConfigError for a name that the tokenizer does not have.
     """
     added: dict[str, int] = {}
@@ -73,8 +73,9 @@ def mask_token(tokenizer: Tokenizer, name: str | None = None) -> tuple[int, bool
     if name is not None:
         if name not in added and name not in pieces:
             raise ConfigError(
-                f"diffusion.mask_token = {name!r} is no token of the {tokenizer.kind} tokenizer{nearest(name, [*added, *pieces])}; "
-                "leave it out to add one"
+                f"diffusion.mask_token: not in the {tokenizer.kind} tokenizer{nearest(name, [*added, *pieces])}",
+                found=repr(name),
+                fix="leave diffusion.mask_token unset to add one",
             )
         return added.get(name, pieces.get(name, -1)), False
     known = next((added[word] for word in MASK_NAMES if word in added), None)
@@ -82,25 +83,28 @@ def mask_token(tokenizer: Tokenizer, name: str | None = None) -> tuple[int, bool
 
 
 def require_unpacked(data: DataConfig) -> None:
-    """Raise ConfigError where conversations share rows: a row has one time, one answer length and one end to learn."""
+    """Raise ConfigError for packed conversations: a row has one time, one answer length and one end."""
     if data.format == "chat" and data.packing:
-        raise ConfigError("masked diffusion learns one conversation per row; type: --data.packing false")
+        raise ConfigError("data.packing: masked diffusion needs one conversation per row", fix="--data.packing false")
 
 
 def answer_padding(
     input_ids: np.ndarray, labels: np.ndarray, positions: np.ndarray, eot_id: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(input_ids, labels, positions) whose rows have learned end-of-text behind the answer, where a document of padding stood.
+    """Return (input_ids, labels, positions) with labeled end-of-text after each answer, in place of the first padding.
 
-    So the model learns where an answer ends, as in LLaDA, which fills up to the longest row of a batch; here to the next multiple
-    of END_MULTIPLE tokens, at least one, because a sample must not depend on its batch. What is left of a row stays a document of
-    padding: end-of-text up to a long row's end would be nearly all that is learned. Rows without an answer stay.
-    Raises DataError for a packed row.
+    This teaches the model where an answer ends. LLaDA pads to the longest row of a batch; this pads to the next multiple of
+    END_MULTIPLE tokens, at least one, because a sample must not depend on its batch. The rest of a row stays padding; otherwise most
+    labels would be end-of-text. Rows without an answer are unchanged. Raises DataError for a packed row.
     """
     beyond = (positions == 0).cumsum(axis=1) > 1
     labeled = labels != IGNORED
     if (labeled & beyond).any():
-        raise DataError("a row holds several conversations, masked diffusion learns one per row; type: --data.packing false")
+        raise DataError(
+            "data.packing: masked diffusion needs one conversation per row",
+            found="a row with several",
+            fix="--data.packing false",
+        )
     width = input_ids.shape[1]
     place, length = np.arange(width), width - beyond.sum(axis=1, keepdims=True)
     end = np.minimum((length // END_MULTIPLE + 1) * END_MULTIPLE, width)
@@ -117,16 +121,15 @@ def answer_padding(
 # --- the objective
 
 
-class MaskedDiffusion:
-    """The objective. `learns` "text": every token, weighted by tokens; "answers": labeled tokens, weighted by rows.
+class MaskedDiffusion(Objective):
+    """Masked diffusion objective. `learns` is "text" (every token, weighted by tokens) or "answers" (labeled tokens, weighted by rows).
 
-    text      `input_ids` rows x T+1, of which the first T are learned: the last is the first of the next window, so each token of
-              a stream is learned once an epoch (but its very last, where that begins a window). `labels`, where given, say
-              where the stream ended.
-    answers   `input_ids`, `labels` rows x T: labeled tokens are masked, all others always shown. `positions` tell padding,
-              the beginning of which becomes end-of-text that counts (`answer_padding`). A row's loss is divided by its labels.
+    text      `input_ids` (rows, T+1); the first T are learned, the last begins the next window, so each token of a stream is learned
+              once per epoch (except its last, where that begins a window). Optional `labels` mark where the stream ended.
+    answers   `input_ids`, `labels` (rows, T); only labeled tokens are masked. `positions` mark padding, whose beginning becomes
+              labeled end-of-text (`answer_padding`). A row's loss is divided by its number of labels.
 
-    `meters` loss_t0 to loss_t9: nats per masked token of rows with p in [0, 0.1) to [0.9, 1]; their mean is near the loss.
+    `meters` loss_t0 to loss_t9: nats per masked token of rows with p in [0, 0.1) to [0.9, 1]; their mean approximates the loss.
     """
 
     def __init__(
@@ -142,15 +145,15 @@ class MaskedDiffusion:
         self._sums = self._counts = torch.zeros(0)
 
     def prepare(self, batch: Mapping[str, np.ndarray], samples: np.ndarray) -> HostBatch:
-        """A training batch with its masks; `samples` (rows,) are positions in the endless stream of samples.
+        """Mask a training batch. `samples` (rows,) are positions in the endless stream of samples.
 
-        Raises DataError where the data itself holds the mask, rows of text hold prompts, or rows of answers are packed.
+        Raises DataError where the data contain the mask token, rows of text contain prompts, or rows of answers are packed.
         """
         time = uniform(self.seed, TRAINING, samples, TIME, 1)[:, 0]
         return self._prepare(batch, samples, TRAINING, time, self.diffusion.crop)
 
     def prepare_validation(self, batch: Mapping[str, np.ndarray], samples: np.ndarray) -> HostBatch:
-        """A validation batch: the same masks at every validation, times spread evenly, nothing cropped."""
+        """Mask a validation batch: the same masks at every validation, evenly spread times, no cropping."""
         return self._prepare(batch, samples, VALIDATION, even_times(self.seed, samples), 0.0)
 
     def _prepare(
@@ -165,19 +168,19 @@ class MaskedDiffusion:
             lengths = np.where((draws[:, 0] < crop) & (lengths > 0), cropped, lengths)
             place = np.arange(input_ids.shape[1])
             counted = place < lengths[:, None]
-            if not counted.all():  # the rest of a row is a document of its own
+            if not counted.all():  # the rest of a row is a separate document
                 prepared["positions"] = np.where(counted, place, place - lengths[:, None])
             scale, weight = 1 / share, lengths
         else:
             input_ids, counted, positions = self._answers(batch)
-            if (positions == 0).sum() > len(positions):  # the rest of a row is a document of its own
+            if (positions == 0).sum() > len(positions):  # the rest of a row is a separate document
                 prepared["positions"] = positions
             answer = counted.sum(axis=1)
             scale, weight = 1 / (share * np.maximum(answer, 1)), answer > 0
         if (input_ids == self.mask_id).any():
             row = int((input_ids == self.mask_id).any(axis=1).argmax())
             raise DataError(
-                f"sample {samples[row]} holds the mask itself, token {self.mask_id}; set another diffusion.mask_token"
+                f"sample {samples[row]}: contains the mask token, {self.mask_id}", fix="another diffusion.mask_token"
             )
         masked = counted & (uniform(self.seed, stream, samples, TOKENS, input_ids.shape[1]) < share[:, None])
         wide = input_ids if self.mask_id <= np.iinfo(input_ids.dtype).max else input_ids.astype(np.int64)
@@ -197,9 +200,9 @@ class MaskedDiffusion:
         return input_ids, labels != IGNORED, positions
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The micro-batch's loss: for each row cross-entropy over p (answers: also over their length), summed."""
+        """Return the summed loss: each row's cross-entropy divided by p (answers: also by their length)."""
         if "row_scale" not in batch:
-            raise RunError("masked diffusion was given a batch without masks: its `prepare` belongs between data and loader")
+            raise RunError("batch: no row_scale; masked diffusion needs batches from its `prepare`", found=", ".join(batch))
         labels = batch["labels"]
         packed = {"positions": batch["positions"]} if "positions" in batch else {}
         sums = model(batch["input_ids"], labels=labels, reduction="rows", **packed)  # B
@@ -212,21 +215,21 @@ class MaskedDiffusion:
             self._counts = torch.zeros(BUCKETS, device=sums.device)
             self.meters = {f"loss_t{index}": (self._sums[index], self._counts[index]) for index in range(BUCKETS)}
         bucket = (noise_level * BUCKETS).long().clamp(max=BUCKETS - 1)
-        chosen = (bucket[:, None] == torch.arange(BUCKETS, device=sums.device)).float()  # adds in one order on a GPU too
+        chosen = (bucket[:, None] == torch.arange(BUCKETS, device=sums.device)).float()  # sums in a fixed order on a GPU too
         self._sums += (chosen * sums[:, None]).sum(dim=0)
         self._counts += (chosen * masked[:, None]).sum(dim=0)
 
     def weight(self, batch: Batch) -> Tensor | float:
-        """Tokens of the rows, masked or not; for answers the rows that have one. A row that drew no mask counts."""
+        """Return the number of tokens, masked or not; for answers the number of rows with an answer. Rows without a mask count."""
         return batch["row_weight"].sum()
 
     def tokens(self, batch: Batch) -> int:
-        """Rows times positions."""
+        """Return rows times positions."""
         return batch["input_ids"].numel()
 
 
 def _text(batch: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Windows rows x T, and how many of their tokens the stream had."""
+    """Return windows (rows, T) and how many tokens of each come from the stream."""
     input_ids = batch["input_ids"][:, :-1]
     rows, columns = input_ids.shape
     if "labels" not in batch:
@@ -235,6 +238,6 @@ def _text(batch: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     lengths = real.sum(axis=1)
     if (real != (np.arange(columns) < lengths[:, None])).any():
         raise DataError(
-            "rows hold tokens that are not learned before some that are; for conversations the objective learns answers"
+            "batch: ignored labels before learned ones; for conversations use data.format chat, where the objective learns answers"
         )
     return input_ids, lengths

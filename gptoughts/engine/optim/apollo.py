@@ -1,7 +1,7 @@
-"""APOLLO: AdamW's step sizes per channel, estimated from a randomly projected gradient, at a fraction of AdamW's memory.
+"""APOLLO: AdamW's step sizes per channel, estimated from a randomly projected gradient, with a fraction of AdamW's memory.
 
-Zhu et al. 2024, "APOLLO: SGD-like Memory, AdamW-level Performance". The projections are a function of (seed, parameter's name, how often
-it was renewed) and touch no generator of torch's, so they are the same on every rank and after a resume.
+Zhu et al. 2024, "APOLLO: SGD-like Memory, AdamW-level Performance". Projections are a function of (seed, parameter name, number of
+renewals) and use no torch generator, so they are the same on every rank and after a resume.
 """
 
 from __future__ import annotations
@@ -15,25 +15,26 @@ import torch
 from torch import Tensor, nn
 
 GROWTH = 1.01
-"""Most that the norm of a parameter's update may grow from one step to the next (Fira, Chen et al. 2024)."""
+"""Limit on the growth of an update's norm from one step to the next (Fira, Chen et al. 2024)."""
 
 SMALL = 1e-8
-"""Keeps a channel without gradient from dividing by zero."""
+"""Avoids division by zero for a channel without gradient."""
 
 
 class Apollo(torch.optim.Optimizer):
     """APOLLO over matrices; `rank` 1 with `per` tensor is APOLLO-Mini.
 
     params   name -> matrix
-    rank     of the projected gradient, at most the matrix's smaller side
-    scale    updates are multiplied by its root, which makes up for what a low rank loses: 1 for channels, 128 for APOLLO-Mini
-    per      one step size for each channel of the longer side, or one for the tensor
+    rank     rank of the projected gradient, at most the matrix's smaller side
+    scale    updates are multiplied by its square root to compensate for a low rank: 1 for channels, 128 for APOLLO-Mini
+    per      one step size per channel of the longer side, or one per tensor
     gap      updates between new projections
     """
 
     def __init__(
         self,
         params: Mapping[str, nn.Parameter],
+        *,
         lr: float,
         betas: tuple[float, float],
         eps: float,
@@ -53,7 +54,7 @@ class Apollo(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """One update."""
+        """Run one update."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -78,12 +79,12 @@ class Apollo(torch.optim.Optimizer):
         else:
             along = 0 if wide else 1
             factor = adapted.norm(dim=along, keepdim=True) / (low.norm(dim=along, keepdim=True) + SMALL)
-        update = _limited(gradient * factor, state)
+        update = _limit_growth(gradient * factor, state)
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         parameter.add_(update, alpha=-group["lr"] * math.sqrt(group["scale"]))
 
     def _projection(self, parameter: nn.Parameter, renewals: int, rank: int) -> Tensor:
-        """Normal with variance 1 / rank. Drawn in float64 on the CPU and rounded, because float32 normals differ between processors."""
+        """Draw normal values with variance 1 / rank, in float64 on the CPU: float32 normals differ between processors."""
         digest = hashlib.sha256(f"{self._seed}:{self._names[id(parameter)]}:{renewals}".encode()).digest()
         generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)
         side = min(parameter.shape)
@@ -93,7 +94,7 @@ class Apollo(torch.optim.Optimizer):
 
 
 def _adam(low: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
-    """What Adam would make of the projected gradient."""
+    """Return Adam's update of the projected gradient."""
     if "exp_avg" not in state:
         state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(low), torch.zeros_like(low)
     (beta1, beta2), step = group["betas"], state["step"]
@@ -103,11 +104,10 @@ def _adam(low: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
     return (mean / (1 - beta1**step)) / ((square / (1 - beta2**step)).sqrt() + group["eps"])
 
 
-def _limited(update: Tensor, state: dict[str, Any]) -> Tensor:
-    """`update`, shortened where it is more than GROWTH times as long as the one before.
+def _limit_growth(update: Tensor, state: dict[str, Any]) -> Tensor:
+    """Scale `update` to at most GROWTH times the norm of the one before.
 
-    After an update of length zero (an adapter's first, an expert without tokens) any length is allowed: it would otherwise have to
-    grow from nothing by a hundredth a step.
+    After a zero update (an adapter's first, an expert without tokens) any norm is allowed.
     """
     norm = update.norm()
     if "norm" in state:

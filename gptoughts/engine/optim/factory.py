@@ -1,8 +1,8 @@
-"""The optimizers that a recipe can name, each as one object with one list of groups, one state and one step.
+"""Build a recipe's optimizer as one object with one list of groups, one state and one step.
 
-muon and the apollos treat the matrices inside the repeated blocks in their own way and leave everything else to AdamW: embeddings,
-head, norms, biases, and weights with three dimensions such as fused experts. lion and ademamix come from the package pytorch-optimizer,
-schedule-free from its authors' schedulefree (docs/decisions.md says why, and why apollo is written here).
+muon and both apollos update the matrices inside the repeated blocks; AdamW updates everything else: embeddings, head, norms, biases, and
+weights with three dimensions such as fused experts. lion and ademamix come from the package pytorch-optimizer, schedule-free from
+its authors' schedulefree (docs/decisions.md has the reasons, also for our own apollo).
 """
 
 from __future__ import annotations
@@ -20,25 +20,24 @@ from gptoughts.config.loader import OptimConfig, Recipe
 from gptoughts.engine.engine import Engine
 from gptoughts.engine.optim.apollo import Apollo
 from gptoughts.engine.optim.low_bit import adamw_in_eight_bits, sparsely_graded
-from gptoughts.engine.optim.schedule_and_groups import adamw_over, by_decay, groups, trained
+from gptoughts.engine.optim.param_groups import adamw_over, by_decay, groups, trained
 from gptoughts.errors import ConfigError
 
 Implementation = Literal["plain", "fused", "torchao", "bitsandbytes"]
-"""One parameter and one operator at a time; torch's fused kernel; or a package that stores the state in eight bits. All but the first
-are for AdamW only."""
+"""Plain operators per parameter; torch's fused kernel; or a package with 8-bit state. All but the first are for AdamW only."""
 ONLY_ADAMW = {
     "fused": "torch fuses AdamW only",
-    "torchao": "its state has eight bits for AdamW only",
-    "bitsandbytes": "its state has eight bits for AdamW only",
+    "torchao": "8-bit state is for AdamW only",
+    "bitsandbytes": "8-bit state is for AdamW only",
 }
 
 TRAINED = "trained"
-"""Where schedule-free keeps the weights that it trains while the model holds their average."""
+"""State key of schedule-free's trained weights while the model holds their average."""
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """What an optimizer is made from."""
+class _Request:
+    """Arguments of `optimizer`."""
 
     model: nn.Module
     config: OptimConfig
@@ -49,7 +48,7 @@ class _Asked:
 
     @property
     def adamw(self) -> dict[str, bool]:
-        """How torch's AdamW is to compute."""
+        """Implementation arguments of torch's AdamW."""
         return {"fused": True} if self.implementation == "fused" else {"fused": False, "foreach": False}
 
 
@@ -61,24 +60,24 @@ def optimizer(
     seed: int = 0,
     updates: int | None = None,
 ) -> torch.optim.Optimizer:
-    """The optimizer that `config` names, over every parameter of `model` that wants a gradient.
+    """Build the optimizer of `config` over every trainable parameter of `model`.
 
-    blocks   the model's repeated blocks (`engine.blocks`), which tell muon and apollo what is hidden
+    blocks   the model's repeated blocks (`engine.blocks`), whose matrices muon and apollo update
     seed     of apollo's projections
-    updates  length of the run, over which ademamix raises its slow average
+    updates  length of the run, over which ademamix raises alpha and beta3
 
-    Raises ConfigError where the model has nothing that the optimizer is for, or where its package is missing.
+    Raises ConfigError where the model has no parameter for the optimizer, or where its package is missing.
     """
     if implementation in ONLY_ADAMW and config.name != "adamw":
-        raise ConfigError(f"optim.name = {config.name}: {ONLY_ADAMW[implementation]}\n  try: --layer.optimizer plain")
-    return _MAKERS[config.name](_Asked(model, config, implementation, tuple(blocks), seed, updates))
+        raise ConfigError(f"optim.name: {ONLY_ADAMW[implementation]}", found=config.name, fix="--layer.optimizer plain")
+    return _MAKERS[config.name](_Request(model, config, implementation, tuple(blocks), seed, updates))
 
 
 @contextmanager
 def attached(engine: Engine, implementation: Implementation) -> Iterator[None]:
-    """Give `engine` its recipe's optimizer. What evaluates, samples or saves inside `eval_context` sees the weights it stands for.
+    """Attach the recipe's optimizer to `engine`. Inside `eval_context` the model holds the weights for evaluation.
 
-    Afterwards the engine has the optimizer it had before, and the model keeps the weights that evaluation saw.
+    Afterwards the engine has the optimizer from before, and the model keeps the weights for evaluation.
     """
     recipe = engine.recipe
     before = engine.optimizer
@@ -94,7 +93,7 @@ def attached(engine: Engine, implementation: Implementation) -> Iterator[None]:
 
 
 def known_updates(recipe: Recipe) -> int | None:
-    """Length of the run in updates, where the recipe alone tells it: not in epochs, and not by the clock."""
+    """Return the length of the run in updates; None where it is given in epochs or hours."""
     train = recipe.train
     if train.tokens is not None:
         return math.ceil(train.tokens / (train.global_batch * recipe.data.sequence_length))
@@ -103,11 +102,11 @@ def known_updates(recipe: Recipe) -> int | None:
 
 @contextmanager
 def averaged(optimizer: Any) -> Iterator[None]:
-    """The model holds schedule-free's averaged weights inside, and to the last bit those that it trains afterwards.
+    """Let the model hold schedule-free's averaged weights inside the block, and exactly the trained ones after it.
 
-    The package goes back by arithmetic, which moves last bits, and then a validation more or less would be another training. So the
-    trained weights are kept, in the optimizer's state: a checkpoint that is taken inside holds both, and one that is restored inside
-    leaves them in place. Costs the memory of the weights once, at a time when there are no gradients.
+    The package converts back arithmetically, which changes last bits, so an additional validation would change training. The trained
+    weights are therefore copied to the optimizer's state: a checkpoint taken inside holds both, and one restored inside keeps them.
+    Costs the memory of the weights once, while there are no gradients.
     """
     if not optimizer.param_groups[0]["train_mode"]:
         yield
@@ -127,14 +126,14 @@ def averaged(optimizer: Any) -> Iterator[None]:
 
 
 class Together(torch.optim.Optimizer):
-    """Several optimizers over parameters of their own as one: one list of groups, one state, one step."""
+    """Several optimizers over disjoint parameters as one: one list of groups, one state, one step."""
 
     def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
         self.parts = tuple(parts)
         super().__init__([group for part in parts for group in part.param_groups], {})
 
     def step(self, closure: Any = None) -> Any:
-        """One update by every part."""
+        """Run one update of every part."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -142,7 +141,7 @@ class Together(torch.optim.Optimizer):
         start = 0
         for part in self.parts:
             count = len(part.param_groups)
-            # Handed over anew each time: whoever loads a state replaces these containers.
+            # Assigned each time, because load_state_dict replaces these containers.
             part.param_groups, part.state = self.param_groups[start : start + count], self.state
             start += count
             part.step()
@@ -150,9 +149,9 @@ class Together(torch.optim.Optimizer):
 
 
 def hidden_matrices(model: nn.Module, blocks: Iterable[nn.Module], name: str) -> list[nn.Parameter]:
-    """Trained weights with two dimensions inside `blocks` that no embedding and nothing outside the blocks holds.
+    """Return trainable 2-D weights inside `blocks` that are not shared with an embedding or a module outside.
 
-    Told by place and identity, so that it holds for native, pretrained and adapted models alike. Raises ConfigError where there is none.
+    Selected by place and identity, so it works for native, pretrained and adapted models. Raises ConfigError if there is none.
     """
     inside = {id(module) for block in blocks for module in block.modules()}
     elsewhere = {
@@ -168,8 +167,9 @@ def hidden_matrices(model: nn.Module, blocks: Iterable[nn.Module], name: str) ->
     ]
     if not found:
         raise ConfigError(
-            f"optim.name = {name}: is for matrices inside a model's repeated blocks, and {len(inside)} modules in blocks hold none "
-            "that is trained\n  try: --optim.name adamw"
+            f"optim.name: {name} needs trained matrices inside the model's repeated blocks",
+            found=f"none in {len(inside)} modules",
+            fix="--optim.name adamw",
         )
     return found
 
@@ -178,28 +178,28 @@ def _unique(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
     return list({id(parameter): parameter for parameter in parameters}.values())
 
 
-def _with_adamw(asked: _Asked, part: torch.optim.Optimizer, matrices: list[nn.Parameter]) -> Together:
-    """`part`, which updates `matrices`, and AdamW for everything else."""
+def _with_adamw(request: _Request, part: torch.optim.Optimizer, matrices: list[nn.Parameter]) -> Together:
+    """Combine `part`, which updates `matrices`, with AdamW for all other parameters."""
     taken = {id(parameter) for parameter in matrices}
-    rest = by_decay((parameter for parameter in trained(asked.model) if id(parameter) not in taken), asked.config)
-    return Together([part, adamw_over(rest, asked.config, **asked.adamw)] if rest else [part])
+    rest = by_decay((parameter for parameter in trained(request.model) if id(parameter) not in taken), request.config)
+    return Together([part, adamw_over(rest, request.config, **request.adamw)] if rest else [part])
 
 
-def _adamw(asked: _Asked) -> torch.optim.Optimizer:
-    if asked.implementation in ("torchao", "bitsandbytes"):
-        made = groups(asked.model, asked.config)
-        return adamw_in_eight_bits(made, asked.config, asked.implementation, sparsely_graded(asked.model))
-    return adamw_over(groups(asked.model, asked.config), asked.config, **asked.adamw)
+def _adamw(request: _Request) -> torch.optim.Optimizer:
+    if request.implementation in ("torchao", "bitsandbytes"):
+        made = groups(request.model, request.config)
+        return adamw_in_eight_bits(made, request.config, request.implementation, sparsely_graded(request.model))
+    return adamw_over(groups(request.model, request.config), request.config, **request.adamw)
 
 
-def _muon(asked: _Asked) -> torch.optim.Optimizer:
-    """Muon (Jordan et al. 2024) as torch has it, scaled to the size of AdamW's updates (Liu et al. 2025).
+def _muon(request: _Request) -> torch.optim.Optimizer:
+    """Build torch's Muon (Jordan et al. 2024), scaled to the size of AdamW's updates (Liu et al. 2025).
 
-    An orthogonalized update has entries of about 1 / sqrt(larger side); times 0.2 sqrt(larger side) they are as large as AdamW's
-    usually are, so that one rate, one schedule and one decay serve both.
+    An orthogonalized update has entries of about 1 / sqrt(larger side); times 0.2 sqrt(larger side) they have the usual size of
+    AdamW's, so that one rate, schedule and decay serve both.
     """
-    trained(asked.model)
-    matrices, config = hidden_matrices(asked.model, asked.blocks, "muon"), asked.config
+    trained(request.model)
+    matrices, config = hidden_matrices(request.model, request.blocks, "muon"), request.config
     part = torch.optim.Muon(
         matrices,
         lr=config.learning_rate,
@@ -207,21 +207,21 @@ def _muon(asked: _Asked) -> torch.optim.Optimizer:
         momentum=config.momentum,
         adjust_lr_fn="match_rms_adamw",
     )
-    return _with_adamw(asked, part, matrices)
+    return _with_adamw(request, part, matrices)
 
 
-def _apollo(asked: _Asked) -> torch.optim.Optimizer:
-    return _low_rank(asked, asked.config.rank, scale=1.0, per="channel")
+def _apollo(request: _Request) -> torch.optim.Optimizer:
+    return _low_rank(request, request.config.rank, scale=1.0, per="channel")
 
 
-def _apollo_mini(asked: _Asked) -> torch.optim.Optimizer:
-    return _low_rank(asked, 1, scale=128.0, per="tensor")
+def _apollo_mini(request: _Request) -> torch.optim.Optimizer:
+    return _low_rank(request, 1, scale=128.0, per="tensor")
 
 
-def _low_rank(asked: _Asked, rank: int, scale: float, per: Literal["channel", "tensor"]) -> torch.optim.Optimizer:
-    trained(asked.model)
-    matrices, config = hidden_matrices(asked.model, asked.blocks, asked.config.name), asked.config
-    names = {id(parameter): name for name, parameter in asked.model.named_parameters()}
+def _low_rank(request: _Request, rank: int, scale: float, per: Literal["channel", "tensor"]) -> torch.optim.Optimizer:
+    trained(request.model)
+    matrices, config = hidden_matrices(request.model, request.blocks, request.config.name), request.config
+    names = {id(parameter): name for name, parameter in request.model.named_parameters()}
     part = Apollo(
         {names[id(matrix)]: matrix for matrix in matrices},
         lr=config.learning_rate,
@@ -232,15 +232,13 @@ def _low_rank(asked: _Asked, rank: int, scale: float, per: Literal["channel", "t
         scale=scale,
         per=per,
         gap=config.projection_gap,
-        seed=asked.seed,
+        seed=request.seed,
     )
-    return _with_adamw(asked, part, matrices)
+    return _with_adamw(request, part, matrices)
 
 
 def _lacks(name: str, package: str) -> ConfigError:
-    return ConfigError(
-        f"optim.name = {name}: needs the package {package}, not installed\n  try: pip install 'gptoughts[optimizers]'"
-    )
+    return ConfigError(f"optim.name: {name} needs the package {package}", fix="pip install 'gptoughts[optimizers]'")
 
 
 def _library(name: str) -> Any:
@@ -253,45 +251,45 @@ def _library(name: str) -> Any:
     return pytorch_optimizer
 
 
-def _lion(asked: _Asked) -> torch.optim.Optimizer:
-    """Lion (Chen et al. 2023): every weight moves by the rate, so the rate wants to be a third to a tenth of AdamW's."""
-    config = asked.config
+def _lion(request: _Request) -> torch.optim.Optimizer:
+    """Build Lion (Chen et al. 2023). Each weight moves by the full rate, so use a third to a tenth of AdamW's."""
+    config = request.config
     return _library("lion").Lion(
-        groups(asked.model, config), lr=config.learning_rate, betas=(config.beta1, config.beta2), foreach=False
+        groups(request.model, config), lr=config.learning_rate, betas=(config.beta1, config.beta2), foreach=False
     )
 
 
-def _ademamix(asked: _Asked) -> torch.optim.Optimizer:
-    """AdEMAMix (Pagliardini et al. 2024); alpha and beta3 rise over the whole run, without which it diverges early."""
-    config = asked.config
-    if asked.updates is None:
+def _ademamix(request: _Request) -> torch.optim.Optimizer:
+    """Build AdEMAMix (Pagliardini et al. 2024). alpha and beta3 rise over the whole run; without that it diverges early."""
+    config = request.config
+    if request.updates is None:
         raise ConfigError(
-            "optim.name = ademamix: raises alpha and beta3 over the run and must know its length in updates\n"
-            "  try: --train.steps N or --train.tokens N"
+            "optim.name: ademamix raises alpha and beta3 over the run and needs its length in updates",
+            fix="--train.steps N or --train.tokens N",
         )
     return _library("ademamix").AdEMAMix(
-        groups(asked.model, config),
+        groups(request.model, config),
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2, config.beta3),
         weight_decouple=True,
         alpha=config.alpha,
-        t_alpha_beta3=asked.updates,
+        t_alpha_beta3=request.updates,
         eps=config.epsilon,
         foreach=False,
     )
 
 
-def _schedule_free(asked: _Asked) -> torch.optim.Optimizer:
-    """Schedule-free AdamW (Defazio et al. 2024). The recipe's own warm-up raises the rate, so the package has none to do."""
+def _schedule_free(request: _Request) -> torch.optim.Optimizer:
+    """Build schedule-free AdamW (Defazio et al. 2024), without its own warmup: the recipe's schedule has one."""
     try:
         import schedulefree
     except ModuleNotFoundError as error:
         if error.name != "schedulefree":
             raise
         raise _lacks("schedule-free", "schedulefree") from None
-    config = asked.config
+    config = request.config
     made = schedulefree.AdamWScheduleFree(
-        groups(asked.model, config),
+        groups(request.model, config),
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         eps=config.epsilon,
@@ -301,7 +299,7 @@ def _schedule_free(asked: _Asked) -> torch.optim.Optimizer:
     return made
 
 
-_MAKERS: dict[str, Callable[[_Asked], torch.optim.Optimizer]] = {
+_MAKERS: dict[str, Callable[[_Request], torch.optim.Optimizer]] = {
     "adamw": _adamw,
     "muon": _muon,
     "lion": _lion,
@@ -313,6 +311,6 @@ _MAKERS: dict[str, Callable[[_Asked], torch.optim.Optimizer]] = {
 
 
 def covered(optimizer: torch.optim.Optimizer) -> tuple[int, int]:
-    """Parameters that the optimizer has a memory of, and all that it was given."""
+    """Return the numbers of parameters with optimizer state and of all its parameters."""
     given: list[Tensor] = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     return sum(1 for parameter in given if optimizer.state.get(parameter)), len(given)

@@ -1,11 +1,11 @@
-"""Numbers of eight bits by the packages that have them. The only file that imports torchao; bitsandbytes comes from `models.quantized`.
+"""8-bit optimizer state and FP8 matmuls. The only file that imports torchao; bitsandbytes comes from `models.adapters.nf4`.
 
 AdamW's two moments are stored as 8-bit codes with one scale per 256 values (Dettmers et al. 2022, 8-bit Optimizers via Block-wise
-Quantization). What a checkpoint holds of them are the codes and the scales, as plain tensors.
+Quantization). Checkpoints hold the codes and scales as plain tensors.
 
-Weights whose gradient is zero for most of their entries keep moments of 32 bits. A second moment far below its block's largest is stored as
-zero; where the gradient is zero at the next update, too, the first moment is divided by epsilon alone. Seen here: after four updates at a
-rate of 1e-3, embeddings of a tiny BERT stood 3.9 from where float32 moments leave them.
+Weights with sparse gradients keep 32-bit moments: a second moment far below its block's maximum is stored as zero, and if the next
+gradient is zero too, the first moment is divided by epsilon alone. Measured: after four updates at a rate of 1e-3, embeddings of a tiny
+BERT differed by 3.9 from those with float32 moments.
 """
 
 from __future__ import annotations
@@ -22,39 +22,40 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gptoughts.config.loader import OptimConfig
-from gptoughts.engine.optim.schedule_and_groups import Group
+from gptoughts.engine.optim.param_groups import Group
 from gptoughts.errors import CheckpointError, LayerError
 from gptoughts.models.adapters.nf4 import bitsandbytes_package
+from gptoughts.models.torch_internals import child_table, share_parameters
 
 Package = Literal["torchao", "bitsandbytes"]
 Scaling = Literal["tensorwise", "rowwise"]
 
 LEAST_VALUES = 4096
-"""Both packages keep the moments of smaller tensors in float32."""
+"""Both packages keep moments of smaller tensors in float32."""
 BLOCK = 256
-"""Values that share one scale; torchao keeps a tensor that they do not divide in float32."""
+"""Values per scale; torchao keeps tensors that are not a multiple of it in float32."""
 TABLES = ("qmap1", "qmap2")
-"""What bitsandbytes' codes stand for: the same two tables for every tensor, so no checkpoint holds them."""
+"""bitsandbytes' code tables, the same two for every tensor and therefore not in checkpoints."""
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without what torchao says as it is imported: that kernels for other machines could not be loaded."""
-    talks = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
-    levels = [talk.level for talk in talks]
-    for talk in talks:
-        talk.setLevel(logging.ERROR)
+    """Suppress torchao's import warnings about kernels for other machines."""
+    loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        for talk, level in zip(talks, levels, strict=True):
-            talk.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def adamw_in_eight_bits(
     groups: list[Group], config: OptimConfig, package: Package, whole: Iterable[Tensor] = ()
 ) -> torch.optim.Optimizer:
-    """AdamW over `groups` whose moments are stored in eight bits, but for those of `whole`, and of small parameters.
+    """Build AdamW with 8-bit moments over `groups`; parameters in `whole` and small ones keep 32-bit moments.
 
     Raises LayerError where `package` is missing or broken.
     """
@@ -65,49 +66,51 @@ def adamw_in_eight_bits(
 
 
 def sparsely_graded(model: nn.Module) -> list[Tensor]:
-    """Parameters of which one batch moves few entries: embeddings, and experts that are fused into one weight."""
+    """Return parameters with sparse gradients: embeddings, and experts fused into one weight."""
     tables = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
     return [*tables, *(parameter for parameter in model.parameters() if parameter.dim() >= 3)]
 
 
 def packs(optimizer: torch.optim.Optimizer | None, parameter: Tensor) -> bool:
-    """Whether `optimizer` is one of these and is to keep the moments of `parameter` in eight bits."""
+    """Return whether `optimizer` is an 8-bit one and stores the moments of `parameter` in eight bits."""
     is_large = parameter.numel() >= LEAST_VALUES and parameter.numel() % BLOCK == 0
     return is_large and id(parameter) not in getattr(optimizer, "whole", {id(parameter)})
 
 
 def in_eight_bits(values: Mapping[str, Any]) -> bool:
-    """Whether two moments in an optimizer's state of one parameter are codes of eight bits."""
+    """Return whether both moments in one parameter's state are 8-bit codes."""
     codes = [getattr(value, "codes", value) for value in values.values() if isinstance(value, Tensor)]
     return sum(code.dtype is torch.uint8 for code in codes) >= 2
 
 
 def bytes_of(values: Mapping[str, Any]) -> int:
-    """Memory of one parameter's state; bitsandbytes' tables, which all share, are left out."""
+    """Return the bytes of one parameter's state, without bitsandbytes' shared tables."""
     tensors = [value for key, value in values.items() if isinstance(value, Tensor) and key not in TABLES]
     parts = [part for tensor in tensors for part in _parts(tensor).values()]
     return sum(part.nbytes for part in parts)
 
 
-def _parts(phase: Any) -> dict[str, Tensor]:
-    """A moment of torchao as the tensors it is made of; any other tensor is its own only part."""
-    return {"codes": phase.codes, "scale": phase.scale} if hasattr(phase, "codes") else {"": phase}
+def _parts(moment: Any) -> dict[str, Tensor]:
+    """Return codes and scale of a torchao moment; of any other tensor the tensor itself under an empty name."""
+    return {"codes": moment.codes, "scale": moment.scale} if hasattr(moment, "codes") else {"": moment}
 
 
 def _of_torchao() -> Any:
     try:
         with quiet():
-            import torchao  # noqa: F401  # first, so that a missing package is told from one without optimizers
+            import torchao  # noqa: F401  # first, to tell a missing package from one without optimizers
             from torchao.optim import AdamW8bit
     except ModuleNotFoundError as error:
         if error.name != "torchao":
-            raise LayerError(f"torchao is installed and cannot be imported: {error}") from error
-        raise LayerError("optimizer=8bit: needs the package torchao\n  try: pip install 'gptoughts[lowbit]'") from None
+            raise LayerError(f"optimizer=8bit: torchao is installed and cannot be imported: {error}") from error
+        raise LayerError("optimizer=8bit: needs the package torchao", fix="pip install 'gptoughts[lowbit]'") from None
     except (ImportError, RuntimeError, AttributeError, OSError) as error:
-        raise LayerError(f"torchao is installed and cannot be imported: {type(error).__name__}: {error}") from error
+        raise LayerError(
+            f"optimizer=8bit: torchao is installed and cannot be imported: {type(error).__name__}: {error}"
+        ) from error
 
     class OfTorchao(AdamW8bit):
-        """torchao's AdamW8bit, which keeps its moments in a tensor class of its own."""
+        """torchao's AdamW8bit, whose moments are tensor subclasses."""
 
         made_by = "torchao.AdamW8bit"
 
@@ -117,13 +120,13 @@ def _of_torchao() -> Any:
             return super()._new_buffer(p, signed) if packs(self, p) else torch.zeros_like(p)
 
         def step(self, closure: Any = None) -> Any:
-            """One update. On a CPU operator by operator: the package compiles a kernel for every shape, and a GPU earns that back."""
+            """Run one update, eager on a CPU: the package compiles a kernel per shape, which pays off on a GPU only."""
             on_gpu = any(parameter.is_cuda for group in self.param_groups for parameter in group["params"])
             with nullcontext() if on_gpu else torch.compiler.set_stance("force_eager"):
                 return super().step(closure)
 
         def stored(self, parameter: Tensor) -> dict[str, Any]:
-            """Codes and scales as plain tensors."""
+            """Return codes and scales as plain tensors."""
             plain = {}
             for key, value in self.state[parameter].items():
                 parts = _parts(value) if isinstance(value, Tensor) else {"": value}
@@ -131,13 +134,13 @@ def _of_torchao() -> Any:
             return plain
 
         def take(self, parameter: Tensor, values: Mapping[str, Any]) -> None:
-            """Moments as `stored` gave them."""
+            """Restore moments from `stored`."""
             state: dict[str, Any] = {"step": values["step"].clone()}
             for key in ("exp_avg", "exp_avg_sq"):
-                phase = self._new_buffer(parameter, key == "exp_avg")
-                for part, into in _parts(phase).items():
+                moment = self._new_buffer(parameter, key == "exp_avg")
+                for part, into in _parts(moment).items():
                     _fill(into, values.get(f"{key}.{part}" if part else key), key)
-                state[key] = phase
+                state[key] = moment
             self.state[parameter] = state
 
     return OfTorchao
@@ -146,25 +149,26 @@ def _of_torchao() -> Any:
 def _of_bitsandbytes() -> Any:
     package = bitsandbytes_package()
 
-    class OfBitsandbytes(package.optim.AdamW8bit):  # type: ignore[name-defined]  # known only here
+    class OfBitsandbytes(package.optim.AdamW8bit):  # type: ignore[name-defined]
         """bitsandbytes' AdamW8bit."""
 
         made_by = "bitsandbytes.AdamW8bit"
         whole: frozenset[int] = frozenset()
 
         def get_config(self, gindex: int, pindex: int, group: Group) -> dict[str, Any]:
-            """Settings of one parameter: of those that are to stay whole, 32 bits."""
+            """Return the settings of one parameter, with 32 bits for those in `whole`."""
             config: dict[str, Any] = super().get_config(gindex, pindex, group)
             return config if packs(self, group["params"][pindex]) else {**config, "optim_bits": 32}
 
         def stored(self, parameter: Tensor) -> dict[str, Any]:
-            """Everything but the tables."""
+            """Return the state without the tables."""
             return {key: value for key, value in self.state[parameter].items() if key not in TABLES}
 
         def take(self, parameter: Tensor, values: Mapping[str, Any]) -> None:
-            """Moments as `stored` gave them, and the tables again."""
+            """Restore moments from `stored`, and the tables."""
             if "state1" not in values or values["state1"].shape != parameter.shape:
-                raise CheckpointError(f"the optimizer's state does not fit a weight of shape {tuple(parameter.shape)}")
+                found = f"shape {tuple(values['state1'].shape)}" if "state1" in values else "no state1"
+                raise CheckpointError(f"optimizer state: a weight needs shape {tuple(parameter.shape)}", found=found)
             state = {key: value.to(parameter.device) if isinstance(value, Tensor) else value for key, value in values.items()}
             if in_eight_bits(state):
                 kinds = zip(TABLES, ("dynamic", "udynamic"), strict=True)
@@ -176,53 +180,53 @@ def _of_bitsandbytes() -> Any:
 
 def _fill(into: Tensor, value: Tensor | None, key: str) -> None:
     if value is None or value.shape != into.shape or value.dtype != into.dtype:
-        found = "missing" if value is None else f"{value.dtype} of shape {tuple(value.shape)}"
-        raise CheckpointError(f"the optimizer's {key}: {found}, needs {into.dtype} of shape {tuple(into.shape)}")
+        found = "nothing" if value is None else f"{value.dtype} of shape {tuple(value.shape)}"
+        raise CheckpointError(f"optimizer state {key}: needs {into.dtype} of shape {tuple(into.shape)}", found=found)
     into.copy_(value)
 
 
-# --- products of eight bits
+# --- FP8 matmuls
 
 
 def torchao_float8() -> Any:
-    """torchao's float8 package. Raises LayerError with the package's own error where it is installed and broken."""
+    """Import torchao's float8 package. Raises LayerError where it is missing or broken."""
     try:
         with quiet():
             import torchao.float8 as package
-            from torchao.float8 import float8_linear  # noqa: F401  # a part of it may be missing
+            from torchao.float8 import float8_linear  # noqa: F401  # may be missing in the package
     except (ImportError, RuntimeError, AttributeError, OSError) as error:
         raise LayerError(
-            f"precision fp8-torchao: torchao is installed and does not import: {type(error).__name__}: {error}"
+            f"precision=fp8-torchao: torchao is installed and cannot be imported: {type(error).__name__}: {error}"
         ) from error
     return package
 
 
 def quantize_projections(model: nn.Module, names: Iterable[str], scaling: Scaling, emulate: bool) -> Callable[[], None]:
-    """Put torchao's Float8Linear in the place of each nn.Linear that `names` names. Returns the undo.
+    """Replace each nn.Linear in `names` by torchao's Float8Linear. Returns the undo.
 
-    The new module works on the very table of parameters of the old one, so names, ties and values are the model's own whoever holds
-    them when, and the old module has them when it comes back. `emulate`: quantize, then multiply in float32, where there is no FP8 unit.
-    Without gradients (evaluation) it multiplies as nn.Linear does. Raises LayerError where torchao converts another number than was named.
+    The new module shares the parameter table of the old one, so names, ties and values stay the model's, also after the undo.
+    `emulate`: quantize, then multiply in float32, for devices without FP8. Without gradients (evaluation) it computes as nn.Linear.
+    Raises LayerError where torchao leaves a module unchanged.
     """
     package, wanted = torchao_float8(), frozenset(names)
     config = replace(package.Float8LinearConfig.from_recipe_name(scaling), emulate=emulate)
     before = {name: model.get_submodule(name) for name in wanted}
-    # Through the package's own door, which also keeps inductor from a known miscompilation (triton issue 11111).
+    # The package's own conversion also works around an Inductor miscompilation (triton issue 11111).
     package.convert_to_float8_training(model, module_filter_fn=lambda _, name: name in wanted, config=config)
     kind = _float8_linear()
     for name, old in before.items():
         new = model.get_submodule(name)
         if type(new) is old.__class__:
-            raise LayerError(f"precision fp8-torchao: torchao left {name} as it was")
+            raise LayerError(f"precision=fp8-torchao: torchao did not convert {name}")
         new.__class__ = kind
         new.train(old.training)
-        object.__setattr__(new, "_parameters", old._parameters)
+        share_parameters(new, old)
 
     def undo() -> None:
         for name, old in before.items():
             old.train(model.get_submodule(name).training)
             parent, _, own = name.rpartition(".")
-            model.get_submodule(parent)._modules[own] = old
+            child_table(model.get_submodule(parent))[own] = old
 
     return undo
 
@@ -232,12 +236,12 @@ def _float8_linear() -> Any:
     from torchao.float8.float8_linear import Float8Linear
 
     class Quantized(Float8Linear):
-        """A Float8Linear that evaluates as nn.Linear does."""
+        """Float8Linear that evaluates as nn.Linear."""
 
         in_eight_bits = True
 
         def forward(self, input: Tensor) -> Tensor:
-            """input ... C -> ... D."""
+            """Map input (..., C) to (..., D)."""
             if torch.is_grad_enabled():
                 return super().forward(input)
             return functional.linear(input, self.weight, self.bias)
@@ -246,5 +250,5 @@ def _float8_linear() -> Any:
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Whether `module` multiplies in 8-bit floating point; asks no package, which may not be here."""
+    """Return whether `module` multiplies in FP8; imports no package."""
     return getattr(module, "in_eight_bits", False) is True

@@ -16,6 +16,7 @@ from typing import Any
 from gptoughts.config.model_spec import flops_per_token
 from gptoughts.errors import LayerError
 from gptoughts.layers.support.graph_cache import CACHE, kept
+from gptoughts.models import torch_internals
 from gptoughts.planning.layer import Case, Reason, slower, unsupported
 
 MEASURED = "docs/measurements/cpu/widths.json"
@@ -136,13 +137,11 @@ def compiled(engine: Any, layer: str, cache: str, say: Callable[[str], None]) ->
 @contextmanager
 def told(layer: str) -> Iterator[None]:
     """Turn what the compiler raises into a LayerError of a few lines that names `layer`."""
-    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
-
     try:
         yield
-    except FailOnRecompileLimitHit as error:
+    except torch_internals.recompile_limit_error() as error:
         raise LayerError(_over_the_limit(layer)) from error
-    except TorchDynamoException as error:
+    except torch_internals.compiler_error() as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         wrong = next((line for line in reversed(lines) if "error" in line.lower() and "TORCH" not in line), (lines or [""])[0])
         raise LayerError(_failed(layer, f"{type(error).__name__}: {wrong[:300]}")) from error
@@ -157,11 +156,8 @@ def _failed(layer: str, what: str) -> str:
 
 
 def _over_the_limit(layer: str) -> str:
-    import torch
-    from torch._dynamo.utils import get_compilation_metrics
-
-    limit = torch._dynamo.config.recompile_limit
-    causes = [metric for metric in get_compilation_metrics() if metric.recompile_reason]
+    limit = torch_internals.recompile_limit()
+    causes = [metric for metric in torch_internals.compilation_metrics() if metric.recompile_reason]
     cause = f": {_cause(causes[-1])}" if causes else ""
     return (
         f"compile={layer}: {limit} graphs of one function are made, the most that torch._dynamo.config.recompile_limit allows, "
@@ -186,17 +182,13 @@ class Compilations:
     _before: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
-        from torch._dynamo.utils import get_compilation_metrics
-
-        there = get_compilation_metrics()
+        there = torch_internals.compilation_metrics()
         self._newest = there[-1] if there else None
         self._before = _counters()
 
     def read(self) -> None:
         """Take up what torch has recorded since the last time."""
-        from torch._dynamo.utils import get_compilation_metrics
-
-        there = get_compilation_metrics()
+        there = torch_internals.compilation_metrics()
         known = next((index for index, metric in enumerate(there) if metric is self._newest), -1)
         for metric in there[known + 1 :]:
             self.causes += [_cause(metric)] if metric.recompile_reason else []
@@ -232,9 +224,7 @@ class Compilations:
 
 
 def _counters() -> Counter[str]:
-    from torch._dynamo.utils import counters
-
-    return Counter(counters["inductor"])
+    return Counter(torch_internals.inductor_counters())
 
 
 def _cause(metric: Any) -> str:
@@ -252,16 +242,14 @@ def _cause(metric: Any) -> str:
 @contextmanager
 def counted() -> Iterator[Compilations]:
     """Count compilations while the block lasts; the innermost block counts."""
-    from torch._dynamo import utils
-
-    made, limit = Compilations(), utils._compilation_metrics.maxlen or METRICS_KEPT
-    utils.set_compilation_metrics_limit(max(limit, METRICS_KEPT))
+    made, limit = Compilations(), torch_internals.compilation_metrics_limit() or METRICS_KEPT
+    torch_internals.set_compilation_metrics_limit(max(limit, METRICS_KEPT))
     _open.append(made)
     try:
         yield made
     finally:
         _open.remove(made)
-        utils.set_compilation_metrics_limit(limit)
+        torch_internals.set_compilation_metrics_limit(limit)
 
 
 def newest() -> Compilations | None:
@@ -286,12 +274,10 @@ def counting(call_counts: Counter[str], name: str) -> Callable[[], bool]:
     """
 
     def mark() -> bool:
-        from torch._guards import CompileContext
-
-        call_counts[f"{name}{IN_A_GRAPH}" if CompileContext.try_get() is not None else name] += 1
+        call_counts[f"{name}{IN_A_GRAPH}" if torch_internals.is_tracing() else name] += 1
         return True
 
-    mark._dynamo_marked_constant = True  # type: ignore[attr-defined]  # what torch._dynamo.assume_constant_result sets
+    torch_internals.constant_when_traced(mark)
     return mark
 
 

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptoughts.engine.optim.schedule_and_groups import step_one
+from gptoughts.engine.optim.param_groups import step_one
 from gptoughts.errors import CheckpointError
+from gptoughts.models.torch_internals import version_of
 
 MARK = "state-on-cpu"
 
@@ -101,7 +102,7 @@ class _Copy:
     def fetch(self) -> torch.cuda.Event | None:
         """Send the gradient, and a weight that is not the one sent back last, on their way. Returns what to wait for."""
         assert self.parameter.grad is not None
-        if self.parameter._version != self._version:
+        if version_of(self.parameter) != self._version:
             self.host.copy_(self.parameter, non_blocking=self.pinned)
         self.gradient.copy_(self.parameter.grad, non_blocking=self.pinned)
         self.host.grad = self.gradient
@@ -115,4 +116,4 @@ class _Copy:
         """Give the updated weight back."""
         self.host.grad = None
         self.parameter.copy_(self.host, non_blocking=self.pinned)
-        self._version = self.parameter._version
+        self._version = version_of(self.parameter)

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from gptoughts.errors import LayerError
+from gptoughts.models.torch_internals import caches_disabled, default_graph_cache, disable_caches
 from gptoughts.planning.layer import Option
 
 CACHE = Option(
@@ -32,19 +33,16 @@ def kept(cache: str, environment: MutableMapping[str, str] = os.environ) -> Iter
     Torch's own default lies below /tmp under a name that anyone can guess and make first; what lies in a cache is code that is run.
     Raises LayerError where somebody else owns the folder or can write to it.
     """
-    from torch._inductor import config
-    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
-
     name = "TORCHINDUCTOR_CACHE_DIR"
-    before, disabled = environment.get(name), config.force_disable_caches
+    before, disabled = environment.get(name), caches_disabled()
     try:
         if cache == "off":
-            config.force_disable_caches = True
-        elif cache == "own" and before in (None, default_cache_dir()):  # torch writes its default there when it first asks
+            disable_caches(True)
+        elif cache == "own" and before in (None, default_graph_cache()):  # torch writes its default there when it first asks
             environment[name] = str(_own(cache_folder(environment)))
         yield
     finally:
-        config.force_disable_caches = disabled
+        disable_caches(disabled)
         if before is not None:
             environment[name] = before
         elif cache == "own":

@@ -212,8 +212,8 @@ def _put_back(engine: Engine) -> Iterator[None]:
         call_counts.clear()
         call_counts.update(counters.call_counts)
         vars(engine.counters).update({**vars(counters), "call_counts": call_counts})
-        getattr(engine.objective, "forget", lambda: None)()
-        for pair in (getattr(engine.objective, "meters", None) or {}).values():
+        engine.objective.forget()
+        for pair in engine.objective.meters.values():
             for part in pair:
                 part.zero_()
         torch.set_rng_state(drawn[0])

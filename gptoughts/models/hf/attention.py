@@ -29,6 +29,7 @@ from transformers.modeling_utils import AttentionInterface
 from gptoughts.errors import LayerError
 from gptoughts.models.gpt.attention import AttentionFunction
 from gptoughts.models.gpt.masks import Documents, MaskForm
+from gptoughts.models.torch_internals import attention_implementation, takes_attention_functions
 
 NAMES: dict[MaskForm, str] = {"dense": "gptoughts", "blocks": "gptoughts_blocks", "lengths": "gptoughts_lengths"}
 """Form of the masks -> the name that transformers looks up. None of them holds a word that transformers has meanings for."""
@@ -60,7 +61,7 @@ def set_attention(model: PreTrainedModel, function: AttentionFunction, form: Mas
     Raises LayerError where a model's attention is its own.
     """
     found = attentions(model)
-    if not found or not model._can_set_attn_implementation():
+    if not found or not takes_attention_functions(model):
         raise LayerError(f"transformers' {type(model).__name__} calls its attention itself; take --layer.attention math")
     own = [key for key in ("attn_logit_softcapping", "attention_softcap") if getattr(model.config, key, None)]
     if own:
@@ -70,7 +71,7 @@ def set_attention(model: PreTrainedModel, function: AttentionFunction, form: Mas
         raise LayerError(f"{dropping[0]} drops attention probabilities, which a fused kernel here does not; set dropout to 0")
     AttentionInterface.register(NAMES[form], _dispatch_lengths if form == "lengths" else _dispatch)
     AttentionMaskInterface.register(NAMES[form], _MASKS[form])
-    before = model.config._attn_implementation
+    before = attention_implementation(model.config)
     had = {name: module.__dict__.get("attend") for name, module in found.items()}
     for module in found.values():
         module.attend = function  # type: ignore[assignment]  # a plain attribute, not a module

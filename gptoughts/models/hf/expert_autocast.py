@@ -13,6 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.integrations import moe
 
+from gptoughts.models.torch_internals import experts_implementation
+
 NAME = "gptoughts"
 THEIRS = "grouped_mm"
 WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
@@ -20,7 +22,7 @@ WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
 
 def use_grouped_product(model: PreTrainedModel) -> None:
     """Let the experts of `model` follow autocast where transformers computes them by its grouped product; others stay as they are."""
-    if getattr(model.config, "_experts_implementation", None) == THEIRS:
+    if experts_implementation(model.config) == THEIRS:
         moe.ExpertsInterface.register(NAME, _experts)
         model.set_experts_implementation(NAME)
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from gptoughts.errors import ConfigError, listed
+from gptoughts.models.torch_internals import convolution_type, unsaved_buffers
 
 COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """What transformers' configs call the number of experts that a token can be sent to."""
@@ -180,7 +181,7 @@ def nudge(router: Router, load: Tensor, rate: float) -> None:
 
 def _stacked(module: nn.Module) -> int:
     """Experts whose weights `module` itself holds in one tensor; 0 where it holds none. A convolution's weight is no experts."""
-    if isinstance(module, nn.modules.conv._ConvNd):
+    if isinstance(module, convolution_type()):
         return 0
     sizes = {
         parameter.shape[0] for parameter in module.parameters(recurse=False) if parameter.ndim == 3 and 1 not in parameter.shape
@@ -211,7 +212,7 @@ def _bias(block: nn.Module, holder: str, experts: int) -> tuple[nn.Module, str] 
         own = {**dict(module.named_buffers(recurse=False)), **dict(module.named_parameters(recurse=False))}
         for key in BIASES:
             if key in own and own[key].numel() == experts and not own[key].requires_grad:
-                if key in module._non_persistent_buffers_set:
+                if key in unsaved_buffers(module):
                     raise ConfigError(f"{name}.{key} balances experts and is not saved: it must be a persistent buffer")
                 return module, key
     return None

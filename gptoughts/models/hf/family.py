@@ -29,8 +29,7 @@ from gptoughts.models.hf import initial as hf_initial
 from gptoughts.models.hf.config import Task, model_class, open_config
 from gptoughts.models.hf.introspect import plain_head, separates_documents
 from gptoughts.models.meta import on_meta
-
-SHARED = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+from gptoughts.models.torch_internals import child_table, share_tables
 
 
 class Adopted(nn.Module):
@@ -47,8 +46,7 @@ class Adopted(nn.Module):
     def __init__(self, inner: PreTrainedModel) -> None:
         super().__init__()
         object.__setattr__(self, "inner", inner)
-        for table in SHARED:
-            object.__setattr__(self, table, getattr(inner, table))
+        share_tables(self, inner)
 
     def train(self, mode: bool = True) -> Adopted:
         """Set the mode of both."""
@@ -260,7 +258,7 @@ def _require_causal(inner: PreTrainedModel) -> None:
 
 def _blocks(model: Adopted) -> dict[str, nn.Module]:
     base_name = model.inner.base_model_prefix
-    base = model._modules.get(base_name) or model
+    base = child_table(model).get(base_name) or model
     prefix = f"{base_name}." if base is not model else ""
     return {f"{prefix}{name}": block for name, block in repeated_blocks(base).items()}
 

@@ -18,9 +18,7 @@ from transformers import PreTrainedModel
 from gptoughts.config.loader import ModelConfig
 from gptoughts.errors import ConfigError, RunError
 from gptoughts.models.family import Initial
-
-WRITTEN = "_is_hf_initialized"
-"""transformers' mark of a tensor that its initialization must leave alone."""
+from gptoughts.models.torch_internals import buffer_table, initialized, weight_initializer
 
 
 class _Record(TorchFunctionMode):
@@ -47,7 +45,7 @@ def scheme(model: PreTrainedModel) -> dict[str, Initial | None]:
     """Name -> how each parameter of `model`, which is on meta, begins; None where that is no normal, ones or zeros."""
     record = _Record()
     with torch.no_grad(), record:
-        for module, fill in _in_order(model, model._init_weights):
+        for module, fill in _in_order(model, weight_initializer(model)):
             fill(module)
     return {name: _initial(record.last.get(id(parameter))) for name, parameter in model.named_parameters()}
 
@@ -55,7 +53,7 @@ def scheme(model: PreTrainedModel) -> dict[str, Initial | None]:
 def _in_order(module: nn.Module, fill: Callable[[nn.Module], None]) -> Iterator[tuple[nn.Module, Callable[[nn.Module], None]]]:
     """Modules as transformers visits them: children first, a model inside a model by its own scheme."""
     for child in module.children():
-        yield from _in_order(child, child._init_weights if isinstance(child, PreTrainedModel) else fill)
+        yield from _in_order(child, weight_initializer(child) if isinstance(child, PreTrainedModel) else fill)
     yield module, fill
 
 
@@ -92,13 +90,13 @@ def build_buffers(model: PreTrainedModel, device: torch.device) -> None:
 
     Parameters stay as they are. A buffer that transformers leaves as it finds it is told, because it would hold garbage.
     """
-    owners = [(module, fill) for module, fill in _in_order(model, model._init_weights) if _buffers(module)]
+    owners = [(module, fill) for module, fill in _in_order(model, weight_initializer(model)) if _buffers(module)]
     twice: list[list[Tensor]] = []
     for garbage in (0, 1):  # what is not written keeps the garbage, which differs between the two rounds
         with torch.no_grad(), _protected(model):
             for module, fill in owners:
                 for name, buffer in _buffers(module).items():
-                    module._buffers[name] = torch.full_like(buffer, garbage, device=device)
+                    buffer_table(module)[name] = torch.full_like(buffer, garbage, device=device)
                 fill(module)
         twice.append([buffer for module, _ in owners for buffer in _buffers(module).values()])
     names = [name for name, buffer in model.named_buffers() if buffer is not None]
@@ -110,17 +108,11 @@ def build_buffers(model: PreTrainedModel, device: torch.device) -> None:
 
 
 def _buffers(module: nn.Module) -> dict[str, Tensor]:
-    return {name: buffer for name, buffer in module._buffers.items() if buffer is not None}
+    return {name: buffer for name, buffer in buffer_table(module).items() if buffer is not None}
 
 
 @contextmanager
 def _protected(model: nn.Module) -> Iterator[None]:
     """Parameters are not drawn again, and torch's generators stay where they are."""
-    marked = [parameter for parameter in model.parameters() if not getattr(parameter, WRITTEN, False)]
-    for parameter in marked:
-        setattr(parameter, WRITTEN, True)
-    try:
+    with initialized(model.parameters()):
         yield
-    finally:
-        for parameter in marked:
-            delattr(parameter, WRITTEN)

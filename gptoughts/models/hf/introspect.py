@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gptoughts.models.hf import attention as hf_attention
+from gptoughts.models.torch_internals import child_table
 
 MASK_MAKER = re.compile(r"create_\w*causal_mask|mask_function")
 """What builds the mask of self-attention in a base model's forward."""
@@ -32,25 +33,25 @@ def plain_head(inner: PreTrainedModel) -> str | None:
         or output.bias is not None
         or name is None
         or "." in name
-        or base_name not in inner._modules
+        or base_name not in child_table(inner)
     ):
         return None
     generator = torch.Generator("cpu").manual_seed(0)
     with torch.device("cpu"):
         hidden = torch.randn(1, 3, output.in_features, generator=generator)
         weight = 10 * torch.randn(7, output.in_features, generator=generator)
-        parts = {base_name: inner._modules[base_name], name: output}
+        parts = {base_name: child_table(inner)[base_name], name: output}
         training = inner.training
         try:
             inner.training = False
-            inner._modules[base_name] = _Says(hidden)
-            inner._modules[name] = _Maps(weight)
+            child_table(inner)[base_name] = _Says(hidden)
+            child_table(inner)[name] = _Maps(weight)
             logits = inner(input_ids=torch.zeros(1, 3, dtype=torch.long), use_cache=False).logits
         except (AttributeError, RuntimeError, TypeError, ValueError):  # it wants more than a plain model does
             return None
         finally:
             inner.training = training
-            inner._modules.update(parts)
+            child_table(inner).update(parts)
         return name if torch.equal(logits, F.linear(hidden, weight)) else None
 
 

@@ -19,6 +19,7 @@ from gptoughts.config.recipe import ModelConfig
 from gptoughts.errors import CheckpointError
 from gptoughts.models.hf.config import Task, model_class, open_config, quiet
 from gptoughts.models.sources import Source
+from gptoughts.models.torch_internals import ignored_on_load
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 WIDTHS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -214,7 +215,7 @@ def _quantization(folder: Path) -> dict[str, Any] | None:
 def _left_out(folder: Path, model: PreTrainedModel) -> list[str]:
     """Tensors that transformers' own list says are not of this model, such as DeepSeek-V3's layer for several tokens at once."""
 
-    patterns = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+    patterns = [re.compile(pattern) for pattern in ignored_on_load(model)]
     held = set(model.state_dict())
     return sorted(name for name in _headers(folder) if name not in held and any(pattern.search(name) for pattern in patterns))
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from gptoughts.models.gpt.attention import rotate_both
 from gptoughts.models.gpt.gpt import GPT, Attention, RMSNorm, SwiGLU
+from gptoughts.models.torch_internals import child_table, parameter_table, set_parts
 
 Part = Literal["norm", "rope", "mlp"]
 PARTS: tuple[Part, ...] = ("norm", "rope", "mlp")
@@ -72,18 +73,21 @@ def counted(found: list[Place]) -> Iterator[tuple[Part, int, int]]:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    weight = module._parameters.get("weight")
+    weight = parameter_table(module).get("weight")
     return (
-        type(module).__name__.endswith("RMSNorm") and weight is not None and weight.dim() == 1 and len(module._parameters) == 1
+        type(module).__name__.endswith("RMSNorm")
+        and weight is not None
+        and weight.dim() == 1
+        and len(parameter_table(module)) == 1
     )
 
 
 def _is_gated(module: nn.Module) -> bool:
-    return isinstance(module, SwiGLU) or {"gate_proj", "up_proj", "down_proj"} <= module._modules.keys()
+    return isinstance(module, SwiGLU) or {"gate_proj", "up_proj", "down_proj"} <= child_table(module).keys()
 
 
 def _is_attention(module: nn.Module) -> bool:
-    return type(module).__name__.endswith("Attention") and bool(module._modules)
+    return type(module).__name__.endswith("Attention") and bool(child_table(module))
 
 
 def _is_rotary(module: nn.Module) -> bool:
@@ -110,7 +114,7 @@ def _norm(name: str, module: nn.Module, inside_attention: bool) -> Place | None:
 
 
 def _width(module: nn.Module) -> int:
-    weight = module._parameters["weight"]
+    weight = parameter_table(module)["weight"]
     assert weight is not None
     return len(weight)
 
@@ -136,8 +140,11 @@ def _with(module: nn.Module, **parts: Any) -> nn.Module:
     """A copy with other parameters or modules, and everything else shared; its class's own forward."""
     twin = copy.copy(module)
     twin.__dict__.pop("forward", None)
-    twin._parameters = {name: parts.get(name, value) for name, value in module._parameters.items()}
-    twin._modules = {name: parts.get(name, value) for name, value in module._modules.items()}
+    set_parts(
+        twin,
+        {name: parts.get(name, value) for name, value in parameter_table(module).items()},
+        {name: parts.get(name, value) for name, value in child_table(module).items()},
+    )
     return twin
 
 

@@ -128,5 +128,5 @@ def filled(family: Family, source_of: Any) -> nn.Module:
     model = family.build(ANY, 96, 32)
     source = source_of(model)
     cpu = torch.device("cpu")
-    Engine(model, family, NextToken(), recipe, Ranks(World(), cpu), cpu, iter(())).materialize(source)
+    Engine(model, family, NextToken(), recipe, Ranks(World(), cpu), cpu, batches=iter(())).materialize(source)
     return model.eval()

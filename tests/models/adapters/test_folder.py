@@ -137,7 +137,7 @@ def test_a_pretrained_folder_takes_an_adapter_and_opens_with_it_again(tmp_path: 
     again = adapted_as(plain, tmp_path / "adapter")
     model = again.build(named, 96, 32)
     source = AdapterSource(Pretrained(folder), model, saved=AdapterFolder(tmp_path / "adapter"))
-    Engine(model, again, NextToken(), recipe, ranks, ranks.device, iter(())).materialize(source)
+    Engine(model, again, NextToken(), recipe, ranks, ranks.device, batches=iter(())).materialize(source)
     with torch.no_grad():
         assert torch.allclose(model.eval()(IDS), wanted, atol=1e-5)
     opened = peft.PeftModel.from_pretrained(type(theirs("llama")).from_pretrained(folder), tmp_path / "adapter")
@@ -290,12 +290,12 @@ def test_a_folder_that_does_not_fit_is_told_by_name(tmp_path: Path) -> None:
     opened()
     ours_name = "model.layers.0.self_attn.q_proj.lora_A.default.weight"
     save_file({**held, name: torch.zeros(2, 32)}, tmp_path / WEIGHTS)
-    with pytest.raises(RunError, match=rf"{ours_name}: the source has shape \(2, 32\), the model \(4, 32\)"):
+    with pytest.raises(RunError, match=rf"{ours_name}: the model needs shape \(4, 32\). Found shape \(2, 32\)"):
         opened()
     save_file({**held, "base_model.model.x.lora_A.weight": torch.zeros(1)}, tmp_path / WEIGHTS)
     with pytest.raises(RunError, match=r"not used: base_model.model.x.lora_A.weight"):
         opened()
     del held[name]
     save_file(held, tmp_path / WEIGHTS)
-    with pytest.raises(RunError, match=f"not written by any source: {ours_name}"):
+    with pytest.raises(RunError, match=f"missing in the source: {ours_name}"):
         opened()
