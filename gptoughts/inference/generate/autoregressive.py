@@ -72,16 +72,6 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int], /) -> str: ...
 
 
-@overload
-def generate(
-    model: torch.nn.Module, tokenizer: Tokenizer, prompts: list[str], max_new_tokens: int = ..., temperature: float = ...,
-    top_k: int = ..., top_p: float = ..., seed: int = ..., stop_at_eot: bool = ..., on_text: OnText | None = ..., stops: Collection[int] = ...,
-) -> list[str]: ...  # fmt: skip
-@overload
-def generate(
-    model: torch.nn.Module, tokenizer: Tokenizer, prompts: list[list[int]], max_new_tokens: int = ..., temperature: float = ...,
-    top_k: int = ..., top_p: float = ..., seed: int = ..., stop_at_eot: bool = ..., on_text: OnText | None = ..., stops: Collection[int] = ...,
-) -> list[list[int]]: ...  # fmt: skip
 def generate(
     model: torch.nn.Module,
     tokenizer: Tokenizer,

@@ -20,7 +20,7 @@ from gptoughts.data.batches import IGNORED
 from gptoughts.data.chat.answers import prompt, stops, written
 from gptoughts.data.chat.rows import PROBLEMS_SHOWN, prepare_chat
 from gptoughts.data.chat.tokenizer import ChatTokenizer
-from gptoughts.data.corpus import kept_tokenizer
+from gptoughts.data.corpus import cached_tokenizer
 from gptoughts.data.table import Table
 from gptoughts.data.tokenizers.tokenizer import bpe_from_files
 from gptoughts.errors import DataError
@@ -516,7 +516,7 @@ def test_other_names_of_tokens_keep_a_tokenizer_of_their_own(tmp_path: Path) -> 
     for name in ("</s>", "<s>"):
         (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": name}))
         data = config(tmp_path / "chat.jsonl", tokenizer=str(folder))
-        place = kept_tokenizer(bpe_from_files(str(folder)), data)
+        place = cached_tokenizer(bpe_from_files(str(folder)), data)
         assert json.loads((place / "tokenizer_config.json").read_text())["eos_token"] == name
         kept.append(place)
     assert kept[0] != kept[1]
