@@ -145,7 +145,14 @@ def likelihood(
     ids = stream.window(0, len(stream))
     with reading(loaded):
         found = text_bound(
-            loaded.model, ids, loaded.mask_id, draws=draws, seed=loaded.recipe.seed, window=length, limit=windows, rows=batch  # type: ignore[arg-type]
+            loaded.model,
+            ids,  # type: ignore[arg-type]
+            loaded.mask_id,
+            draws=draws,
+            seed=loaded.recipe.seed,
+            window=length,
+            limit=windows,
+            rows=batch,
         )
     nats, error = found.per(found.tokens)
     unigram = corpus.shards.index.splits[split].unigram_entropy

@@ -56,7 +56,9 @@ class Table:
             )
         unsupported = [name for name, array in self.arrays.items() if array.dtype.kind not in PLAIN_KINDS]
         if unsupported:
-            raise DataError(f"{origin}: array {unsupported[0]!r} is not numeric", found=f"dtype {self.arrays[unsupported[0]].dtype}")
+            raise DataError(
+                f"{origin}: array {unsupported[0]!r} is not numeric", found=f"dtype {self.arrays[unsupported[0]].dtype}"
+            )
 
     def __len__(self) -> int:
         return len(next(iter(self.arrays.values())))
@@ -149,7 +151,8 @@ class Table:
             raw = json.loads(path.read_text(encoding="utf-8"))
             if raw["format"] != FORMAT or raw["version"] != VERSION:
                 raise DataError(
-                    f"{path}: must have format {FORMAT!r} version {VERSION}", found=f"{raw['format']!r} version {raw['version']}"
+                    f"{path}: must have format {FORMAT!r} version {VERSION}",
+                    found=f"{raw['format']!r} version {raw['version']}",
                 )
             arrays = {name: open_array(folder, name, entry, raw["rows"]) for name, entry in raw["arrays"].items()}
             return Table(arrays, raw["fingerprint"], raw["padding"], raw["facts"], str(folder))

@@ -185,7 +185,9 @@ def ids_of(text: str, tokenizer: Tokenizer, model: nn.Module) -> Tensor:
     length = min(MAX_TOKENS, getattr(model, "sequence_length", MAX_TOKENS))
     ids = [int(index) for index in tokenizer.encode(text)[:length]]
     if len(ids) < 2:
-        raise ConfigError("--text: needs at least two tokens to compare logits", found=len(ids), fix="--text FILE with a longer text")
+        raise ConfigError(
+            "--text: needs at least two tokens to compare logits", found=len(ids), fix="--text FILE with a longer text"
+        )
     return torch.tensor([ids])
 
 

@@ -62,7 +62,9 @@ def find(name: str) -> Path:
     if run.is_dir():
         return checkpoint.locate(run)
     known = sorted(folder.name for folder in Path("checkpoints").glob("*/") if any(folder.glob("step-*")))
-    raise CheckpointError(f"{name}: no such run or checkpoint{nearest(name, known)}", found=f"runs {', '.join(known) or 'none'}")
+    raise CheckpointError(
+        f"{name}: no such run or checkpoint{nearest(name, known)}", found=f"runs {', '.join(known) or 'none'}"
+    )
 
 
 def is_exported(path: Path) -> bool:

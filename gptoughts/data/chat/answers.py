@@ -38,7 +38,9 @@ def render_chat(chat: ChatTokenizer, messages: Sequence[Message], train_on: Trai
     """Render a conversation with marks around the text to train on. Raises DataError if the answers cannot be located."""
     marked, spelled = chat.mark_spelled(messages)
     if spelled and strip_marks(chat.template.render(marked)) != chat.template.render(messages):
-        raise DataError("a special token spelled in a message changes the output of the chat template", fix="reword the message")
+        raise DataError(
+            "a special token spelled in a message changes the output of the chat template", fix="reword the message"
+        )
     answers = sum(message["role"] == "assistant" for message in messages)
     if train_on == "all":
         return RenderedChat([f"{BEGIN_ANSWER}{chat.template.render(marked)}{END_ANSWER}"], answers, 0, spelled)
@@ -59,7 +61,8 @@ def _render_tagged(
     parts = text.split(END_ANSWER)
     if len(parts) - 1 != answers or any(part.count(BEGIN_ANSWER) != 1 for part in parts[:-1]) or BEGIN_ANSWER in parts[-1]:
         raise DataError(
-            "the chat template's {% generation %} must mark every answer once", found=f"{len(parts) - 1} marks, {answers} answers"
+            "the chat template's {% generation %} must mark every answer once",
+            found=f"{len(parts) - 1} marks, {answers} answers",
         )
     # No other turn follows the last answer, so a token there ends a turn.
     end_of_turn = chat.leading_control(parts[-1])
@@ -170,5 +173,7 @@ def answer_start(chat: ChatTokenizer, messages: Sequence[Any], index: int, text:
     one, other = (chat.template.render([*before, {**messages[index], "content": content}]) for content in ("0", "1"))
     head = one[: next((end for end, (left, right) in enumerate(zip(one, other, strict=False)) if left != right), len(one))]
     if not (head.startswith(base) and text.startswith(head)):
-        raise DataError(f"message {index + 1}: the chat template rewrites the turns before this answer, so its start is unknown")
+        raise DataError(
+            f"message {index + 1}: the chat template rewrites the turns before this answer, so its start is unknown"
+        )
     return len(head) if head[len(base) :].strip() else len(base)

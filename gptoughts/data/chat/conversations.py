@@ -52,7 +52,9 @@ def chat_files(spec: str) -> list[Path]:
     files = list(open_source(spec).files)
     other = [path for path in files if not path.name.endswith(ROW_SUFFIXES)]
     if other or not files:
-        raise DataError(f"{other[0] if other else spec}: not a chat data file", fix=f"files that end in {', '.join(ROW_SUFFIXES)}")
+        raise DataError(
+            f"{other[0] if other else spec}: not a chat data file", fix=f"files that end in {', '.join(ROW_SUFFIXES)}"
+        )
     return files
 
 
@@ -133,9 +135,7 @@ def messages_of(row: Mapping[str, Any]) -> list[dict[str, Any]]:
         raise DataError(f"{', '.join(inputs)}: not supported with {question}", fix="write messages instead")
     parts = [row[question], *(row[key] for key in inputs)]
     if not all(isinstance(part, str) for part in parts):
-        raise DataError(
-            f"{question}: must be a string", found=type(parts[0]).__name__, fix="write messages for several turns"
-        )
+        raise DataError(f"{question}: must be a string", found=type(parts[0]).__name__, fix="write messages for several turns")
     system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
     return [*system, {"role": "user", "content": "\n\n".join(parts)}, {"role": "assistant", "content": row[answer]}]
 
@@ -157,7 +157,9 @@ def check_messages(messages: list[dict[str, Any]], template: Template) -> list[d
     if "assistant" not in roles:
         raise DataError("messages: no answer (role assistant)")
     if roles[-1] != "assistant":
-        raise DataError("messages: the last message must be an answer", found=f"role {roles[-1]}", fix="remove it, or add the answer")
+        raise DataError(
+            "messages: the last message must be an answer", found=f"role {roles[-1]}", fix="remove it, or add the answer"
+        )
     if "user" not in roles[: roles.index("assistant")]:
         raise DataError(f"message {roles.index('assistant') + 1}: an answer must follow a message of role user")
     return messages

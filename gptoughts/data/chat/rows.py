@@ -212,7 +212,9 @@ class TableBuilder:
             split.documents += documents
             whole = len(documents) == len(row.documents) and not cut
             split.counts["conversations"] += 1
-            split.counts["answers"] += row.chat.answers if whole else sum(count_runs(document.learned) for document in documents)
+            split.counts["answers"] += (
+                row.chat.answers if whole else sum(count_runs(document.learned) for document in documents)
+            )
             split.counts["split_conversations"] += len(row.chat.texts) > 1
             split.counts["open_ends"] += row.chat.open_ends
             split.counts["spelled"] += row.chat.spelled

@@ -81,7 +81,7 @@ class Template:
         self.literals = "\0".join(sorted(parts))
 
     def _environment(self) -> Any:
-        """Return Jinja's sandbox with the additions of transformers: loop controls, `{% generation %}`, tojson, raise_exception, strftime_now."""
+        """Return Jinja's sandbox with transformers' loop controls, `{% generation %}`, tojson, raise_exception and strftime_now."""
         import jinja2
         from jinja2 import ext, nodes, sandbox
 
@@ -174,7 +174,9 @@ def load_template(name: str | None, folder: Path, tokens: Mapping[str, str], tod
             return Template(*own["default"], tokens, today)
         if own:
             raise DataError(f"{folder}: several chat templates, none named default", fix=f"--data.template {min(own)}")
-        raise DataError(f"{folder}: the tokenizer has no chat template", fix="--data.template chatml (or plain, or a Jinja file)")
+        raise DataError(
+            f"{folder}: the tokenizer has no chat template", fix="--data.template chatml (or plain, or a Jinja file)"
+        )
     if name in BUILT_IN:
         return Template(BUILT_IN[name], f"template {name}", tokens, today)
     if name in own:

@@ -89,7 +89,9 @@ class ChatTokenizer:
             folder = path if path.is_dir() else path.parent
             tokenizer = bpe_from_files(str(tokenizer))
         elif template is None:
-            raise DataError("data.template: needed for a tokenizer without a folder", fix="--data.template plain (or chatml, or a file)")
+            raise DataError(
+                "data.template: needed for a tokenizer without a folder", fix="--data.template plain (or chatml, or a file)"
+            )
         if not isinstance(tokenizer, JsonTokenizer):
             raise DataError(
                 "data.tokenizer: chat needs a tokenizer with special tokens",

@@ -61,7 +61,10 @@ def read_squad(path: Path | str) -> list[Question]:
         siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
         raise DataError(f"{path}: no such file{nearest(path.name, siblings)}", fix="SQuAD JSON, or JSON Lines of questions")
     if not path.name.endswith((".json", *ROW_SUFFIXES)):
-        raise DataError(f"{path}: not a SQuAD file name", fix=f".json (official format) or {', '.join(ROW_SUFFIXES)} (one question per line)")
+        raise DataError(
+            f"{path}: not a SQuAD file name",
+            fix=f".json (official format) or {', '.join(ROW_SUFFIXES)} (one question per line)",
+        )
     try:
         questions = list(_read_official(path) if path.suffix == ".json" else _read_rows(path))
     except OSError as error:
@@ -103,9 +106,13 @@ def _read_official(path: Path) -> Iterator[Question]:
                     raise DataError(
                         f"{where}: is_impossible contradicts answers",
                         found=f"is_impossible {json.dumps(impossible)}, {len(answers)} answers",
-                        fix="remove the answers, or is_impossible" if answers else "add an answer, or set is_impossible to true",
+                        fix="remove the answers, or is_impossible"
+                        if answers
+                        else "add an answer, or set is_impossible to true",
                     )
-                yield check_answers(Question(id, _field(entry, "question", str, where), context, tuple(answers), str(title), where))
+                yield check_answers(
+                    Question(id, _field(entry, "question", str, where), context, tuple(answers), str(title), where)
+                )
 
 
 def _read_rows(path: Path) -> Iterator[Question]:
@@ -128,7 +135,8 @@ def _parse_row(row: dict[str, Any], place: str) -> Question:
     starts = _field(answers, "answer_start", list, f"{where}: answers")
     if len(texts) != len(starts):
         raise DataError(
-            f"{where}: answers.text and answers.answer_start differ in length", found=f"{len(texts)} texts and {len(starts)} starts"
+            f"{where}: answers.text and answers.answer_start differ in length",
+            found=f"{len(texts)} texts and {len(starts)} starts",
         )
     spans = []
     for text, start in zip(texts, starts, strict=True):

@@ -106,7 +106,9 @@ def windows(questions: Sequence[Question], reader: Reader, length: int, stride: 
     rows: list[dict[str, Any]] = []
     try:
         for number, question, encodings in encoded(questions, library):
-            rows.extend({"owner": number, **row} for row in question_rows(question, encodings, length, reader.padding_id, narrow))
+            rows.extend(
+                {"owner": number, **row} for row in question_rows(question, encodings, length, reader.padding_id, narrow)
+            )
     finally:
         library.no_truncation()
     types = {"starts": np.int64, "ends": np.int64, "owner": np.int32}
@@ -149,7 +151,10 @@ def question_rows(
     question: Question, encodings: list[Any], length: int, padding_id: int, narrow: type[np.unsignedinteger]
 ) -> Iterator[dict[str, Any]]:
     """Yield the rows of one question."""
-    spans = [answer_span(question, context_offsets(encoding), k == 0, k == len(encodings) - 1) for k, encoding in enumerate(encodings)]
+    spans = [
+        answer_span(question, context_offsets(encoding), k == 0, k == len(encodings) - 1)
+        for k, encoding in enumerate(encodings)
+    ]
     for encoding, span in zip(encodings, spans, strict=True):
         size = len(encoding.ids)
         input_ids = np.full(length, padding_id, dtype=narrow)

@@ -77,7 +77,9 @@ def best_spans(start: Tensor, end: Tensor, allowed: Tensor, longest: int, count:
     """
     minus_inf = float("-inf")
     first = start.masked_fill(~allowed, minus_inf)
-    last = functional.pad(end.masked_fill(~allowed, minus_inf), (0, longest - 1), value=minus_inf).unfold(1, longest, 1)  # B T L
+    last = functional.pad(end.masked_fill(~allowed, minus_inf), (0, longest - 1), value=minus_inf).unfold(
+        1, longest, 1
+    )  # B T L
     scores, places = (first[:, :, None] + last).flatten(1).topk(min(count, start.shape[1] * longest), dim=1)
     starts = places // longest
     return starts, starts + places % longest, scores
