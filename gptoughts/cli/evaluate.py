@@ -144,7 +144,16 @@ def likelihood(
     stream = corpus.shards.split(split)
     ids = stream.window(0, len(stream))
     with reading(loaded):
-        found = text_bound(loaded.model, ids, loaded.mask_id, draws, loaded.recipe.seed, length, windows, batch)  # type: ignore[arg-type]
+        found = text_bound(
+            loaded.model,
+            ids,  # type: ignore[arg-type]
+            loaded.mask_id,
+            draws=draws,
+            seed=loaded.recipe.seed,
+            window=length,
+            limit=windows,
+            rows=batch,
+        )
     nats, error = found.per(found.tokens)
     unigram = corpus.shards.index.splits[split].unigram_entropy
     figures = {

@@ -69,7 +69,7 @@ def generate(
         print(piece, end="", flush=True)
 
     with stack:
-        write(model, tokenizer, prompts, recipe, mask_id, top_p, seed, on_text, stops)
+        write(model, tokenizer, prompts, recipe, mask_id, top_p=top_p, seed=seed, on_text=on_text, stops=stops)
     print()
     return 0
 

@@ -1,7 +1,4 @@
-"""What a run reads: text as windows of a token stream, chat and questions as tables of rows, behind one port.
-
-Whoever trains asks a corpus for batches, for its validation batches, for its tokenizer and for its size, and never looks behind it.
-"""
+"""Training data behind one interface, `Corpus`: text as windows of a token stream, chat and SQuAD as tables of rows."""
 
 from __future__ import annotations
 
@@ -26,37 +23,37 @@ from gptoughts.data.text.tokenize import cache_folder, prepare
 from gptoughts.data.tokenizers.tokenizer import CARD, Tokenizer, bpe_from_files
 
 Prepare = Callable[[Batch, np.ndarray], Batch]
-"""What an objective does to a batch on the host, given the global positions of its samples."""
+"""Host-side transform of a batch by the objective, given the global positions of its samples."""
 
 
 class Corpus(ABC):
-    """One tokenized corpus with its splits."""
+    """A tokenized corpus with its splits."""
 
     folder: Path
-    """Where it lies; for messages."""
+    """Location, for messages."""
     tokenizer: Tokenizer
     tokenizer_folder: Path
-    """What a checkpoint keeps as its tokenizer."""
+    """Folder that checkpoints copy as their tokenizer."""
     fingerprint: str
     samples: int
-    """Training samples of one epoch."""
+    """Training samples per epoch."""
     train_tokens: int
     validates: bool
-    """Whether there is a validation split."""
+    """Whether the corpus has a validation split."""
     unigram_entropy: float | None = None
-    """Entropy of the validation tokens' own distribution in nats per token; None where labels are not all tokens."""
+    """Entropy of the validation split's unigram distribution in nats per token; None if not every token is a label."""
 
     @abstractmethod
     def train(self, recipe: Recipe, rank: int, world_size: int, cursor: Any, rows: int) -> Iterator[tuple[Batch, Cursor]]:
-        """Endless training batches of this rank from `cursor` on; `rows` is the size of the model's vocabulary."""
+        """Yield this rank's training batches without end, starting at `cursor`. `rows` is the model's vocabulary size."""
 
     @abstractmethod
     def validation(self, recipe: Recipe, rank: int, world_size: int, rows: int) -> Iterator[Batch]:
-        """Validation batches of this rank, as many on every rank."""
+        """Yield this rank's validation batches, the same number on every rank."""
 
 
 class TextCorpus(Corpus):
-    """Windows of a stream of tokens."""
+    """Windows of a token stream."""
 
     def __init__(self, folder: Path, sequence_length: int) -> None:
         self.shards = Shards.open(folder)
@@ -69,7 +66,7 @@ class TextCorpus(Corpus):
         self.unigram_entropy = splits["val"].unigram_entropy if self.validates else None
 
     def train(self, recipe: Recipe, rank: int, world_size: int, cursor: Any, rows: int) -> Iterator[tuple[Batch, Cursor]]:
-        """Windows in the order of the recipe's seed."""
+        """Yield windows in the order of the recipe's seed."""
         return iter(
             Batches(
                 self.shards.split("train"),
@@ -84,7 +81,7 @@ class TextCorpus(Corpus):
         )
 
     def validation(self, recipe: Recipe, rank: int, world_size: int, rows: int) -> Iterator[Batch]:
-        """Windows spread over the validation split."""
+        """Yield windows spread over the validation split."""
         return eval_batches(
             self.shards.split("val"),
             recipe.data.sequence_length,
@@ -97,47 +94,47 @@ class TextCorpus(Corpus):
 
 
 class TableCorpus(Corpus):
-    """Rows of fixed length: conversations, or windows over questions and contexts."""
+    """Rows of fixed length: conversations or SQuAD windows."""
 
     def __init__(self, data: DataConfig, tables: Mapping[str, Table], questions: Questions | None = None) -> None:
         self.folder, self.tables, self.questions = Path(data.path), tables, questions
         self.tokenizer = bpe_from_files(data.tokenizer)
-        self.tokenizer_folder = kept_tokenizer(self.tokenizer, data)
+        self.tokenizer_folder = cached_tokenizer(self.tokenizer, data)
         self.fingerprint = tables["train"].fingerprint
         self.samples = len(tables["train"])
         self.train_tokens = self.samples * data.sequence_length
         self.validates = "val" in tables and len(tables["val"]) > 0
 
     def train(self, recipe: Recipe, rank: int, world_size: int, cursor: Any, rows: int) -> Iterator[tuple[Batch, Cursor]]:
-        """Rows in the order of the recipe's seed."""
+        """Yield rows in the order of the recipe's seed."""
         return self.tables["train"].batches(recipe.train.global_batch, recipe.seed, rank, world_size, cursor)
 
     def validation(self, recipe: Recipe, rank: int, world_size: int, rows: int) -> Iterator[Batch]:
-        """Rows spread over the validation table."""
+        """Yield rows spread over the validation table."""
         return self.tables["val"].eval_batches(recipe.train.global_batch, rank, world_size, recipe.eval.batches or None)
 
 
-def kept_tokenizer(tokenizer: Tokenizer, data: DataConfig) -> Path:
-    """A folder with the tokenizer and its chat template alone, for checkpoints to copy: a model's own folder holds its weights, too."""
+def cached_tokenizer(tokenizer: Tokenizer, data: DataConfig) -> Path:
+    """Return a cached folder with only the tokenizer and its chat template, for checkpoints to copy (a model folder also has weights)."""
     template = ChatTokenizer.open(data.tokenizer, data.template).template if data.format == "chat" else None
-    facts = json.dumps([template.source, template.tokens], sort_keys=True) if template else ""
-    said = hashlib.sha256(facts.encode()).hexdigest()
-    folder = cache_folder(data) / f"tokenizer-{tokenizer.hash[:16]}-{said[:8]}"
+    content = json.dumps([template.source, template.tokens], sort_keys=True) if template else ""
+    digest = hashlib.sha256(content.encode()).hexdigest()
+    folder = cache_folder(data) / f"tokenizer-{tokenizer.hash[:16]}-{digest[:8]}"
     with locked(folder):
         if not (folder / CARD).is_file():
             if template is not None:
                 template.save(folder)
-            tokenizer.save(folder)  # the card comes last, and says that all is there
+            tokenizer.save(folder)  # writes the card last; its presence marks the folder complete
     return folder
 
 
 def text_corpus(data: DataConfig) -> TextCorpus:
-    """The text that `data` names, tokenized now if it was not before."""
+    """Return the corpus of `data.path`, tokenizing it on first use."""
     return TextCorpus(prepare(data), data.sequence_length)
 
 
 def opened(recipe: Recipe) -> Corpus:
-    """What the recipe reads, tokenized now if it was not before. Raises DataError."""
+    """Return the recipe's corpus, tokenizing it on first use. Raises DataError."""
     data = recipe.data
     if data.format == "text":
         return text_corpus(data)
@@ -151,7 +148,7 @@ def opened(recipe: Recipe) -> Corpus:
 def prepared(
     batches: Iterator[tuple[Batch, Cursor]], prepare: Prepare | None, global_batch: int, rank: int, world_size: int
 ) -> Iterator[tuple[Batch, Cursor]]:
-    """`batches` as the objective wants them. A cursor that stands behind a batch tells the global positions of its samples."""
+    """Apply `prepare` to training batches. The cursor after a batch gives the global positions of its samples."""
     if prepare is None:
         yield from batches
         return
@@ -164,7 +161,7 @@ def prepared(
 def prepared_validation(
     batches: Iterator[Batch], prepare: Prepare | None, global_batch: int, rank: int, world_size: int
 ) -> Iterator[Batch]:
-    """Validation batches as the objective wants them; their positions count from 0 at every validation."""
+    """Apply `prepare` to validation batches; positions count from 0 at every validation."""
     if prepare is None:
         yield from batches
         return

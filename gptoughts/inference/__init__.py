@@ -1,1 +1,1 @@
-"""Use a trained model: load, generate, evaluate, export."""
+"""Inference with a trained model: load, generate, evaluate, export."""

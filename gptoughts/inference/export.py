@@ -1,6 +1,6 @@
-"""A trained model as a folder that transformers opens, with proof: it is opened again and must give the same logits.
+"""Export a trained model to a folder that transformers opens, and verify it: reopen it and compare logits.
 
-The folder gets its name only after that. Where the proof fails, or the layout cannot hold the model, nothing is left.
+The folder gets its name only after verification. On failure, or if no layout supports the model, nothing is written.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from gptoughts.errors import CheckpointError, ConfigError
 from gptoughts.models.gpt import gpt2_layout, llada_layout, llama_layout
 from gptoughts.models.gpt.gpt import GPT
 
-MOST_TOKENS = 512
-LARGEST_SHARE = 1e-3
-"""Largest difference of two logits, as a share of the largest logit: a hundred times what other kernels in float32 make."""
-LARGEST_KL = 1e-5
-TOKENIZER_TEXTS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+MAX_TOKENS = 512
+MAX_RELATIVE_DIFFERENCE = 1e-3
+"""Tolerance of a logit difference, relative to the largest logit: 100 times the difference between float32 kernels."""
+MAX_KL = 1e-5
+TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
 @dataclass(frozen=True)
 class Proof:
-    """How the opened folder compares with the model, over `tokens` of text."""
+    """Logit differences between the reopened folder and the model, over `tokens` of text."""
 
     max_difference: float
     largest: float
@@ -44,12 +44,12 @@ class Proof:
 
     @property
     def holds(self) -> bool:
-        """Whether they are the same model. Not a number is not."""
-        return self.max_difference <= LARGEST_SHARE * max(1.0, self.largest) and self.kl <= LARGEST_KL
+        """Whether the differences are within tolerance. False for NaN."""
+        return self.max_difference <= MAX_RELATIVE_DIFFERENCE * max(1.0, self.largest) and self.kl <= MAX_KL
 
     def __str__(self) -> str:
         return (
-            f"logits over {self.tokens} tokens: largest difference {self.max_difference:.2g} (logits up to {self.largest:.3g}), "
+            f"logits over {self.tokens} tokens: maximum difference {self.max_difference:.2g} (logits up to {self.largest:.3g}), "
             f"mean KL {self.kl:.2g} nats"
         )
 
@@ -60,41 +60,42 @@ def export(
     tokenizer: Tokenizer,
     out: Path,
     text: str,
+    *,
     origin: Path | None = None,
     mask_id: int | None = None,
 ) -> tuple[Proof, list[str]]:
-    """Write `model` to `out`, open it again and compare logits on `text`. Returns the proof and remarks.
+    """Write `model` to `out`, reopen it and compare logits on `text`. Returns the proof and notes.
 
-    `origin` is the checkpoint's folder, for the small files that it kept of its base; `mask_id` the mask of a model that denoises
-    (LLaDA in its published layout; transformers needs code of that model to open it, so ours reads it back). Raises
-    ConfigError where no layout can hold the model, CheckpointError where `out` is taken or the opened folder is another model.
+    origin    folder of the checkpoint, for the small files it keeps of its base model
+    mask_id   mask token of a masked-diffusion model, written in LLaDA's published layout and reopened by the native GPT, because
+              transformers needs remote code for it
+
+    Raises ConfigError if no layout supports the model, CheckpointError if `out` is not empty or the reopened model differs.
     """
     ids = ids_of(text, tokenizer, model)
     model.eval()
-    precision = precision_of(model, recipe)
+    dtype = comparison_dtype(model, recipe)
     with torch.no_grad():
-        ours = _logits(model.to(precision), ids)
-    model.to(torch.float32)  # there and back is exact
+        ours = _logits(model.to(dtype), ids)
+    model.to(torch.float32)  # exact in both directions
     with fresh(out) as folder:
         if recipe.model.family == "hf":
             write: Callable[..., list[str]] = _write_hf
         elif isinstance(model, GPT) and model.causal:
             write = _write_native
         elif isinstance(model, GPT) and mask_id is not None:
-            llada_layout.save(_values(model), model.config, folder, model.sequence_length, mask_id, tokenizer.eot_id)
-            proof = compare(ours, _read_back(model, folder, ids))
+            llada_layout.save(_weights(model), model.config, folder, model.sequence_length, mask_id, tokenizer.eot_id)
+            proof = compare(ours, _native_logits(model, folder, ids))
             require(proof, out)
             if isinstance(tokenizer, JsonTokenizer):
                 (folder / "tokenizer.json").write_bytes(tokenizer.canonical)
-                _write_texts(folder, _trained_with(origin, {}))
+                _write_texts(folder, _tokenizer_files(origin, {}))
             return proof, ["layout: llada"]
         else:
-            raise ConfigError(
-                f"a {type(model).__name__} of the family {recipe.model.family} has no layout that transformers opens"
-            )
+            raise ConfigError(f"model.family: no transformers layout for {type(model).__name__}", found=recipe.model.family)
         notes = write(model, recipe, tokenizer, folder, origin)
         notes += _write_tokenizer(tokenizer, folder, origin, recipe, text)
-        theirs = _reopened(folder, ids, recipe, next(model.parameters()).device, precision)
+        theirs = _reopened_logits(folder, ids, recipe, next(model.parameters()).device, dtype)
         proof = compare(ours, theirs)
         require(proof, out)
     return proof, notes
@@ -104,9 +105,11 @@ def export(
 
 
 def compare(ours: Tensor, theirs: Tensor) -> Proof:
-    """The differences of two models' logits over the same tokens, the last dimension a distribution."""
+    """Return the differences between two models' logits on the same tokens; the last dimension is the distribution."""
     if ours.shape != theirs.shape:
-        raise CheckpointError(f"the opened folder gives logits {tuple(theirs.shape)}, the model {tuple(ours.shape)}")
+        raise CheckpointError(
+            f"export: reopened model must give logits of shape {tuple(ours.shape)}", found=tuple(theirs.shape)
+        )
     ours, theirs = ours.double().cpu(), theirs.double().cpu()
     p, q = ours.log_softmax(-1), theirs.log_softmax(-1)
     kl = float((p.exp() * (p - q)).sum(-1).mean())
@@ -114,57 +117,58 @@ def compare(ours: Tensor, theirs: Tensor) -> Proof:
 
 
 def require(proof: Proof, out: Path) -> None:
-    """Raise CheckpointError where the folder is another model."""
+    """Raise CheckpointError if the reopened model differs."""
     if not proof.holds:
-        raise CheckpointError(f"{out} would not be the same model, so nothing was written: {proof}")
+        raise CheckpointError(f"{out}: reopened model differs beyond tolerance, nothing written", found=proof)
 
 
-def precision_of(model: nn.Module, recipe: Recipe) -> torch.dtype:
-    """In which precision the two are compared: an adapter beside its base rounds elsewhere than the merged weights, so in float64."""
+def comparison_dtype(model: nn.Module, recipe: Recipe) -> torch.dtype:
+    """Return the dtype of the comparison: float64 for an adapter, whose rounding differs from that of merged weights."""
     from gptoughts.models.adapters.adapter import adapter_layers
 
     return torch.float64 if adapter_layers(model) and recipe.adapter.base == "full" else torch.float32
 
 
 def _logits(model: nn.Module, ids: Tensor) -> Tensor:
-    found = model(ids.to(next(model.parameters()).device))
-    return found.transpose(1, 2) if found.shape[-1] == 2 else found  # of an answer: a distribution over places
+    logits = model(ids.to(next(model.parameters()).device))
+    return logits.transpose(1, 2) if logits.shape[-1] == 2 else logits  # question answering: distributions over positions
 
 
-def _reopened(folder: Path, ids: Tensor, recipe: Recipe, device: torch.device, precision: torch.dtype) -> Tensor:
+def _reopened_logits(folder: Path, ids: Tensor, recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return the logits of the folder as opened by transformers. Raises CheckpointError."""
     import transformers
 
     from gptoughts.models.hf.config import quiet
 
     answers = recipe.objective == "question-answering"
     loader = transformers.AutoModelForQuestionAnswering if answers else transformers.AutoModelForCausalLM
-    code = {"trust_remote_code": True} if recipe.model.remote_code else {}  # the same code, copied beside the weights
+    code = {"trust_remote_code": True} if recipe.model.remote_code else {}  # the code in the exported folder
     try:
         with quiet():
             model: Any = loader.from_pretrained(
                 folder, dtype=torch.float32, local_files_only=True, attn_implementation="eager", **code
             )
     except (OSError, ImportError, ValueError, RuntimeError, KeyError) as error:
-        raise CheckpointError(f"transformers cannot open what was written: {error}") from error
+        raise CheckpointError(f"export: transformers cannot open the written folder: {error}") from error
     with torch.no_grad():
-        found = model.to(device, precision).eval()(input_ids=ids.to(device))
-    return torch.stack((found.start_logits, found.end_logits), dim=1) if answers else found.logits
+        out = model.to(device, dtype).eval()(input_ids=ids.to(device))
+    return torch.stack((out.start_logits, out.end_logits), dim=1) if answers else out.logits
 
 
-def _read_back(model: GPT, folder: Path, ids: Tensor) -> Tensor:
-    """Logits of the native model with the weights that a folder of LLaDA's layout holds."""
+def _native_logits(model: GPT, folder: Path, ids: Tensor) -> Tensor:
+    """Return the logits of the native GPT with the weights of a folder in LLaDA's layout."""
     source, read = llada_layout.load(folder), GPT(model.config, model.vocab_size, model.sequence_length, causal=False)
     with torch.no_grad():
         for name, parameter in read.named_parameters():
             value = source.tensor(name, parameter.shape)
             if value is None:
-                raise CheckpointError(f"{name} is not in what was written")
+                raise CheckpointError(f"export: no weight {name} in the written folder")
             parameter.copy_(value)
         return _logits(read.to(next(model.parameters()).device).eval(), ids)
 
 
 def passage_of(file: str | None) -> str:
-    """The text that logits are compared on: the user's, else one that comes with Python. Raises ConfigError."""
+    """Return the text for the comparison: the user's file, else one of the Python installation. Raises ConfigError."""
     if file is not None:
         try:
             return Path(file).read_text(encoding="utf-8")
@@ -177,11 +181,13 @@ def passage_of(file: str | None) -> str:
 
 
 def ids_of(text: str, tokenizer: Tokenizer, model: nn.Module) -> Tensor:
-    """The first tokens of `text`, one row, as many as the model has positions for. Raises ConfigError where there are too few."""
-    length = min(MOST_TOKENS, getattr(model, "sequence_length", MOST_TOKENS))
+    """Return the first tokens of `text`, (1, tokens), up to the model's context. Raises ConfigError for fewer than two."""
+    length = min(MAX_TOKENS, getattr(model, "sequence_length", MAX_TOKENS))
     ids = [int(index) for index in tokenizer.encode(text)[:length]]
     if len(ids) < 2:
-        raise ConfigError("the text to compare logits on has fewer than two tokens; give a longer one with --text")
+        raise ConfigError(
+            "--text: needs at least two tokens to compare logits", found=len(ids), fix="--text FILE with a longer text"
+        )
     return torch.tensor([ids])
 
 
@@ -190,9 +196,9 @@ def ids_of(text: str, tokenizer: Tokenizer, model: nn.Module) -> Tensor:
 
 @contextmanager
 def fresh(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that gets its name where the block ends well, and vanishes where it does not."""
+    """Yield a temporary folder that is renamed to `out` after the block, and removed on an error. Raises CheckpointError."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f"{out} is there already and not empty; give another folder")
+        raise CheckpointError(f"{out}: folder exists and is not empty", fix="another folder")
     partial = out.parent / f".{out.name}.partial-{os.getpid()}"
     try:
         partial.mkdir(parents=True)
@@ -201,35 +207,37 @@ def fresh(out: Path) -> Iterator[Path]:
             out.rmdir()
         partial.rename(out)
     except OSError as error:
-        raise CheckpointError(f"{out} cannot be written: {error.strerror or error}") from error
+        raise CheckpointError(f"{out}: cannot be written ({error.strerror or error})") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write_hf(model: nn.Module, recipe: Recipe, tokenizer: Tokenizer, folder: Path, origin: Path | None) -> list[str]:
-    """The transformers model with our values, which are shared and not copied, through its own `save_pretrained`."""
+    """Write the transformers model with our weights (shared, not copied) by its own `save_pretrained`."""
     from gptoughts.models.hf.config import quiet, whole_model
 
-    values = _values(model)
+    weights = _weights(model)
     inner: Any = model.inner
     theirs = whole_model(recipe.model, task_of(recipe), inner.get_input_embeddings().weight.shape[0])
     state = theirs.state_dict()
     tied = theirs.get_expanded_tied_weights_keys(all_submodels=True)
-    missing, extra = sorted(state.keys() - values.keys() - tied.keys()), sorted(values.keys() - state.keys())
+    missing, extra = sorted(state.keys() - weights.keys() - tied.keys()), sorted(weights.keys() - state.keys())
     if missing or extra:
-        raise CheckpointError(f"the model is not the one of its config.json; missing: {missing[:8]}, not of it: {extra[:8]}")
-    theirs.load_state_dict(values, strict=False, assign=True)
+        raise CheckpointError(
+            "model: weights do not match its config.json", found=f"missing {missing[:8]}, unexpected {extra[:8]}"
+        )
+    theirs.load_state_dict(weights, strict=False, assign=True)
     theirs.tie_weights()
     with quiet():
         theirs.save_pretrained(folder)
-    kept = _kept(origin, recipe)
-    if "generation_config.json" in kept:
-        (folder / "generation_config.json").write_text(kept["generation_config.json"], encoding="utf-8")
+    base_files = _base_files(origin, recipe)
+    if "generation_config.json" in base_files:
+        (folder / "generation_config.json").write_text(base_files["generation_config.json"], encoding="utf-8")
     return []
 
 
-def _values(model: nn.Module) -> dict[str, Tensor]:
-    """Weights by the names that the model has without an adapter; one that it has is merged."""
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    """Return the weights by their names without an adapter; an adapter is merged."""
     from gptoughts.models.adapters.adapter import adapter_layers, merge
 
     if adapter_layers(model):
@@ -237,8 +245,8 @@ def _values(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in model.state_dict().items()}
 
 
-def _kept(origin: Path | None, recipe: Recipe) -> dict[str, str]:
-    """Small files of the base: those that the checkpoint kept, else those of the folder that the recipe names."""
+def _base_files(origin: Path | None, recipe: Recipe) -> dict[str, str]:
+    """Return the small files of the base model: from the checkpoint, else from the recipe's model folder."""
     folder = None if origin is None else origin / "base"
     if folder is not None and folder.is_dir():
         return {path.name: path.read_text(encoding="utf-8") for path in folder.iterdir() if path.is_file()}
@@ -246,7 +254,7 @@ def _kept(origin: Path | None, recipe: Recipe) -> dict[str, str]:
 
 
 def _write_native(model: nn.Module, recipe: Recipe, tokenizer: Tokenizer, folder: Path, origin: Path | None) -> list[str]:
-    """The native GPT as GPT-2, Llama or Qwen3, whichever has its form."""
+    """Write the native GPT as GPT-2, Llama or Qwen3, by its configuration."""
     from safetensors.torch import save_file
 
     assert isinstance(model, GPT)
@@ -256,30 +264,32 @@ def _write_native(model: nn.Module, recipe: Recipe, tokenizer: Tokenizer, folder
     except ConfigError as not_gpt2:
         if llama_layout.problems(config):
             differs = ", ".join(llama_layout.problems(config))
-            raise ConfigError(f"no layout holds this model.\n  {not_gpt2}\n  those of Llama and Qwen3: {differs}") from None
+            raise ConfigError(
+                f"model: no layout of transformers supports it\n  GPT-2: {not_gpt2}\n  Llama and Qwen3: {differs}"
+            ) from None
         content = llama_layout.to_hf_config(config, rows, model.sequence_length, tokenizer.eot_id)
-        state = llama_layout.to_hf_state(config, _values(model))
+        state = llama_layout.to_hf_state(config, _weights(model))
     else:
-        content, state = gpt2_layout.to_hf_gpt2(config, _values(model), tokenizer.eot_id)
+        content, state = gpt2_layout.to_hf_gpt2(config, _weights(model), tokenizer.eot_id)
     (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return [f"layout: {content['model_type']}"]
 
 
-def _trained_with(origin: Path | None, kept: Mapping[str, str]) -> dict[str, str]:
-    """The tokenizer's small files, those of the base overruled by the chat template that the run was trained with."""
-    texts = {name: kept[name] for name in TOKENIZER_TEXTS if name in kept}
+def _tokenizer_files(origin: Path | None, base_files: Mapping[str, str]) -> dict[str, str]:
+    """Return the tokenizer's small files: those of the base model, with the chat template of the run."""
+    texts = {name: base_files[name] for name in TOKENIZER_FILES if name in base_files}
     own = None if origin is None else origin / "tokenizer"
     if own is None or not (own / "chat_template.jinja").is_file():
         return texts
     texts["chat_template.jinja"] = (own / "chat_template.jinja").read_text(encoding="utf-8")
     if (own / "tokenizer_config.json").is_file():
-        words = json.loads((own / "tokenizer_config.json").read_text(encoding="utf-8"))
+        config = json.loads((own / "tokenizer_config.json").read_text(encoding="utf-8"))
         base = json.loads(texts.get("tokenizer_config.json", "{}"))
         base.pop("chat_template", None)
-        kind = base.get("tokenizer_class", words.get("tokenizer_class"))
-        texts["tokenizer_config.json"] = json.dumps({**base, **words, "tokenizer_class": kind}, indent=2) + "\n"
+        kind = base.get("tokenizer_class", config.get("tokenizer_class"))
+        texts["tokenizer_config.json"] = json.dumps({**base, **config, "tokenizer_class": kind}, indent=2) + "\n"
     return texts
 
 
@@ -289,30 +299,26 @@ def _write_texts(folder: Path, texts: Mapping[str, str]) -> None:
 
 
 def _write_tokenizer(tokenizer: Tokenizer, folder: Path, origin: Path | None, recipe: Recipe, text: str) -> list[str]:
-    """tokenizer.json and what transformers wants beside it; read back and compared on `text`."""
+    """Write tokenizer.json and its configuration, reopen it with transformers and compare ids on `text`. Returns notes."""
     if not isinstance(tokenizer, JsonTokenizer):
-        return [
-            f"tokenizer: {tokenizer.kind} has no form that transformers reads; ids are as in {origin or 'the run'}/tokenizer"
-        ]
+        return [f"tokenizer: {tokenizer.kind} has no transformers format; ids as in {origin or 'the run'}/tokenizer"]
     import transformers
 
     (folder / "tokenizer.json").write_bytes(tokenizer.canonical)
-    kept = _trained_with(origin, _kept(origin, recipe) if recipe.model.family == "hf" else {})
-    _write_texts(folder, kept)
-    if "tokenizer_config.json" not in kept:
+    texts = _tokenizer_files(origin, _base_files(origin, recipe) if recipe.model.family == "hf" else {})
+    _write_texts(folder, texts)
+    if "tokenizer_config.json" not in texts:
         end = next(
             (t["content"] for t in json.loads(tokenizer.canonical).get("added_tokens", []) if t["id"] == tokenizer.eot_id), None
         )
-        words = {"tokenizer_class": "PreTrainedTokenizerFast", **({"eos_token": end, "bos_token": end} if end else {})}
-        (folder / "tokenizer_config.json").write_text(json.dumps(words, indent=2) + "\n", encoding="utf-8")
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", **({"eos_token": end, "bos_token": end} if end else {})}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     sample = text[:4000]
-    wanted = [int(index) for index in tokenizer.encode(sample)]
+    expected = [int(index) for index in tokenizer.encode(sample)]
     for loader in (transformers.AutoTokenizer, transformers.PreTrainedTokenizerFast):
-        read = loader.from_pretrained(folder, local_files_only=True)(sample, add_special_tokens=False)["input_ids"]
-        if list(read) == wanted:
+        ids = loader.from_pretrained(folder, local_files_only=True)(sample, add_special_tokens=False)["input_ids"]
+        if list(ids) == expected:
             other = loader is not transformers.AutoTokenizer
-            # For some model types transformers puts its own splitting of words in the place of the file's.
-            return [
-                f"tokenizer: open it with PreTrainedTokenizerFast; AutoTokenizer changes it for {recipe.model.family}"
-            ] * other
-    raise CheckpointError("the written tokenizer gives other ids than the one that the model was trained with")
+            # For some model types transformers replaces the file's pre-tokenizer.
+            return [f"tokenizer: open with PreTrainedTokenizerFast; AutoTokenizer changes it for {recipe.model.family}"] * other
+    raise CheckpointError("export: the written tokenizer gives other ids than the training tokenizer")

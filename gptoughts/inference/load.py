@@ -1,4 +1,4 @@
-"""A trained model to read and write with, without a plan: a checkpoint of ours, an exported folder, or an adapter beside its base."""
+"""Load a trained model for inference, without a plan: a checkpoint, an exported folder, or an adapter with its base."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from gptoughts.models.sources import meta_model
 
 @dataclass(frozen=True)
 class Loaded:
-    """A trained model with what belongs to it."""
+    """A trained model with its tokenizer, recipe and folder."""
 
     engine: Engine
     tokenizer: Tokenizer
     recipe: Recipe
     folder: Path
     step: int | None
-    """None where the folder does not say."""
+    """None if unknown."""
     parts: ModelBundle
 
     @property
@@ -47,12 +47,12 @@ class Loaded:
 
     @property
     def mask_id(self) -> int | None:
-        """The mask of a model that denoises."""
+        """Mask token id of a masked-diffusion model, else None."""
         return self.parts.mask_id
 
 
 def find(name: str) -> Path:
-    """The folder that a user means: a checkpoint, an exported folder, or the name of a run under checkpoints/. Raises CheckpointError."""
+    """Return the folder of a checkpoint, an exported folder, or a run name under checkpoints/. Raises CheckpointError."""
     path = folder_of(name) if name.startswith(PACKAGE) else Path(name).expanduser()
     if is_exported(path):
         return path
@@ -62,24 +62,27 @@ def find(name: str) -> Path:
     if run.is_dir():
         return checkpoint.locate(run)
     known = sorted(folder.name for folder in Path("checkpoints").glob("*/") if any(folder.glob("step-*")))
-    raise CheckpointError(f"no run or checkpoint {name!r}{nearest(name, known)}; runs here: {', '.join(known) or 'none'}")
+    raise CheckpointError(
+        f"{name}: no such run or checkpoint{nearest(name, known)}", found=f"runs {', '.join(known) or 'none'}"
+    )
 
 
 def is_exported(path: Path) -> bool:
-    """Whether a folder is one that Hugging Face tools open: a model or an adapter, and no checkpoint of ours."""
-    there = any((path / name).is_file() for name in ("config.json", "adapter_config.json"))
-    return there and not (path / "state.json").is_file()
+    """Whether a folder has Hugging Face's layout (a model or an adapter) and is not a gptoughts checkpoint."""
+    has_config = any((path / name).is_file() for name in ("config.json", "adapter_config.json"))
+    return has_config and not (path / "state.json").is_file()
 
 
 Attend = Literal["fused", "written out"]
 
 
 def load(name: str, families: Mapping[str, Any] | None = None, base: str | None = None, attention: Attend = "fused") -> Loaded:
-    """Open a checkpoint or an exported folder on the GPU if there is one, else on the CPU.
+    """Load a checkpoint or an exported folder on the GPU if there is one, else on the CPU.
 
-    `attention` written out is slower, and the same arithmetic as that of any other program that writes it out.
+    base        overrides the base model recorded by an adapter
+    attention   "written out" is slower, and computes the same as other eager implementations
 
-    `base` is the model of an adapter whose own note of it does not hold here. Raises CheckpointError, ConfigError.
+    Raises CheckpointError, ConfigError.
     """
     folder = find(name)
     if is_exported(folder):
@@ -100,29 +103,30 @@ def load(name: str, families: Mapping[str, Any] | None = None, base: str | None 
     return Loaded(reading_engine(recipe, parts, model, device, source, attention), tokenizer, recipe, folder, step, parts)
 
 
-def require_base(folder: Path, adapted: bool, base: str | None, noted: str | None) -> None:
-    """Raise ConfigError for a `base` of something that is no adapter, and for an adapter whose base is not where it was."""
+def require_base(folder: Path, adapted: bool, base: str | None, recorded: str | None) -> None:
+    """Raise ConfigError for `base` without an adapter, and for an adapter whose base model is missing."""
     if base is not None and not adapted:
-        raise ConfigError(f"--base {base}: {folder} is no adapter and holds all of its weights; leave the flag out")
-    if adapted and noted:
+        raise ConfigError(f"--base {base}: {folder} is not an adapter", fix="omit --base")
+    if adapted and recorded:
         try:
-            folder_of(noted)
+            folder_of(recorded)
         except ConfigError as error:
-            raise ConfigError(f"{error}\n  it is the base of the adapter in {folder}\n  try: --base FOLDER") from None
+            reason = str(error).splitlines()[0].rstrip(".")
+            raise ConfigError(f"{folder}: base model of the adapter not found: {reason}", fix="--base FOLDER") from None
 
 
 def trained_recipe(folder: Path, base: str | None) -> tuple[Recipe, int]:
-    """The recipe and the step of a checkpoint of ours."""
+    """Return the recipe and the step of a checkpoint."""
     state = checkpoint.read_state(folder)
     try:
         values = dict(state["run"]["circumstances"]["recipe"])
     except KeyError:
-        raise CheckpointError(f"{folder} holds a model that `fit` trained; only its own code can build it") from None
+        raise CheckpointError(f"{folder}: model trained by `gptoughts.fit`, which only its own code can build") from None
     values.pop("rows")
     adapted = values.get("adapter.kind", "none") != "none"
     if (folder / "base").is_dir() and not adapted and values.get("model.remote_code") is None:
-        # Its weights lie in the checkpoint, and so does the config that they go with: the model they began from may be gone.
-        # Only code of its own does not: that stays where the recipe allowed it to run.
+        # The checkpoint stores the weights and their config, so the initial model folder is not needed.
+        # Remote code is not stored: it runs only from the folder that the recipe names.
         values |= {"model.path": None, "model.config": str(folder / "base")}
     require_base(folder, adapted, base, base or values.get("model.path"))
     if base is not None:
@@ -132,15 +136,15 @@ def trained_recipe(folder: Path, base: str | None) -> tuple[Recipe, int]:
 
 
 def exported_recipe(folder: Path, base: str | None) -> Recipe:
-    """The recipe that describes a folder of Hugging Face's layout."""
+    """Return a recipe for a folder with Hugging Face's layout. Raises CheckpointError, ConfigError."""
     path = str(folder)
     values: dict[str, Any] = {"name": folder.name, "train.steps": 1, "data.sequence_length": 1}
     adapter = folder / "adapter_config.json"
     if adapter.is_file():
-        noted = read_adapter(folder)
-        path = base or noted.get("base_model_name_or_path") or ""
+        config = read_adapter(folder)
+        path = base or config.get("base_model_name_or_path") or ""
         if not path:
-            raise CheckpointError(f"{adapter} does not name its base model\n  try: --base FOLDER")
+            raise CheckpointError(f"{adapter}: no base_model_name_or_path", fix="--base FOLDER")
     require_base(folder, adapter.is_file(), base, path)
     values["model.path"] = path
     content = hf_spec.read_config(ModelConfig(path=path))
@@ -153,39 +157,31 @@ def exported_recipe(folder: Path, base: str | None) -> Recipe:
 
 
 def positions_of(recipe: Recipe) -> int:
-    """The longest context of the recipe's model, by its config."""
+    """Return the context length of the recipe's model from its config."""
     return hf_spec.max_positions(hf_spec.read_config(recipe.model)) or 4096
 
 
 def reading_engine(
     recipe: Recipe, parts: ModelBundle, model: nn.Module, device: torch.device, source: Source, attention: Attend
 ) -> Engine:
-    """The model with its weights, in evaluation mode, with fused attention where its family offers its own for replacement."""
-    engine = Engine(
-        model,
-        parts.family,
-        parts.objective,
-        recipe,
-        Ranks(World(), device),
-        device,
-        batches=iter(()),
-    )
+    """Return an engine with loaded weights, in evaluation mode, with fused attention if the family supports replacing it."""
+    engine = Engine(model, parts.family, parts.objective, recipe, Ranks(World(), device), device, batches=iter(()))
     engine.materialize(source)
     engine.bare.eval()
     if attention == "fused" and parts.family.set_attention is not None:
-        with suppress(LayerError):  # some models cannot have theirs replaced; nobody asked for it by name
+        with suppress(LayerError):  # optional: some models do not support replacement
             parts.family.set_attention(engine.bare, attend)
     if device.type == "cuda" and torch.cuda.is_bf16_supported():
-        engine.wrap_context("eval_context", _bf16)
+        engine.wrap_context("eval_context", _bf16_autocast)
     return engine
 
 
-def _bf16() -> AbstractContextManager[Any]:
+def _bf16_autocast() -> AbstractContextManager[Any]:
     return torch.autocast("cuda", dtype=torch.bfloat16)
 
 
 @contextmanager
 def reading(loaded: Loaded) -> Iterator[None]:
-    """Around forwards without gradients."""
+    """Disable gradients and enter the engine's evaluation context."""
     with torch.no_grad(), loaded.engine.eval_context():
         yield

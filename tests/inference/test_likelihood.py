@@ -66,7 +66,7 @@ def test_all_masks_are_all_orders(model: GPT, prompt: list[int], target: list[in
 @pytest.mark.parametrize(("prompt", "target"), TARGETS)
 def test_the_estimate_is_the_enumeration(model: GPT, prompt: list[int], target: list[int]) -> None:
     exact = over_all_masks(model, prompt, target)
-    estimates = [bound(model, target, MASK, prompt, draws=128, seed=seed, rows=64) for seed in range(12)]
+    estimates = [bound(model, target, MASK, prompt=prompt, draws=128, seed=seed, rows=64) for seed in range(12)]
     values = np.array([estimate.nats for estimate in estimates])
     errors = np.array([estimate.standard_error for estimate in estimates])
     assert (errors > 0).all() and errors.max() < 0.5 * exact
@@ -134,10 +134,10 @@ def test_a_text_is_its_windows(model: GPT) -> None:
 @pytest.mark.parametrize(
     ("words", "kind", "said"),
     [
-        ({"draws": 1}, ConfigError, "draws = 1 must be at least 2"),
-        ({"target": []}, DataError, "no token whose likelihood"),
-        ({"prompt": [0] * 9}, DataError, "13 tokens are more than the model's sequence_length of 12"),
-        ({"prompt": [MASK]}, DataError, "the text holds the mask itself, token 5"),
+        ({"draws": 1}, ConfigError, r"draws: must be at least 2, for a standard error\. Found 1"),
+        ({"target": []}, DataError, "text: no tokens to evaluate"),
+        ({"prompt": [0] * 9}, DataError, r"longer than the model's sequence_length of 12\. Found 13 tokens"),
+        ({"prompt": [MASK]}, DataError, "text: contains the mask token 5"),
     ],
 )
 def test_what_cannot_be_asked_is_refused(model: GPT, words: dict[str, Any], kind: type[Exception], said: str) -> None:
@@ -146,10 +146,10 @@ def test_what_cannot_be_asked_is_refused(model: GPT, words: dict[str, Any], kind
 
 
 def test_a_text_without_tokens_or_windows_is_refused(model: GPT) -> None:
-    with pytest.raises(DataError, match="no token whose likelihood"):
+    with pytest.raises(DataError, match="text: no tokens to evaluate"):
         text_bound(model, [], MASK)
     for words in ({"window": 0}, {"limit": 0}):
-        with pytest.raises(ConfigError, match="both must be at least 1"):
+        with pytest.raises(ConfigError, match="window, limit: must be at least 1"):
             text_bound(model, [1, 2], MASK, **words)
 
 

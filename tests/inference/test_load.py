@@ -89,10 +89,10 @@ def test_a_folder_for_question_answering_is_one() -> None:
 
 def test_a_base_is_given_to_adapters_alone() -> None:
     folder("base")
-    with pytest.raises(ConfigError, match=r"--base base: base is no adapter"):
+    with pytest.raises(ConfigError, match=r"--base base: base is not an adapter"):
         load("base", base="base")
     trained("plain", **{"model.path": "base"})
-    with pytest.raises(ConfigError, match=r"--base base: .*plain.* is no adapter and holds all of its weights"):
+    with pytest.raises(ConfigError, match=r"--base base: .*plain.* is not an adapter\.\n  Try: omit --base"):
         load("plain", base="base")
 
 
@@ -102,7 +102,7 @@ def test_an_adapter_whose_base_moved_is_opened_with_its_new_place() -> None:
     export_checkpoint("one", "alone", adapter_only=True)
     Path("base").rename("moved")
     for name in ("one", "alone"):
-        with pytest.raises(ConfigError, match=r"the base of the adapter in [^\n]*\n  try: --base FOLDER"):
+        with pytest.raises(ConfigError, match=r"base model of the adapter not found: [^\n]*\n  Try: --base FOLDER"):
             load(name)
         assert load(name, base="./moved").model is not None
 

@@ -16,7 +16,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gptoughts.data.squad.examples import Answer, Question
+from gptoughts.data.squad.question import Answer, Question
 from gptoughts.data.squad.windows import Reader
 from gptoughts.engine.engine import Engine
 from gptoughts.engine.objectives.span_qa import QuestionAnswering, span_scores
@@ -298,7 +298,7 @@ def test_a_model_that_has_learned_answers_and_says_where_it_cannot(folder: Path,
         (reading,) = ask(engine, reader, [pair], 32, 4)
         (question,) = (one for one in asked if (one.text, one.context) == pair)
         assert reading.text(None) == saved[question.id]
-    with pytest.raises(DataError, match="pair 0: its question has"):
+    with pytest.raises(DataError, match="pair 0: question too long for data.sequence_length 32"):
         ask(engine, reader, [("a" * 40, "b")], 32, 4)
 
 

@@ -55,9 +55,9 @@ def denoising(tokens: int) -> Any:
 def test_too_many_new_tokens_name_the_flag_of_the_command() -> None:
     recipe = denoising(4096)
     length = recipe.data.sequence_length
-    with pytest.raises(ConfigError, match=rf"sequence_length of {length}\n  try: --sample.tokens {length}, or fewer"):
+    with pytest.raises(ConfigError, match=rf"sequence_length {length}\. Found 4096\.\n  Try: --sample.tokens {length}$"):
         check_sampling(recipe)
-    with pytest.raises(ConfigError, match=rf"sequence_length of {length}\n  try: --tokens {length}, or fewer"):
+    with pytest.raises(ConfigError, match=rf"sequence_length {length}\. Found 4096\.\n  Try: --tokens {length}$"):
         check_room(SimpleNamespace(sequence_length=length), recipe, 3, [[1]], chat=False)
 
 

@@ -1,1 +1,1 @@
-"""Conversations to rows with labeled answers."""
+"""Conversations as tables of rows with labeled answers."""

@@ -1,7 +1,7 @@
-"""What a model shall say, marked in what the chat template writes: found by rendering, never by looking for words.
+"""Locate the answers in the text rendered by a chat template, by rendering and never by searching for strings.
 
-A template either encloses answers itself (`{% generation %}`), or is asked twice: what it writes up to an answer, waiting for one,
-and what it writes with the answer. What the second has more is the answer with its end-of-turn token.
+A template either marks answers itself (`{% generation %}`), or is rendered twice: the prompt up to an answer, and the conversation
+including it. The difference is the answer with its end-of-turn token.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from gptoughts.data.chat.template import BEGIN_ANSWER, END_ANSWER, Message, stripped
+from gptoughts.data.chat.template import BEGIN_ANSWER, END_ANSWER, Message, strip_marks
 from gptoughts.data.chat.tokenizer import ChatTokenizer
 from gptoughts.errors import DataError
 
@@ -20,11 +20,12 @@ TrainOn = Literal["answers", "all"]
 
 
 @dataclass(frozen=True)
-class Written:
-    """A conversation as texts with marked answers: one text, or several where the template writes earlier turns differently later.
+class RenderedChat:
+    """A conversation as one text with marked answers, or as several if the template rewrites earlier turns.
 
-    `answers` are counted over all texts, `open_ends` are those without an end-of-turn token, `spelled` the special tokens that
-    messages spell and that stay text.
+    answers     number of answers over all texts
+    open_ends   answers without an end-of-turn token
+    spelled     special tokens spelled in messages and kept as text
     """
 
     texts: list[str]
@@ -33,36 +34,41 @@ class Written:
     spelled: int
 
 
-def written(chat: ChatTokenizer, messages: Sequence[Message], train_on: TrainOn) -> Written:
-    """The texts of a conversation, with marks around what is learned. Raises DataError where the template does not allow to tell."""
-    marked, spelled = chat.protected(messages)
-    if spelled and stripped(chat.template.render(marked)) != chat.template.render(messages):
-        raise DataError("spells a special token, and the chat template treats the text differently for it; reword it")
+def render_chat(chat: ChatTokenizer, messages: Sequence[Message], train_on: TrainOn) -> RenderedChat:
+    """Render a conversation with marks around the text to train on. Raises DataError if the answers cannot be located."""
+    marked, spelled = chat.mark_spelled(messages)
+    if spelled and strip_marks(chat.template.render(marked)) != chat.template.render(messages):
+        raise DataError(
+            "a special token spelled in a message changes the output of the chat template", fix="reword the message"
+        )
     answers = sum(message["role"] == "assistant" for message in messages)
     if train_on == "all":
-        return Written([f"{BEGIN_ANSWER}{chat.template.render(marked)}{END_ANSWER}"], answers, 0, spelled)
+        return RenderedChat([f"{BEGIN_ANSWER}{chat.template.render(marked)}{END_ANSWER}"], answers, 0, spelled)
     if chat.template.marks_answers:
-        text, open_ends = enclosed(chat, messages, marked, answers)
-        return Written([text], answers, open_ends, spelled)
-    texts, open_ends = compared(chat, marked)
-    return Written(texts, answers, open_ends, spelled)
+        text, open_ends = _render_tagged(chat, messages, marked, answers)
+        return RenderedChat([text], answers, open_ends, spelled)
+    texts, open_ends = _render_by_difference(chat, marked)
+    return RenderedChat(texts, answers, open_ends, spelled)
 
 
-def enclosed(chat: ChatTokenizer, messages: Sequence[Message], marked: Sequence[Message], answers: int) -> tuple[str, int]:
-    """The text of a template that marks answers itself; an end-of-turn token right behind a mark is moved inside."""
+def _render_tagged(
+    chat: ChatTokenizer, messages: Sequence[Message], marked: Sequence[Message], answers: int
+) -> tuple[str, int]:
+    """Render a template with `{% generation %}`; an end-of-turn token directly after a mark is moved inside."""
     text = chat.template.render(marked, tracking=True)
-    if stripped(text) != chat.template.render(messages):
-        raise DataError(
-            "the chat template works on what its {% generation %} encloses, so that answers cannot be told from the rest"
-        )
+    if strip_marks(text) != chat.template.render(messages):
+        raise DataError("the chat template modifies the output of its {% generation %} block, so answers cannot be located")
     parts = text.split(END_ANSWER)
     if len(parts) - 1 != answers or any(part.count(BEGIN_ANSWER) != 1 for part in parts[:-1]) or BEGIN_ANSWER in parts[-1]:
-        raise DataError(f"the chat template's {{% generation %}} marks {len(parts) - 1} answers of {answers}")
-    # Behind the last answer stands no other turn's token, so this one ends a turn.
-    end_of_turn = chat.opening(parts[-1])
+        raise DataError(
+            "the chat template's {% generation %} must mark every answer once",
+            found=f"{len(parts) - 1} marks, {answers} answers",
+        )
+    # No other turn follows the last answer, so a token there ends a turn.
+    end_of_turn = chat.leading_control(parts[-1])
     out, open_ends = parts[0], 0
     for part in parts[1:]:
-        if chat.closing(out[out.rindex(BEGIN_ANSWER) + 1 :]) < 0:
+        if chat.end_of_turn(out[out.rindex(BEGIN_ANSWER) + 1 :]) < 0:
             moved = end_of_turn if part.startswith(end_of_turn) else ""
             out, part = out + moved, part[len(moved) :]
             open_ends += not moved
@@ -70,45 +76,45 @@ def enclosed(chat: ChatTokenizer, messages: Sequence[Message], marked: Sequence[
     return out, open_ends
 
 
-def compared(chat: ChatTokenizer, messages: Sequence[Message]) -> tuple[list[str], int]:
-    """The texts that hold every answer once, each behind exactly what the model will read before it has to write that answer.
+def _render_by_difference(chat: ChatTokenizer, messages: Sequence[Message]) -> tuple[list[str], int]:
+    """Return texts that contain every answer once, each after exactly the prompt that the model gets at inference.
 
-    One text holds all answers where each rendering continues the one before. A template that rewrites earlier turns, such as one
-    that leaves out what was thought, gets a text of its own for each answer that it rewrites.
+    One text has all answers if each rendering is a prefix of the next. For a template that rewrites earlier turns, such as one
+    that drops reasoning, each rewritten answer gets its own text.
     """
-    places = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
-    spans = {place: Span.of(chat, messages, place) for place in places}
+    indices = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    spans = {index: Span.locate(chat, messages, index) for index in indices}
     texts = []
-    while places:
-        whole = spans[places[-1]].text
-        here = [place for place in places if spans[place].opens(whole)]
+    while indices:
+        whole = spans[indices[-1]].text
+        included = [index for index in indices if spans[index].is_prefix_of(whole)]
         parts, done = [], 0
-        for place, span in spans.items():
-            if place > places[-1] or not span.opens(whole):
+        for index, span in spans.items():
+            if index > indices[-1] or not span.is_prefix_of(whole):
                 continue
-            # An answer that another text teaches is cut off all the same, as it is in a prompt.
-            taught = span.end if place in here else span.start
-            parts += [whole[done : span.start], BEGIN_ANSWER, whole[span.start : taught], END_ANSWER]
-            done = taught
+            # An answer labeled in another text is still split off, as in a prompt, so that its tokens are the same.
+            end = span.end if index in included else span.start
+            parts += [whole[done : span.start], BEGIN_ANSWER, whole[span.start : end], END_ANSWER]
+            done = end
         texts.append("".join([*parts, whole[done:]]))
-        places = [place for place in places if place not in here]
+        indices = [index for index in indices if index not in included]
     return texts[::-1], sum(span.is_open for span in spans.values())
 
 
 def prompt(chat: ChatTokenizer, messages: Sequence[Message]) -> np.ndarray:
-    """The ids of a conversation that waits for an answer: those that stand before the answer where it is learned."""
-    marked, _ = chat.protected(messages)
+    """Return the token ids of a conversation up to the next answer, identical to the ids before that answer in training."""
+    marked, _ = chat.mark_spelled(messages)
     text = chat.template.render(marked, add_generation_prompt=True, tracking=chat.template.marks_answers)
     if not chat.template.marks_answers:
         parts, done = [], 0
-        for place, message in enumerate(marked):
+        for index, message in enumerate(marked):
             if message["role"] != "assistant":
                 continue
             try:
-                span = Span.of(chat, marked, place)
-            except DataError:  # A template that cannot be learned from can be asked.
+                span = Span.locate(chat, marked, index)
+            except DataError:  # a template unusable for training can still be prompted
                 continue
-            if span.opens(text):
+            if span.is_prefix_of(text):
                 parts += [text[done : span.start], BEGIN_ANSWER, END_ANSWER]
                 done = span.start
         text = "".join([*parts, text[done:]])
@@ -116,57 +122,58 @@ def prompt(chat: ChatTokenizer, messages: Sequence[Message]) -> np.ndarray:
 
 
 def stops(chat: ChatTokenizer) -> set[int]:
-    """The id that ends an answer by the template; none where it ends answers without a token, or does not allow to tell."""
+    """Return the id of the template's end-of-turn token; empty if answers end without one, or cannot be located."""
     try:
-        found = written(chat, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "answers")
-    except DataError:  # End-of-text still ends what such a template asks for.
+        rendered = render_chat(chat, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "answers")
+    except DataError:  # end-of-text still ends generation
         return set()
-    if found.open_ends:
+    if rendered.open_ends:
         return set()
-    encoded = chat.encode(found.texts[-1:])[0]
+    encoded = chat.encode(rendered.texts[-1:])[0]
     return {int(encoded.ids[encoded.learned][-1])}
 
 
 @dataclass(frozen=True)
 class Span:
-    """One answer: [start, end) of `text`, which is the conversation up to it."""
+    """One answer: [start, end) of `text`, the conversation up to and including it."""
 
     text: str
     start: int
     end: int
     is_open: bool
+    """No end-of-turn token."""
 
-    def opens(self, text: str) -> bool:
-        """Whether `text` begins with the conversation up to the answer's end."""
+    def is_prefix_of(self, text: str) -> bool:
+        """Whether `text` begins with the conversation up to the end of this answer."""
         return text.startswith(self.text[: self.end])
 
     @staticmethod
-    def of(chat: ChatTokenizer, messages: Sequence[Any], place: int) -> Span:
-        """Where the answer at `place` lies, its end-of-turn token included and white space behind that not."""
-        text = chat.template.render(messages[: place + 1])
-        start = answer_start(chat, messages, place, text)
+    def locate(chat: ChatTokenizer, messages: Sequence[Any], index: int) -> Span:
+        """Return the span of the answer `messages[index]`, with its end-of-turn token and without white space after it."""
+        text = chat.template.render(messages[: index + 1])
+        start = answer_start(chat, messages, index, text)
         if start == len(text):
-            raise DataError(f"message {place + 1}: the chat template writes nothing of this answer")
-        length = chat.closing(text[start:])
+            raise DataError(f"message {index + 1}: the chat template renders no text for this answer")
+        length = chat.end_of_turn(text[start:])
         return Span(text, start, len(text) if length < 0 else start + length, length < 0)
 
 
-def answer_start(chat: ChatTokenizer, messages: Sequence[Any], place: int, text: str) -> int:
-    """Where the answer at `place` begins in `text`: where the model takes over when it is asked.
+def answer_start(chat: ChatTokenizer, messages: Sequence[Any], index: int, text: str) -> int:
+    """Return the position in `text` at which the answer `messages[index]` begins: the end of the generation prompt.
 
-    That is behind the generation prompt. A template that has none, or writes another one than it then keeps, is shown two
-    answers instead: what it writes before either belongs to it, as far as it is more than white space.
+    For a template without a generation prompt, or with one that is not in the final text, two renderings with different answers
+    are compared: their common prefix precedes the answer, if it adds more than white space.
     """
-    before = messages[:place]
+    before = messages[:index]
     if chat.template.has_generation_prompt:
         prompt = chat.template.render(before, add_generation_prompt=True)
         if text.startswith(prompt):
             return len(prompt)
     base = chat.template.render(before)
-    one, other = (chat.template.render([*before, {**messages[place], "content": content}]) for content in ("0", "1"))
+    one, other = (chat.template.render([*before, {**messages[index], "content": content}]) for content in ("0", "1"))
     head = one[: next((end for end, (left, right) in enumerate(zip(one, other, strict=False)) if left != right), len(one))]
     if not (head.startswith(base) and text.startswith(head)):
         raise DataError(
-            f"message {place + 1}: the chat template rewrites what came before this answer, so it cannot be told where it begins"
+            f"message {index + 1}: the chat template rewrites the turns before this answer, so its start is unknown"
         )
     return len(head) if head[len(base) :].strip() else len(base)

@@ -1,6 +1,6 @@
-"""Documents of different lengths become rows of one length: several to a row, or one.
+"""Pack documents of different lengths into rows of one length, or put one in each row.
 
-A row holds whole documents. Positions restart at 0 with each, which is how a model knows that they must not see each other.
+A row holds whole documents. Positions restart at 0 with each document, which separates them in attention.
 """
 
 from __future__ import annotations
@@ -18,60 +18,63 @@ from gptoughts.errors import DataError
 
 @dataclass(frozen=True)
 class Document:
-    """Token ids, and which of them are learned (bool, same shape). `where` is the file and line that it came from."""
+    """Token ids and their label mask (bool, same shape). `where`: source file and line."""
 
     ids: np.ndarray
     learned: np.ndarray
     where: str = ""
 
 
-def packed(lengths: Sequence[int], width: int) -> list[list[int]]:
-    """Which documents share a row: best fit, longest first. The same lengths always give the same rows.
+def pack(lengths: Sequence[int], width: int) -> list[list[int]]:
+    """Return the document indices of each row: best fit decreasing. Deterministic in the lengths.
 
-    Each document goes into the row with the least room that still holds it (Johnson 1973: at most 11/9 of the fewest rows
-    there can be, plus one). Raises DataError for one that no row can hold.
+    Each document goes into the row with the least free space that holds it (Johnson 1973: at most 11/9 of the optimal number of
+    rows, plus one). Raises DataError for a document longer than a row.
     """
     rows: list[list[int]] = []
-    room: dict[int, list[int]] = {}  # Room left -> rows that have it; only rooms that some row has are keys.
-    rooms: list[int] = []  # The keys, in order.
+    by_space: dict[int, list[int]] = {}  # free space -> rows; no empty lists
+    spaces: list[int] = []  # sorted keys of by_space
     for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
         length = lengths[index]
-        if not 0 < length <= width:
-            raise DataError(f"a document of {length} tokens does not go into a row of {width}")
-        place = bisect_left(rooms, length)
-        if place == len(rooms):
+        _check_length(length, width)
+        place = bisect_left(spaces, length)
+        if place == len(spaces):
             rows.append([])
-            row, left = len(rows) - 1, width
+            row, space = len(rows) - 1, width
         else:
-            left = rooms[place]
-            row = room[left].pop()
-            if not room[left]:
-                del room[left], rooms[place]
+            space = spaces[place]
+            row = by_space[space].pop()
+            if not by_space[space]:
+                del by_space[space], spaces[place]
         rows[row].append(index)
-        left -= length
-        if left:
-            if left not in room:
-                room[left] = []
-                insort(rooms, left)
-            room[left].append(row)
+        space -= length
+        if space:
+            if space not in by_space:
+                by_space[space] = []
+                insort(spaces, space)
+            by_space[space].append(row)
     return rows
 
 
-def single(lengths: Sequence[int], width: int) -> list[list[int]]:
-    """A row for each document. Raises DataError for one that no row can hold."""
+def one_per_row(lengths: Sequence[int], width: int) -> list[list[int]]:
+    """Return one row per document. Raises DataError for a document longer than a row."""
     for length in lengths:
-        if not 0 < length <= width:
-            raise DataError(f"a document of {length} tokens does not go into a row of {width}")
+        _check_length(length, width)
     return [[index] for index in range(len(lengths))]
 
 
-def laid_out(
+def _check_length(length: int, width: int) -> None:
+    if not 0 < length <= width:
+        raise DataError(f"document: must have 1 to {width} tokens to fit a row", found=length)
+
+
+def build_arrays(
     documents: Sequence[Document], rows: Sequence[Sequence[int]], width: int, pad_id: int, dtype: np.dtype[Any]
 ) -> dict[str, np.ndarray]:
-    """The rows as arrays, each (rows, width): `input_ids` (dtype), `labels` and `positions` (int32).
+    """Return the rows as arrays, each (rows, width): `input_ids` (dtype), `labels` and `positions` (int32).
 
-    Labels are aligned with the ids; -100 stands on what is not learned, on the first token of each document, which nothing
-    comes before, and on the padding behind the last one. Padding is `pad_id` and a document of its own.
+    Labels are aligned with the ids. They are -100 on tokens outside the label mask, on the first token of each document and on
+    padding. Padding is `pad_id`, as a document of its own at the end of a row.
     """
     input_ids = np.full((len(rows), width), pad_id, dtype=dtype)
     labels = np.full((len(rows), width), IGNORED, dtype=np.int32)
@@ -90,6 +93,6 @@ def laid_out(
     return {"input_ids": input_ids, "labels": labels, "positions": positions}
 
 
-def fill(lengths: Sequence[int], rows: int, width: int) -> float:
-    """Share of the rows' places that documents take; the rest is padding. 0 where there are no rows."""
+def fill_ratio(lengths: Sequence[int], rows: int, width: int) -> float:
+    """Return the share of positions that hold document tokens, the rest being padding; 0 without rows."""
     return sum(lengths) / (rows * width) if rows else 0.0

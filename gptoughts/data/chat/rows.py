@@ -1,6 +1,6 @@
-"""Supervised fine-tuning data: conversations become tables of rows in which the answers are labels.
+"""Supervised fine-tuning data: tables of rows in which the answers of conversations are labels.
 
-Made once and kept in the cache, like tokenized text. Layout: `train/` and `val/` (tables) and `index.json`, written last.
+Built once and cached, like tokenized text. Layout: `train/` and `val/` (tables) and `index.json`, written last.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from typing import Any, Literal
 import numpy as np
 
 from gptoughts.config.loader import DataConfig
-from gptoughts.data.chat.answers import TrainOn, Written, written
-from gptoughts.data.chat.conversations import Conversation, Problem, chat_files, conversations
-from gptoughts.data.chat.packing import Document, fill, laid_out, packed, single
+from gptoughts.data.chat.answers import RenderedChat, TrainOn, render_chat
+from gptoughts.data.chat.conversations import Conversation, InvalidRow, chat_files, conversations, one_line
+from gptoughts.data.chat.packing import Document, build_arrays, fill_ratio, one_per_row, pack
 from gptoughts.data.chat.tokenizer import ChatTokenizer, Encoded
 from gptoughts.data.table import Table
 from gptoughts.data.text.folder import locked
@@ -34,7 +34,7 @@ from gptoughts.errors import DataError
 
 FORMAT, VERSION = "gptoughts-chat", 2
 TODAY = datetime(2024, 7, 26)
-"""What a template that writes the date is told: the same rows whenever they are made. It is the date that Llama's falls back to."""
+"""Date given to templates that print one, so that rows are reproducible. Llama's template falls back to the same date."""
 PROBLEMS_SHOWN = 20
 ENCODED_AT_ONCE = 512
 COUNTS = ("conversations", "answers", "split_conversations", "open_ends", "spelled", "dropped", "cut", "seen")
@@ -45,7 +45,7 @@ Shape = Literal["next-token", "masked-diffusion"]
 
 @dataclass
 class Split:
-    """What one split is made of, in the order of its files."""
+    """Documents and counts of one split, in file order."""
 
     documents: list[Document] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTS, 0))
@@ -59,50 +59,50 @@ def prepare_chat(
     too_long: TooLong = "error",
     out: Path | str | None = None,
 ) -> dict[str, Table]:
-    """Tables `train` and, where there is any, `val`, of the conversations in `data.path`; made once, in `out` or in the cache.
+    """Return the tables `train` and, if any, `val` of the conversations in `data.path`, built once in `out` or the cache.
 
-    Rows have `input_ids`, `labels` and `positions`: sequence_length + 1 tokens for next-token, packed where `data.packing` says so;
-    sequence_length tokens and one answer each for masked-diffusion, with the conversation up to it and nothing but padding behind.
-    Validation is `data.val_path`, or the conversations whose content hashes below `data.val_fraction`, so that the same ones are
-    kept out when rows are added. Safe from several processes at once. Raises DataError that lists the rows which cannot be used.
+    Rows have `input_ids`, `labels` and `positions`: for next-token, sequence_length + 1 tokens, packed if `data.packing`; for
+    masked-diffusion, sequence_length tokens with one answer, the conversation before it, and only padding after it.
+    Validation is `data.val_path`, or the conversations whose content hash is below `data.val_fraction`, which keeps them the same
+    when rows are added. Safe to call from several processes at once. Raises DataError that lists the invalid rows.
     """
     chat = ChatTokenizer.open(tokenizer, data.template, TODAY)
-    maker = Maker(chat, data, shape, too_long)
-    key = maker.key()
+    builder = TableBuilder(chat, data, shape, too_long)
+    key = builder.key()
     if out is None:
-        name = "".join(sign if sign.isalnum() or sign in "-_" else "-" for sign in Path(data.path).stem)[:32] or "chat"
+        name = "".join(char if char.isalnum() or char in "-_" else "-" for char in Path(data.path).stem)[:32] or "chat"
         out = cache_folder(data) / f"{name}-chat-{key[:16]}"
     folder = Path(out).expanduser()
     with locked(folder):
         if not (folder / INDEX).exists():
-            maker.make(folder, key)
+            builder.build(folder, key)
         index = read_index(folder, key)
         return {name: Table.load(folder / name) for name in index["splits"]}
 
 
 def read_index(folder: Path, key: str) -> dict[str, Any]:
-    """The index of a folder that `prepare_chat` made for `key`. Raises DataError for any other."""
+    """Return the index of a folder written by `prepare_chat` for `key`. Raises DataError for any other."""
     try:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        made_for = index["key"] if index["format"] == FORMAT and index["version"] == VERSION else None
+        stored = index["key"] if index["format"] == FORMAT and index["version"] == VERSION else None
         if any(Path(name).name != name for name in index["splits"]):
-            made_for = None
+            stored = None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{folder / INDEX}: damaged ({error}); remove the folder {folder} and it is made again") from None
-    if made_for != key:
-        raise DataError(f"{folder}: holds other data, or was made with other settings; remove it, or name another folder")
+        raise DataError(f"{folder / INDEX}: damaged ({error})", fix=f"rm -r {folder}; it is rebuilt") from None
+    if stored != key:
+        raise DataError(f"{folder}: written from other data or settings", fix="remove it, or name another folder")
     return dict(index)
 
 
-class Maker:
-    """Makes the tables of one chat data set."""
+class TableBuilder:
+    """Builder of the tables of one chat data set."""
 
     def __init__(self, chat: ChatTokenizer, data: DataConfig, shape: Shape, too_long: TooLong) -> None:
         self.chat, self.data, self.too_long = chat, data, too_long
         self.train_on: TrainOn = data.train_on
         self.packing = data.packing and shape == "next-token"
-        # A model that reads both ways would see what stands behind its answer, and when it is asked nothing stands there.
-        self.one_each = shape == "masked-diffusion" and self.train_on == "answers"
+        # A bidirectional model would attend to the text after an answer, which does not exist at inference.
+        self.one_answer_each = shape == "masked-diffusion" and self.train_on == "answers"
         self.width = data.sequence_length + (shape == "next-token")
         self.files = {"train": chat_files(data.path)}
         if data.val_path is not None:
@@ -110,92 +110,90 @@ class Maker:
         self.fraction = 0.0 if data.val_path is not None else data.val_fraction
 
     def key(self) -> str:
-        """Digest of everything that decides a row."""
+        """Return the digest of all inputs that determine the rows."""
         files = {name: [sha256_of(path) for path in paths] for name, paths in self.files.items()}
-        facts = [
+        key_parts = [
             VERSION, files, self.chat.tokenizer.hash, self.chat.template.source, self.chat.template.tokens, TODAY.isoformat(),
-            self.width, self.packing, self.one_each, self.train_on, self.fraction, self.too_long,
+            self.width, self.packing, self.one_answer_each, self.train_on, self.fraction, self.too_long,
         ]  # fmt: skip
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(key_parts, sort_keys=True).encode()).hexdigest()
 
-    def make(self, folder: Path, key: str) -> None:
-        """Writes the tables and, last, the index."""
+    def build(self, folder: Path, key: str) -> None:
+        """Write the tables and, last, the index."""
         foreign = sorted(
             entry.name for entry in folder.iterdir() if entry.name.removesuffix(".tmp") not in ("train", "val", INDEX)
         )
         if foreign:
-            raise DataError(f"{folder}: not empty (holds {foreign[0]!r}) and no chat data; name a new folder")
-        print(f"data: writing the conversations of {self.data.path} once into {folder}", file=sys.stderr, flush=True)
+            raise DataError(f"{folder}: not empty and not chat data", found=repr(foreign[0]), fix="a new folder")
+        print(f"data: tokenizing conversations of {self.data.path} into {folder}", file=sys.stderr, flush=True)
         begun = time.monotonic()
         splits = self.splits()
         for name, split in splits.items():
-            shutil.rmtree(folder / name, ignore_errors=True)  # What a kill left.
+            shutil.rmtree(folder / name, ignore_errors=True)  # left over from a killed process
             table = self.table(name, split)
             table.save(folder / name)
-            print(f"data: {name} {summary(table.facts)}", file=sys.stderr, flush=True)
+            print(f"data: {name} {summary(table.stats)}", file=sys.stderr, flush=True)
         tokens = sum(len(document.ids) for split in splits.values() for document in split.documents)
         seconds = time.monotonic() - begun
         print(f"data: {tokens:,} tokens in {seconds:.1f} s, {tokens / seconds / 1e6:.2f} Mtok/s", file=sys.stderr, flush=True)
         write_json(folder / INDEX, {"format": FORMAT, "version": VERSION, "key": key, "splits": list(splits)})
 
     def splits(self) -> dict[str, Split]:
-        """The documents of every split. Raises DataError that lists up to 20 rows which cannot be used, over all files."""
+        """Return the documents of every split. Raises DataError that lists up to 20 invalid rows over all files."""
         problems: list[str] = []
         read = {name: self.read(files, problems) for name, files in self.files.items()}
         if problems:
             shown = problems[:PROBLEMS_SHOWN]
-            more = "; there may be more" if len(problems) >= PROBLEMS_SHOWN else ""
-            heading = f"{self.data.path}: {len(shown)} row{'s' * (len(shown) > 1)} cannot be used{more}"
+            more = " or more" if len(problems) >= PROBLEMS_SHOWN else ""
+            heading = f"{self.data.path}: {len(shown)}{more} invalid row{'s' * (len(shown) > 1)}"
             raise DataError("\n  ".join([f"{heading}:", *shown]))
         if self.fraction:
-            read = divided(read["train"], self.fraction)
+            read = split_by_digest(read["train"], self.fraction)
         for name, rows in read.items():
             if not rows:
-                raise DataError(f"{self.data.val_path if name == 'val' else self.data.path}: holds no conversation")
-        out = {name: self.fitted(rows) for name, rows in read.items()}
+                raise DataError(f"{self.data.val_path if name == 'val' else self.data.path}: no conversations")
+        out = {name: self.select(rows) for name, rows in read.items()}
         if self.data.val_path is not None:
-            learned = {row.digest for row in read["train"]}
-            out["val"].counts["seen"] = sum(row.digest in learned for row in read["val"])
+            train_digests = {row.digest for row in read["train"]}
+            out["val"].counts["seen"] = sum(row.digest in train_digests for row in read["val"])
         return out
 
     def read(self, files: Sequence[Path], problems: list[str]) -> list[Row]:
-        """The conversations of some files, encoded; what is wrong with others is added to `problems`, no more than are shown."""
+        """Return the encoded conversations of the files; append the errors of invalid rows to `problems`, up to `PROBLEMS_SHOWN`."""
         rows: list[Row] = []
-        found = conversations(list(files), self.chat.template)
-        while batch := list(islice(found, ENCODED_AT_ONCE)):
-            rendered: list[tuple[Conversation, Written]] = []
-            for one in batch:
+        source = conversations(list(files), self.chat.template)
+        while batch := list(islice(source, ENCODED_AT_ONCE)):
+            rendered: list[tuple[Conversation, RenderedChat]] = []
+            for item in batch:
                 try:
-                    if isinstance(one, Problem):
-                        raise one
-                    rendered.append((one, written(self.chat, one.messages, self.train_on)))
+                    if isinstance(item, InvalidRow):
+                        raise item
+                    rendered.append((item, render_chat(self.chat, item.messages, self.train_on)))
                 except DataError as error:
-                    problems.append(str(error) if isinstance(one, Problem) else f"{one.where}: {error}")
+                    problems.append(str(error) if isinstance(item, InvalidRow) else f"{item.where}: {one_line(error)}")
                     if len(problems) >= PROBLEMS_SHOWN:
                         return []
             if not problems:
-                rows += self.encoded(rendered, problems)
+                rows += self.encode(rendered, problems)
         return rows
 
-    def encoded(self, rendered: Sequence[tuple[Conversation, Written]], problems: list[str]) -> Iterator[Row]:
-        """The rows of conversations that were rendered; those without a token to learn are problems."""
-        encodings = iter(self.chat.encode([text for _, found in rendered for text in found.texts]))
-        for conversation, found in rendered:
+    def encode(self, rendered: Sequence[tuple[Conversation, RenderedChat]], problems: list[str]) -> Iterator[Row]:
+        """Yield the encoded rows of rendered conversations; an answer without a token is a problem."""
+        encodings = iter(self.chat.encode([text for _, chat in rendered for text in chat.texts]))
+        for conversation, chat in rendered:
             content = json.dumps(conversation.messages, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass")
             documents: list[Document] = []
-            for one in islice(encodings, len(found.texts)):
-                if not one.learned[1:].any():
-                    problems.append(
-                        f"{conversation.where}: its answer is no token of this tokenizer, so that nothing could be learned"
-                    )
-                elif self.one_each:
-                    documents += each_answer(one, conversation.where)
+            for encoded in islice(encodings, len(chat.texts)):
+                if not encoded.learned[1:].any():
+                    problems.append(f"{conversation.where}: the tokenizer drops the whole answer")
+                elif self.one_answer_each:
+                    documents += split_answers(encoded, conversation.where)
                 else:
-                    documents.append(Document(one.ids, one.learned, conversation.where))
-            yield Row(hashlib.sha256(content).digest(), documents, found)
+                    documents.append(Document(encoded.ids, encoded.learned, conversation.where))
+            yield Row(hashlib.sha256(content).digest(), documents, chat)
 
-    def fitted(self, rows: Sequence[Row]) -> Split:
-        """The documents that go into rows; those that do not are an error, or dropped or cut as was asked for, and counted."""
+    def select(self, rows: Sequence[Row]) -> Split:
+        """Return the documents that fit a row. By `data.too_long`, longer ones raise DataError, or are dropped or cut and counted."""
         split = Split()
         long = [document for row in rows for document in row.documents if len(document.ids) > self.width]
         if long and self.too_long == "error":
@@ -203,123 +201,125 @@ class Maker:
             spare = self.width - self.data.sequence_length
             total = sum(len(row.documents) for row in rows)
             raise DataError(
-                f"{len(long):,} of {total:,} conversations are longer than data.sequence_length {self.data.sequence_length}: the longest "
-                f"has {len(longest.ids):,} tokens ({longest.where}); type: --data.sequence-length {len(longest.ids) - spare}, "
-                f"or --data.too-long drop (leave them out), or --data.too-long cut (learn their beginnings)"
+                f"data.sequence_length: {len(long):,} of {total:,} conversations are longer than {self.data.sequence_length}",
+                found=f"up to {len(longest.ids):,} tokens ({longest.where})",
+                fix=f"--data.sequence-length {len(longest.ids) - spare}, --data.too-long drop, or --data.too-long cut",
             )
         for row in rows:
-            kept, shortened = self.kept(row, split)
-            if not kept:
+            documents, cut = self.fit_documents(row, split)
+            if not documents:
                 continue
-            split.documents += kept
-            whole = len(kept) == len(row.documents) and not shortened
+            split.documents += documents
+            whole = len(documents) == len(row.documents) and not cut
             split.counts["conversations"] += 1
-            split.counts["answers"] += row.written.answers if whole else sum(stretches(document.learned) for document in kept)
-            split.counts["split_conversations"] += len(row.written.texts) > 1
-            split.counts["open_ends"] += row.written.open_ends
-            split.counts["spelled"] += row.written.spelled
-        if not split.documents:
-            raise DataError(
-                f"{self.data.path}: no conversation is left that fits data.sequence_length {self.data.sequence_length}"
+            split.counts["answers"] += (
+                row.chat.answers if whole else sum(count_runs(document.learned) for document in documents)
             )
+            split.counts["split_conversations"] += len(row.chat.texts) > 1
+            split.counts["open_ends"] += row.chat.open_ends
+            split.counts["spelled"] += row.chat.spelled
+        if not split.documents:
+            raise DataError(f"{self.data.path}: no conversation fits data.sequence_length {self.data.sequence_length}")
         return split
 
-    def kept(self, row: Row, split: Split) -> tuple[list[Document], int]:
-        """The documents of a conversation that go into rows, and how many of them were cut for that; the split counts both."""
-        kept, cut = [], 0
+    def fit_documents(self, row: Row, split: Split) -> tuple[list[Document], int]:
+        """Return a conversation's documents, cut or dropped to the row width, and the number cut; update the split's counts."""
+        documents, cut = [], 0
         for document in row.documents:
             if len(document.ids) > self.width:
                 document = Document(document.ids[: self.width], document.learned[: self.width], document.where)
-                # Nothing is learned from the first token, which nothing comes before.
+                # The first token is never a label, since nothing precedes it.
                 if self.too_long == "drop" or not document.learned[1:].any():
                     split.counts["dropped"] += 1
                     continue
                 cut += 1
-            kept.append(document)
+            documents.append(document)
         split.counts["cut"] += cut
-        return kept, cut
+        return documents, cut
 
     def table(self, name: str, split: Split) -> Table:
-        """The rows of one split, with facts about them."""
+        """Build the table of one split, with statistics."""
         lengths = [len(document.ids) for document in split.documents]
-        rows = (packed if self.packing else single)(lengths, self.width)
+        rows = (pack if self.packing else one_per_row)(lengths, self.width)
         tokenizer = self.chat.tokenizer
-        arrays = laid_out(split.documents, rows, self.width, tokenizer.eot_id, tokenizer.dtype)
+        arrays = build_arrays(split.documents, rows, self.width, tokenizer.eot_id, tokenizer.dtype)
         digest = hashlib.sha256(tokenizer.hash.encode())
         for array in arrays.values():
             digest.update(str(array.dtype).encode())
             digest.update(np.ascontiguousarray(array).data)
         learned = int((arrays["labels"] >= 0).sum())
-        facts: dict[str, Any] = dict(split.counts, documents=len(lengths), rows=len(rows), tokens=sum(lengths), learned=learned)
-        middle, long = np.percentile(lengths, [50, 95]).astype(int).tolist()
-        facts |= {
-            "median": middle,
-            "95 %": long,
+        stats: dict[str, Any] = dict(split.counts, documents=len(lengths), rows=len(rows), tokens=sum(lengths), learned=learned)
+        median, p95 = np.percentile(lengths, [50, 95]).astype(int).tolist()
+        stats |= {
+            "median": median,
+            "95 %": p95,
             "longest": max(lengths),
-            "fill": round(fill(lengths, len(rows), self.width), 6),
+            "fill": round(fill_ratio(lengths, len(rows), self.width), 6),
             "width": self.width,
         }
-        facts |= {"template": self.chat.template.origin, "date": self.chat.template.reads_clock and TODAY.date().isoformat()}
-        return Table(arrays, digest.hexdigest(), facts=facts, origin=f"split {name} of {self.data.path}")
+        stats |= {"template": self.chat.template.origin, "date": self.chat.template.reads_clock and TODAY.date().isoformat()}
+        return Table(arrays, digest.hexdigest(), stats=stats, origin=f"split {name} of {self.data.path}")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One conversation: the digest of its messages, its encoded texts and what was counted while they were written."""
+    """One conversation: digest of its messages, encoded texts, and the rendered chat with its counts."""
 
     digest: bytes
     documents: list[Document]
-    written: Written
+    chat: RenderedChat
 
 
-def divided(rows: Sequence[Row], fraction: float) -> dict[str, list[Row]]:
-    """Train and validation by the conversations' digests: equal conversations go the same way. At least one is in each.
+def split_by_digest(rows: Sequence[Row], fraction: float) -> dict[str, list[Row]]:
+    """Split into train and validation by digest, so that equal conversations stay together; neither is empty.
 
     Raises DataError for fewer than two different conversations.
     """
     limit = int(fraction * 2**64)
     places = {row.digest: int.from_bytes(row.digest[:8], "big") for row in rows}
     if len(places) < 2:
-        raise DataError(f"{len(places)} conversations cannot be shared with validation; type: --data.val-fraction 0")
-    held = {digest for digest, place in places.items() if place < limit} or {min(places, key=lambda digest: places[digest])}
-    if len(held) == len(places):
-        held.remove(max(places, key=lambda digest: places[digest]))
+        raise DataError(
+            "data.val_fraction: needs at least two different conversations", found=len(places), fix="--data.val-fraction 0"
+        )
+    val = {digest for digest, place in places.items() if place < limit} or {min(places, key=lambda digest: places[digest])}
+    if len(val) == len(places):
+        val.remove(max(places, key=lambda digest: places[digest]))
     return {
-        "train": [row for row in rows if row.digest not in held],
-        "val": [row for row in rows if row.digest in held],
+        "train": [row for row in rows if row.digest not in val],
+        "val": [row for row in rows if row.digest in val],
     }
 
 
-def each_answer(encoded: Encoded, where: str) -> Iterator[Document]:
-    """A document for each stretch of learned tokens: it ends there, and nothing else in it is learned."""
+def split_answers(encoded: Encoded, where: str) -> Iterator[Document]:
+    """Yield one document per answer: it ends with the answer, its only label span."""
     edges = np.flatnonzero(np.diff(encoded.learned.astype(np.int8), prepend=0, append=0))
     for start, end in edges.reshape(-1, 2).tolist():
-        if end > 1:  # Nothing is learned from the first token.
+        if end > 1:  # the first token is never a label
             yield Document(encoded.ids[:end], np.arange(end) >= start, where)
 
 
-def stretches(learned: np.ndarray) -> int:
-    """How many runs of learned tokens there are."""
+def count_runs(learned: np.ndarray) -> int:
+    """Return the number of runs of true values."""
     return int(learned[0]) + int((np.diff(learned.astype(np.int8)) == 1).sum())
 
 
-def summary(facts: dict[str, Any]) -> str:
-    """What a table holds, in a line; what was changed or may surprise is always said."""
-    said = [
-        f"{facts['conversations']:,} conversations, {facts['answers']:,} answers in {facts['rows']:,} rows",
-        f"{facts['tokens']:,} tokens, {100 * facts['learned'] / facts['tokens']:.1f} % learned",
-        f"rows {100 * facts['fill']:.1f} % full",
-        f"longest {facts['longest']:,}",
+def summary(stats: dict[str, Any]) -> str:
+    """Return a table's statistics as one line, with nonzero counts of changed or unusual conversations."""
+    parts = [
+        f"{stats['conversations']:,} conversations, {stats['answers']:,} answers in {stats['rows']:,} rows",
+        f"{stats['tokens']:,} tokens, {100 * stats['learned'] / stats['tokens']:.1f} % learned",
+        f"rows {100 * stats['fill']:.1f} % full",
+        f"longest {stats['longest']:,}",
     ]
-    surprising = {
-        "dropped": "too long and left out",
-        "cut": "too long and cut",
-        "split_conversations": "conversations written as several texts, because the template rewrites earlier turns",
-        "open_ends": "answers without an end-of-turn token: the model will not learn to stop there",
-        "seen": "of these conversations are in the training data, too",
-        "spelled": "special tokens spelled in messages and kept as text",
+    unusual = {
+        "dropped": "dropped as too long",
+        "cut": "cut as too long",
+        "split_conversations": "conversations split into several texts (the template rewrites earlier turns)",
+        "open_ends": "answers without an end-of-turn token (the model does not learn to stop)",
+        "seen": "also in the training data",
+        "spelled": "special tokens spelled in messages, kept as text",
     }
-    said += [f"{facts[key]:,} {words}" for key, words in surprising.items() if facts[key]]
-    if facts["date"]:
-        said.append(f"the template's date is {facts['date']} in every row")
-    return "; ".join(said)
+    parts += [f"{stats[key]:,} {label}" for key, label in unusual.items() if stats[key]]
+    if stats["date"]:
+        parts.append(f"template date {stats['date']}")
+    return "; ".join(parts)

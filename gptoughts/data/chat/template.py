@@ -1,6 +1,6 @@
-"""A chat template turns messages into the text that a model reads: Jinja, as `apply_chat_template` of transformers renders it.
+"""Chat templates: Jinja, rendered as by `apply_chat_template` of transformers.
 
-Templates come with models, so they are untrusted: they run in Jinja's sandbox and see nothing but plain values.
+Templates come with models and are untrusted: they run in Jinja's sandbox and receive only plain values.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from gptoughts.errors import DataError, nearest
 Message = Mapping[str, Any]
 
 BEGIN_TEXT, END_TEXT, BEGIN_ANSWER, END_ANSWER = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3"
-"""Marks inside rendered text: around a special token that a message only spells, and around what the model shall say.
+"""Marks in rendered text: around a special token that a message only spells, and around text to train on.
 
-Unicode keeps these code points out of texts for ever ("noncharacters"), no tokenizer and no template knows them.
+Unicode noncharacters: reserved for internal use, absent from tokenizers and templates.
 """
 ALIAS = ("\ufdd4", "\ufdd5")
 RESERVED = (BEGIN_TEXT, END_TEXT, BEGIN_ANSWER, END_ANSWER, *ALIAS)
@@ -39,18 +39,22 @@ BUILT_IN = {
         "{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}"
     ),
 }
-"""chatml needs a tokenizer with <|im_start|> and <|im_end|>; plain needs nothing but an end-of-text token."""
+"""chatml needs the tokens <|im_start|> and <|im_end|>; plain needs only end-of-text."""
 NEEDED_TOKENS = {"chatml": ("<|im_start|>", "<|im_end|>")}
 TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 REASONING = ("reasoning_content", "thinking", "reasoning")
-"""Names under which data sets keep what a model thought; a template reads one of them and is given all."""
+"""Keys of a message's reasoning in data sets. A template reads one of them and is given all."""
 RENDERING_ERRORS = (TypeError, ValueError, KeyError, IndexError, AttributeError, ArithmeticError, RecursionError)
 
 
 class Template:
-    """A compiled template. `origin` says where it came from; `tokens` are its variables such as `eos_token`.
+    """A compiled template.
 
-    `today` is what `strftime_now` tells; None is the clock, as in transformers. Raises DataError where it cannot be compiled.
+    origin   its source, for messages
+    tokens   its variables such as `eos_token`
+    today    the date returned by `strftime_now`; None is the clock, as in transformers
+
+    Raises DataError if the template does not compile.
     """
 
     def __init__(self, source: str, origin: str, tokens: Mapping[str, str], today: datetime | None = None) -> None:
@@ -73,18 +77,18 @@ class Template:
         self.marks_answers = self._marks_answers
         parts = {node.data for node in tree.find_all(nodes.TemplateData)}
         parts |= {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
-        # Joined with a character that no token holds, so that two neighbors never spell a token together.
+        # Joined with NUL, which is in no token, so that adjacent parts never form a token.
         self.literals = "\0".join(sorted(parts))
 
     def _environment(self) -> Any:
-        """Jinja's sandbox with what transformers adds: loop controls, `{% generation %}`, tojson, raise_exception, strftime_now."""
+        """Return Jinja's sandbox with transformers' loop controls, `{% generation %}`, tojson, raise_exception and strftime_now."""
         import jinja2
         from jinja2 import ext, nodes, sandbox
 
         template, self._marks_answers = self, False
 
         class Generation(ext.Extension):
-            """Marks what stands inside `{% generation %}`, while answers are tracked."""
+            """`{% generation %}`: marks its content while answers are tracked."""
 
             tags = {"generation"}  # noqa: RUF012
 
@@ -117,42 +121,42 @@ class Template:
         return environment
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False, tracking: bool = False) -> str:
-        """The text of `messages`; with `tracking`, marks stand around what the template's `{% generation %}` encloses.
+        """Return the text of `messages`; with `tracking`, marks surround the content of `{% generation %}`.
 
-        Raises DataError with the template's own words where it refuses the messages.
+        Raises DataError with the template's message if it rejects the messages.
         """
         import jinja2
 
         self._tracking = tracking
         try:
             return self._compiled.render(
-                messages=[completed(message) for message in messages],
+                messages=[normalize_message(message) for message in messages],
                 tools=None,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
                 **self.tokens,
             )
         except (jinja2.TemplateError, *RENDERING_ERRORS) as error:
-            raise DataError(f"the chat template cannot write it ({first_line(error)})") from None
+            raise DataError(f"the chat template rejects the messages ({first_line(error)})") from None
         finally:
             self._tracking = False
 
     def save(self, folder: Path) -> None:
-        """Writes the template and the names of its tokens into a tokenizer's folder, as Hugging Face tools read them."""
+        """Write the template and its token names to a tokenizer folder in Hugging Face's format."""
         (folder / "chat_template.jinja").write_text(self.source, encoding="utf-8")
         config = {"tokenizer_class": "PreTrainedTokenizerFast", **self.tokens}
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
-def completed(message: Message) -> dict[str, Any]:
-    """A message as templates want it: keys without a value left out, and what was thought under all of its names."""
-    kept = {key: value for key, value in message.items() if value is not None}
-    thought = next((kept[name] for name in REASONING if name in kept), None)
-    return kept if thought is None else {"thinking": thought, **kept, "reasoning_content": thought}
+def normalize_message(message: Message) -> dict[str, Any]:
+    """Return a message for templates: without null values, and with its reasoning under every known key."""
+    present = {key: value for key, value in message.items() if value is not None}
+    reasoning = next((present[name] for name in REASONING if name in present), None)
+    return present if reasoning is None else {"thinking": reasoning, **present, "reasoning_content": reasoning}
 
 
-def stripped(text: str) -> str:
-    """Rendered text without our marks."""
+def strip_marks(text: str) -> str:
+    """Return rendered text without marks."""
     return text.translate(NO_MARKS)
 
 
@@ -160,18 +164,18 @@ NO_MARKS = {ord(mark): None for mark in RESERVED}
 
 
 def load_template(name: str | None, folder: Path, tokens: Mapping[str, str], today: datetime | None = None) -> Template:
-    """The template that `data.template` asks for: None is the tokenizer's own, else chatml, plain, one of its names, or a file.
+    """Return the template `data.template`: None is the tokenizer's own, else chatml, plain, a named one of the tokenizer, or a file.
 
-    Raises DataError that says what to type where there is none.
+    Raises DataError if there is none.
     """
     own = templates_in(folder)
     if name is None:
         if "default" in own:
             return Template(*own["default"], tokens, today)
         if own:
-            raise DataError(f"{folder}: several chat templates and no default; type: --data.template {min(own)}")
+            raise DataError(f"{folder}: several chat templates, none named default", fix=f"--data.template {min(own)}")
         raise DataError(
-            f"{folder}: the tokenizer has no chat template; type: --data.template chatml (or plain, or a Jinja file)"
+            f"{folder}: the tokenizer has no chat template", fix="--data.template chatml (or plain, or a Jinja file)"
         )
     if name in BUILT_IN:
         return Template(BUILT_IN[name], f"template {name}", tokens, today)
@@ -180,24 +184,24 @@ def load_template(name: str | None, folder: Path, tokens: Mapping[str, str], tod
     path = Path(name).expanduser()
     if not path.is_file():
         known = [*BUILT_IN, *own]
-        raise DataError(f"data.template {name!r}: no such file, and not one of {', '.join(known)}{nearest(name, known)}")
+        raise DataError(f"data.template: must be a file or one of {', '.join(known)}{nearest(name, known)}", found=repr(name))
     return Template(read_text(path), str(path), tokens, today)
 
 
 def templates_in(folder: Path) -> dict[str, tuple[str, str]]:
-    """The templates of a tokenizer's folder: name -> (source, origin). Files come before what tokenizer_config.json holds."""
+    """Return the templates of a tokenizer folder: name -> (source, origin). Files override tokenizer_config.json."""
     found: dict[str, tuple[str, str]] = {}
     config = folder / "tokenizer_config.json"
-    written = read_json(config).get("chat_template")
-    if isinstance(written, str):
-        found["default"] = (written, str(config))
-    elif isinstance(written, list):
+    stored = read_json(config).get("chat_template")
+    if isinstance(stored, str):
+        found["default"] = (stored, str(config))
+    elif isinstance(stored, list):
         try:
-            found = {entry["name"]: (entry["template"], f"{config} ({entry['name']})") for entry in written}
+            found = {entry["name"]: (entry["template"], f"{config} ({entry['name']})") for entry in stored}
         except (TypeError, KeyError):
-            raise DataError(f"{config}: chat_template must be a text, or a list of name and template") from None
-    elif written is not None:
-        raise DataError(f"{config}: chat_template must be a text, or a list of name and template")
+            raise DataError(f"{config}: chat_template must be a string, or a list of {{name, template}}") from None
+    elif stored is not None:
+        raise DataError(f"{config}: chat_template must be a string, or a list of {{name, template}}")
     if (folder / "chat_template.jinja").is_file():
         found = {"default": (read_text(folder / "chat_template.jinja"), str(folder / "chat_template.jinja"))}
     for path in sorted((folder / "additional_chat_templates").glob("*.jinja")):
@@ -205,8 +209,8 @@ def templates_in(folder: Path) -> dict[str, tuple[str, str]]:
     return found
 
 
-def special_names(folder: Path) -> dict[str, str]:
-    """What `bos_token`, `eos_token` and their like are called, by tokenizer_config.json, else by special_tokens_map.json."""
+def special_token_names(folder: Path) -> dict[str, str]:
+    """Return the special tokens (`bos_token`, `eos_token`, ...) of tokenizer_config.json, else of special_tokens_map.json."""
     out: dict[str, str] = {}
     for file in ("special_tokens_map.json", "tokenizer_config.json"):
         content = read_json(folder / file)
@@ -219,7 +223,7 @@ def special_names(folder: Path) -> dict[str, str]:
 
 
 def read_text(path: Path) -> str:
-    """A template file's text."""
+    """Return the text of a file. Raises DataError."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -227,7 +231,7 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`; empty where there is no such file."""
+    """Return the JSON object in `path`; empty if there is no such file. Raises DataError."""
     if not path.is_file():
         return {}
     try:

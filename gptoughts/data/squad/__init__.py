@@ -1,1 +1,1 @@
-"""SQuAD questions to rows of overlapping windows."""
+"""SQuAD data as tables of overlapping windows."""

@@ -1,8 +1,8 @@
-"""Questions about contexts, from SQuAD 1.1 and 2.0 files or rows of them: strictly read, divided without a leak, cut into windows once.
+"""Read SQuAD 1.1 and 2.0, split into training and validation without sharing a context, and cut into tables of windows.
 
-Two forms are read: the official JSON (articles, paragraphs, `qas`; Rajpurkar et al. 2016, 2018) and JSON Lines of
-`{id, question, context, answers: {text, answer_start}}`, as Hugging Face's datasets have it. A question without an answer is kept.
-`plausible_answers` of SQuAD 2.0 are not answers and are not read.
+Two formats: the official JSON (articles, paragraphs, `qas`; Rajpurkar et al. 2016, 2018) and JSON Lines of
+`{id, question, context, answers: {text, answer_start}}`, as in Hugging Face datasets. Unanswerable questions are kept.
+SQuAD 2.0's `plausible_answers` are not answers and are ignored.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import numpy as np
 
 from gptoughts.config.loader import DataConfig
 from gptoughts.data.batches import IGNORED
+from gptoughts.data.squad.question import Answer, Question
 from gptoughts.data.squad.windows import Reader, windows
 from gptoughts.data.table import Table
 from gptoughts.data.text.folder import locked
@@ -33,148 +34,134 @@ from gptoughts.errors import DataError, nearest
 FORMAT, VERSION = "gptoughts-squad", 1
 ROW_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 TRAINED = ("input_ids", "token_types", "mask", "starts", "ends")
-"""What a batch holds; `owner` and `offsets` lead from a window back to its question's text."""
+"""Arrays of a batch. `owner` and `offsets` map a window back to its question's text and are kept apart."""
 PADDING = {"starts": IGNORED, "ends": IGNORED}
 
 
 @dataclass(frozen=True)
-class Answer:
-    """A span of the context: `text` stands at character `start`."""
-
-    text: str
-    start: int
-
-
-@dataclass(frozen=True)
-class Question:
-    """One question about one context. No answers: it cannot be answered from there. Several: people gave different ones."""
-
-    id: str
-    text: str
-    context: str
-    answers: tuple[Answer, ...] = ()
-    title: str = ""
-    where: str = ""
-    """File and place, for messages."""
-
-
-@dataclass(frozen=True)
 class Questions:
-    """The questions of one split, and how the rows of its table lead back to them."""
+    """The questions of one split, and the mapping from table rows to questions."""
 
     asked: tuple[Question, ...]
     owner: np.ndarray
-    """Row -> its question's place in `asked`: int32 (rows,). Rows of one question stand together."""
+    """Row -> index of its question in `asked`: int32 (rows,). Rows of one question are contiguous."""
     offsets: np.ndarray
-    """Characters of the context that each token stands for: int32 (rows, tokens, 2), -1 where the token is not the context's."""
+    """Character span of each token in the context: int32 (rows, tokens, 2), -1 for tokens outside the context."""
 
     @property
     def unanswerable(self) -> bool:
-        """Whether some question has no answer, as in SQuAD 2.0."""
+        """Whether any question has no answer, as in SQuAD 2.0."""
         return any(not question.answers for question in self.asked)
 
 
 def read_squad(path: Path | str) -> list[Question]:
-    """The questions of one file, in its order. Raises DataError with file and id for whatever cannot be trained on."""
+    """Return the questions of one file, in file order. Raises DataError with file and question id."""
     path = Path(path).expanduser()
     if not path.is_file():
-        here = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise DataError(f"{path}: no such file{nearest(path.name, here)}; give SQuAD's JSON, or JSON Lines of questions")
+        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise DataError(f"{path}: no such file{nearest(path.name, siblings)}", fix="SQuAD JSON, or JSON Lines of questions")
     if not path.name.endswith((".json", *ROW_SUFFIXES)):
-        raise DataError(f"{path}: SQuAD files end in .json (the official form) or {', '.join(ROW_SUFFIXES)} (a row a question)")
+        raise DataError(
+            f"{path}: not a SQuAD file name",
+            fix=f".json (official format) or {', '.join(ROW_SUFFIXES)} (one question per line)",
+        )
     try:
-        questions = list(_official(path) if path.suffix == ".json" else _rows(path))
+        questions = list(_read_official(path) if path.suffix == ".json" else _read_rows(path))
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
     if not questions:
-        raise DataError(f"{path}: holds no question")
-    seen: dict[str, str] = {}
+        raise DataError(f"{path}: no questions")
+    seen: set[str] = set()
     for question in questions:
         if question.id in seen:
-            raise DataError(
-                f"{question.where}: the id stands in the file twice; predictions are kept by id, so give each its own"
-            )
-        seen[question.id] = question.where
+            raise DataError(f"{question.where}: duplicate id", fix="a unique id per question; predictions are keyed by id")
+        seen.add(question.id)
     return questions
 
 
-def _official(path: Path) -> Iterator[Question]:
-    """The official form: data[].paragraphs[].qas[]."""
+def _read_official(path: Path) -> Iterator[Question]:
+    """Read the official format: data[].paragraphs[].qas[]."""
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 (byte 0x{error.object[error.start]:02x} at offset {error.start})") from None
+        raise DataError(f"{path}: not UTF-8", found=f"byte 0x{error.object[error.start]:02x} at offset {error.start}") from None
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not JSON ({error}); rows of JSON belong in a file that ends in .jsonl") from None
+        raise DataError(f"{path}: not JSON ({error})", fix="the suffix .jsonl for JSON Lines") from None
     articles = _field(content, "data", list, str(path))
     for number, article in enumerate(articles):
-        place = f"{path}: data[{number}]"
+        article_where = f"{path}: data[{number}]"
         title = article.get("title", "") if isinstance(article, dict) else ""
-        for index, paragraph in enumerate(_field(article, "paragraphs", list, place)):
-            here = f"{place}.paragraphs[{index}]"
-            context = _field(paragraph, "context", str, here)
-            for order, asked in enumerate(_field(paragraph, "qas", list, here)):
-                id = str(_field(asked, "id", (str, int), f"{here}.qas[{order}]"))
+        for index, paragraph in enumerate(_field(article, "paragraphs", list, article_where)):
+            paragraph_where = f"{article_where}.paragraphs[{index}]"
+            context = _field(paragraph, "context", str, paragraph_where)
+            for order, entry in enumerate(_field(paragraph, "qas", list, paragraph_where)):
+                id = str(_field(entry, "id", (str, int), f"{paragraph_where}.qas[{order}]"))
                 where = f"{path}: question {id}"
                 answers = [
                     Answer(_field(answer, "text", str, where), _field(answer, "answer_start", int, where))
-                    for answer in _field(asked, "answers", list, where)
+                    for answer in _field(entry, "answers", list, where)
                 ]
-                impossible = asked.get("is_impossible", False)
+                impossible = entry.get("is_impossible", False)
                 if impossible is not (not answers):
                     raise DataError(
-                        f"{where}: is_impossible is {json.dumps(impossible)} and it has {len(answers)} answers; "
-                        + ("remove the answers, or the flag" if answers else "give an answer, or set is_impossible to true")
+                        f"{where}: is_impossible contradicts answers",
+                        found=f"is_impossible {json.dumps(impossible)}, {len(answers)} answers",
+                        fix="remove the answers, or is_impossible"
+                        if answers
+                        else "add an answer, or set is_impossible to true",
                     )
-                yield checked(Question(id, _field(asked, "question", str, where), context, tuple(answers), str(title), where))
+                yield check_answers(
+                    Question(id, _field(entry, "question", str, where), context, tuple(answers), str(title), where)
+                )
 
 
-def _rows(path: Path) -> Iterator[Question]:
-    """The form of datasets: a row a question, `answers` a table of `text` and `answer_start`, empty where there is none."""
+def _read_rows(path: Path) -> Iterator[Question]:
+    """Read JSON Lines: one question per line, `answers` an object of lists `text` and `answer_start`, empty if unanswerable."""
     number = 0
     try:
         with open_lines(path) as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    yield _row(json_row(line, f"{path}:{number}"), f"{path}:{number}")
+                    yield _parse_row(json_row(line, f"{path}:{number}"), f"{path}:{number}")
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: damaged gzip after line {number} ({error}); fetch the file again") from None
+        raise DataError(f"{path}: damaged gzip after line {number} ({error})", fix="download the file again") from None
 
 
-def _row(row: dict[str, Any], place: str) -> Question:
+def _parse_row(row: dict[str, Any], place: str) -> Question:
     id = str(_field(row, "id", (str, int), place))
     where = f"{place}: question {id}"
     answers = _field(row, "answers", dict, where)
-    texts, starts = (
-        _field(answers, "text", list, f"{where}: answers"),
-        _field(answers, "answer_start", list, f"{where}: answers"),
-    )
+    texts = _field(answers, "text", list, f"{where}: answers")
+    starts = _field(answers, "answer_start", list, f"{where}: answers")
     if len(texts) != len(starts):
-        raise DataError(f"{where}: answers has {len(texts)} texts and {len(starts)} starts; give one start for each text")
+        raise DataError(
+            f"{where}: answers.text and answers.answer_start differ in length",
+            found=f"{len(texts)} texts and {len(starts)} starts",
+        )
     spans = []
     for text, start in zip(texts, starts, strict=True):
         if not isinstance(text, str) or not isinstance(start, int) or isinstance(start, bool):
-            raise DataError(f"{where}: an answer is a text and a whole number, here {text!r} and {start!r}")
+            raise DataError(f"{where}: an answer must be a string and an integer start", found=f"{text!r} and {start!r}")
         spans.append(Answer(text, start))
-    asked, context = _field(row, "question", str, where), _field(row, "context", str, where)
-    return checked(Question(id, asked, context, tuple(spans), str(row.get("title") or ""), where))
+    text, context = _field(row, "question", str, where), _field(row, "context", str, where)
+    return check_answers(Question(id, text, context, tuple(spans), str(row.get("title") or ""), where))
 
 
 def _field(holder: Any, key: str, kind: type | tuple[type, ...], where: str) -> Any:
-    """`holder[key]`, which must be of `kind`."""
+    """Return `holder[key]`. Raises DataError unless it has type `kind`."""
     if not isinstance(holder, dict):
-        raise DataError(f"{where}: a JSON {type(holder).__name__}, not an object with {key!r}")
+        raise DataError(f"{where}: must be a JSON object with {key!r}", found=type(holder).__name__)
     if key not in holder:
-        raise DataError(f"{where}: no field {key!r}{nearest(key, holder)}; fields here: {', '.join(holder) or 'none'}")
+        raise DataError(f"{where}: no field {key!r}{nearest(key, holder)}", found=f"fields {', '.join(holder) or 'none'}")
     value = holder[key]
     if not isinstance(value, kind) or isinstance(value, bool):
         names = " or ".join(one.__name__ for one in (kind if isinstance(kind, tuple) else (kind,)))
-        raise DataError(f"{where}: {key} is {type(value).__name__}, not {names}")
+        raise DataError(f"{where}: {key} must be {names}", found=type(value).__name__)
     return value
 
 
-def checked(question: Question) -> Question:
-    """The question, where every answer stands in the context where it says. Raises DataError that says where it stands instead."""
+def check_answers(question: Question) -> Question:
+    """Return the question if each answer matches the context at its start. Raises DataError with the correct start."""
     where = question.where
     for name, text in (("question", question.text), ("context", question.context)):
         if not text.strip():
@@ -182,32 +169,30 @@ def checked(question: Question) -> Question:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise DataError(f"{where}: the {name} holds half of a surrogate pair at character {error.start}") from None
+            raise DataError(f"{where}: the {name} has an unpaired surrogate at character {error.start}") from None
     for answer in question.answers:
         if not answer.text.strip():
-            raise DataError(f"{where}: an answer is empty; a question without an answer has none (SQuAD 2.0: is_impossible)")
+            raise DataError(f"{where}: empty answer text", fix="an empty list of answers (SQuAD 2.0: is_impossible true)")
         end = answer.start + len(answer.text)
         if answer.start < 0 or question.context[answer.start : end] != answer.text:
-            stands = question.context[max(answer.start, 0) : end] if answer.start >= 0 else ""
-            found = question.context.find(answer.text)
-            remedy = (
-                f"set it to {found}" if found >= 0 else "the context does not hold this text at all: mend or remove the answer"
-            )
+            actual = question.context[max(answer.start, 0) : end] if answer.start >= 0 else ""
+            start = question.context.find(answer.text)
             raise DataError(
-                f"{where}: answer {answer.text!r} does not stand at answer_start {answer.start}, there is {stands!r}; "
-                f"{remedy} (answer_start counts characters, not bytes)"
+                f"{where}: answer {answer.text!r} is not at answer_start {answer.start} (characters, not bytes)",
+                found=repr(actual),
+                fix=f"answer_start {start}" if start >= 0 else "correct or remove the answer; the context does not contain it",
             )
     return question
 
 
-def divided(questions: Sequence[Question], fraction: float) -> tuple[list[Question], list[Question]]:
-    """Training and validation: whole articles, or whole contexts where the articles are too few, near `fraction` of the questions.
+def split_questions(questions: Sequence[Question], fraction: float) -> tuple[list[Question], list[Question]]:
+    """Split into training and validation: whole articles, or whole contexts if there are too few articles, near `fraction`.
 
-    Which ones depends on a hash of the article's title or the context, not on their order. A context is never in both.
+    The split depends on a hash of the article's title or the context, not on file order. No context is in both.
     """
     if fraction == 0:
         return list(questions), []
-    titles: dict[str, str] = {}  # A context that two articles share belongs to the first.
+    titles: dict[str, str] = {}  # A context shared by two articles belongs to the first.
     for question in questions:
         titles.setdefault(question.context, question.title)
     by_article = len(set(titles.values()) - {""}) * fraction >= 2
@@ -217,38 +202,39 @@ def divided(questions: Sequence[Question], fraction: float) -> tuple[list[Questi
         groups.setdefault(key or question.context, []).append(question)
     if len(groups) == 1:
         raise DataError(
-            f"{questions[0].where}: all {len(questions)} questions are about one context, which cannot be both trained on and held out; "
-            "give data.val_path, or data.val_fraction 0"
+            f"{questions[0].where}: all {len(questions)} questions share one context, which cannot be split",
+            fix="data.val_path, or --data.val-fraction 0",
         )
-    room = max(1, round(fraction * len(questions)))
+    remaining = max(1, round(fraction * len(questions)))
     order = sorted(groups, key=lambda key: hashlib.sha256(key.encode()).digest())
-    held: set[str] = set()
+    val_keys: set[str] = set()
     for key in order:
-        if len(groups[key]) <= room:
-            held.add(key)
-            room -= len(groups[key])
-    held = held or {min(order, key=lambda key: len(groups[key]))}
-    if len(held) == len(groups):
-        held.remove(order[-1])
+        if len(groups[key]) <= remaining:
+            val_keys.add(key)
+            remaining -= len(groups[key])
+    val_keys = val_keys or {min(order, key=lambda key: len(groups[key]))}
+    if len(val_keys) == len(groups):
+        val_keys.remove(order[-1])
     parts: tuple[list[Question], list[Question]] = ([], [])
     for key, members in groups.items():
-        parts[key in held].extend(members)
+        parts[key in val_keys].extend(members)
     return parts
 
 
 def read_splits(data: DataConfig) -> dict[str, tuple[Question, ...]]:
-    """The questions of `train` and, unless nothing is held out, `val`. Raises DataError where a context is in both."""
+    """Return the questions of `train` and, unless nothing is held out, `val`. Raises DataError if a context is in both."""
     train = read_squad(data.path)
     if data.val_path is None:
-        train, val = divided(train, data.val_fraction)
+        train, val = split_questions(train, data.val_fraction)
     else:
         val = read_squad(data.val_path)
         contexts = {question.context for question in train}
         leaked = [question for question in val if question.context in contexts]
         if leaked:
             raise DataError(
-                f"{leaked[0].where}: its context is in data.path {data.path} too, as are those of {len(leaked)} of {len(val)} validation "
-                "questions; remove them from one of the files, or leave data.val_path unset to hold out whole contexts"
+                f"{leaked[0].where}: its context is also in data.path {data.path}",
+                found=f"{len(leaked)} of {len(val)} validation questions with training contexts",
+                fix="remove them from one file, or leave data.val_path unset to hold out whole contexts",
             )
     return {"train": tuple(train), **({"val": tuple(val)} if val else {})}
 
@@ -256,46 +242,46 @@ def read_splits(data: DataConfig) -> dict[str, tuple[Question, ...]]:
 def prepare_squad(
     data: DataConfig, tokenizer_folder: Path | str, out: Path | str | None = None
 ) -> tuple[dict[str, Table], dict[str, Questions]]:
-    """Tables for `train` and `val`, and the questions that their rows come from. Windows are cut once and kept in `out` or the cache.
+    """Return the tables of `train` and `val` and the questions of their rows, cut into windows once and stored in `out` or the cache.
 
-    `tokenizer_folder` is the model's folder (or its tokenizer.json). The cache is keyed by the content of the files, the settings that
-    change a row, and the tokenizer. Safe from several processes at once. Raises DataError.
+    `tokenizer_folder` is the model's folder (or its tokenizer.json). The cache key covers the content of the files, the settings
+    that change a row, and the tokenizer. Safe to call from several processes at once. Raises DataError.
     """
     splits = read_splits(data)
     reader = Reader.open(tokenizer_folder)
-    facts = [VERSION, reader.hash, data.sequence_length, data.stride]
+    key_parts = [VERSION, reader.hash, data.sequence_length, data.stride]
     for name, questions in splits.items():
-        facts.append([name, [[q.id, q.text, q.context, [[a.text, a.start] for a in q.answers]] for q in questions]])
-    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+        key_parts.append([name, [[q.id, q.text, q.context, [[a.text, a.start] for a in q.answers]] for q in questions]])
+    key = hashlib.sha256(json.dumps(key_parts).encode()).hexdigest()
     folder = Path(out).expanduser() if out is not None else cache_folder(data) / f"{Path(data.path).stem[:32]}-squad-{key[:16]}"
     with locked(folder):
         if (folder / INDEX).exists():
-            _ours(folder, key)
+            _check_key(folder, key)
         if not all((folder / part / INDEX).exists() for name in splits for part in (name, f"{name}-windows")):
-            _cut(folder, splits, reader, data, key)
+            _write_tables(folder, splits, reader, data, key)
         tables = {name: Table.load(folder / name) for name in splits}
-        places = {name: Table.load(folder / f"{name}-windows").arrays for name in splits}
-    return tables, {name: Questions(splits[name], held["owner"], held["offsets"]) for name, held in places.items()}
+        mappings = {name: Table.load(folder / f"{name}-windows").arrays for name in splits}
+    return tables, {name: Questions(splits[name], arrays["owner"], arrays["offsets"]) for name, arrays in mappings.items()}
 
 
-def _cut(folder: Path, splits: dict[str, tuple[Question, ...]], reader: Reader, data: DataConfig, key: str) -> None:
-    """Writes the tables of every split; each has its own index, written last. The folder's says what they were made for."""
+def _write_tables(folder: Path, splits: dict[str, tuple[Question, ...]], reader: Reader, data: DataConfig, key: str) -> None:
+    """Write the tables of every split. Each has its own index, written last; the folder's index holds the cache key."""
     write_json(folder / INDEX, {"format": FORMAT, "version": VERSION, "key": key})
     for name, questions in splits.items():
-        held = windows(questions, reader, data.sequence_length, data.stride)
-        table = Table({part: held[part] for part in TRAINED}, f"{key}-{name}", PADDING, origin=f"split {name} of {data.path}")
-        places = Table({part: held[part] for part in ("owner", "offsets")}, table.fingerprint, {"owner": -1})
-        for part, content in ((name, table), (f"{name}-windows", places)):
-            shutil.rmtree(folder / part, ignore_errors=True)  # What a kill left.
+        arrays = windows(questions, reader, data.sequence_length, data.stride)
+        table = Table({part: arrays[part] for part in TRAINED}, f"{key}-{name}", PADDING, origin=f"split {name} of {data.path}")
+        mapping = Table({part: arrays[part] for part in ("owner", "offsets")}, table.fingerprint, {"owner": -1})
+        for part, content in ((name, table), (f"{name}-windows", mapping)):
+            shutil.rmtree(folder / part, ignore_errors=True)  # left over from a killed process
             content.save(folder / part)
 
 
-def _ours(folder: Path, key: str) -> None:
-    """Raises DataError for a folder that was made for something else."""
+def _check_key(folder: Path, key: str) -> None:
+    """Raise DataError if the folder was written for another cache key."""
     try:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        made_for = index["key"] if index["format"] == FORMAT else None
+        stored = index["key"] if index["format"] == FORMAT else None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{folder / INDEX}: damaged ({error}); remove the folder and it is made again") from None
-    if made_for != key:
-        raise DataError(f"{folder}: holds other data, or was made with other settings; remove it, or name another folder")
+        raise DataError(f"{folder / INDEX}: damaged ({error})", fix=f"rm -r {folder}; it is rebuilt") from None
+    if stored != key:
+        raise DataError(f"{folder}: written from other data or settings", fix="remove it, or name another folder")

@@ -1,4 +1,4 @@
-"""Whether one model predicts held-out text better than another: losses window by window, paired, with a bootstrap interval."""
+"""Compare two models on the same text: paired losses per window with a bootstrap interval."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from gptoughts.errors import DataError
 from gptoughts.models.eager import eager_reading
 
 RESAMPLES = 10_000
-LEAST_WINDOWS = 10
+MIN_WINDOWS = 10
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean of (second - first) nats per token over windows, and the interval that holds 95 % of resampled means."""
+    """Mean of (second - first) in nats per token over windows, and the 95 % interval of resampled means."""
 
     mean: float
     low: float
@@ -30,7 +30,7 @@ class Difference:
 
 
 def window_losses(engine: Engine, batches: Iterable[dict[str, Any]]) -> np.ndarray:
-    """Mean loss of every window of next-token text, nats per token, float64 (windows,); windows without a label are left out."""
+    """Return the mean loss of every window in nats per token: float64 (windows,), without windows that have no label."""
     losses = []
     with eager_reading(engine.bare), engine.eval_context():
         for host_batch in batches:
@@ -44,9 +44,11 @@ def window_losses(engine: Engine, batches: Iterable[dict[str, Any]]) -> np.ndarr
 
 
 def difference(first: np.ndarray, second: np.ndarray, seed: int = 0) -> Difference:
-    """The paired difference with a percentile bootstrap over windows (Efron 1979). Raises DataError for too few windows."""
-    if len(first) < LEAST_WINDOWS:
-        raise DataError(f"{len(first)} windows are too few for an interval; give more text, or a smaller --length")
+    """Return the paired difference with a percentile bootstrap over windows (Efron 1979). Raises DataError for too few windows."""
+    if len(first) < MIN_WINDOWS:
+        raise DataError(
+            f"an interval needs at least {MIN_WINDOWS} windows", found=len(first), fix="more text, or a smaller --length"
+        )
     paired = second - first
     generator = np.random.default_rng(seed)
     drawn = paired[generator.integers(0, len(paired), (RESAMPLES, len(paired)))].mean(axis=1)

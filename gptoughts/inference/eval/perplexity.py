@@ -1,4 +1,4 @@
-"""Mean loss over held-out text: the sum of all losses over the sum of all labels, over every rank."""
+"""Mean loss over a validation split: sum of losses divided by number of labels, over all ranks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gptoughts.errors import DataError
 
 
 def mean_loss(engine: Engine, batches: Iterable[dict[str, Any]]) -> tuple[float, int]:
-    """Loss in nats per label and the number of labels. Leaves the model in the mode it was in. Raises DataError without labels."""
+    """Return the loss in nats per label and the number of labels. Restores the model's mode. Raises DataError without labels."""
     model, was_training = engine.bare, engine.bare.training
     model.eval()
     total = torch.zeros(2, dtype=torch.float64, device=engine.device)
@@ -26,5 +26,5 @@ def mean_loss(engine: Engine, batches: Iterable[dict[str, Any]]) -> tuple[float,
     model.train(was_training)
     loss_sum, weight = engine.ranks.sum(total).tolist()
     if weight == 0:
-        raise DataError("the validation split has no label that counts")
+        raise DataError("validation split: no labels")
     return loss_sum / weight, int(weight)

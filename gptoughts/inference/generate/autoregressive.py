@@ -1,9 +1,9 @@
-"""Text from a model that predicts the next token, one token at a time, with a key-value cache."""
+"""Autoregressive generation with a key-value cache."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from typing import Protocol, overload
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,52 +14,53 @@ from gptoughts.models.eager import eager_reading
 from gptoughts.models.gpt.gpt import GPT, KeyValueCache
 
 Read = Callable[[list[int]], Tensor]
-"""Takes the ids that follow those it took before; returns the logits (V) of the next one."""
+"""Takes the ids that follow those of earlier calls; returns the logits (V) of the next token."""
 
 
 class Reader(Protocol):
-    """What generation needs of a model."""
+    """Interface of a model for generation."""
 
     sequence_length: int
-    """Tokens of context at most."""
+    """Maximum context in tokens."""
     vocab_size: int
 
     def reading(self) -> Read:
-        """A fresh context."""
+        """Start an empty context."""
 
 
 class GPTReader:
-    """The native GPT with its key-value cache."""
+    """Native GPT with its key-value cache."""
 
     def __init__(self, model: GPT) -> None:
         self._model = model
         self.sequence_length, self.vocab_size = model.sequence_length, model.vocab_size
 
     def reading(self) -> Read:
-        """A fresh cache."""
+        """Start an empty cache."""
         cache, device = KeyValueCache(len(self._model.blocks), self.sequence_length), self._model.embed.weight.device
         return lambda ids: self._model(torch.tensor([ids], device=device), cache=cache)[0, -1]  # V
 
 
 def reader_of(model: torch.nn.Module) -> Reader:
-    """The reader that a model brings as `reader()`, or ours for the native GPT. Raises ConfigError where there is none."""
+    """Return `model.reader()`, or a `GPTReader` for the native GPT. Raises ConfigError for a model without either."""
     if isinstance(model, GPT) and model.causal:
         return GPTReader(model)
     own: Callable[[], Reader] | None = getattr(model, "reader", None)
     if own is not None:
         return own()
-    raise ConfigError(f"a {type(model).__name__} does not write text token by token")
+    raise ConfigError(f"model: {type(model).__name__} does not generate token by token")
 
 
 OnText = Callable[[int, str], None]
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
-"""What a text ends with whose last character lacks bytes."""
-SEAM = 4
-"""Ids before new ones that are decoded with them."""
+"""Decoded text ends with this if the last character is incomplete."""
+CONTEXT_IDS = 4
+"""Number of preceding ids that are decoded together with new ones."""
+Prompt = TypeVar("Prompt", str, list[int])
 
 
 class Tokenizer(Protocol):
-    """What generation needs of a tokenizer."""
+    """Interface of a tokenizer for generation."""
 
     @property
     def vocab_size(self) -> int: ...
@@ -72,21 +73,12 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int], /) -> str: ...
 
 
-@overload
-def generate(
-    model: torch.nn.Module, tokenizer: Tokenizer, prompts: list[str], max_new_tokens: int = ..., temperature: float = ...,
-    top_k: int = ..., top_p: float = ..., seed: int = ..., stop_at_eot: bool = ..., on_text: OnText | None = ..., stops: Collection[int] = ...,
-) -> list[str]: ...  # fmt: skip
-@overload
-def generate(
-    model: torch.nn.Module, tokenizer: Tokenizer, prompts: list[list[int]], max_new_tokens: int = ..., temperature: float = ...,
-    top_k: int = ..., top_p: float = ..., seed: int = ..., stop_at_eot: bool = ..., on_text: OnText | None = ..., stops: Collection[int] = ...,
-) -> list[list[int]]: ...  # fmt: skip
 def generate(
     model: torch.nn.Module,
     tokenizer: Tokenizer,
-    prompts: list[str] | list[list[int]],
+    prompts: list[Prompt],
     max_new_tokens: int = 128,
+    *,
     temperature: float = 0.8,
     top_k: int = 50,
     top_p: float = 1.0,
@@ -94,25 +86,25 @@ def generate(
     stop_at_eot: bool = True,
     on_text: OnText | None = None,
     stops: Collection[int] = (),
-) -> list[str] | list[list[int]]:
-    """Continue each prompt by at most `max_new_tokens`; returns the continuations alone, text for text and ids for ids.
+) -> list[Prompt]:
+    """Continue each prompt by at most `max_new_tokens`; returns the continuations without prompts, as text or ids like the prompts.
 
-    Prompts are written one after the other, each with a generator of its own from `seed`: what a prompt gets does not
-    depend on its neighbors. An empty prompt starts from end-of-text; `stop_at_eot` ends at it and leaves it out, and so
-    do the ids in `stops`, such as a chat's end of turn.
-    `on_text(index of the prompt, piece)` receives text as soon as its characters are complete.
+    Prompts are processed one by one, each with its own generator seeded by `seed`, so the result does not depend on other
+    prompts. An empty prompt starts from end-of-text. With `stop_at_eot`, end-of-text ends the text and is excluded, as are the
+    ids in `stops`, such as a chat's end of turn.
+    `on_text(prompt index, piece)` receives text as soon as its characters are complete.
 
-    A prompt longer than the context keeps its last tokens. Once the context is full, the newest half of it is read
-    again from position 0 and writing goes on: one forward over T/2 tokens every T/2 tokens.
-    Raises ConfigError for settings out of range, DataError for ids that the tokenizer does not have.
+    A prompt longer than the context keeps its last tokens. When the context is full, its newest half is read again from position
+    0: one forward over T/2 tokens every T/2 tokens.
+    Raises ConfigError for settings out of range, DataError for ids outside the vocabulary.
     """
     check_sampling(temperature, top_k, top_p)
     if max_new_tokens < 1:
-        raise ConfigError(f"max_new_tokens = {max_new_tokens} must be at least 1")
+        raise ConfigError("max_new_tokens: must be at least 1", found=max_new_tokens)
     reader = reader_of(model)
     limit = min(tokenizer.vocab_size, reader.vocab_size)
-    starts = [_start(tokenizer, prompt, limit) for prompt in prompts]
-    written: list[list[int]] = []
+    starts = [_prompt_ids(tokenizer, prompt, limit) for prompt in prompts]
+    results: list[Any] = []
     with eager_reading(model):
         for index, start in enumerate(starts):
             generator = torch.Generator("cpu").manual_seed(seed)
@@ -125,78 +117,78 @@ def generate(
                 if len(stream.ids) == max_new_tokens:
                     break
             stream.close()
-            written.append(stream.ids)
+            results.append(stream.ids)
     if prompts and isinstance(prompts[0], str):
-        return [continuation(tokenizer, start, ids) for start, ids in zip(starts, written, strict=True)]
-    return written
+        results = [continuation(tokenizer, start, ids) for start, ids in zip(starts, results, strict=True)]
+    return results
 
 
-def _start(tokenizer: Tokenizer, prompt: str | Sequence[int], limit: int) -> list[int]:
+def _prompt_ids(tokenizer: Tokenizer, prompt: str | Sequence[int], limit: int) -> list[int]:
     ids = [int(token) for token in (tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)]
     if not ids:
         if tokenizer.eot_id is None:
-            raise DataError("an empty prompt starts from end-of-text, and this tokenizer has none; write a prompt")
+            raise DataError("prompt: empty, and the tokenizer has no end-of-text token to start from", fix="a prompt")
         ids = [tokenizer.eot_id]
     outside = [token for token in ids if not 0 <= token < limit]
     if outside:
-        raise DataError(f"token id {outside[0]} of the prompt is outside the vocabulary of {limit}")
+        raise DataError(f"prompt: token ids must be below the vocabulary size {limit}", found=outside[0])
     return ids
 
 
-def _next_logits(reader: Reader, start: list[int], written: list[int]) -> Iterator[Tensor]:
-    """Logits (V) of the token that follows `start` and `written`, again after each token that the caller adds there."""
+def _next_logits(reader: Reader, start: list[int], generated: list[int]) -> Iterator[Tensor]:
+    """Yield the logits (V) of the token after `start` and `generated`; the caller appends a token to `generated` each time."""
     length, used = reader.sequence_length, 0
     read, unread = reader.reading(), start[-reader.sequence_length :]
     while True:
         if used + len(unread) > length:
-            unread, used = (start + written)[-max(1, length // 2) :], 0
+            unread, used = (start + generated)[-max(1, length // 2) :], 0
             read = reader.reading()
         used += len(unread)
         yield read(unread)
-        unread = written[-1:]
+        unread = generated[-1:]
 
 
 def continuation(tokenizer: Tokenizer, before: Sequence[int], ids: Sequence[int]) -> str:
-    """The text of `ids` as it follows that of `before`: where words carry the space in front of them, it depends on what was there."""
-    seam = _seam(tokenizer, before)
-    return tokenizer.decode([*seam, *ids])[len(_text(tokenizer, seam)) :] if ids else ""
+    """Decode `ids` as the continuation of `before`, which decides on a leading space in tokenizers whose words carry one."""
+    context = _decoding_context(tokenizer, before)
+    return tokenizer.decode([*context, *ids])[len(_decode(tokenizer, context)) :] if ids else ""
 
 
-def _seam(tokenizer: Tokenizer, before: Sequence[int]) -> list[int]:
-    """The last of `before`, with which new ids are decoded; none where they end within a character."""
-    seam = list(before[-SEAM:])
-    return [] if _text(tokenizer, seam).endswith(INCOMPLETE) else seam
+def _decoding_context(tokenizer: Tokenizer, before: Sequence[int]) -> list[int]:
+    """Return the last ids of `before`, to decode new ids with; none if they end within a character."""
+    context = list(before[-CONTEXT_IDS:])
+    return [] if _decode(tokenizer, context).endswith(INCOMPLETE) else context
 
 
-def _text(tokenizer: Tokenizer, ids: list[int]) -> str:
+def _decode(tokenizer: Tokenizer, ids: list[int]) -> str:
     return tokenizer.decode(ids) if ids else ""
 
 
 class _Stream:
-    """The ids written so far, and their text, passed on as soon as its characters are complete."""
+    """Generated ids; their text is passed to `on_text` as soon as its characters are complete."""
 
     def __init__(self, tokenizer: Tokenizer, index: int, start: list[int], on_text: OnText | None) -> None:
         self.tokenizer, self.index, self.on_text = tokenizer, index, on_text
         self.ids: list[int] = []
-        self._shown = _seam(tokenizer, start)
-        """Ids whose text is out already; only the last ones, so that a token costs the same however long the text is."""
-        self._waiting: list[int] = []
+        self._emitted = _decoding_context(tokenizer, start)
+        """Last ids whose text is emitted; only these, so that the cost per token does not grow with the text."""
+        self._pending: list[int] = []
 
     def add(self, token: int) -> None:
         self.ids.append(token)
         if self.on_text is not None:
-            self._waiting.append(token)
-            self._pass_on()
+            self._pending.append(token)
+            self._emit()
 
     def close(self) -> None:
-        if self.on_text is not None and self._waiting:
-            self._pass_on(last=True)
+        if self.on_text is not None and self._pending:
+            self._emit(last=True)
 
-    def _pass_on(self, last: bool = False) -> None:
-        text = self.tokenizer.decode([*self._shown, *self._waiting])
+    def _emit(self, last: bool = False) -> None:
+        text = self.tokenizer.decode([*self._emitted, *self._pending])
         if text.endswith(INCOMPLETE) and not last:
             return
-        piece = text[len(_text(self.tokenizer, self._shown)) :]
-        self._shown, self._waiting = [*self._shown, *self._waiting][-max(SEAM, len(self._waiting)) :], []
+        piece = text[len(_decode(self.tokenizer, self._emitted)) :]
+        self._emitted, self._pending = [*self._emitted, *self._pending][-max(CONTEXT_IDS, len(self._pending)) :], []
         if piece and self.on_text is not None:
             self.on_text(self.index, piece)

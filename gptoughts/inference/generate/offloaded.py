@@ -1,10 +1,11 @@
-"""Text from a model that is larger than memory: accelerate spreads its blocks over GPUs, main memory and disk. Slow, and it fits.
+"""Generate with a model larger than GPU memory: accelerate distributes its blocks over GPUs, CPU memory and disk. Slow.
 
-Only folders of Hugging Face's layout are opened, because accelerate loads them block by block.
+Only folders with Hugging Face's layout, which accelerate loads block by block.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,35 +16,32 @@ from gptoughts.inference.generate.autoregressive import Read
 
 
 class Offloaded(torch.nn.Module):
-    """A transformers model under a device map, as generation reads it."""
+    """A transformers model with a device map, as a `Reader`."""
 
     _model: Any
 
     def __init__(self, model: Any) -> None:
         super().__init__()
-        object.__setattr__(self, "_model", model)  # its hooks move its own parameters; nobody else may
+        object.__setattr__(self, "_model", model)  # not a submodule, because only its own hooks may move its parameters
         self.sequence_length: int = getattr(model.config, "max_position_embeddings", None) or 4096
         self.vocab_size: int = model.config.vocab_size
 
     @property
     def places(self) -> dict[str, int]:
-        """How many modules lie where: a GPU's number, cpu, disk."""
-        found: dict[str, int] = {}
-        for place in self._model.hf_device_map.values():
-            found[str(place)] = found.get(str(place), 0) + 1
-        return found
+        """Number of modules per device: GPU index, cpu, disk."""
+        return dict(Counter(str(device) for device in self._model.hf_device_map.values()))
 
     def reader(self) -> Offloaded:
-        """Itself."""
+        """Return itself."""
         return self
 
     def reading(self) -> Read:
-        """A fresh cache of transformers' own."""
+        """Start an empty transformers cache."""
         state: dict[str, Any] = {"cache": None}
 
         def read(ids: list[int]) -> torch.Tensor:
-            given = torch.tensor([ids], device=self._model.device)
-            out = self._model(input_ids=given, past_key_values=state["cache"], use_cache=True)
+            input_ids = torch.tensor([ids], device=self._model.device)
+            out = self._model(input_ids=input_ids, past_key_values=state["cache"], use_cache=True)
             state["cache"] = out.past_key_values
             row: torch.Tensor = out.logits[0, -1]
             return row
@@ -52,7 +50,7 @@ class Offloaded(torch.nn.Module):
 
 
 def opened(folder: Path, memory_gib: float | None, offload: str | None) -> Offloaded:
-    """The model in `folder`, with at most `memory_gib` in each memory and the rest under `offload`. Raises ConfigError, CheckpointError."""
+    """Load the model in `folder` with at most `memory_gib` per device, the rest under `offload`. Raises ConfigError, CheckpointError."""
     from transformers import AutoModelForCausalLM
 
     gpus = list(range(torch.cuda.device_count()))
@@ -66,8 +64,7 @@ def opened(folder: Path, memory_gib: float | None, offload: str | None) -> Offlo
         )  # fmt: skip
     except (OSError, ImportError, ValueError, RuntimeError, KeyError) as error:
         if isinstance(error, ValueError) and "offload" in str(error):
-            told = "does not fit the memory that was given\n  try: --offload DIR, a folder on a fast disk"
-            raise ConfigError(f"{folder}: {told}") from None
-        said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise CheckpointError(f"{folder}: cannot be opened: {said[:300]}") from error
+            raise ConfigError(f"{folder}: does not fit --memory", fix="--offload DIR, a folder on a fast disk") from None
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise CheckpointError(f"{folder}: cannot be opened: {reason[:300]}") from error
     return Offloaded(model.eval())

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 
 from gptoughts.config.recipe import DataConfig
 from gptoughts.data.batches import IGNORED
-from gptoughts.data.chat.answers import prompt, stops, written
+from gptoughts.data.chat.answers import prompt, render_chat, stops
 from gptoughts.data.chat.rows import PROBLEMS_SHOWN, prepare_chat
 from gptoughts.data.chat.tokenizer import ChatTokenizer
-from gptoughts.data.corpus import kept_tokenizer
+from gptoughts.data.corpus import cached_tokenizer
 from gptoughts.data.table import Table
 from gptoughts.data.tokenizers.tokenizer import bpe_from_files
 from gptoughts.errors import DataError
@@ -48,7 +48,7 @@ def oracles(folders: dict[str, Path]) -> dict[str, Any]:
 def learned_texts(one: ChatTokenizer, messages: list[dict[str, Any]]) -> list[str]:
     """What the loss sees, one text for each stretch of learned tokens, special tokens spelled out."""
     out = []
-    for encoded in one.encode(written(one, messages, "answers").texts):
+    for encoded in one.encode(render_chat(one, messages, "answers").texts):
         edges = np.flatnonzero(np.diff(np.concatenate([[0], encoded.learned.astype(int), [0]])))
         for start, end in edges.reshape(-1, 2):
             out.append(one.tokenizer.library.decode(encoded.ids[start:end].tolist(), skip_special_tokens=False))
@@ -62,7 +62,7 @@ def test_ids_are_those_of_transformers(
     family: str, chats: dict[str, ChatTokenizer], oracles: dict[str, Any], pairs: list[tuple[str, str]]
 ) -> None:
     messages, one = chat(pairs), chats[family]
-    ids = one.encode(written(one, messages, "all").texts)[0].ids.tolist()
+    ids = one.encode(render_chat(one, messages, "all").texts)[0].ids.tolist()
     assert ids == oracles[family].apply_chat_template(messages, return_dict=True)["input_ids"]
     # Answers in a prompt keep the ids that they were learned with, so only questions are compared.
     asked = oracles[family].apply_chat_template(messages[:1], return_dict=True, add_generation_prompt=True)["input_ids"]
@@ -75,7 +75,7 @@ def test_generation_tags_mark_what_transformers_marks(
     chats: dict[str, ChatTokenizer], oracles: dict[str, Any], pairs: list[tuple[str, str]]
 ) -> None:
     messages, one = chat(pairs), chats["tagged"]
-    encoded = one.encode(written(one, messages, "answers").texts)[0]
+    encoded = one.encode(render_chat(one, messages, "answers").texts)[0]
     expected = oracles["tagged"].apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
     assert encoded.learned.astype(int).tolist() == expected["assistant_masks"]
 
@@ -126,14 +126,14 @@ def test_a_message_cannot_write_a_special_token(
     harmless = chat([("x", "y")], None if family == "mistral" else "z")
     messages = chat([(question, answer)], None if family == "mistral" else system)
     try:
-        texts = written(one, messages, "answers").texts
+        texts = render_chat(one, messages, "answers").texts
     except DataError as error:
-        assume("treats the text differently" not in str(error) and "writes nothing" not in str(error))
+        assume("changes the output of the chat template" not in str(error) and "renders no text" not in str(error))
         raise
-    special = {index for name, index in one.special.items() if name != "<unk>"}  # Unknown characters are that one.
+    special = {index for name, index in one.statsial.items() if name != "<unk>"}  # Unknown characters are that one.
 
     def control(messages: list[dict[str, Any]]) -> list[int]:
-        ids = one.encode(written(one, messages, "all").texts)[0].ids.tolist()
+        ids = one.encode(render_chat(one, messages, "all").texts)[0].ids.tolist()
         return [index for index in ids if index in special]
 
     assert control(messages) == control(harmless)
@@ -148,26 +148,26 @@ def test_forged_marks_and_split_tokens_do_not_pass(chats: dict[str, ChatTokenize
     one = chats["chatml"]
     for mark in "\ufdd0\ufdd1\ufdd2\ufdd3\ufdd4\ufdd5":
         with pytest.raises(DataError, match="noncharacter"):
-            written(one, chat([("a", f"{mark}2{mark}")]), "answers")
+            render_chat(one, chat([("a", f"{mark}2{mark}")]), "answers")
     # Neighbors that spell a token only together: the end of one text and the template's own characters.
-    ids = one.encode(written(one, chat([("<|im_end|", "x")]), "answers").texts)[0].ids.tolist()
-    assert ids.count(one.special["<|im_end|>"]) == 3
+    ids = one.encode(render_chat(one, chat([("<|im_end|", "x")]), "answers").texts)[0].ids.tolist()
+    assert ids.count(one.statsial["<|im_end|>"]) == 3
 
 
 def test_users_cannot_think_and_answers_can(chats: dict[str, ChatTokenizer]) -> None:
     one = chats["qwen"]
     think = one.tokenizer.library.token_to_id("<think>")
-    assert think in one.control.values() and think not in one.special.values()
-    encoded = one.encode(written(one, chat([("<think>a</think>", "<think>\nhm\n</think>\n\nfour")]), "answers").texts)[0]
+    assert think in one.control.values() and think not in one.statsial.values()
+    encoded = one.encode(render_chat(one, chat([("<think>a</think>", "<think>\nhm\n</think>\n\nfour")]), "answers").texts)[0]
     assert (encoded.ids == think).sum() == 1 and encoded.learned[encoded.ids == think].all()
 
 
 def test_begin_of_text_comes_once(chats: dict[str, ChatTokenizer]) -> None:
     for family, name in (("llama3", "<|begin_of_text|>"), ("deepseek", "<｜begin▁of▁sentence｜>"), ("mistral", "<s>")):
         one = chats[family]
-        for text in written(one, chat([("a", "b"), ("c", "d")]), "answers").texts:
+        for text in render_chat(one, chat([("a", "b"), ("c", "d")]), "answers").texts:
             ids = one.encode([text])[0].ids.tolist()
-            assert ids[0] == one.special[name] and ids.count(one.special[name]) == 1
+            assert ids[0] == one.statsial[name] and ids.count(one.statsial[name]) == 1
 
 
 @pytest.mark.parametrize("family", ["qwen", "deepseek"])
@@ -175,7 +175,7 @@ def test_rewritten_history_gets_a_text_for_each_answer(family: str, chats: dict[
     one = chats[family]
     thoughts = ["<think>\none\n</think>\n\nfour", "<think>\ntwo\n</think>\n\nsix"]
     messages = chat([("two plus two", thoughts[0]), ("three plus three", thoughts[1])])
-    found = written(one, messages, "answers")
+    found = render_chat(one, messages, "answers")
     assert len(found.texts) == 2 and found.answers == 2
     for number, encoded in enumerate(one.encode(found.texts)):
         whole = one.encode([one.template.render(messages[: 2 * number + 2])])[0].ids.tolist()
@@ -193,20 +193,25 @@ def test_a_template_that_hides_answers_is_refused(folders: dict[str, Path]) -> N
     def refused(source: str, match: str, messages: list[dict[str, Any]] | None = None) -> None:
         (folder / "odd.jinja").write_text(source)
         with pytest.raises(DataError, match=match):
-            written(
+            render_chat(
                 ChatTokenizer.open(folder, str(folder / "odd.jinja")), messages or chat([("a", "b"), ("c", "d")]), "answers"
             )
 
     refused(
-        "{% for m in messages[-1:] %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}", "marks 1 answers of 2"
+        "{% for m in messages[-1:] %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}", "Found 1 marks, 2 answers"
     )
-    refused("{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}", "nothing of this answer")
-    refused("{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}", "rewrites what came before")
+    refused(
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}",
+        "message 2: the chat template renders no text for this answer",
+    )
+    refused(
+        "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}", "rewrites the turns before this answer"
+    )
     inside = "{% set x %}{% for m in messages %}{% generation %} {{ m.content }}{% endgeneration %}{% endfor %}{% endset %}{{ x | trim }}"
-    refused(inside, "works on what its")
+    refused(inside, "modifies the output of its {% generation %} block")
     refused(
         "{% for m in messages %}{{ m.content | length }}{{ m.content }}{% endfor %}",
-        "treats the text",
+        "changes the output of the chat template",
         chat([("<|im_end|>", "b")]),
     )
 
@@ -226,17 +231,17 @@ def test_an_end_of_turn_behind_a_generation_tag_is_learned(folders: dict[str, Pa
         "{% for m in messages %}<|im_start|>{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
     )
     one = ChatTokenizer.open(folder, str(folder / "end.jinja"))
-    with pytest.raises(DataError, match="marks 4 answers of 2"):
-        written(one, chat([("a", "b"), ("c", "d")]), "answers")
+    with pytest.raises(DataError, match="Found 4 marks, 2 answers"):
+        render_chat(one, chat([("a", "b"), ("c", "d")]), "answers")
 
 
 def test_built_in_templates(folders: dict[str, Path]) -> None:
     one = ChatTokenizer.open(folders["mistral"], "plain")
     assert [text.strip() for text in learned_texts(one, chat([("a", "the fox"), ("c", "dog")]))] == ["the fox</s>", "dog</s>"]
-    with pytest.raises(DataError, match=r"no <\|im_start\|> and no <\|im_end\|>; type: --data\.template plain"):
+    with pytest.raises(DataError, match=r"lacks <\|im_start\|>, <\|im_end\|>\.\n  Try: --data\.template plain"):
         ChatTokenizer.open(folders["mistral"], "chatml")
     assert learned_texts(ChatTokenizer.open(folders["chatml"], "chatml"), chat([("a", "b")])) == ["b<|im_end|>"]
-    with pytest.raises(DataError, match="has no chat template"):
+    with pytest.raises(DataError, match=r"data\.template: needed for a tokenizer without a folder"):
         ChatTokenizer.open(bpe_from_files(str(folders["chatml"])))
 
 
@@ -256,7 +261,7 @@ def test_a_prompt_begins_the_ids_that_are_learned(
     family: str, every: dict[str, ChatTokenizer], pairs: list[tuple[str, str]]
 ) -> None:
     one, messages = every[family], chat(pairs)
-    found = [part.ids.tolist() for part in one.encode(written(one, messages, "answers").texts)]
+    found = [part.ids.tolist() for part in one.encode(render_chat(one, messages, "answers").texts)]
     for place in range(1, len(messages), 2):
         asked = prompt(one, messages[:place]).tolist()
         assert any(ids[: len(asked)] == asked for ids in found), place
@@ -267,7 +272,7 @@ def test_no_token_reaches_into_an_answer(every: dict[str, ChatTokenizer]) -> Non
         assert learned_texts(every[name], chat([("a", "the fox")]))[0].startswith("the fox")
     # Behind a seam, SentencePiece's kind puts no second space, and behind a control token it still puts its own.
     one, oracle = every["mistral"], every["mistral"].tokenizer.library
-    encoded = one.encode(written(one, chat([("a", "dog"), ("the fox", "dog")]), "answers").texts)[0]
+    encoded = one.encode(render_chat(one, chat([("a", "dog"), ("the fox", "dog")]), "answers").texts)[0]
     text = oracle.decode(encoded.ids.tolist(), skip_special_tokens=False).replace("<unk>", "NS")
     assert text == "<s> [INST] a [/INST] dog</s> [INST] the fox [/INST] dog</s>"
 
@@ -278,7 +283,7 @@ def test_no_token_reaches_into_an_answer(every: dict[str, ChatTokenizer]) -> Non
      ("plain", "<|im_end|>")],
 )  # fmt: skip
 def test_an_answers_end_stops_it(family: str, ending: str, every: dict[str, ChatTokenizer]) -> None:
-    assert stops(every[family]) == {every[family].special[ending]}
+    assert stops(every[family]) == {every[family].statsial[ending]}
 
 
 def test_a_template_without_ends_stops_nothing(folders: dict[str, Path]) -> None:
@@ -325,14 +330,15 @@ def test_a_data_set_becomes_tables(tmp_path: Path, folders: dict[str, Path], cha
     tables = prepare_chat(config(path, sequence_length=200), folders["chatml"])
     expected = set()
     for row in some(40):
-        encoded = one.encode(written(one, row["messages"], "answers").texts)
+        encoded = one.encode(render_chat(one, row["messages"], "answers").texts)
         expected |= {tuple(part.ids.tolist()) for part in encoded}
     assert documents(tables["train"]) | documents(tables["val"]) == expected
     assert not documents(tables["train"]) & documents(tables["val"])
-    spec = tables["train"].spec
-    assert spec["conversations"] + tables["val"].spec["conversations"] == 40 and spec["fill"] > 0.9
+    stats = tables["train"].stats
+    assert stats["conversations"] + tables["val"].stats["conversations"] == 40 and stats["fill"] > 0.9
     assert (
-        tables["train"].arrays["input_ids"].shape[1] == 201 and spec["learned"] == (tables["train"].arrays["labels"] >= 0).sum()
+        tables["train"].arrays["input_ids"].shape[1] == 201
+        and stats["learned"] == (tables["train"].arrays["labels"] >= 0).sum()
     )
     kept = tables["train"].arrays["labels"] != IGNORED
     assert (tables["train"].arrays["labels"][kept] == tables["train"].arrays["input_ids"][kept]).all()
@@ -351,7 +357,7 @@ def test_settings_and_content_have_tables_of_their_own(tmp_path: Path, folders: 
     ]
     prints = [base.fingerprint, *(tables["train"].fingerprint for tables in other)]
     assert len(set(prints)) == 5 and len(list((tmp_path / "cache").iterdir())) == 5
-    everything = other[1]["train"].spec
+    everything = other[1]["train"].stats
     assert everything["learned"] == everything["tokens"] - everything["documents"]  # All but what nothing comes before.
     diffusion = other[2]["train"].arrays
     assert diffusion["input_ids"].shape[1] == 200 and ((diffusion["positions"] == 0).sum(1) == 2).all()
@@ -371,7 +377,7 @@ def test_denoising_learns_each_answer_without_what_follows(tmp_path: Path, folde
     table = prepare_chat(config(path, sequence_length=100, val_fraction=0.0), folders["chatml"], shape="masked-diffusion")[
         "train"
     ]
-    assert len(table) == 2 and table.spec["conversations"] == 1 and table.spec["answers"] == 2
+    assert len(table) == 2 and table.stats["conversations"] == 1 and table.stats["answers"] == 2
     for turn in (1, 3):
         asked = prompt(one, messages[:turn]).tolist()
         row = next(
@@ -404,12 +410,12 @@ def test_validation_stays_what_it_was_when_rows_are_added(tmp_path: Path, folder
 def test_validation_from_a_file_and_without_any(tmp_path: Path, folders: dict[str, Path]) -> None:
     path, val = write(tmp_path / "chat.jsonl", some(12)), write(tmp_path / "val.jsonl", some(15)[12:])
     tables = prepare_chat(config(path, sequence_length=200, val_path=str(val)), folders["chatml"])
-    assert tables["train"].spec["conversations"] == 12 and tables["val"].spec["conversations"] == 3
-    assert tables["val"].spec["seen"] == 0
+    assert tables["train"].stats["conversations"] == 12 and tables["val"].stats["conversations"] == 3
+    assert tables["val"].stats["seen"] == 0
     write(val, some(15)[10:])
-    assert prepare_chat(config(path, sequence_length=200, val_path=str(val)), folders["chatml"])["val"].spec["seen"] == 2
+    assert prepare_chat(config(path, sequence_length=200, val_path=str(val)), folders["chatml"])["val"].stats["seen"] == 2
     assert set(prepare_chat(config(path, sequence_length=200, val_fraction=0.0), folders["chatml"])) == {"train"}
-    with pytest.raises(DataError, match=r"type: --data\.val-fraction 0"):
+    with pytest.raises(DataError, match=r"Found 1\.\n  Try: --data\.val-fraction 0"):
         prepare_chat(config(write(path, some(1)), sequence_length=200), folders["chatml"])
 
 
@@ -442,27 +448,29 @@ BAD = {
     "{": "not JSON",
     "[1]": "not a JSON object|must be",
     '{"text": "x"}': "no messages and no prompt",
-    '{"messages": []}': "messages is empty",
+    '{"messages": []}': "messages: empty",
     '{"messages": "x"}': "list of objects",
-    '{"messages": [{"role": "user", "content": "a"}]}': "no answer: no message has the role assistant",
+    '{"messages": [{"role": "user", "content": "a"}]}': r"messages: no answer \(role assistant\)",
     '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": " "}]}': "message 2: empty answer",
-    '{"messages": [{"role": "usr", "content": "a"}]}': r"unknown role 'usr' \(did you mean 'user'\?\)",
+    '{"messages": [{"role": "usr", "content": "a"}]}': r"role must be one of .* \(did you mean 'user'\?\)\. Found 'usr'",
     '{"messages": [{"role": "human", "content": "a"}]}': r"did you mean 'user'\?",
     '{"messages": [{"from": "human", "value": "a"}]}': "rename them to role and content",
-    '{"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}': "content is a list of parts",
-    '{"messages": [{"role": "user", "content": null}]}': "content must be text, found NoneType",
-    '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "tool_calls": []}]}': "has tool_calls",
-    '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "reasoning": "c"}]}': "does not write",
-    '{"messages": [{"role": "assistant", "content": "b"}]}': "answers before anything was asked",
-    json.dumps({"messages": [*chat([("a", "b")]), {"role": "user", "content": "c"}]}): "no answer after the last",
-    '{"prompt": "a", "response": "b", "completion": "c"}': "which is meant",
-    '{"prompt": "a", "response": "b", "messages": []}': "which is meant",
-    '{"question": "a", "answer": "b", "context": "c"}': "would be left out",
-    '{"prompt": ["a"], "response": "b"}': "prompt must be text, found list",
-    '{"prompt": "a", "response": "b", "tools": [1]}': "has tools",
-    '{"messages": [{"role": ["user"], "content": "a"}]}': "message 1: role must be text, found list",
-    '{"prompt": "a", "response": "b \\ud83d"}': "message 2: content holds half a surrogate pair",
-    '{"prompt": "a", "response": "b", "system": "\\ude00"}': "message 1: content holds half a surrogate pair",
+    '{"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}': r"content must be a string\. Found a list of parts\. Try: join the text parts",
+    '{"messages": [{"role": "user", "content": null}]}': r"content must be a string\. Found NoneType",
+    '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "tool_calls": []}]}': "message 2: tool_calls is not supported",
+    '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "reasoning": "c"}]}': "message 2: reasoning is not rendered by ",
+    '{"messages": [{"role": "assistant", "content": "b"}]}': "message 1: an answer must follow a message of role user",
+    json.dumps(
+        {"messages": [*chat([("a", "b")]), {"role": "user", "content": "c"}]}
+    ): r"the last message must be an answer\. Found role user",
+    '{"prompt": "a", "response": "b", "completion": "c"}': r"ambiguous keys\. Found prompt \+ response and prompt \+ completion\. Try: keep one pair",
+    '{"prompt": "a", "response": "b", "messages": []}': r"ambiguous keys\. Found messages and prompt \+ response",
+    '{"question": "a", "answer": "b", "context": "c"}': "context: not supported with question",
+    '{"prompt": ["a"], "response": "b"}': r"prompt: must be a string\. Found list",
+    '{"prompt": "a", "response": "b", "tools": [1]}': "tools: not supported",
+    '{"messages": [{"role": ["user"], "content": "a"}]}': r"message 1: role must be one of .*\. Found list",
+    '{"prompt": "a", "response": "b \\ud83d"}': "message 2: content has an unpaired surrogate",
+    '{"prompt": "a", "response": "b", "system": "\\ude00"}': "message 1: content has an unpaired surrogate",
 }
 
 
@@ -474,15 +482,15 @@ def test_every_bad_row_is_named_with_its_line(tmp_path: Path, folders: dict[str,
         with pytest.raises(DataError) as caught:
             prepare_chat(config(path), folders["chatml"])
         said = str(caught.value).splitlines()
-        assert f"{len(part)} rows cannot be used" in said[0]
+        assert f"{len(part)} invalid rows" in said[0]
         for number, (line, (row, expected)) in enumerate(zip(said[1:], part, strict=True), 3):
             assert f"bad.jsonl:{number}: " in line and re.search(expected, line), (row, line)
     path = write(tmp_path / "many.jsonl", [{"text": "x"}] * 50)
-    with pytest.raises(DataError, match="there may be more") as caught:
+    with pytest.raises(DataError, match="20 or more invalid rows") as caught:
         prepare_chat(config(path), folders["chatml"])
     assert len(str(caught.value).splitlines()) == PROBLEMS_SHOWN + 1
     assert not list((tmp_path / "cache").glob("*"))  # Nothing is left behind.
-    with pytest.raises(DataError, match=r"chat data are rows; give files that end in \.jsonl"):
+    with pytest.raises(DataError, match=r"not a chat data file\.\n  Try: files that end in \.jsonl"):
         (tmp_path / "x.txt").write_text("x")
         prepare_chat(config(tmp_path / "x.txt"), folders["chatml"])
 
@@ -490,23 +498,23 @@ def test_every_bad_row_is_named_with_its_line(tmp_path: Path, folders: dict[str,
 def test_long_conversations_are_an_error_unless_asked_otherwise(tmp_path: Path, folders: dict[str, Path]) -> None:
     rows = [*some(6), {"messages": chat([("who", "fox " * 300)])}]
     path = write(tmp_path / "chat.jsonl", rows)
-    with pytest.raises(DataError, match=r"1 of 7 .*chat\.jsonl:7.*--data\.sequence-length (\d+)") as caught:
+    with pytest.raises(DataError, match=r"(?s)1 of 7 .*chat\.jsonl:7.*--data\.sequence-length (\d+)") as caught:
         prepare_chat(config(path, sequence_length=200, val_fraction=0.0), folders["chatml"])
     enough = int(re.findall(r"--data.sequence-length (\d+)", str(caught.value))[0])
     assert (
-        prepare_chat(config(path, sequence_length=enough, val_fraction=0.0), folders["chatml"])["train"].spec["longest"]
+        prepare_chat(config(path, sequence_length=enough, val_fraction=0.0), folders["chatml"])["train"].stats["longest"]
         == enough + 1
     )
-    with pytest.raises(DataError, match="longer than"):
+    with pytest.raises(DataError, match="are longer than"):
         prepare_chat(config(path, sequence_length=enough - 1, val_fraction=0.0), folders["chatml"])
     dropped = prepare_chat(config(path, sequence_length=200, val_fraction=0.0), folders["chatml"], too_long="drop")["train"]
-    assert dropped.spec["dropped"] == 1 and dropped.spec["documents"] == dropped.spec["conversations"] == 6
-    assert dropped.spec["answers"] == sum(len(row["messages"]) // 2 for row in rows[:-1])
+    assert dropped.stats["dropped"] == 1 and dropped.stats["documents"] == dropped.stats["conversations"] == 6
+    assert dropped.stats["answers"] == sum(len(row["messages"]) // 2 for row in rows[:-1])
     cut = prepare_chat(config(path, sequence_length=200, val_fraction=0.0), folders["chatml"], too_long="cut")["train"]
-    assert cut.spec["cut"] == 1 and cut.spec["documents"] == 7 and cut.spec["longest"] == 201
+    assert cut.stats["cut"] == 1 and cut.stats["documents"] == 7 and cut.stats["longest"] == 201
     none = write(tmp_path / "deep.jsonl", [*rows, {"messages": chat([("fox " * 300, "deep")])}])
     left = prepare_chat(config(none, sequence_length=200, val_fraction=0.0), folders["chatml"], too_long="cut")["train"]
-    assert left.spec["cut"] == 1 and left.spec["dropped"] == 1  # A row without anything to learn is none.
+    assert left.stats["cut"] == 1 and left.stats["dropped"] == 1  # A row without anything to learn is none.
 
 
 def test_other_names_of_tokens_keep_a_tokenizer_of_their_own(tmp_path: Path) -> None:
@@ -516,7 +524,7 @@ def test_other_names_of_tokens_keep_a_tokenizer_of_their_own(tmp_path: Path) -> 
     for name in ("</s>", "<s>"):
         (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": name}))
         data = config(tmp_path / "chat.jsonl", tokenizer=str(folder))
-        place = kept_tokenizer(bpe_from_files(str(folder)), data)
+        place = cached_tokenizer(bpe_from_files(str(folder)), data)
         assert json.loads((place / "tokenizer_config.json").read_text())["eos_token"] == name
         kept.append(place)
     assert kept[0] != kept[1]
@@ -536,20 +544,20 @@ def test_two_makers_make_one(tmp_path: Path, folders: dict[str, Path], capfd: py
     for thread in threads:
         thread.join()
     assert len(found) == 3 and len(set(found)) == 1
-    assert capfd.readouterr().err.count("once into") == 1
+    assert capfd.readouterr().err.count("data: tokenizing conversations of") == 1
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, folders: dict[str, Path]) -> None:
     path = write(tmp_path / "chat.jsonl", some(8))
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("x")
-    with pytest.raises(DataError, match=r"holds 'mine\.txt'"):
+    with pytest.raises(DataError, match=r"not chat data\. Found 'mine\.txt'"):
         prepare_chat(config(path), folders["chatml"], out=tmp_path / "out")
     prepare_chat(config(path, sequence_length=200), folders["chatml"], out=tmp_path / "made")
-    with pytest.raises(DataError, match="other settings"):
+    with pytest.raises(DataError, match="written from other data or settings"):
         prepare_chat(config(path, sequence_length=201), folders["chatml"], out=tmp_path / "made")
     (tmp_path / "made" / "index.json").unlink()  # A kill before the last file: it is made again.
-    assert prepare_chat(config(path, sequence_length=200), folders["chatml"], out=tmp_path / "made")["train"].spec[
+    assert prepare_chat(config(path, sequence_length=200), folders["chatml"], out=tmp_path / "made")["train"].stats[
         "conversations"
     ]
     (tmp_path / "made" / "index.json").write_text("{}")

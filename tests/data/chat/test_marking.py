@@ -46,7 +46,7 @@ def test_rows_of_every_kind() -> None:
     labels = np.array([-100, 98, -100, -100, 101, 102, -100, -100])
     row = {"input_ids": ids, "labels": labels, "positions": np.array([0, 1, 0, 1, 2, 3, 0, 1])}
     assert shown(tokenizer, row, "brackets") == "a⟦b⟧\n· · ·\ncd⟦ef⟧"
-    assert said(row) == "6 tokens in 2 conversations (2 + 4), 2 of padding, 3 learned (50.0 %)"
+    assert said(row) == "6 tokens in 2 conversations (2 + 4), 2 padding, 3 learned (50.0 %)"
     span = {"input_ids": ids, "mask": np.arange(8) < 6, "starts": np.int64(2), "ends": np.int64(3)}
     assert shown(tokenizer, span, "brackets") == "ab⟦cd⟧ef" and documents(span)[1] == 2
     assert (learned({**span, "starts": np.int64(-100), "ends": np.int64(-100)}) == -100).all()
@@ -76,6 +76,6 @@ def test_text_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     }  # fmt: skip
     assert show("quickstart", fields, {}, 6) == 0
     out = capsys.readouterr().out
-    assert out.count("--- sample") == 6 and "33 tokens, 0 of padding, 32 learned" in out
+    assert out.count("--- sample") == 6 and "33 tokens, 0 padding, 32 learned" in out
     with pytest.raises(ConfigError, match="runs nothing"):
         show("quickstart", fields, {"precision": "bf16"}, 1)

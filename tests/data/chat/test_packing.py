@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gptoughts.config.loader import ModelConfig
 from gptoughts.data.batches import IGNORED
-from gptoughts.data.chat.packing import Document, fill, laid_out, packed, single
+from gptoughts.data.chat.packing import Document, build_arrays, fill_ratio, one_per_row, pack
 from gptoughts.data.device import to_device
 from gptoughts.data.table import Table
 from gptoughts.engine.objectives.base import NextToken
@@ -32,11 +32,11 @@ def documents_of(lengths: list[int], seed: int = 0) -> list[Document]:
 @settings(max_examples=150, deadline=None)
 @given(lengths=st.lists(st.integers(1, 30), max_size=80), width=st.integers(30, 50))
 def test_each_document_lies_whole_in_one_row(lengths: list[int], width: int) -> None:
-    for rows in (packed(lengths, width), single(lengths, width)):
+    for rows in (pack(lengths, width), one_per_row(lengths, width)):
         assert sorted(index for row in rows for index in row) == list(range(len(lengths)))
         assert all(row and sum(lengths[index] for index in row) <= width for row in rows)
-    rows = packed(lengths, width)
-    assert rows == packed(list(lengths), width)
+    rows = pack(lengths, width)
+    assert rows == pack(list(lengths), width)
     assert len(rows) >= -(-sum(lengths) // width)
     # Best fit: no two rows could be one.
     loads = sorted(sum(lengths[index] for index in row) for row in rows)
@@ -47,8 +47,8 @@ def test_each_document_lies_whole_in_one_row(lengths: list[int], width: int) -> 
 @given(lengths=st.lists(st.integers(1, 20), min_size=1, max_size=30), width=st.integers(20, 40), seed=st.integers(0, 9))
 def test_rows_say_what_is_learned_and_where_documents_begin(lengths: list[int], width: int, seed: int) -> None:
     documents = documents_of(lengths, seed)
-    rows = packed(lengths, width)
-    arrays = laid_out(documents, rows, width, PAD, np.dtype(np.uint16))
+    rows = pack(lengths, width)
+    arrays = build_arrays(documents, rows, width, PAD, np.dtype(np.uint16))
     assert {array.shape for array in arrays.values()} == {(len(rows), width)}
     for row, members in enumerate(rows):
         ids, labels, positions = (arrays[name][row] for name in ("input_ids", "labels", "positions"))
@@ -63,18 +63,20 @@ def test_rows_say_what_is_learned_and_where_documents_begin(lengths: list[int], 
             assert (labels[start:end] == np.where(learned, document.ids.astype(np.int64), IGNORED)).all()
         assert (ids[used:] == PAD).all() and (labels[used:] == IGNORED).all()
         assert positions[used:].tolist() == list(range(width - used))
-    assert fill(lengths, len(rows), width) == pytest.approx((arrays["input_ids"] != PAD).mean())
+    assert fill_ratio(lengths, len(rows), width) == pytest.approx((arrays["input_ids"] != PAD).mean())
 
 
 def test_a_document_that_fits_nowhere_is_an_error() -> None:
-    for pack in (packed, single):
-        with pytest.raises(DataError, match="9 tokens does not go into a row of 8"):
-            pack([3, 9], 8)
+    for function in (pack, one_per_row):
+        with pytest.raises(DataError, match=r"document: must have 1 to 8 tokens to fit a row\. Found 9"):
+            function([3, 9], 8)
 
 
 def test_packing_fills_rows() -> None:
     lengths = np.clip(np.random.default_rng(0).lognormal(5, 0.8, 2000).astype(int), 1, 1025).tolist()
-    assert fill(lengths, len(packed(lengths, 1025)), 1025) > 0.99 > fill(lengths, len(single(lengths, 1025)), 1025)
+    assert (
+        fill_ratio(lengths, len(pack(lengths, 1025)), 1025) > 0.99 > fill_ratio(lengths, len(one_per_row(lengths, 1025)), 1025)
+    )
 
 
 # --- with a model
@@ -105,15 +107,15 @@ def test_packed_is_the_sum_of_singles(values: dict[str, object], dtype: torch.dt
     width = 33
     lengths = [5, 9, 14, 3, 21, 33, 2, 8, 17, 11]
     documents, model = documents_of(lengths), model_of(dtype, **values)
-    several, one = packed(lengths, width), single(lengths, width)
+    several, one = pack(lengths, width), one_per_row(lengths, width)
     assert len(several) < len(one) and any(len(row) > 2 for row in several)
-    alone = [laid_out([document], [[0]], len(document.ids), PAD, np.dtype(np.uint16)) for document in documents]
+    alone = [build_arrays([document], [[0]], len(document.ids), PAD, np.dtype(np.uint16)) for document in documents]
     sums = sum(loss_of(model, {name: arrays[name] for name in ("input_ids", "labels")}) for arrays in alone)
     assert isinstance(sums, Tensor)
     sums.backward()
     expected = gradients(model)
     for rows in (several, one):  # Packed, then padded.
-        arrays = laid_out(documents, rows, width, PAD, np.dtype(np.uint16))
+        arrays = build_arrays(documents, rows, width, PAD, np.dtype(np.uint16))
         model.zero_grad()
         loss = loss_of(model, arrays)
         loss.backward()
@@ -138,7 +140,7 @@ def test_the_sum_needs_the_positions() -> None:
     """The test above can fail: without positions the documents of a row see each other."""
     lengths = [5, 9, 14, 3]
     documents, model = documents_of(lengths), model_of(torch.float64)
-    arrays = laid_out(documents, packed(lengths, 33), 33, PAD, np.dtype(np.uint16))
+    arrays = build_arrays(documents, pack(lengths, 33), 33, PAD, np.dtype(np.uint16))
     with_positions = float(loss_of(model, arrays).detach())
     without = float(loss_of(model, {name: arrays[name] for name in ("input_ids", "labels")}).detach())
     assert abs(with_positions - without) > 1e-3
@@ -146,7 +148,7 @@ def test_the_sum_needs_the_positions() -> None:
 
 def test_a_table_gives_what_models_take(tmp_path: Path) -> None:
     lengths = [5, 9, 14, 3]
-    arrays = laid_out(documents_of(lengths), packed(lengths, 20), 20, PAD, np.dtype(np.uint16))
+    arrays = build_arrays(documents_of(lengths), pack(lengths, 20), 20, PAD, np.dtype(np.uint16))
     Table(arrays, "f").save(tmp_path / "t")
     table = Table.load(tmp_path / "t")
     batch = to_device(next(table.batches(2, 0))[0], torch.device("cpu"))

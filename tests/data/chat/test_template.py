@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptoughts.data.chat.template import BUILT_IN, Template, load_template, special_names, stripped
+from gptoughts.data.chat.template import BUILT_IN, Template, load_template, special_token_names, strip_marks
 from gptoughts.errors import DataError
 from tests.support.chat_parts import CHATML, FAMILIES, LLAMA3, NAMES, TAGGED, chat
 
@@ -38,17 +38,17 @@ def test_renders_as_transformers_does(
     system: str | None,
     prompt: bool,
 ) -> None:
-    template = load_template(None, folders[family], special_names(folders[family]))
+    template = load_template(None, folders[family], special_token_names(folders[family]))
     messages = chat(pairs, None if family == "mistral" else system)
     messages = messages[:-1] if prompt else messages
     expected = oracles[family].apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
     assert template.render(messages, add_generation_prompt=prompt) == expected
-    if stripped(expected) == expected:
-        assert stripped(template.render(messages, add_generation_prompt=prompt, tracking=True)) == expected
+    if strip_marks(expected) == expected:
+        assert strip_marks(template.render(messages, add_generation_prompt=prompt, tracking=True)) == expected
 
 
 def test_reasoning_goes_by_all_of_its_names(folders: dict[str, Path], oracles: dict[str, Any]) -> None:
-    template = load_template(None, folders["qwen"], special_names(folders["qwen"]))
+    template = load_template(None, folders["qwen"], special_token_names(folders["qwen"]))
     for name in ("reasoning_content", "reasoning", "thinking"):
         messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", name: "because"}]
         assert "<think>\nbecause\n</think>" in template.render(messages)
@@ -83,21 +83,21 @@ def test_the_date_can_be_held(folders: dict[str, Path]) -> None:
     ],
 )
 def test_the_sandbox_holds(source: str) -> None:
-    with pytest.raises(DataError, match="cannot write it"):
+    with pytest.raises(DataError, match="rejects the messages"):
         Template(source, "test", {}).render(chat([("q", "a")]))
 
 
 def test_a_template_that_refuses_is_quoted(folders: dict[str, Path]) -> None:
-    template = load_template(None, folders["mistral"], special_names(folders["mistral"]))
+    template = load_template(None, folders["mistral"], special_token_names(folders["mistral"]))
     with pytest.raises(DataError, match="roles must alternate"):
         template.render([{"role": "assistant", "content": "a"}])
-    with pytest.raises(DataError, match="cannot write it"):
+    with pytest.raises(DataError, match="rejects the messages"):
         Template("{{ messages[9].content + 'x' }}", "test", {}).render([])
 
 
 def test_where_templates_come_from(tmp_path: Path) -> None:
     names = {"eos_token": "</s>"}
-    with pytest.raises(DataError, match=r"no chat template; type: --data\.template chatml"):
+    with pytest.raises(DataError, match=r"no chat template\.\n  Try: --data\.template chatml"):
         load_template(None, tmp_path, names)
     assert load_template("chatml", tmp_path, names).source == BUILT_IN["chatml"]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHATML}))
@@ -122,14 +122,14 @@ def test_where_templates_come_from(tmp_path: Path) -> None:
 def test_named_tokens_come_as_text_or_as_objects(tmp_path: Path) -> None:
     (tmp_path / "special_tokens_map.json").write_text(json.dumps({"bos_token": {"content": "<s>"}, "eos_token": "old"}))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>", "pad_token": None}))
-    assert special_names(tmp_path) == {"bos_token": "<s>", "eos_token": "</s>"}
+    assert special_token_names(tmp_path) == {"bos_token": "<s>", "eos_token": "</s>"}
     (tmp_path / "tokenizer_config.json").write_text("[]")
     with pytest.raises(DataError, match="not a JSON object"):
-        special_names(tmp_path)
+        special_token_names(tmp_path)
 
 
 def test_a_saved_template_is_found_again(tmp_path: Path) -> None:
     template = Template(CHATML, "test", NAMES["chatml"])
     template.save(tmp_path)
-    again = load_template(None, tmp_path, special_names(tmp_path))
+    again = load_template(None, tmp_path, special_token_names(tmp_path))
     assert again.source == CHATML and again.tokens == NAMES["chatml"]

@@ -18,7 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptoughts.config.loader import DataConfig
-from gptoughts.data.squad.examples import Answer, Question, checked, divided, prepare_squad, read_splits, read_squad
+from gptoughts.data.squad.examples import check_answers, prepare_squad, read_splits, read_squad, split_questions
+from gptoughts.data.squad.question import Answer, Question
 from gptoughts.data.squad.windows import NOWHERE, Reader, windows
 from gptoughts.errors import DataError
 
@@ -116,25 +117,25 @@ def test_both_forms_give_the_same_questions(tmp_path: Path) -> None:
 C = "Ann met Bob."
 MISTAKES: list[tuple[str, Any, str]] = [
     ("a.json", "{", "not JSON"),
-    ("a.json", [], r"a JSON list, not an object with 'data'"),
+    ("a.json", [], r"must be a JSON object with 'data'\. Found list"),
     ("a.json", {"Data": []}, r"no field 'data' \(did you mean 'Data'\?\)"),
-    ("a.json", {"data": []}, "holds no question"),
-    ("a.json", {"data": ["x"]}, r"data\[0\]: a JSON str"),
-    ("a.json", official([(C, [asked("7", "who?", ("Bob", 7))])]), r"question 7: .*'Bob' does not stand at answer_start 7.*' Bo'; set it to 8"),
-    ("a.json", official([(C, [asked("7", "who?", ("Eve", 0))])]), "question 7: .*'Ann'; the context does not hold this text"),
+    ("a.json", {"data": []}, "a.json: no questions"),
+    ("a.json", {"data": ["x"]}, r"data\[0\]: must be a JSON object with 'paragraphs'\. Found str"),
+    ("a.json", official([(C, [asked("7", "who?", ("Bob", 7))])]), r"question 7: answer 'Bob' is not at answer_start 7 .*\. Found ' Bo'\.\n  Try: answer_start 8"),
+    ("a.json", official([(C, [asked("7", "who?", ("Eve", 0))])]), r"question 7: .*Found 'Ann'\.\n  Try: .*the context does not contain it"),
     ("a.json", official([(C, [asked("7", "who?", ("Ann", -12))])]), "question 7: .*answer_start -12"),
-    ("a.json", official([(C, [asked("7", "who?", (" ", 3))])]), "question 7: an answer is empty"),
+    ("a.json", official([(C, [asked("7", "who?", (" ", 3))])]), "question 7: empty answer text"),
     ("a.json", official([(C, [asked("7", " ", ("Ann", 0))])]), "question 7: the question is empty"),
-    ("a.json", official([(C, [asked("7", "\ud800", ("Ann", 0))])]), "question 7: the question holds half of a surrogate"),
-    ("a.json", official([(C, [asked("7")])]), "question 7: is_impossible is false and it has 0 answers; give an answer"),
-    ("a.json", official([(C, [asked("7", "who?", ("Ann", 0), is_impossible=True)])]), "question 7: is_impossible is true and it has 1"),
-    ("a.json", official([(C, [asked("7", "who?", ("Ann", 0))] * 2)]), "question 7: the id stands in the file twice"),
-    ("a.json", official([(C, [asked("7", "who?", ("Ann", True))])]), "question 7: answer_start is bool, not int"),
+    ("a.json", official([(C, [asked("7", "\ud800", ("Ann", 0))])]), "question 7: the question has an unpaired surrogate at character 0"),
+    ("a.json", official([(C, [asked("7")])]), r"question 7: .*Found is_impossible false, 0 answers\.\n  Try: add an answer"),
+    ("a.json", official([(C, [asked("7", "who?", ("Ann", 0), is_impossible=True)])]), "question 7: .*Found is_impossible true, 1 answers"),
+    ("a.json", official([(C, [asked("7", "who?", ("Ann", 0))] * 2)]), "question 7: duplicate id"),
+    ("a.json", official([(C, [asked("7", "who?", ("Ann", True))])]), r"question 7: answer_start must be int\. Found bool"),
     ("a.jsonl", '{"id": "7", "question": "q"}', r"a.jsonl:1: question 7: no field 'answers'"),
     ("a.jsonl", '{"id": "7", "answers": {"text": ["Ann"], "answer_start": []}}', "1 texts and 0 starts"),
-    ("a.jsonl", '{"id": "7", "answers": {"text": ["Ann"], "answer_start": ["0"]}}', "question 7: an answer is a text and a whole number"),
-    ("a.jsonl", "[1]", "a.jsonl:1: not a JSON object. Found JSON list"),
-    ("a.txt", "x", "end in .json"),
+    ("a.jsonl", '{"id": "7", "answers": {"text": ["Ann"], "answer_start": ["0"]}}', r"question 7: an answer must be a string and an integer start\. Found 'Ann' and '0'"),
+    ("a.jsonl", "[1]", r"a.jsonl:1: .*list"),
+    ("a.txt", "x", "a.txt: not a SQuAD file name"),
 ]  # fmt: skip
 
 
@@ -175,24 +176,24 @@ def test_files_that_are_missing_or_damaged(tmp_path: Path) -> None:
 def test_no_context_is_on_both_sides_and_no_question_is_lost(owners: list[tuple[int, int]], fraction: float) -> None:
     questions = [Question(str(n), "q", f"context {c}", (), f"title {t}" if t else "") for n, (c, t) in enumerate(owners)]
     if len({question.context for question in questions}) == 1:
-        with pytest.raises(DataError, match=r"all .* questions are about one context"):
-            divided(questions, fraction)
+        with pytest.raises(DataError, match=r"all .* questions share one context"):
+            split_questions(questions, fraction)
         return
-    train, val = divided(questions, fraction)
+    train, val = split_questions(questions, fraction)
     assert train and val
     assert sorted(train + val, key=lambda q: int(q.id)) == questions
     assert not {q.context for q in train} & {q.context for q in val}
-    shuffled = divided(questions[::-1], fraction)
+    shuffled = split_questions(questions[::-1], fraction)
     if len({(q.context, q.title) for q in questions}) == len({q.context for q in questions}):
         assert {q.id for q in shuffled[1]} == {q.id for q in val}
 
 
 def test_many_articles_are_kept_whole_and_the_share_is_near() -> None:
     questions = [Question(str(n), "q", f"context {n // 3}", (), f"title {n // 30}") for n in range(1200)]
-    train, val = divided(questions, 0.2)
+    train, val = split_questions(questions, 0.2)
     assert not {q.title for q in train} & {q.title for q in val}
     assert len(val) == 240
-    assert divided(questions, 0.0) == (questions, [])
+    assert split_questions(questions, 0.0) == (questions, [])
 
 
 def test_a_context_in_both_files_is_refused(tmp_path: Path) -> None:
@@ -200,7 +201,9 @@ def test_a_context_in_both_files_is_refused(tmp_path: Path) -> None:
     val = written(
         tmp_path / "val.json", official([(C, [asked("2", "whom?", ("Bob", 8))]), ("x", [asked("3", "x?", ("x", 0))])])
     )
-    with pytest.raises(DataError, match=r"val.json: question 2: its context is in data.path .* too, as are those of 1 of 2"):
+    with pytest.raises(
+        DataError, match=r"val.json: question 2: its context is also in data.path .*\. Found 1 of 2 validation questions"
+    ):
         read_splits(DataConfig(path=str(train), val_path=str(val)))
     alone = DataConfig(path=str(train), val_fraction=0.0)
     assert list(read_splits(alone)) == ["train"]
@@ -231,7 +234,7 @@ def test_windows_cover_the_context_and_answers_come_back(
     end = start + len(answer.rstrip())
     covering = [o for o in whole.offsets if o[1] > begin and o[0] < end]
     if question.answers and not covering:
-        with pytest.raises(DataError, match="keeps nothing of the answer"):
+        with pytest.raises(DataError, match="drops the whole answer"):
             windows([question], reader, length, stride)
         return
     held = windows([question], reader, length, stride)
@@ -272,18 +275,20 @@ def test_a_question_that_leaves_no_room_is_named_and_the_remedy_is_exact(readers
         Question("1", "a?", "abc " * 30, where="f: question 1"),
         Question("2", "a" * 20, "abc " * 30, where="f: question 2"),
     ]
-    with pytest.raises(DataError, match=r"f: question 2: its question has 20 tokens.*\n.*--data.sequence-length 32 or more"):
+    with pytest.raises(
+        DataError, match=r"f: question 2: .*Found 20 question tokens.*\n  Try: --data.sequence-length 32 or more"
+    ):
         windows(questions, readers["bert"], 31, 8)
     assert len(windows(questions, readers["bert"], 32, 8)["owner"]) > 2
 
 
 def test_a_context_of_nothing_is_named(readers: dict[str, Reader]) -> None:
-    with pytest.raises(DataError, match="question 1: the tokenizer keeps nothing of the context"):
+    with pytest.raises(DataError, match="question 1: the tokenizer drops the whole context"):
         windows([Question("1", "a?", "\u200b\x01\x02", where="f: question 1")], readers["bert"], 32, 4)
 
 
 def test_tokenizers_that_cannot_be_used(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no such file; question answering reads the model folder's tokenizer.json"):
+    with pytest.raises(DataError, match=r"no such file; question answering needs the model folder's tokenizer.json"):
         Reader.open(tmp_path)
     written(tmp_path / "tokenizer.json", "{}")
     with pytest.raises(DataError, match="not a tokenizer"):
@@ -291,11 +296,11 @@ def test_tokenizers_that_cannot_be_used(tmp_path: Path) -> None:
     bare = bert_folder(tmp_path / "bare")
     content = json.loads((bare / "tokenizer.json").read_text(encoding="utf-8"))
     written(bare / "tokenizer.json", {**content, "post_processor": None})
-    with pytest.raises(DataError, match="does not put a special token before a pair"):
+    with pytest.raises(DataError, match="no special token before a text pair"):
         Reader.open(bare)
     unpadded = bert_folder(tmp_path / "unpadded")
     written(unpadded / "tokenizer_config.json", {})
-    with pytest.raises(DataError, match=r'add "pad_token_id" to its config.json'):
+    with pytest.raises(DataError, match=r'no padding token\.\n  Try: add "pad_token_id" to its config.json'):
         Reader.open(unpadded)
     library = tokenizers.Tokenizer.from_file(str(unpadded / "tokenizer.json"))
     library.add_special_tokens(["[PAD]"])
@@ -366,12 +371,12 @@ def test_tables_are_cut_once_and_again_when_anything_changes(tmp_path: Path) -> 
 def test_a_damaged_or_foreign_folder_is_named_and_a_killed_one_made_again(tmp_path: Path) -> None:
     model, data, out = corpus(tmp_path), recipe_data(tmp_path), tmp_path / "out"
     tables, _ = prepare_squad(data, model, out)
-    with pytest.raises(DataError, match=r"out: holds other data, or was made with other settings"):
+    with pytest.raises(DataError, match=r"out: written from other data or settings"):
         prepare_squad(recipe_data(tmp_path, stride=5), model, out)
     shutil.rmtree(out / "val-windows")  # as a kill between two tables leaves it
     assert prepare_squad(data, model, out)[0]["train"].fingerprint == tables["train"].fingerprint
     (out / "train" / "starts.npy").write_bytes(b"x")
-    with pytest.raises(DataError, match=r"starts.npy: truncated .* remove the folder"):
+    with pytest.raises(DataError, match=r"starts.npy: truncated, .*\n  Try: rm -r .*; it is rebuilt"):
         prepare_squad(data, model, out)
     (out / "index.json").write_text("[]", encoding="utf-8")
     with pytest.raises(DataError, match=r"index.json: damaged"):
@@ -429,4 +434,4 @@ def test_every_real_answer_comes_back_to_the_letter(registry: tuple[Path, Path],
 
 def test_checked_returns_what_it_was_given() -> None:
     question = Question("1", "who?", C, (Answer("Bob", 8),))
-    assert checked(question) is question
+    assert check_answers(question) is question

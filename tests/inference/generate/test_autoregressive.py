@@ -120,7 +120,7 @@ def test_an_empty_prompt_starts_from_end_of_text() -> None:
     shown = scripted(model := make(), [65])
     assert generate(model, Bytes(), [""], 1) == ["A"]
     assert shown == [[256]]
-    with pytest.raises(DataError, match="this tokenizer has none"):
+    with pytest.raises(DataError, match="the tokenizer has no end-of-text token"):
         generate(model, WithoutEnd(), [""], 1)
     assert generate(model, Bytes(), [], 1) == []
 
@@ -236,12 +236,12 @@ def test_compiled_blocks_are_not_compiled_for_every_length() -> None:
 
 @pytest.mark.parametrize("prompt", [[257], [-1], [319]])
 def test_ids_outside_the_vocabulary_are_refused(model: GPT, prompt: list[int]) -> None:
-    with pytest.raises(DataError, match=f"token id {prompt[0]} of the prompt is outside the vocabulary of 257"):
+    with pytest.raises(DataError, match=rf"prompt: token ids must be below the vocabulary size 257\. Found {prompt[0]}"):
         generate(model, Bytes(), [prompt], 4)
 
 
 def test_settings_out_of_range_are_refused(model: GPT) -> None:
-    with pytest.raises(ConfigError, match="max_new_tokens = 0"):
+    with pytest.raises(ConfigError, match=r"max_new_tokens: must be at least 1\. Found 0"):
         generate(model, Bytes(), ["a"], 0)
     with pytest.raises(ConfigError, match="top_p"):
         generate(model, Bytes(), ["a"], 1, top_p=2.0)

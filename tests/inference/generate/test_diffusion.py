@@ -92,13 +92,13 @@ def test_every_block_is_split_evenly(blocks: int, length: int, each: int) -> Non
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ((128, 128, 48), "block_length = 48 does not divide the 128 new tokens; nearest that do: 32 or 64"),
-        ((10, 5, 20), "block_length = 20 does not divide the 10 new tokens; nearest that do: 10"),
-        ((128, 30, 32), r"steps = 30 cannot be shared by 4 blocks .*nearest that can: 28 or 32"),
-        ((128, 3, 32), r"steps = 3 cannot be shared by 4 blocks .*nearest that can: 4$"),
-        ((0, 1, None), "max_new_tokens = 0 must be at least 1"),
-        ((8, 0, None), "steps = 0 must be at least 1"),
-        ((8, 8, 0), "block_length = 0 must be at least 1"),
+        ((128, 128, 48), r"block_length: must divide the 128 new tokens\. Found 48\.\n  Try: block_length 32 or 64"),
+        ((10, 5, 20), r"block_length: must divide the 10 new tokens\. Found 20\.\n  Try: block_length 10"),
+        ((128, 30, 32), r"steps: must be a multiple of 4 blocks .*\. Found 30\.\n  Try: steps 28 or 32"),
+        ((128, 3, 32), r"steps: must be a multiple of 4 blocks .*\. Found 3\.\n  Try: steps 4$"),
+        ((0, 1, None), r"max_new_tokens: must be at least 1\. Found 0"),
+        ((8, 0, None), r"steps: must be at least 1\. Found 0"),
+        ((8, 8, 0), r"block_length: must be at least 1\. Found 0"),
     ],
 )
 def test_what_does_not_divide_is_told_with_the_nearest_that_does(words: tuple[int, int, int | None], said: str) -> None:
@@ -109,11 +109,11 @@ def test_what_does_not_divide_is_told_with_the_nearest_that_does(words: tuple[in
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ({"remasking": "low_confidence"}, "remasking = 'low_confidence' is neither low-confidence nor random"),
-        ({"temperature": -1.0}, "temperature = -1.0 must be 0"),
-        ({"temperature": float("nan")}, "temperature = nan must be 0"),
-        ({"guidance": -0.5}, "guidance = -0.5 must be 0"),
-        ({"max_new_tokens": 33, "steps": 33}, "33 new tokens are more than the model's sequence_length of 32"),
+        ({"remasking": "low_confidence"}, r"remasking: must be low-confidence or random\. Found 'low_confidence'"),
+        ({"temperature": -1.0}, r"temperature: must be 0 .*Found -1.0"),
+        ({"temperature": float("nan")}, r"temperature: must be 0 .*Found nan"),
+        ({"guidance": -0.5}, r"guidance: must be 0 .*Found -0.5"),
+        ({"max_new_tokens": 33, "steps": 33}, r"max_new_tokens: must be at most the model's sequence_length 32\. Found 33"),
     ],
 )
 def test_settings_out_of_range_are_refused(words: dict[str, Any], said: str) -> None:
@@ -281,16 +281,16 @@ def test_text_is_cut_at_its_end() -> None:
 
 
 def test_ids_outside_the_vocabulary_and_the_mask_are_refused(model: GPT) -> None:
-    with pytest.raises(DataError, match="token id 300 of the prompt is outside the vocabulary of 257"):
+    with pytest.raises(DataError, match=r"prompt: token ids must be below the vocabulary size 257\. Found 300"):
         generate(model, Bytes(), [[300]], MASK, 4, 4)
-    with pytest.raises(DataError, match="token id 257 of the prompt is the mask"):
+    with pytest.raises(DataError, match=r"prompt: token ids must not be the mask\. Found 257"):
         generate(model, WithMask(), [[MASK]], MASK, 4, 4)
-    with pytest.raises(ConfigError, match="the mask is token 320 and the model has 320 embedding rows"):
+    with pytest.raises(ConfigError, match=r"mask_id: must be below the model's 320 embedding rows\. Found 320"):
         generate(model, Bytes(), [[1]], 320, 4, 4)
 
 
 def test_a_model_that_only_looks_back_is_refused() -> None:
-    with pytest.raises(ConfigError, match="only looks back and cannot fill masks"):
+    with pytest.raises(ConfigError, match="model: causal, cannot fill masks"):
         generate(make(family="gpt"), Bytes(), [[1]], MASK, 4, 4)
 
 
