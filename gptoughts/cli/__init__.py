@@ -1,1 +1,1 @@
-"""Command line: one file per verb, option building, error printing."""
+"""Command line: one file per command, option building, error printing."""

@@ -1,4 +1,4 @@
-"""`gptoughts bench`: measure, taking turns, with medians and spread."""
+"""`gptoughts bench`: run interleaved benchmarks, print medians and spread, optionally write files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gptoughts.diagnostics.bench.variants import Ask
 from gptoughts.errors import ConfigError, LayerError
 
 SAME_MEASUREMENT = ("what", "recipe", "plan", "model")
-"""A run in a file of measurements is replaced by a later one that has these in common with it."""
+"""A later run replaces the one in the file that agrees in these keys."""
 
 
 def step(
@@ -27,7 +27,7 @@ def step(
     steps: int,
     out: str | None,
 ) -> int:
-    """Compare our loop with a bare one and with float32 eager; print a table and, if asked, keep the figures."""
+    """Compare our loop with a bare one and with float32 eager; print a table and write JSON to `out`."""
     setting = decide(recipe, profile, fields, layers, plugin)
     for note in put_environment_in_place(setting):
         print(f"note: {note}", flush=True)
@@ -41,12 +41,12 @@ def step(
     print(step_table(run))
     if path is not None:
         keep(path, run, SAME_MEASUREMENT)
-        _say_kept(path)
+        _print_kept(path)
     return 0
 
 
 def data(source: str, tokenizer: str, out: str | None) -> int:
-    """Measure batches and tokenizing; print the figures and, if asked, keep them."""
+    """Measure batches and tokenizing; print the figures and write JSON to `out`."""
     needs_torch()
     from gptoughts.diagnostics.bench.data import bench_batches, bench_tokenize
     from gptoughts.diagnostics.bench.figures import keep, machine_figures
@@ -60,7 +60,7 @@ def data(source: str, tokenizer: str, out: str | None) -> int:
         if path is not None:
             keep(path, {"what": what, "command": _command(), "machine": here, **figures}, ("what",))
     if path is not None:
-        _say_kept(path)
+        _print_kept(path)
     return 0
 
 
@@ -74,11 +74,11 @@ def layers(
     steps: int,
     out: str | None,
 ) -> int:
-    """Measure every layer of the plan alone; print the tables and, if asked, keep figures, Markdown and picture.
+    """Measure the gain of every layer of the plan; print tables and write JSON, Markdown and a picture to `out`.
 
-    Returns 3 where the plan or the baseline could not be measured, so that no gain means anything.
+    Returns 3 if the plan or the baseline could not be measured, because no gain is valid then.
     """
-    setting, ask = _asked(recipe, profile, fields, layers, plugin)
+    setting, ask = _resolve(recipe, profile, fields, layers, plugin)
     from gptoughts.diagnostics.bench.figures import keep
     from gptoughts.diagnostics.bench.layers import bench_layers
     from gptoughts.diagnostics.bench.layers_table import layers_markdown, layers_text
@@ -92,7 +92,7 @@ def layers(
         runs = keep(path, run, SAME_MEASUREMENT)
         draw_layers(runs, path.with_suffix(".png"))
         write_text(path.with_suffix(".md"), layers_markdown(runs, path.with_suffix(".png").name))
-        _say_kept(path, ".md", ".png")
+        _print_kept(path, ".md", ".png")
     return 0 if run["whole"]["measured"] else LayerError.exit_code
 
 
@@ -107,8 +107,8 @@ def parity(
     slots: str | None,
     out: str | None,
 ) -> int:
-    """Train the plan and its reference alike and compare their losses. Returns 1 where they differ by more than the limit."""
-    setting, ask = _asked(recipe, profile, fields, layers, plugin)
+    """Train the plan and its reference and compare their losses. Returns 1 if they differ by more than the limit."""
+    setting, ask = _resolve(recipe, profile, fields, layers, plugin)
     from gptoughts.diagnostics.bench.figures import keep
     from gptoughts.diagnostics.bench.parity import bench_parity
     from gptoughts.diagnostics.bench.parity_table import parity_markdown, parity_text
@@ -123,12 +123,12 @@ def parity(
         runs = keep(path, run, (*SAME_MEASUREMENT, "in_question"))
         draw_parity(run, path.with_suffix(".png"))
         write_text(path.with_suffix(".md"), parity_markdown(runs, path.with_suffix(".png").name))
-        _say_kept(path, ".md", ".png")
+        _print_kept(path, ".md", ".png")
     return 0 if run["passed"] else 1
 
 
 def gemm(largest: int | None, out: str | None) -> int:
-    """Measure products and copies, keep the best of each in the user's cache, and print them beside the datasheet."""
+    """Measure matrix products and copies, keep the best in the user's cache, and print them beside the datasheet values."""
     needs_torch()
     from gptoughts.diagnostics.bench.figures import keep
     from gptoughts.diagnostics.bench.gemm import bench_gemm, ceilings_of, effort_for, gemm_markdown, gemm_text
@@ -139,19 +139,19 @@ def gemm(largest: int | None, out: str | None) -> int:
     here, path = probe(), _target(out)
     run = bench_gemm(here, _command(), _progress, effort_for(here, largest))
     print(gemm_text(run))
-    if largest is None:  # small matrices reach no ceiling
+    if largest is None:  # small matrices do not reach the peak
         print(f"kept in {keep_ceilings(here, ceilings_of(run))}")
     if path is not None:
         runs = keep(path, run, ("what", "device"))
         write_text(path.with_suffix(".md"), gemm_markdown(runs))
-        _say_kept(path, ".md")
+        _print_kept(path, ".md")
     return 0
 
 
-def _asked(
+def _resolve(
     recipe: str | None, profile: str, fields: Mapping[str, str], layers: Mapping[str, str], plugin: Sequence[str]
 ) -> tuple[ResolvedRun, Ask]:
-    """What was asked for, decided here and to be decided again in other processes; this one needs none of the plan's variables."""
+    """Resolve the run here, and return its inputs for the child processes. This process needs no variables of the plan."""
     setting = decide(recipe, profile, fields, layers, plugin)
     needs_torch()
     for note in setting.plan.notes:
@@ -160,16 +160,14 @@ def _asked(
 
 
 def _target(out: str | None) -> Path | None:
-    """The file that figures go to, looked at before anything is measured. Raises ConfigError where it cannot take them."""
+    """Check the output file before anything is measured. Raises ConfigError if it is not a writable .json file."""
     if out is None:
         return None
     from gptoughts.diagnostics.bench.figures import refuse_unwritable
 
     path = Path(out)
     if path.suffix != ".json":
-        raise ConfigError(
-            f"--to {out}: needs a name that ends in .json: measurements are JSON\n  try: --to {path.with_suffix('.json')}"
-        )
+        raise ConfigError(f"--to {out}: name must end in .json", fix=f"--to {path.with_suffix('.json')}")
     refuse_unwritable(path)
     return path
 
@@ -178,7 +176,7 @@ def _progress(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _say_kept(path: Path, *others: str) -> None:
+def _print_kept(path: Path, *others: str) -> None:
     print(f"kept in {', '.join(str(path.with_suffix(end)) for end in (path.suffix, *others))}")
 
 

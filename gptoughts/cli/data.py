@@ -1,4 +1,4 @@
-"""`gptoughts data show`: the samples that a recipe would train on, decoded, with the learned tokens marked."""
+"""`gptoughts data show`: print training samples of a recipe, decoded, with the learned tokens marked."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from gptoughts.errors import ConfigError
 
 
 def show(recipe: str | None, fields: Mapping[str, str], layers: Mapping[str, str], count: int = 3) -> int:
-    """Print the first `count` samples in the order of the recipe's seed, and what the splits hold. Raises ConfigError, DataError."""
+    """Print the first `count` samples in the recipe's data order, and the size of the splits. Raises ConfigError, DataError."""
     if layers:
-        raise ConfigError(f"data show runs nothing: --layer.{next(iter(layers))} has no meaning here")
+        raise ConfigError(f"--layer.{next(iter(layers))}: data show uses no layers")
     from gptoughts.data.chat.marking import MARKS, Style, first_rows, said, shown, totals
     from gptoughts.data.corpus import opened
 
@@ -22,9 +22,7 @@ def show(recipe: str | None, fields: Mapping[str, str], layers: Mapping[str, str
     corpus = opened(resolved)
     style: Style = "color" if sys.stdout.isatty() and "NO_COLOR" not in os.environ else "brackets"
     begin, end = MARKS[style]
-    print(
-        f"recipe {resolved.name}, data {resolved.data.path} ({resolved.data.format}); {begin}learned tokens look like this{end}"
-    )
+    print(f"recipe {resolved.name}, data {resolved.data.path} ({resolved.data.format}); {begin}learned tokens{end} are marked")
     for number, row in enumerate(first_rows(corpus, resolved, count), 1):
         print(f"--- sample {number}: {said(row)}")
         print(shown(corpus.tokenizer, row, style))

@@ -1,4 +1,4 @@
-"""`gptoughts doctor`: what is here, what is wrong, what that costs, and the line that mends it. Imports no torch, changes nothing."""
+"""`gptoughts doctor`: report the machine, its problems, their cost and the commands that fix them. Imports no torch, changes nothing."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from gptoughts.diagnostics.doctor.diagnosis import diagnose, examine, look
 from gptoughts.diagnostics.doctor.text import text
 from gptoughts.hardware.machine import probe
 
-QUICK = "not tried (--quick): imports, speed of products and copies, sums over ranks, rates of the disk"
-WITHOUT_TORCH = "not tried, for want of torch: imports, speed of products and copies, sums over ranks, rates of the disk"
+SKIPPED = "imports, speed of matrix products and copies, all-reduce, disk speed"
+QUICK = f"skipped (--quick): {SKIPPED}"
+WITHOUT_TORCH = f"skipped (torch not installed): {SKIPPED}"
 
 
 def doctor(json: bool, machine_json: bool = False, quick: bool = False) -> int:
-    """Print what is here as text or JSON; 0 where training can start, else 1. `quick` leaves out what has to be tried."""
+    """Print the diagnosis as text or JSON; return 0 if training can start, otherwise 1. `quick` skips checks that run something."""
     machine = probe()
     if machine_json:
         print(dumps(machine.to_json(), indent=2))

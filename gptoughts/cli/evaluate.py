@@ -1,4 +1,4 @@
-"""`gptoughts eval`: loss and perplexity over a whole split, a likelihood bound for masked diffusion, SQuAD's figures."""
+"""`gptoughts eval`: perplexity over a split, comparison of two models, likelihood bound of masked diffusion, SQuAD metrics."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from gptoughts.inference.load import Loaded
 
 LONGEST_WINDOW = 1024
-"""Tokens of context for a folder that names none of its own."""
+"""Maximum default context in tokens for a folder without a training recipe."""
 
 
 def perplexity(checkpoint: str, data: str | None, split: str, batch: int, length: int | None, as_json: bool) -> int:
@@ -25,13 +25,18 @@ def perplexity(checkpoint: str, data: str | None, split: str, batch: int, length
 
     loaded = load(checkpoint)
     if loaded.recipe.objective != "next-token":
-        verb = {"masked-diffusion": "likelihood", "question-answering": "squad"}.get(loaded.recipe.objective)
-        told = f"\n  try: gptoughts eval {verb}" if verb else ""
-        raise ConfigError(f"{loaded.folder} learned {loaded.recipe.objective}; perplexity belongs to next-token models{told}")
+        other = {"masked-diffusion": "likelihood", "question-answering": "squad"}.get(loaded.recipe.objective)
+        raise ConfigError(
+            f"{loaded.folder}: perplexity needs a next-token model",
+            found=loaded.recipe.objective,
+            fix=f"gptoughts eval {other}" if other else "",
+        )
     most = loaded.recipe.data.sequence_length
     if length is not None and length > most:
-        raise ConfigError(f"--length {length}: {loaded.folder} has a context of {most} tokens")
-    # A folder names the longest context that it has positions for; a whole row of logits of it would not fit.
+        raise ConfigError(
+            f"--length {length}: exceeds the context of {loaded.folder}", found=f"{most} tokens", fix=f"--length {most}"
+        )
+    # The maximum context of an exported folder can be so long that its logits exceed the memory.
     sequence_length = length or (most if loaded.step is not None else min(most, LONGEST_WINDOW))
     corpus = corpus_of(loaded, data, split, sequence_length)
     loaded.engine.micro_batch = batch
@@ -57,7 +62,7 @@ def perplexity(checkpoint: str, data: str | None, split: str, batch: int, length
 
 
 def compare(checkpoint: str, other: str, data: str, batch: int, length: int | None, windows: int | None, as_json: bool) -> int:
-    """Print how much better OTHER predicts the whole text than CHECKPOINT, with a 95 % bootstrap interval over paired windows."""
+    """Print the loss of both models on the whole text and the difference, with a 95 % bootstrap interval over paired windows."""
     from gptoughts.data.batches import eval_batches
     from gptoughts.errors import ConfigError, DataError
     from gptoughts.inference.eval.comparison import difference, window_losses
@@ -67,7 +72,7 @@ def compare(checkpoint: str, other: str, data: str, batch: int, length: int | No
     for name in (checkpoint, other):
         loaded = load(name)
         if loaded.recipe.objective != "next-token":
-            raise ConfigError(f"{loaded.folder} learned {loaded.recipe.objective}; only next-token models are compared")
+            raise ConfigError(f"{loaded.folder}: comparison needs a next-token model", found=loaded.recipe.objective)
         size = length or min(loaded.recipe.data.sequence_length, LONGEST_WINDOW)
         stream = corpus_of(loaded, data, "train", size, {"val_fraction": 0.0}).shards.split("train")
         limit = None if windows is None else -(-windows // batch)
@@ -77,7 +82,7 @@ def compare(checkpoint: str, other: str, data: str, batch: int, length: int | No
         hashes.append(loaded.tokenizer.hash)
     if hashes[0] != hashes[1] or len(losses[0]) != len(losses[1]):
         raise DataError(
-            f"{checkpoint} and {other} cut text into other tokens or windows; give --length, and models of one tokenizer"
+            f"{checkpoint} and {other}: different tokenizers or windows", fix="models of one tokenizer, with --length N"
         )
     found = difference(losses[0], losses[1])
     if as_json:
@@ -90,35 +95,35 @@ def compare(checkpoint: str, other: str, data: str, batch: int, length: int | No
 
 
 def named(loaded: Loaded) -> str:
-    """The checkpoint with its step, where it has one."""
+    """Return the checkpoint's folder, with its step if known."""
     return f"{loaded.folder}, step {loaded.step}" if loaded.step is not None else str(loaded.folder)
 
 
 def corpus_of(
     loaded: Loaded, data: str | None, split: str, length: int | None, more: Mapping[str, Any] | None = None
 ) -> TextCorpus:
-    """The text that the checkpoint is evaluated on, cut by its own tokenizer. Raises DataError, ConfigError."""
+    """Open the text for an evaluation, tokenized with the checkpoint's tokenizer. Raises DataError, ConfigError."""
     from gptoughts.data.corpus import text_corpus
     from gptoughts.errors import ConfigError, DataError, nearest
 
     settings = loaded.recipe.data
     if data is None and (loaded.step is None or settings.format != "text"):
-        raise ConfigError(f"{loaded.folder} was not trained on text of its own\n  try: --data FILE")
+        raise ConfigError(f"{loaded.folder}: has no training text to evaluate on", fix="--data FILE")
     if data is not None:
         settings = settings.model_copy(update={"path": data, "format": "text", **(more or {})})
         if settings.tokenizer != "gpt2" and loaded.step is not None:
-            # New text is cut into tokens as the checkpoint was, whatever its own vocabulary would have been.
+            # Tokenize new text with the tokenizer of the checkpoint.
             settings = settings.model_copy(update={"tokenizer": str(loaded.folder / "tokenizer")})
     if length is not None:
         settings = settings.model_copy(update={"sequence_length": length})
     corpus = text_corpus(settings)
     if corpus.tokenizer.hash != loaded.tokenizer.hash:
         raise DataError(
-            f"{corpus.folder} was cut by another tokenizer than {loaded.folder}\n  try: --data with the text itself"
+            f"{corpus.folder}: tokenized with another tokenizer than {loaded.folder}", fix="--data with the original text"
         )
     if split not in corpus.shards.index.splits:
         known = list(corpus.shards.index.splits)
-        raise DataError(f"--split {split!r}: not in {corpus.folder}{nearest(split, known)}; there are {', '.join(known)}")
+        raise DataError(f"--split {split!r}: not in {corpus.folder}{nearest(split, known)}", found=", ".join(known))
     return corpus
 
 
@@ -132,14 +137,18 @@ def likelihood(
     windows: int | None,
     as_json: bool,
 ) -> int:
-    """Print an upper bound on the nats of the split under a masked-diffusion model, with its standard error."""
+    """Print an upper bound on the nats per token of the split under a masked-diffusion model, with its standard error."""
     from gptoughts.errors import ConfigError
     from gptoughts.inference.eval.likelihood import text_bound
     from gptoughts.inference.load import load, reading
 
     loaded = load(checkpoint)
     if loaded.mask_id is None:
-        raise ConfigError(f"{loaded.folder} predicts the next token and has no mask\n  try: gptoughts eval perplexity")
+        raise ConfigError(
+            f"{loaded.folder}: likelihood needs a masked-diffusion model",
+            found=loaded.recipe.objective,
+            fix="gptoughts eval perplexity",
+        )
     corpus = corpus_of(loaded, data, split, length)
     stream = corpus.shards.split(split)
     ids = stream.window(0, len(stream))
@@ -166,13 +175,13 @@ def likelihood(
     if as_json:
         print(json.dumps({"checkpoint": str(loaded.folder), "step": loaded.step, "split": split, **figures}, indent=1))
         return 0
-    print(f"{named(loaded)}, split {split} of {corpus.folder}: {found.tokens:,} tokens, {draws} maskings a window")
-    print(f"at most {nats:.4f} +- {error:.4f} nats per token (an upper bound); unigram entropy {unigram:.4f}")
+    print(f"{named(loaded)}, split {split} of {corpus.folder}: {found.tokens:,} tokens, {draws} maskings per window")
+    print(f"upper bound {nats:.4f} +- {error:.4f} nats per token; unigram entropy {unigram:.4f}")
     return 0
 
 
 def squad(checkpoint: str, data: str | None, threshold: float | None, batch: int, out: str | None, as_json: bool) -> int:
-    """Print exact match and F1 as the official script counts them; with `out`, write predictions that it reads."""
+    """Print exact match and F1 as computed by the official script; with `out`, write predictions in its format."""
     from gptoughts.data.squad.examples import prepare_squad
     from gptoughts.errors import ConfigError
     from gptoughts.inference.eval.squad import evaluate
@@ -180,18 +189,18 @@ def squad(checkpoint: str, data: str | None, threshold: float | None, batch: int
 
     loaded = load(checkpoint)
     if loaded.recipe.objective != "question-answering":
-        raise ConfigError(f"{loaded.folder} learned {loaded.recipe.objective}, not question answering")
+        raise ConfigError(f"{loaded.folder}: eval squad needs a question-answering model", found=loaded.recipe.objective)
     settings = loaded.recipe.data
     if loaded.step is not None:
         settings = settings.model_copy(update={"tokenizer": str(loaded.folder / "tokenizer")})
     elif data is None:
-        raise ConfigError(f"{loaded.folder} names no questions of its own\n  try: --data FILE")
+        raise ConfigError(f"{loaded.folder}: has no validation questions", fix="--data FILE")
     if data is not None:
         settings = settings.model_copy(update={"path": data, "val_path": None, "val_fraction": 0.0})
     tables, questions = prepare_squad(settings, settings.tokenizer)
     split = "train" if data is not None else "val"
     if split not in tables:
-        raise ConfigError(f"{loaded.folder} was trained without questions for validation\n  try: --data FILE")
+        raise ConfigError(f"{loaded.folder}: trained without validation questions", fix="--data FILE")
     loaded.engine.micro_batch = batch
     figures = evaluate(loaded.engine, tables[split], questions[split], threshold=threshold, out=out)
     if as_json:

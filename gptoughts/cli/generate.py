@@ -1,4 +1,4 @@
-"""`gptoughts generate`: text from a checkpoint, an exported folder or an adapter, printed as it is written."""
+"""`gptoughts generate`: stream text from a checkpoint, an exported folder or an adapter."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 TOKENS = 200
-"""What a model that writes token by token writes unasked."""
+"""Default number of new tokens of a next-token model."""
 
 
 def generate(
@@ -30,7 +30,7 @@ def generate(
     memory: float | None,
     offload: str | None,
 ) -> int:
-    """Continue each prompt; `-` stands for what comes on standard input, no prompt for an empty one."""
+    """Continue each prompt; `-` reads standard input. Without prompts, continue an empty one."""
     from gptoughts.errors import ConfigError
     from gptoughts.inference.generate.write import write
     from gptoughts.inference.load import load, reading
@@ -40,7 +40,10 @@ def generate(
     stack = ExitStack()
     if memory is not None or offload is not None:
         if base is not None:
-            raise ConfigError("--base and --offload do not go together; merge the adapter first: gptoughts export")
+            raise ConfigError(
+                "--base: not supported with --memory or --offload",
+                fix=f"gptoughts export {checkpoint} --to DIR, to merge the adapter first",
+            )
         model, tokenizer, recipe, folder, mask_id = offloaded(checkpoint, memory, offload)
     else:
         loaded = load(checkpoint, base=base)
@@ -75,7 +78,7 @@ def generate(
 
 
 def offloaded(name: str, memory_gib: float | None, offload: str | None) -> tuple[Any, Any, Any, Path, None]:
-    """Model, tokenizer, recipe, folder and no mask of a model that is spread over memories. Raises CheckpointError, ConfigError."""
+    """Load a model offloaded to CPU memory and disk: (model, tokenizer, recipe, folder, no mask id). Raises CheckpointError, ConfigError."""
     from gptoughts.config.model_path import folder_of
     from gptoughts.data.tokenizers.tokenizer import bpe_from_files
     from gptoughts.errors import CheckpointError, ConfigError
@@ -87,28 +90,26 @@ def offloaded(name: str, memory_gib: float | None, offload: str | None) -> tuple
     folder = find(name) if ours else place
     if ours or (folder / "adapter_config.json").is_file():
         raise CheckpointError(
-            f"{folder}: only whole models in transformers' layout are offloaded\n  try: gptoughts export {name} --to DIR"
+            f"{folder}: offloading needs a whole model in transformers' layout", fix=f"gptoughts export {name} --to DIR"
         )
     folder = folder_of(name)
     recipe = exported_recipe(folder, None)
     if recipe.model.family != "hf" or recipe.objective != "next-token":
-        raise ConfigError(
-            f"{folder}: only models of transformers that predict the next token are offloaded\n  try: leave out --memory and --offload"
-        )
+        raise ConfigError(f"{folder}: offloading needs a next-token model of transformers", fix="omit --memory and --offload")
     return opened(folder, memory_gib, offload), bpe_from_files(recipe.data.tokenizer), recipe, folder, None
 
 
 def places_of(folder: Path, recipe: Any) -> list[Path]:
-    """Where the files beside weights may lie: a checkpoint keeps a tokenizer/ and a base/, a model's own folder has them itself."""
+    """Return the folders that can hold tokenizer and config files: tokenizer/ and base/ of a checkpoint, or a model folder itself."""
     names = (recipe.model.path, recipe.data.tokenizer)
     named = [Path(name).expanduser() for name in names if name and name not in ("bytes", "chars", "gpt2", "bpe")]
     return [folder / "tokenizer", folder / "base", folder, *(path.parent if path.is_file() else path for path in named)]
 
 
 def turns(name: str, folder: Path, recipe: Any, texts: list[str]) -> tuple[list[list[int]], set[int]]:
-    """The ids of users' turns in the model's chat template, up to where the answer begins, and the ids that end an answer.
+    """Return user turns in the model's chat template as ids, up to the start of the answer, and the ids that end an answer.
 
-    Raises ConfigError for a model without a template, DataError.
+    Raises ConfigError for a model without a template, DataError for damaged files.
     """
     from gptoughts.data.chat.answers import prompt, stops
     from gptoughts.data.chat.template import templates_in
@@ -124,13 +125,13 @@ def turns(name: str, folder: Path, recipe: Any, texts: list[str]) -> tuple[list[
         else:
             continue
         return [prompt(chat, [{"role": "user", "content": text}]).tolist() for text in texts], stops(chat)
-    raise ConfigError(f"{name} has no chat template; leave --chat out, or train it on conversations: --data.format chat")
+    raise ConfigError(f"--chat: {name} has no chat template", fix="omit --chat, or train with --data.format chat")
 
 
 def begun(tokenizer: Any, recipe: Any, texts: list[str]) -> list[list[int]]:
-    """The ids of texts, behind the begin-of-text that a Hugging Face model's tokenizer puts before a text.
+    """Return the ids of texts, preceded by the begin-of-text token if a Hugging Face model's tokenizer adds one.
 
-    Our own training writes none; models that learned with one write worse without it, or nothing of use.
+    Our own training adds none; models trained with one generate worse or unusable text without it.
     """
     from gptoughts.data.tokenizers.tokenizer import JsonTokenizer
 
@@ -143,7 +144,7 @@ def begun(tokenizer: Any, recipe: Any, texts: list[str]) -> list[list[int]]:
 
 
 def noted_ends(places: list[Path]) -> set[int]:
-    """The ids that end a text by the first generation_config.json in these places. Raises DataError."""
+    """Return the end-of-text ids in the first generation_config.json in these folders. Raises DataError."""
     from gptoughts.data.chat.template import read_json
     from gptoughts.errors import DataError
 
@@ -151,13 +152,15 @@ def noted_ends(places: list[Path]) -> set[int]:
     noted = None if path is None else read_json(path).get("eos_token_id")
     ids = noted if isinstance(noted, list) else [] if noted is None else [noted]
     if not all(isinstance(index, int) for index in ids):
-        raise DataError(f"{path}: eos_token_id must be a number or a list of numbers, found {noted!r}")
+        raise DataError(f"{path}: eos_token_id must be a number or a list of numbers", found=repr(noted))
     return set(ids)
 
 
 def check_room(model: Any, recipe: Any, mask_id: int | None, prompts: list[list[int]], chat: bool) -> None:
-    """Say on standard error which prompts lose their beginning. Raises DataError for a chat, whose beginning holds its template,
-    and ConfigError where denoising is to write more than the model has places for.
+    """Print to standard error which prompts are truncated at the start.
+
+    Raises DataError for a chat prompt that is too long, since truncation would cut its template, and ConfigError if denoising shall write
+    more tokens than the model's context.
     """
     from gptoughts.errors import DataError
     from gptoughts.inference.generate.write import require_context, room
@@ -165,23 +168,23 @@ def check_room(model: Any, recipe: Any, mask_id: int | None, prompts: list[list[
     if mask_id is not None:
         require_context(recipe.sample.tokens, int(model.sequence_length), "--tokens")
     free = room(model, recipe, mask_id)
-    beside = "" if mask_id is None else f" beside {recipe.sample.tokens:,} new ones"
+    new = "" if mask_id is None else f" besides {recipe.sample.tokens:,} new tokens"
     for number, ids in enumerate(prompts, 1):
         if len(ids) <= free:
             continue
-        said = f"prompt {number} has {len(ids):,} tokens, and the model reads {free:,}{beside}"
+        problem = f"prompt {number}: {len(ids):,} tokens exceed the context of {free:,}{new}"
         if chat:
-            raise DataError(f"{said}; shorten it{', or write fewer: --tokens' if beside else ''}")
-        print(f"note: {said}: its beginning is left out", file=sys.stderr, flush=True)
+            raise DataError(problem, fix=f"a shorter prompt{', or fewer --tokens' if new else ''}")
+        print(f"note: {problem}; its beginning is dropped", file=sys.stderr, flush=True)
 
 
 def asked(recipe: Any, sample: dict[str, Any], diffusion: dict[str, Any], mask_id: int | None) -> Any:
-    """The recipe with the sampling that was asked for. Raises ConfigError for denoising by a model that does not."""
+    """Return the recipe with the given sampling options. Raises ConfigError for diffusion options with a next-token model."""
     from gptoughts.errors import ConfigError
 
     if diffusion and mask_id is None:
         flags = ", ".join(f"--{key.replace('_', '-')}" for key in diffusion)
-        raise ConfigError(f"{flags}: only masked-diffusion models denoise; this one writes token by token")
+        raise ConfigError(f"{flags}: only for masked-diffusion models", found=recipe.objective)
     if "tokens" not in sample:
         sample = sample | {"tokens": TOKENS if mask_id is None else fitting(recipe)}
     tables = {"sample": recipe.sample.model_copy(update=sample), "diffusion": recipe.diffusion.model_copy(update=diffusion)}
@@ -189,7 +192,7 @@ def asked(recipe: Any, sample: dict[str, Any], diffusion: dict[str, Any], mask_i
 
 
 def fitting(recipe: Any) -> int:
-    """How many tokens a model that denoises writes unasked: as many as its samples, or half its context where those are more."""
+    """Return the default number of new tokens of a masked-diffusion model: that of its samples, at most half its context."""
     context: int = recipe.data.sequence_length
     wanted: int = recipe.sample.tokens
     return wanted if wanted <= context else max(1, context // 2)

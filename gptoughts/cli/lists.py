@@ -1,4 +1,4 @@
-"""`gptoughts recipes`, `profiles` and `layers`: what there is, and one of them in full."""
+"""`gptoughts recipes`, `profiles` and `layers`: list them, or print one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gptoughts.planning.layer import SLOTS, Case, Kind, Layer
 
 
 def recipes(name: str | None) -> int:
-    """Names and notes, or one recipe's file."""
+    """Print names and notes, or one recipe's file."""
     if name is not None:
         config.load(name)
         print(config.find_recipe(name).read_text(encoding="utf-8"), end="")
@@ -24,29 +24,29 @@ def recipes(name: str | None) -> int:
 
 
 def profiles(name: str | None) -> int:
-    """Names and notes with the one that auto takes marked, or one profile's file."""
+    """Print names and notes with the choice of auto marked, or one profile's file."""
     if name is not None:
         profile.read(name)
         print(profile.find(name).read_text(encoding="utf-8"), end="")
         return 0
     machine = probe()
     try:
-        taken, said = profile.pick("auto", machine).name, "* is what --profile auto takes on this machine"
+        picked, footer = profile.pick("auto", machine).name, "* picked by --profile auto on this machine"
     except PlanError as error:
-        taken, said = "", str(error)
+        picked, footer = "", str(error)
     known = [profile.read(one) for one in profile.names()]
     _print(
         [
-            (f"{'*' if one.name == taken else ' '} {one.name}", one.note + ("" if one.auto else " [by name only]"))
+            (f"{'*' if one.name == picked else ' '} {one.name}", one.note + ("" if one.auto else " [by name only]"))
             for one in known
         ]
     )
-    print(said)
+    print(footer)
     return 0
 
 
 def layers(name: str | None, markdown: bool) -> int:
-    """One line per layer with its state here, one card, or the whole page."""
+    """Print one line per layer with its state on this machine, one card, or docs/layers.md."""
     if markdown:
         from gptoughts.cli.cards import layers_page
 
@@ -54,7 +54,7 @@ def layers(name: str | None, markdown: bool) -> int:
         return 0
     if name is not None:
         if name not in CATALOG:
-            raise ConfigError(f"no layer {name!r}{nearest(name, CATALOG)}; layers: {', '.join(CATALOG)}")
+            raise ConfigError(f"no layer {name!r}{nearest(name, CATALOG)}. Layers: {', '.join(CATALOG)}")
         from gptoughts.cli.cards import card
 
         print(card(CATALOG[name]))
@@ -66,7 +66,7 @@ def layers(name: str | None, markdown: bool) -> int:
     for slot in SLOTS:
         for layer in (layer for layer in CATALOG.values() if layer.slot == slot):
             print(f"{slot:<{wide}}{layer.name:<{wider}}{_state(layer, case)}")
-    print(f"for {recipe.name} on {machine.label()}; gptoughts layers NAME prints a card")
+    print(f"for recipe {recipe.name} on {machine.label()}. Details: gptoughts layers NAME")
     return 0
 
 
@@ -75,7 +75,7 @@ def _state(layer: Layer, case: Case) -> str:
         return "baseline"
     reasons = layer.rejections(case, layer.read_options({}, layer.name))
     if not reasons:
-        return "fits"
+        return "available"
     worst = next((reason for reason in reasons if reason.kind is Kind.UNSUPPORTED), reasons[0])
     return f"{worst.kind}: {worst}"
 

@@ -1,4 +1,4 @@
-"""Flags of the command line: every field of the recipe and every slot has one, and an unknown one is answered with ours."""
+"""Build commands and their flags: one flag per recipe field and per slot, with did-you-mean errors for unknown ones."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from gptoughts.errors import listed, nearest
+from gptoughts.errors import describe, listed, nearest
 
 CONTEXT = {
     "token_normalize_func": lambda token: token.replace("_", "-"),
@@ -19,10 +19,10 @@ CONTEXT = {
 
 
 class Command(click.Command):
-    """A verb that tells every unknown flag at once, each with the nearest known one."""
+    """A command that reports all unknown flags in one error, each with the nearest known one."""
 
     def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
-        """As click does. Raises ConfigError for flags that do not exist."""
+        """Parse as click does. Raises ConfigError for unknown flags."""
         known = {flag: parameter for parameter in self.get_params(context) for flag in parameter.opts if flag.startswith("--")}
         problems = [f"{flag}: {self.unknown(flag, list(known))}" for flag in _unknown(args, known)]
         if problems:
@@ -30,12 +30,12 @@ class Command(click.Command):
         return super().parse_args(context, args)
 
     def unknown(self, flag: str, known: Sequence[str]) -> str:
-        """Why `flag` is none of `known`."""
+        """Return the problem for a flag that is not in `known`."""
         return f"no such flag{nearest(spelled(flag), known)}"
 
 
 class RecipeCommand(Command):
-    """A verb that takes a recipe: every field and every slot is a flag, and the help page is grouped by table."""
+    """A command that takes a recipe: every field and every slot is a flag; the help page is grouped by table."""
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
@@ -43,14 +43,14 @@ class RecipeCommand(Command):
         self._filled = False
 
     def get_params(self, context: click.Context) -> list[click.Parameter]:
-        """The verb's own parameters, then the recipe's fields, then the layers; made when they are needed."""
+        """Return the command's own parameters, then recipe fields, then layers; built on first use."""
         if not self._filled:
             self.params = [*self._own, *_field_flags(), *_layer_flags()]
             self._filled = True
         return super().get_params(context)
 
     def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
-        """As above; with a plugin, options of its layers are taken unseen, and judged when the plugin has been read."""
+        """Parse as above. With a plugin, accept any layer option; those of its layers are checked after it is loaded."""
         if any(arg.partition("=")[0] == "--plugin" for arg in args):
             there = {flag for parameter in self.get_params(context) for flag in parameter.opts}
             named = {spelled(arg.partition("=")[0]) for arg in args if arg.startswith("--layer.") and arg.count(".") > 1}
@@ -58,18 +58,18 @@ class RecipeCommand(Command):
         return super().parse_args(context, args)
 
     def unknown(self, flag: str, known: Sequence[str]) -> str:
-        """Other tools' words first, then the same field of a table, then the nearest."""
+        """Suggest our flag for an option of another trainer, then the same field in a table, then the nearest flag."""
         from gptoughts.config.aliases import our_flag
 
         flag = spelled(flag)
         ours, field = our_flag(flag), flag.lstrip("-").rpartition(".")[2]
         if ours:
-            return f"no such flag; here that is {ours}"
+            return describe("no such flag", fix=ours)
         tables = [other for other in known if other.endswith(f".{field}") and not other.startswith("--layer.")]
         return f"no such flag (did you mean {' or '.join(tables)}?)" if tables else f"no such flag{nearest(flag, known)}"
 
     def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
-        """One section per table of the recipe, one for layers."""
+        """Write one section per recipe table and one for layers."""
         sections: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(context):
             row = parameter.get_help_record(context)
@@ -81,12 +81,12 @@ class RecipeCommand(Command):
 
 
 def spelled(flag: str) -> str:
-    """A flag as `--help` spells it: hyphens for underscores."""
+    """Return a flag as in `--help`, with hyphens for underscores."""
     return flag.replace("_", "-")
 
 
 def split_flags(values: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, str], dict[str, Any]]:
-    """Parsed parameters as (recipe fields, layers and their options, the rest); what was not given is left out of the first two."""
+    """Split parsed parameters into (recipe fields, layers and their options, the rest); the first two contain given ones only."""
     parts: dict[str, dict[str, Any]] = {"field": {}, "layer": {}, "": {}}
     for name, value in values.items():
         kind, _, key = name.partition("__")
@@ -98,7 +98,7 @@ def split_flags(values: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, st
 
 
 def _unknown(args: Sequence[str], known: Mapping[str, click.Parameter]) -> Iterator[str]:
-    """Words that look like flags and are none; a flag's value never does, whatever it looks like."""
+    """Yield unknown flags. The value of a known flag is skipped, even if it begins with `--`."""
     words = iter(args)
     for word in words:
         if word == "--":
@@ -153,59 +153,69 @@ def _layer_flag(flag: str, metavar: str = "VALUE", text: str = "") -> click.Opti
 
 
 def _inner(kind: str, key: str) -> str:
-    """A dotted key as the identifier that click wants: `field__model__depth`."""
+    """Return a dotted key as an identifier for click: `field__model__depth`."""
     return f"{kind}__{key.replace('.', '__')}"
 
 
 class CommandGroup(click.Group):
-    """The verbs in the order in which a newcomer meets them."""
+    """A group that lists its commands in the order in which they were added."""
 
     def list_commands(self, context: click.Context) -> list[str]:
-        """As they were added."""
+        """Return the names in the order of addition."""
         return list(self.commands)
 
     def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
-        """No words at all ask for help."""
+        """Parse as click does; without arguments print the help."""
         return super().parse_args(context, args or ["--help"])
 
 
-def call(module: str, function: str) -> Callable[..., None]:
-    """A click callback that imports its verb when it is run and leaves with the number that it returns."""
+def group(name: str, text: str, *commands: click.Command, **keywords: Any) -> CommandGroup:
+    """Build a group of commands with the help `text`."""
+    return CommandGroup(name, list(commands), help=text, context_settings=CONTEXT, **keywords)
+
+
+def command(name: str, target: str, text: str, params: Sequence[click.Parameter]) -> Command:
+    """Build a command with the help `text` that runs `target`, given as `module.function` in `gptoughts.cli`."""
 
     def run(**values: Any) -> None:
-        verb = getattr(import_module(f"gptoughts.cli.{module}"), function)
-        sys.exit(verb(**values) or 0)
+        sys.exit(_imported(target)(**values) or 0)
 
-    return run
+    return Command(name, params=list(params), callback=run, help=text, context_settings=CONTEXT)
 
 
-def call_with_recipe(module: str, function: str) -> Callable[..., None]:
-    """As `call`, with the recipe's fields and the layers gathered in `fields` and `layers`."""
+def recipe_command(name: str, target: str, text: str, params: Sequence[click.Parameter]) -> RecipeCommand:
+    """Build a command as `command` does, whose `target` also takes recipe fields as `fields` and layers as `layers`."""
 
     def run(**values: Any) -> None:
         recipe, layers, rest = split_flags(values)
-        verb = getattr(import_module(f"gptoughts.cli.{module}"), function)
-        sys.exit(verb(fields=recipe, layers=layers, **rest) or 0)
+        sys.exit(_imported(target)(fields=recipe, layers=layers, **rest) or 0)
 
-    return run
+    return RecipeCommand(name, params=list(params), callback=run, help=text, context_settings=CONTEXT)
+
+
+def _imported(target: str) -> Callable[..., int | None]:
+    """Import `module.function` when the command runs, so that the start of the command line stays fast."""
+    module, _, function = target.partition(".")
+    found: Callable[..., int | None] = getattr(import_module(f"gptoughts.cli.{module}"), function)
+    return found
 
 
 def argument(name: str, **keywords: Any) -> click.Argument:
-    """A word that needs no flag."""
+    """Build a positional argument."""
     return click.Argument([name], **keywords)
 
 
 def option(*names: str, **keywords: Any) -> click.Option:
-    """A flag; its help page shows the default."""
+    """Build a flag whose help shows the default."""
     if "default" in keywords and keywords["default"] is not None and not keywords.get("is_flag"):
         keywords.setdefault("show_default", True)
     return click.Option(list(names), **keywords)
 
 
 def recipe_options() -> list[click.Parameter]:
-    """What every verb that takes a recipe takes."""
+    """Return the parameters of every command that takes a recipe."""
     return [
         argument("recipe", required=False),
-        option("--profile", default="auto", help="hardware profile by name or path; auto takes the one that matches"),
-        option("--plugin", multiple=True, metavar="FILE.py", help="a file that adds layers, models or objectives"),
+        option("--profile", default="auto", help="hardware profile, by name or path; auto picks the one for this machine"),
+        option("--plugin", multiple=True, metavar="FILE.py", help="load a file that adds layers, models or objectives"),
     ]

@@ -1,4 +1,4 @@
-"""`gptoughts plan`: which layers a recipe would get, and why. Loads no torch."""
+"""`gptoughts plan`: print the layers that a recipe gets, with reasons. Imports no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`gptoughts tokenize SOURCE --to DIR`: text becomes shards that `train` reads."""
+"""`gptoughts tokenize SOURCE --to DIR`: tokenize text into shards for `train`."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ def tokenize(
     processes: int | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Tokenizes `source` into the folder `out` and prints what was read, how fast, and the line to train on it.
+    """Tokenize `source` into the folder `out`; print sizes, speed and the command to train on it.
 
-    Without a tokenizer it is GPT-2's; `train_bpe` asks for a BPE of that vocabulary, trained on the text. Raises DataError.
+    The default tokenizer is GPT-2's; `train_bpe` trains a BPE of this vocabulary size on the text. Raises DataError.
     """
     from gptoughts.data.text.shards import INDEX
     from gptoughts.data.text.tokenize import tokenize
 
     if train_bpe is not None and tokenizer not in (None, "bpe"):
-        raise DataError(f"--tokenizer {tokenizer} and --train-bpe {train_bpe} name two tokenizers; give one of them")
+        raise DataError(f"--tokenizer {tokenizer} and --train-bpe {train_bpe}: only one of them is allowed")
     name = "bpe" if train_bpe is not None else tokenizer or "gpt2"
     folder = Path(out)
-    there = (folder / INDEX).exists() and not overwrite
+    done = (folder / INDEX).exists() and not overwrite
     begun = time.monotonic()
     index = tokenize(
         source, name, folder, train_bpe=train_bpe, val_fraction=val_fraction,
@@ -43,9 +43,9 @@ def tokenize(
     seconds = time.monotonic() - begun
     read = index.source
     size = f", {read['bytes'] / 1e6:.1f} MB" if read["bytes"] is not None else ""
-    skipped = f", {read['empty_rows']} empty rows passed over" if read["empty_rows"] else ""
+    skipped = f", {read['empty_rows']} empty rows skipped" if read["empty_rows"] else ""
     print(f"source     {read['spec']}  ({read['files']} files{size}{skipped})")
-    print(f"tokenizer  {index.tokenizer['kind']}  {index.vocab_size} ids, {index.dtype}, run by {index.tokenizer['engine']}")
+    print(f"tokenizer  {index.tokenizer['kind']}  {index.vocab_size} ids, {index.dtype}, engine {index.tokenizer['engine']}")
     total = sum(split.tokens for split in index.splits.values())
     for name, split in index.splits.items():
         shards = f"{len(split.shards)} shard{'s' if len(split.shards) != 1 else ''}"
@@ -53,6 +53,6 @@ def tokenize(
             f"{name:<10} {split.tokens:,} tokens, {split.documents:,} documents, {shards}, "
             f"unigram entropy {split.unigram_entropy:.3f} nats per token"
         )
-    print(f"time       {'already there' if there else f'{seconds:.1f} s, {total / seconds / 1e6:.2f} Mtok/s'}")
-    print(f"in         {folder}")
-    print(f"train on it: gptoughts train RECIPE --data.path {folder}")
+    print(f"time       {'already tokenized' if done else f'{seconds:.1f} s, {total / seconds / 1e6:.2f} Mtok/s'}")
+    print(f"folder     {folder}")
+    print(f"next       gptoughts train RECIPE --data.path {folder}")

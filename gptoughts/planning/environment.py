@@ -1,4 +1,4 @@
-"""Environment variables that a plan needs: they count only before the library that reads them starts. What the user set wins."""
+"""Environment variables of a plan: merge them with those of the user, which win, and restart the process once to apply them."""
 
 from __future__ import annotations
 
@@ -9,47 +9,47 @@ from dataclasses import replace
 from enum import Enum
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # the command line imports this module before it knows whether a plan is needed
+if TYPE_CHECKING:  # the command line imports this module at start-up, with or without a plan
     from gptoughts.planning.resolve import Plan
 
 GUARD = "GPTOUGHTS_ENVIRONMENT_SET"
-"""`PID:NAME,NAME`: the variables that gptoughts itself set, and the process that it started again with them."""
+"""`PID:NAME,NAME`: the process that gptoughts restarted, and the variables it set there."""
 
 
 class Process(Enum):
-    """Whose process this is: one that may be started again with other variables, or a notebook or test that only calls us."""
+    """Owner of the process: our command line, which can be restarted with other variables, or a caller such as a notebook or test."""
 
     OURS = "ours"
     CALLERS = "caller's"
 
 
 def in_effect(plan: Plan, environment: Mapping[str, str]) -> Plan:
-    """The plan with the values that will hold here: a variable that the user set differently wins, and a note says so."""
+    """Return the plan with the values in effect: variables set by the user override the plan's, with a note for each."""
     values, notes = dict(plan.environment), list(plan.notes)
     for name, value in plan.environment.items():
-        here = environment.get(name, value)
-        if here != value and _is_the_users(name, environment):
-            values[name] = here
-            notes.append(f"{name}={here} was set by you and wins; the plan wanted {name}={value}")
+        current = environment.get(name, value)
+        if current != value and _set_by_user(name, environment):
+            values[name] = current
+            notes.append(f"{name}={current} (set by you) overrides the plan's {name}={value}")
     return replace(plan, environment=values, notes=tuple(notes))
 
 
 def torch_is_loaded() -> bool:
-    """Whether torch has read its variables already, so that what a plan wants of them would come too late."""
+    """Return whether torch is imported, so that changed variables would have no effect."""
     return "torch" in sys.modules
 
 
 def lacking(plan: Plan, environment: Mapping[str, str]) -> dict[str, str]:
-    """Variables of the plan that are not in effect in `environment` and that no user has set."""
+    """Return the plan's variables that are not in effect in `environment` and that the user did not set."""
     return {
         name: value
         for name, value in plan.environment.items()
-        if environment.get(name) != value and (name not in environment or not _is_the_users(name, environment))
+        if environment.get(name) != value and (name not in environment or not _set_by_user(name, environment))
     }
 
 
 def restart(missing: Mapping[str, str]) -> None:
-    """Start this process again, as it was started, with the missing variables; once. Returns where it was done before.
+    """Re-execute this process with the missing variables, once; return if it was restarted already or nothing is missing.
 
     The process id stays the same, so a launcher such as torchrun keeps its child.
     """
@@ -57,7 +57,7 @@ def restart(missing: Mapping[str, str]) -> None:
         return
     owner, ours = _guard(os.environ)
     if owner == os.getpid():
-        os.environ.update(missing)  # the plan changed between two starts; a third would not end it
+        os.environ.update(missing)  # the plan changed between the two starts; do not loop
         return
     guard = f"{os.getpid()}:{','.join(sorted({*ours, *missing}))}"
     sys.stdout.flush()
@@ -65,11 +65,11 @@ def restart(missing: Mapping[str, str]) -> None:
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **missing, GUARD: guard})
 
 
-def _is_the_users(name: str, environment: Mapping[str, str]) -> bool:
-    """Whether a variable that is there was set by the user: neither by gptoughts nor, as a default, by torchrun."""
+def _set_by_user(name: str, environment: Mapping[str, str]) -> bool:
+    """Return whether a variable in `environment` was set by the user: not by gptoughts, and not as a default of torchrun."""
     if name in _guard(environment)[1]:
         return False
-    # torchrun sets OMP_NUM_THREADS=1 for several ranks where nobody set it: torch/distributed/run.py.
+    # torchrun sets OMP_NUM_THREADS=1 for several ranks if it is unset: torch/distributed/run.py.
     return not (name == "OMP_NUM_THREADS" and environment.get(name) == "1" and "TORCHELASTIC_RUN_ID" in environment)
 
 

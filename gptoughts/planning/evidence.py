@@ -1,4 +1,4 @@
-"""What a watched step can show, and what it showed of a layer."""
+"""Trace of a watched step, and the evidence that a layer derives from it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from enum import StrEnum
 
 @dataclass(frozen=True)
 class Operator:
-    """An operator of the watched step: how often it ran, and how often with which input dtypes."""
+    """An operator of the watched step, with its calls in total and per tuple of input dtypes."""
 
     name: str
     calls: int
@@ -18,11 +18,11 @@ class Operator:
 
 @dataclass(frozen=True)
 class StepTrace:
-    """What the profiler and the engine's counters saw of one real training step."""
+    """Profiler events and engine counters of one real training step."""
 
     operators: Mapping[str, Operator]
     kernels: Mapping[str, int]
-    """CUDA kernels by name, with their launches; empty on a CPU."""
+    """Launches per CUDA kernel name; empty on a CPU."""
     regions: int
     """Calls of compiled regions."""
     micro_batches: int
@@ -32,27 +32,27 @@ class StepTrace:
     step_seconds: float
     data_wait_seconds: float
     memcpy_streams: int = 0
-    """CUDA streams that copied from host to device and ran no kernel."""
+    """CUDA streams with host-to-device copies and no kernels."""
     copies: Mapping[str, int] = field(default_factory=dict)
     """CUDA copies by direction: HtoD, DtoH, DtoD."""
     peak_bytes: int | None = None
-    """Most memory that the process held on the device at one time during the step; None where nothing can tell."""
+    """Peak device memory of the process during the step; None if unknown."""
     recompiles: tuple[str, ...] = ()
-    """Graphs that were compiled again since the run began, each with its cause."""
+    """Recompilations since the start of the run, each with its cause."""
     call_counts: Mapping[str, int] = field(default_factory=dict)
-    """Calls of what layers put in place, by the layer's name."""
+    """Calls of code that layers installed, by layer name."""
 
     def calls(self, *fragments: str) -> int:
-        """Calls of all operators whose name contains one of the fragments."""
+        """Return the calls of all operators whose name contains one of the fragments."""
         return sum(op.calls for op in self.operators.values() if any(part in op.name for part in fragments))
 
     def launches(self, *fragments: str) -> int:
-        """Launches of all kernels whose name contains one of the fragments, in lower case."""
+        """Return the launches of all kernels whose lower-case name contains one of the fragments."""
         return sum(count for name, count in self.kernels.items() if any(part in name.lower() for part in fragments))
 
 
 class Status(StrEnum):
-    """What a watched step showed of a layer."""
+    """State of a layer in the watched step."""
 
     ACTIVE = "active"
     INACTIVE = "inactive"
@@ -61,7 +61,7 @@ class Status(StrEnum):
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the watched step showed of one layer, in words and in figures."""
+    """Result of the watched step for one layer, as text and numbers."""
 
     status: Status
     text: str
@@ -69,15 +69,15 @@ class Evidence:
 
 
 def active(text: str, **figures: float) -> Evidence:
-    """The layer was seen at work."""
+    """Return evidence that the layer was active."""
     return Evidence(Status.ACTIVE, text, figures)
 
 
 def inactive(text: str, **figures: float) -> Evidence:
-    """The layer was asked for and the step ran without it; the run stops."""
+    """Return evidence that the step ran without the layer; the run stops."""
     return Evidence(Status.INACTIVE, text, figures)
 
 
 def unproven(text: str, **figures: float) -> Evidence:
-    """Nothing on this machine can tell; printed and recorded."""
+    """Return that this machine cannot show either; printed and recorded."""
     return Evidence(Status.UNPROVEN, text, figures)

@@ -1,7 +1,7 @@
-"""The contract of an optimization layer: what it needs, what it changes, how it is undone, how it proves itself.
+"""The layer contract: requirements, changes, undo and evidence of one optimization.
 
-A layer is one file under `gptoughts/layers/` that ends in `LAYER = Layer(...)`. Nothing here imports torch, so a plan for any machine
-can be made and tested on any other.
+A layer is one file under `gptoughts/layers/` that ends in `LAYER = Layer(...)`. This module imports no torch, so any machine can plan
+for any other.
 """
 
 from __future__ import annotations
@@ -44,21 +44,21 @@ SLOTS = (
     "loader",
     "microbatch",
 )
-"""One layer each. The order is that of application within a moment, of the command line and of every table."""
+"""Each slot gets one layer. Layers of one phase are applied in this order; the command line and all tables use it too."""
 
 WRAPPED_HOOKS = ("forward_context", "eval_context", "grad_sync")
 REPLACED_HOOKS = ("backward", "clip", "step", "materialize")
 
 
 class Phase(StrEnum):
-    """When `apply` runs during `build`."""
+    """The part of `build` in which `apply` runs."""
 
     PROCESS = "process"
-    """Before the model exists: threads, allocator, global switches of torch."""
+    """Before the model exists: threads, allocator, global torch settings."""
     SHAPE = "shape"
-    """The model stands on meta: modules are swapped or wrapped, no tensor has a value."""
+    """The model is on the meta device: modules are replaced or wrapped, tensors have no values."""
     REAL = "real"
-    """Parameters have values: data parallelism, optimizer, loader."""
+    """The parameters have values: data parallelism, optimizer, loader."""
 
 
 _PROCESS_SLOTS = ("host", "allocator", "matmul")
@@ -66,7 +66,7 @@ _SHAPE_SLOTS = ("attention", "kernels", "precision", "loss", "recompute", "offlo
 
 
 class Kind(StrEnum):
-    """Why a layer is passed over."""
+    """Kind of a reason to reject a layer."""
 
     UNSUPPORTED = "unsupported"
     SLOWER = "slower"
@@ -74,7 +74,7 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True)
 class Reason:
-    """Why a layer does not fit. `source` says who measured it, `remedy` what to type."""
+    """A reason to reject a layer. `source` names the measurement, `remedy` a command or flag that helps."""
 
     kind: Kind
     text: str
@@ -87,18 +87,18 @@ class Reason:
 
 
 def unsupported(text: str, remedy: str = "") -> Reason:
-    """The layer cannot run here, whoever asks for it."""
+    """Return a reason why the layer cannot run on this machine or model, even if requested by name."""
     return Reason(Kind.UNSUPPORTED, text, remedy=remedy)
 
 
 def slower(text: str, source: str) -> Reason:
-    """The layer would run and cost more than it gives; only a demand by name takes it."""
+    """Return a reason why the layer is expected to be slower; it is taken only if requested by name."""
     return Reason(Kind.SLOWER, text, source=source)
 
 
 @dataclass(frozen=True)
 class Option:
-    """A value that a layer takes, with its default. `kind` is the Python type that text is read as."""
+    """An option of a layer, with its default. Text is parsed as `kind`."""
 
     default: Any
     help: str
@@ -106,25 +106,25 @@ class Option:
     choices: tuple[str, ...] = ()
 
     def read(self, value: Any, where: str) -> Any:
-        """`value`, or the text of one, as this option's type; none is one where the default is. Raises ConfigError naming `where`."""
+        """Parse `value` as this option's type. None is accepted only if it is the default. Raises ConfigError that begins with `where`."""
         if self.default is None and (value is None or (isinstance(value, str) and value.lower() in ("none", "null"))):
             return None
         if self.choices:
             if value not in self.choices:
-                raise ConfigError(f"{where}: needs one of {', '.join(self.choices)}, here {value!r}")
+                raise ConfigError(f"{where}: needs one of {', '.join(self.choices)}", found=repr(value))
             return value
-        read = _as(self.kind, value)
-        if read is None:
-            raise ConfigError(f"{where}: needs {_NEEDS.get(self.kind, self.kind.__name__)}, here {value!r}")
-        return read
+        parsed = _as(self.kind, value)
+        if parsed is None:
+            raise ConfigError(f"{where}: needs {_NEEDS.get(self.kind, self.kind.__name__)}", found=repr(value))
+        return parsed
 
 
-_NEEDS = {int: "a whole number above 0", float: "a number", bool: "true or false", str: "text"}
+_NEEDS = {int: "an integer above 0", float: "a number", bool: "true or false", str: "text"}
 _TRUTHS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
 def _as(kind: type, value: Any) -> Any:
-    """`value` as `kind`, None where it is not one. Whole numbers count something, so they start at 1."""
+    """Convert `value` to `kind`; return None if that fails. Integers are counts, so they start at 1."""
     if kind is bool:
         return value if isinstance(value, bool) else _TRUTHS.get(value.lower()) if isinstance(value, str) else None
     if isinstance(value, bool) or not isinstance(value, str | int | float):
@@ -138,13 +138,13 @@ def _as(kind: type, value: Any) -> Any:
     if kind is float:
         return number if math.isfinite(number) else None
     exact = int(value) if isinstance(value, int) or (isinstance(value, str) and value.strip().isdecimal()) else None
-    count = exact or (int(number) if number.is_integer() else 0)  # 1e3 is a whole number too
+    count = exact or (int(number) if number.is_integer() else 0)  # 1e3 is an integer too
     return count if count >= 1 else None
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The layer that a slot got, and the others with the reasons why not."""
+    """The layer chosen for a slot, and the rejected ones with their reasons."""
 
     slot: str
     layer: str
@@ -152,12 +152,12 @@ class Choice:
     origin: str
     rejected: tuple[tuple[str, tuple[Reason, ...]], ...] = ()
     expected_slowdown: tuple[Reason, ...] = ()
-    """Reasons why it would not pay, when it was demanded all the same."""
+    """Reasons why the layer is expected to be slower, if it was requested by name nevertheless."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """Everything a layer may look at to say whether it fits."""
+    """Inputs of `Layer.unmet`, `Layer.environment` and `Layer.memory`."""
 
     machine: Machine
     spec: ModelSpec
@@ -165,45 +165,45 @@ class Case:
     world: World
     chosen: Mapping[str, Choice] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
-    """Variables that are set here, and that a layer must not overrule; empty for a machine that is not here."""
+    """Variables set by the user, which a layer must not override; empty when planning for another machine."""
     micro_batch: Mapping[str, Any] = field(default_factory=dict)
-    """Options of the layer that the micro-batch slot would like first; that slot comes last, and memory depends on it."""
+    """Options of the first request of the micro-batch slot, which is resolved last although memory depends on it."""
     wishes: Mapping[str, str] = field(default_factory=dict)
-    """The layer that each slot would like first; what a later slot will choose is not known yet."""
+    """First requested layer of each slot; the choices of later slots are not known yet."""
     budget: Budget | None = None
-    """Memory of a step with the micro-batch slot's first wish and the layers chosen so far; None where sizes are not known."""
+    """Memory of a step with the layers chosen so far and the first request of the micro-batch slot; None if sizes are unknown."""
 
     @property
     def on_gpu(self) -> bool:
-        """Whether the run takes place on a GPU."""
+        """Whether the run uses a GPU."""
         return bool(self.machine.gpus)
 
     @property
     def rank_sequences(self) -> int:
-        """Sequences of one update that this rank computes."""
+        """Sequences per update and rank."""
         return self.recipe.train.global_batch // self.world.world_size
 
     @property
     def forward_sequences(self) -> int:
-        """Sequences per forward, as far as the micro-batch slot's first wish says; else the rank's whole share."""
+        """Sequences per forward by the first request of the micro-batch slot; otherwise the rank's whole share."""
         tokens, length = self.micro_batch.get("tokens"), self.recipe.data.sequence_length
         most = self.micro_batch.get("sequences") or (max(1, tokens // length) if tokens else self.rank_sequences)
         return min(most, self.rank_sequences)
 
     def takes(self, slot: str, layer: str) -> bool:
-        """Whether an earlier slot has chosen `layer`."""
+        """Return whether an earlier slot chose `layer`."""
         return slot in self.chosen and self.chosen[slot].layer == layer
 
     def option(self, slot: str, name: str) -> Any:
-        """The option `name` of the layer that an earlier slot has chosen; None where it has none of that name."""
+        """Return option `name` of the layer that an earlier slot chose; None if there is no such option or choice."""
         return self.chosen[slot].options.get(name) if slot in self.chosen else None
 
 
 Options = Mapping[str, Any]
-Engine = Any  # gptoughts.engine.engine.Engine: floor 1, so floor 0 cannot name it
+Engine = Any  # gptoughts.engine.engine.Engine, which planning must not import
 
 
-def _fits_everywhere(case: Case, options: Options) -> Iterator[Reason]:
+def _no_rejections(case: Case, options: Options) -> Iterator[Reason]:
     yield from ()
 
 
@@ -211,63 +211,63 @@ def _no_environment(case: Case, options: Options) -> Mapping[str, str]:
     return {}
 
 
-def _as_it_was(case: Case, options: Options, budget: Budget) -> Budget:
+def _same_memory(case: Case, options: Options, budget: Budget) -> Budget:
     return budget
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One optimization. `docs/write-a-layer.md` walks through every field."""
+    """One optimization. docs/write-a-layer.md explains every field."""
 
     name: str
     slot: str
     card: str
-    """The file's docstring: the effect first, then when it hurts."""
+    """The file's docstring: first the effect, then when it is slower."""
     apply: Callable[[Engine, Options], AbstractContextManager[None]]
     verify: Callable[[Engine, StepTrace, Options], Evidence]
-    unmet: Callable[[Case, Options], Iterable[Reason]] = _fits_everywhere
+    unmet: Callable[[Case, Options], Iterable[Reason]] = _no_rejections
     environment: Callable[[Case, Options], Mapping[str, str]] = _no_environment
-    memory: Callable[[Case, Options, Budget], Budget] = _as_it_was
-    """What it changes of the memory that a step is expected to hold."""
+    memory: Callable[[Case, Options, Budget], Budget] = _same_memory
+    """Return the budget as changed by this layer."""
     phase: Phase | None = None
     baseline: bool = False
     packages: tuple[tuple[str, str], ...] = ()
-    """Distributions that must be installed, each with the extra that brings it."""
+    """Required distributions, each with the extra that installs it."""
     needs_gpu: bool = False
     min_capability: tuple[int, int] | None = None
     options: Mapping[str, Option] = field(default_factory=dict)
     wraps: tuple[str, ...] = ()
     replaces: tuple[str, ...] = ()
     clashes: Mapping[str, str] = field(default_factory=dict)
-    """Names of other layers, each with the reason why both cannot be."""
+    """Incompatible layers, each with the reason."""
     needs_slots: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """For a slot, the layers of which one must be chosen there."""
+    """Slot -> layers, one of which must be chosen there."""
     changes_numerics: bool = False
     repeatable: bool = True
     repeatable_on_gpu: bool = True
-    """False where its kernels add in no fixed order, as most attention backwards do."""
+    """False if its kernels add in no fixed order, as most attention backwards do."""
     warmup_steps: int = 0
-    """Updates before the layer does its real work, so that the watched step comes after them."""
+    """Updates before the layer is fully active; the watched step comes after them."""
     permanent: str = ""
-    """Why it cannot be undone; empty where it can."""
+    """Why it cannot be undone; empty if it can."""
     measured: str = "not measured"
-    """Where its gain was measured: a file under docs/measurements/."""
+    """File under docs/measurements/ with its measured gain."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "options", MappingProxyType(dict(self.options)))
         problems = [
-            f"no slot {slot!r}{nearest(slot, SLOTS)}; slots: {', '.join(SLOTS)}"
+            f"no slot {slot!r}{nearest(slot, SLOTS)}. Slots: {', '.join(SLOTS)}"
             for slot in (self.slot, *self.needs_slots)
             if slot not in SLOTS
         ]
-        for verbs, known in ((self.wraps, WRAPPED_HOOKS + REPLACED_HOOKS), (self.replaces, REPLACED_HOOKS)):
-            problems += [f"{verb!r} is not one of {', '.join(known)}" for verb in verbs if verb not in known]
+        for hooks, known in ((self.wraps, WRAPPED_HOOKS + REPLACED_HOOKS), (self.replaces, REPLACED_HOOKS)):
+            problems += [f"{hook!r} is not one of {', '.join(known)}" for hook in hooks if hook not in known]
         if problems:
             raise listed(f"layer {self.name}", problems)
 
     @property
     def when(self) -> Phase:
-        """The moment of `build` at which `apply` runs."""
+        """The phase of `build` in which `apply` runs."""
         if self.phase is not None:
             return self.phase
         if self.slot in _PROCESS_SLOTS:
@@ -275,13 +275,13 @@ class Layer:
         return Phase.SHAPE if self.slot in _SHAPE_SLOTS else Phase.REAL
 
     def read_options(self, given: Options, where: str) -> dict[str, Any]:
-        """Defaults overlaid with `given`. Raises ConfigError for a name or value that the layer does not take."""
+        """Return the defaults overlaid with `given`. Raises ConfigError with all invalid names and values."""
         problems, read = [], {name: option.default for name, option in self.options.items()}
         for name, value in given.items():
             try:
                 if name not in self.options:
                     known = ", ".join(self.options) or "none"
-                    raise ConfigError(f"{where}: no option {name!r}{nearest(name, self.options)}; options: {known}")
+                    raise ConfigError(f"{where}: no option {name!r}{nearest(name, self.options)}. Options: {known}")
                 read[name] = self.options[name].read(value, f"{where}.{name}")
             except ConfigError as error:
                 problems.append(str(error))
@@ -290,7 +290,7 @@ class Layer:
         return read
 
     def rejections(self, case: Case, options: Options) -> list[Reason]:
-        """Every reason against this layer in this case: the declared needs first, then `fits`."""
+        """Return all reasons to reject this layer: the declared requirements first; `unmet` only if those are met."""
         reasons = list(self._declared(case))
         if not any(reason.kind is Kind.UNSUPPORTED for reason in reasons):
             reasons += list(self.unmet(case, options))

@@ -1,7 +1,6 @@
-"""In which precision the products of a watched step ran: by the dtypes of operators, and by the names of kernels.
+"""Precision of matrix products and convolutions in a watched step, by operator dtypes and by kernel names.
 
-A product is a matrix product or a convolution. Names of FP8 kernels are those that public profiles of Ada, Hopper and Blackwell show
-(docs/decisions.md); tests/traces holds one of each kind.
+FP8 kernel names are those in public profiles of Ada, Hopper and Blackwell (docs/decisions.md); tests/traces holds one of each kind.
 """
 
 from __future__ import annotations
@@ -23,25 +22,25 @@ FACTORS = {
     "aten::baddbmm_": slice(1, 3),
     "aten::_grouped_mm": slice(0, 2),
 }
-"""Where the two factors stand among the arguments: the others are sums, outputs and scalars."""
+"""Positions of the two factors among the arguments; the others are sums, outputs and scalars."""
 
 SCALED = ("aten::_scaled_mm", "aten::_scaled_mm_v2")
-"""Torch's products of scaled 8-bit factors."""
+"""Torch's matrix products of scaled 8-bit factors."""
 
 FLOAT8 = "c10::Float8"
 
 # cuBLAS's own kernels: the first two letters after the optional architecture are the factors' types, q for E4M3 (t is bf16, h fp16, s fp32).
-# How E5M2 is spelled there no public profile shows, so anything but the known wide types beside a q counts as 8-bit.
+# No public profile shows the letter of E5M2, so anything but the known wide types beside a q counts as 8-bit.
 _NVJET = re.compile(r"^(?:void )?nvjet_(?:sm\d+[a-z]?_)?([a-z])([a-z])")
 _WIDE = frozenset("thsdc")
 _EIGHT_BITS = re.compile(r"e4m3|e5m2|float8|fp8|f8f8")
 _TEMPLATE = re.compile(r"^triton_(?:tem|mm)_.*scaled_mm")
-# Kernels of Transformer Engine that carry the same types in their arguments and multiply nothing.
+# Transformer Engine kernels with the same types in their arguments that do not multiply.
 _AROUND = ("transformer_engine::", "nvte_", "transpose_kernel", "quantize", "amax", "swizzle")
 
 
 def dtypes(trace: StepTrace, low: str, full: str = "float") -> tuple[int, int]:
-    """Products whose factors all were `low`, and those of which any was `full`; names as the profiler gives them."""
+    """Return (products with all factors in `low`, products with any factor in `full`). Dtype names are those of the profiler."""
     counted: Counter[str] = Counter()
     for name, place in FACTORS.items():
         operator = trace.operators.get(name)
@@ -53,7 +52,7 @@ def dtypes(trace: StepTrace, low: str, full: str = "float") -> tuple[int, int]:
 
 
 def scaled(trace: StepTrace) -> int:
-    """Calls of torch's scaled product with two 8-bit factors."""
+    """Return the calls of torch's scaled matrix products with two 8-bit factors."""
     return sum(
         calls
         for name in SCALED
@@ -64,14 +63,14 @@ def scaled(trace: StepTrace) -> int:
 
 
 def emulated(trace: StepTrace) -> int:
-    """Products over factors that were 8-bit before: each takes its two factors back to float32 and multiplies those."""
+    """Return the products that were emulated: both 8-bit factors are converted to float32 and multiplied."""
     operator = trace.operators.get("aten::_to_copy")
     widened = sum(calls for given, calls in operator.input_dtypes.items() if given[0].startswith(FLOAT8)) if operator else 0
     return widened // 2
 
 
 def is_fp8_kernel(name: str) -> bool:
-    """Whether a CUDA kernel of this name multiplies 8-bit matrices; casting, transposing and norms of such types do not count."""
+    """Return whether a CUDA kernel multiplies 8-bit matrices; casts, transposes and norms of these types do not count."""
     low = name.lower()
     jet = _NVJET.match(low)
     if jet:
@@ -85,5 +84,5 @@ def is_fp8_kernel(name: str) -> bool:
 
 
 def fp8_launches(kernels: Mapping[str, int]) -> int:
-    """Launches of kernels that multiply 8-bit matrices."""
+    """Return the launches of kernels that multiply 8-bit matrices."""
     return sum(count for name, count in kernels.items() if is_fp8_kernel(name))

@@ -1,4 +1,4 @@
-"""Does it fit? The memory that a plan's step is expected to hold, against what a rank has, and the cheapest changes that would make it fit."""
+"""Memory check of a plan: expected peak of a step against the memory of a rank, and the cheapest changes that make it fit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gptoughts.planning.memory_model import Budget, Verdict, baseline, verdict
 Choices = Mapping[str, Choice]
 
 SOURCE = "docs/measurements/cpu/memory.json"
-"""How near such a figure was to what a step held."""
+"""Measured accuracy of the expected peak."""
 
 CHANGES: tuple[tuple[str, str, Mapping[str, Any]], ...] = (
     ("loss", "fused-ce", {}),
@@ -24,49 +24,49 @@ CHANGES: tuple[tuple[str, str, Mapping[str, Any]], ...] = (
     ("offload", "offload-activations", {}),
     ("optimizer_offload", "state-on-cpu", {}),
 )
-"""What to try after a smaller micro-batch, the cheapest first. torchtune's ladder for Llama-3.2-3B on an A100 in tok/s: a chunked loss
-lost nothing, 8-bit state 5 %, recomputing blocks 21 %; the order of the others is ours."""
+"""Slot, layer and options to try after a smaller micro-batch, cheapest first. Slowdown in torchtune's table for Llama-3.2-3B on an A100:
+chunked loss 0 %, 8-bit optimizer state 5 %, recomputed blocks 21 %; the order of the others is an estimate."""
 
 COMPILING = ("compile-blocks", "compile-model", "cuda-graph")
-"""Layers after which the forward keeps less for the backward."""
+"""Layers that reduce the activations kept for the backward."""
 
 
 @dataclass(frozen=True)
 class MemoryCheck:
-    """Expected memory of one rank. `changes` are flags that together would make it fit; None where nothing known does."""
+    """Expected memory of one rank. `changes` are flags that together make it fit; None if no known layers do."""
 
     budget: Budget | None
     memory_bytes: int | None
     verdict: Verdict
     changes: tuple[str, ...] | None = ()
     is_free: bool = False
-    """Whether `memory_bytes` are those that were free, not all there are."""
+    """Whether `memory_bytes` is the free memory rather than the total."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data; empty where the model's sizes are not known."""
+        """Return plain data; empty if the model's sizes are unknown."""
         if self.budget is None:
             return {}
         changes = None if self.changes is None else list(self.changes)
         return {**self.budget.to_json(), "memory_bytes": self.memory_bytes, "verdict": str(self.verdict), "changes": changes}
 
     def lines(self) -> Iterator[str]:
-        """The answer as a person reads it."""
+        """Yield the lines of the printed plan."""
         if self.budget is None:
-            yield "memory n/a: not all sizes of the model are known before its data is read"
+            yield "memory n/a: model sizes are unknown until the data is read"
             return
         parts = self.budget.to_json()
         named = ", ".join(f"{name} {bytes_in_words(value)}" for name, value in parts.items() if name != "peak" and value)
-        there = f"{bytes_in_words(self.memory_bytes)}{' that are free' if self.is_free else ''}"
-        whole = f" of {there}: {self.verdict}" if self.memory_bytes else ""
+        available = f"{bytes_in_words(self.memory_bytes)}{' free' if self.is_free else ''}"
+        result = f" of {available}: {self.verdict}" if self.memory_bytes else ""
         yield f"memory per rank: {named}"
-        yield f"  at most {bytes_in_words(parts['peak'])} at one time{whole}"
+        yield f"  peak {bytes_in_words(parts['peak'])}{result}"
         if self.verdict in (Verdict.DOES_NOT, Verdict.TIGHT):
-            what = "no layer that is known makes it fit; take a smaller model, --adapter.kind lora or more ranks"
-            yield f"  to make it fit: {what if self.changes is None else ' '.join(self.changes)}"
+            other = "no known layers suffice; use a smaller model, --adapter.kind lora or more ranks"
+            yield f"  to fit: {other if self.changes is None else ' '.join(self.changes)}"
 
 
 def memory_of_rank(case: Case) -> int | None:
-    """Memory that one rank may fill: of the smallest GPU, or its share of the machine's."""
+    """Return the memory of one rank: that of the smallest GPU, or its share of the host memory; None if unknown."""
     if case.on_gpu:
         known = [gpu.memory_bytes for gpu in case.machine.gpus]
         return None if None in known else min(size for size in known if size is not None)
@@ -75,9 +75,9 @@ def memory_of_rank(case: Case) -> int | None:
 
 
 def free_of_rank(case: Case) -> int | None:
-    """What of that was free when the machine was looked at; None for a machine that is not here.
+    """Return the free memory of one rank when the machine was probed; None for a machine file.
 
-    It is told and advised with, and decides nothing: a plan that changed with what else runs could not be resumed.
+    Only for the printed check and its advice. It never decides a layer: a plan that depends on other processes could not be resumed.
     """
     if case.on_gpu:
         known = [gpu.free_bytes for gpu in case.machine.gpus]
@@ -88,16 +88,16 @@ def free_of_rank(case: Case) -> int | None:
 
 @dataclass(frozen=True)
 class Room:
-    """Bytes that a step is expected to hold at most, and those that there are."""
+    """Expected peak bytes of a step, and the bytes available."""
 
     need: int
     have: int
     when: str = ""
-    """What is still to change it; empty where the figure is the plan's own."""
+    """What can still change the figure; empty if it is final."""
 
     @property
     def is_enough(self) -> bool:
-        """Whether it fits with what nothing predicts left over."""
+        """Whether it fits, with the reserve of `verdict`."""
         return verdict(self.need, self.have) is Verdict.FITS
 
     def __str__(self) -> str:
@@ -105,19 +105,19 @@ class Room:
 
 
 def counted(case: Case) -> Budget | None:
-    """Memory of a step with the layers chosen so far; None where the model's sizes are not known."""
+    """Return the memory of a step with the layers chosen so far; None if the model's sizes are unknown."""
     return case.budget or baseline(case.spec, case.recipe, case.forward_sequences)
 
 
 def room(case: Case, change: Callable[[Budget], Budget] = lambda budget: budget) -> Room | None:
-    """What a step would hold with the layers chosen so far and `change`; None where it cannot be told.
+    """Return the expected peak with the layers chosen so far and `change`, and the memory available; None if unknown.
 
-    Where the vocabulary is not known before the text is read the blocks alone are counted.
+    If the vocabulary is unknown until the text is read, only the blocks are counted.
     """
     have, spec = memory_of_rank(case), case.spec
     if have is None or spec.depth is None or spec.width is None or spec.sequence_length is None:
         return None
-    # The slot comes after those that ask here, and makes the forward keep less; whether it will be had is not known yet.
+    # The compile slot is resolved later and reduces activations; whether it gets a compiling layer is not known yet.
     compiles = case.on_gpu and "compile" not in case.chosen and case.wishes.get("compile") in COMPILING
     when = " before compilation" if compiles else ""
     if case.budget is not None:
@@ -128,7 +128,7 @@ def room(case: Case, change: Callable[[Budget], Budget] = lambda budget: budget)
 
 
 def expected(case: Case, choices: Choices, catalog: Mapping[str, Layer]) -> Budget | None:
-    """The baseline's budget, changed by every chosen layer in the order of slots; None where sizes are not known."""
+    """Return the baseline's budget, changed by every chosen layer in slot order; None if the model's sizes are unknown."""
     budget = baseline(case.spec, case.recipe, case.rank_sequences)
     if budget is None:
         return None
@@ -139,7 +139,7 @@ def expected(case: Case, choices: Choices, catalog: Mapping[str, Layer]) -> Budg
 
 
 def fit(case: Case, choices: Choices, catalog: Mapping[str, Layer], stands: Callable[[Choices], bool]) -> MemoryCheck:
-    """The answer for a plan. `stands` says whether other choices could run together."""
+    """Check the memory of a plan. `stands` returns whether other choices are compatible with each other."""
     budget, free = expected(case, choices, catalog), free_of_rank(case)
     here = memory_of_rank(case) if free is None else free
     if budget is None:
@@ -152,7 +152,7 @@ def fit(case: Case, choices: Choices, catalog: Mapping[str, Layer], stands: Call
 def _changes(
     case: Case, choices: Choices, catalog: Mapping[str, Layer], stands: Callable[[Choices], bool], memory_bytes: int | None
 ) -> tuple[str, ...] | None:
-    """The first changes of the ladder that together fit, without those that turned out not to be needed."""
+    """Return the first steps of the ladder that together fit, without steps that are not needed; None if all together do not."""
     steps: list[tuple[Choice, str]] = []
 
     def fits(taken: list[tuple[Choice, str]]) -> bool:
@@ -169,12 +169,12 @@ def _changes(
             for step in list(steps[:-1]):
                 rest = [other for other in steps if other is not step]
                 steps = rest if fits(rest) else steps
-            return (*_relied_on(choices, steps, catalog), *(flags for _, flags in steps))
+            return (*_kept_layers(choices, steps, catalog), *(flags for _, flags in steps))
     return None
 
 
-def _relied_on(choices: Choices, steps: list[tuple[Choice, str]], catalog: Mapping[str, Layer]) -> Iterator[str]:
-    """Flags for layers of the plan that save memory: with a smaller micro-batch a profile might leave them out again."""
+def _kept_layers(choices: Choices, steps: list[tuple[Choice, str]], catalog: Mapping[str, Layer]) -> Iterator[str]:
+    """Yield flags that keep the plan's memory-saving layers: with a smaller micro-batch the profile might drop them."""
     changed = {choice.slot for choice, _ in steps}
     if "microbatch" in changed:
         for slot in dict.fromkeys(slot for slot, _, _ in CHANGES):
@@ -186,7 +186,7 @@ def _relied_on(choices: Choices, steps: list[tuple[Choice, str]], catalog: Mappi
 def _ladder(
     case: Case, choices: Choices, catalog: Mapping[str, Layer], taken: list[tuple[Choice, str]]
 ) -> Iterator[tuple[Choice, str]]:
-    """Changes one after the other; those further up are asked with what is `taken` already."""
+    """Yield changes, cheapest first; each later one is checked with the micro-batch in `taken`."""
     sequences = case.forward_sequences
     while sequences > 1 and "fixed" in catalog:
         sequences //= 2

@@ -1,7 +1,7 @@
-"""How much memory a step will hold per rank, from sizes alone: no torch, so it can be told for a machine that is not here.
+"""Expected memory of a step per rank, from model sizes alone, without torch or the machine itself.
 
-The baseline is float32, eager, everything kept; each planned layer then changes the part that it is there for (`Layer.memory`). Counted are
-tensors as torch's allocator sees them. What a driver, a context or fragmentation take is not; the verdict leaves room for it.
+The baseline is float32, eager, all activations kept; each planned layer then changes its part (`Layer.memory`). Counted are tensors as
+torch's allocator sees them. The driver, the CUDA context and fragmentation are not counted; `verdict` keeps a reserve for them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MOMENTS = {"adamw": 2, "lion": 1, "ademamix": 3, "schedule-free": 2}
 NF4_BYTES = 0.5 + 4 / 64  # four bits and one float32 scale in 64 values
 
 FITS_SHARE, TIGHT_SHARE = 0.85, 0.95
-"""Of the memory that is there. The rest is the driver's context, cuBLAS and cuDNN workspaces and fragmentation, which nothing predicts."""
+"""Shares of the memory available. The rest is a reserve for the CUDA context, cuBLAS and cuDNN workspaces and fragmentation."""
 
 
 class Verdict(StrEnum):
@@ -32,11 +32,11 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True)
 class Budget:
-    """Bytes of one rank, part by part, and the counts that activations follow from.
+    """Bytes of one rank by part, and the counts that determine activations.
 
-    `full` and `compute` are elements per token that a block keeps for its backward: those that stay float32, and those in the dtype that
-    matmuls take. `scores` are elements per token, sequence position and block that written-out attention keeps. `inner` is the share of
-    a block's inside that is kept for the backward; the rest is computed again from the block's input.
+    `full` and `compute` are elements per token that a block keeps for its backward: in float32, and in the dtype of matmuls. `scores` are
+    elements per token, sequence position and block kept by unfused attention. `inner` is the share of a block's activations kept for
+    the backward; the rest is recomputed from the block's input.
     """
 
     weights: int
@@ -55,42 +55,42 @@ class Budget:
     compute: float
     scores: float
     products: float
-    """Elements per token that matmuls and attention of a block put out."""
+    """Elements per token in the outputs of a block's matmuls and attention."""
     mixed: float
-    """Elements per token that attention alone puts out."""
+    """Elements per token in the output of attention."""
     matmul_parameters: int
     vocab_size: int
     compute_bytes: float = 4
     cast_weights: int = 0
     inner: float = 1.0
     moved: float = 0.0
-    """Share of the activations that lies elsewhere until the backward."""
+    """Share of the activations offloaded until the backward."""
     logits_tokens: int | None = None
-    """Tokens whose logits exist at one time; None for all of a forward."""
+    """Tokens whose logits exist at the same time; None for all tokens of a forward."""
     logit_bytes: int = 12
     accumulates: bool = False
-    """Whether gradients of an earlier micro-batch are there while a forward runs."""
+    """Whether gradients of an earlier micro-batch exist during a forward."""
     largest: int = 0
     """Elements of the largest weight."""
     temporary: int = 0
-    """What the update holds for itself."""
+    """Temporary bytes of the optimizer update."""
 
     @property
     def block_bytes(self) -> float:
-        """What the inside of one block keeps."""
+        """Activations kept inside one block."""
         per_token = self.full * MASTER_BYTES + (self.compute + self.scores * self.sequence_length) * self.compute_bytes
         return per_token * self.tokens
 
     @property
     def kept(self) -> int:
-        """What all blocks together keep until the backward reaches them."""
+        """Activations kept by all blocks until their backward."""
         inputs = self.depth * self.tokens * self.width * MASTER_BYTES if self.inner < 1 else 0
         inside = self.depth * self.inner * self.block_bytes + inputs
         return int((inside + 2 * self.tokens * self.width * MASTER_BYTES) * (1 - self.moved))
 
     @property
     def activations(self) -> int:
-        """Everything of the forward that the backward holds at one time, the loss left out."""
+        """Peak activations during the backward, without the loss."""
         return self.kept + int((1 - self.inner) * self.block_bytes)
 
     @property
@@ -100,23 +100,23 @@ class Budget:
         return tokens * self.vocab_size * self.logit_bytes
 
     def per_forward(self, sequences: int, share: int) -> Budget:
-        """With `sequences` of a rank's `share` in a forward, gradients adding up over the others."""
+        """Return the budget with `sequences` of a rank's `share` per forward, and gradient accumulation over the others."""
         return replace(self, tokens=sequences * self.sequence_length, accumulates=self.accumulates or sequences < share)
 
     def without_scores(self) -> Budget:
-        """With attention in one kernel, which keeps no scores."""
+        """Return the budget with fused attention, which keeps no scores."""
         return replace(self, scores=0)
 
     def half(self) -> Budget:
-        """With matmuls in 16 bits: their inputs halve, a cast copy of every weight is kept for the backward, logits exist twice."""
+        """Return the budget with 16-bit matmuls: half the inputs, a cast copy of every weight kept for the backward, logits twice."""
         return replace(self, compute_bytes=2, cast_weights=2 * self.matmul_parameters, logit_bytes=self.logit_bytes + 2)
 
     def only(self, outputs: float) -> Budget:
-        """With a block's input and `outputs` elements per token kept, and the rest computed again, one block at a time."""
+        """Return the budget with a block's input and `outputs` elements per token kept, and the rest recomputed block by block."""
         return replace(self, full=float(self.width), compute=outputs, scores=0, gated=False)
 
     def compiled(self) -> Budget:
-        """With blocks compiled: what a norm or an activation function gives is computed again from its input, which is kept anyway."""
+        """Return the budget with compiled blocks: outputs of norms and activation functions are recomputed from their kept inputs."""
         return replace(
             self, full=min(self.full, 2.0 * self.width), compute=self.compute - (self.inner_width if self.gated else 0)
         )
@@ -128,10 +128,10 @@ class Budget:
 
     @property
     def peak(self) -> int:
-        """The most that is held at one time: in the loss, at the end of the backward, or in the update."""
+        """Peak bytes: in the loss, at the start or end of the backward, or in the update."""
         always = self.weights + self.optimizer
         before = always + self.workspace + (self.gradients if self.accumulates else 0)
-        # The head's gradient is the first one, and the largest weight of most models.
+        # The gradient of the head comes first; in most models it is the largest weight.
         head = 0 if self.accumulates else self.largest * MASTER_BYTES
         loss = before + self.kept + max(self.logits, head)
         first = before + head + self.activations
@@ -139,13 +139,13 @@ class Budget:
         return max(loss, first, ending, always + self.gradients + self.temporary)
 
     def to_json(self) -> dict[str, Any]:
-        """Parts in bytes."""
+        """Return the parts in bytes."""
         names = ("weights", "gradients", "optimizer", "activations", "logits", "workspace", "peak")
         return {name: getattr(self, name) for name in names}
 
 
 def verdict(need: int, memory_bytes: int | None) -> Verdict:
-    """Whether `need` bytes are safe in a memory of `memory_bytes`."""
+    """Compare `need` bytes with a memory of `memory_bytes`, with a reserve."""
     if memory_bytes is None:
         return Verdict.UNKNOWN
     share = need / memory_bytes
@@ -153,7 +153,7 @@ def verdict(need: int, memory_bytes: int | None) -> Verdict:
 
 
 def baseline(spec: ModelSpec, recipe: Recipe, sequences: int) -> Budget | None:
-    """The budget of a float32 eager step with all of a rank's `sequences` in one forward; None where the model's sizes are not known."""
+    """Return the budget of a float32 eager step with `sequences` in one forward; None if the model's sizes are unknown."""
     width, depth, parameters = spec.width, spec.depth, spec.parameters
     if width is None or depth is None or parameters is None or spec.sequence_length is None or spec.vocab_size is None:
         return None
@@ -164,7 +164,7 @@ def baseline(spec: ModelSpec, recipe: Recipe, sequences: int) -> Budget | None:
     if recipe.adapter.base == "nf4" and frozen:
         frozen_bytes = int(embedding * MASTER_BYTES + (frozen - embedding) * NF4_BYTES)
     full, compute, scores = _kept(spec, recipe)
-    products, mixed = _put_out(spec)
+    products, mixed = _outputs(spec)
     head = spec.vocab_size * width
     return Budget(
         weights=frozen_bytes + trained * MASTER_BYTES,
@@ -189,18 +189,18 @@ def baseline(spec: ModelSpec, recipe: Recipe, sequences: int) -> Budget | None:
 
 
 def _moments(spec: ModelSpec, recipe: Recipe) -> float:
-    """Float32 values of optimizer state per trained parameter."""
+    """Return the float32 values of optimizer state per trained parameter."""
     name = recipe.optim.name
     if name in MOMENTS:
         return MOMENTS[name]
-    # muon and the apollos keep AdamW for everything outside the blocks' matrices.
+    # muon and the apollo optimizers use AdamW outside the blocks' matrices.
     outside = (spec.embedding_parameters or 0) / spec.parameters if spec.parameters else 0.0
     inside = {"muon": 1.0}.get(name, 2 * min(1.0, recipe.optim.rank / (spec.width or 1)))
     return 2 * outside + inside * (1 - outside)
 
 
 def _adapter_parameters(spec: ModelSpec, recipe: Recipe) -> int:
-    """Parameters of low-rank factors on every projection of every block."""
+    """Return the parameters of low-rank factors on every projection of every block."""
     assert spec.width is not None and spec.depth is not None
     width, inner = spec.width, spec.hidden or 4 * spec.width
     attention = spec.attention_width or width
@@ -215,19 +215,19 @@ def _inner(spec: ModelSpec) -> int:
 
 
 def _kept(spec: ModelSpec, recipe: Recipe) -> tuple[float, float, float]:
-    """Elements per token that a block keeps in an eager forward: float32 ones, those of matmuls, and scores per position.
+    """Return elements per token kept by a block in an eager forward: in float32, in the dtype of matmuls, and scores per position.
 
-    Counted tensor by tensor on the models themselves; tests compare them with what a step holds.
+    Counted tensor by tensor on the models; tests compare them with measured peaks.
     """
     width, attention, keys = _widths(spec)
     inner = _inner(spec)
     native = recipe.model.family in ("gpt", "llada")
     rotary = spec.norm == "rmsnorm" if not native else recipe.model.positions == "rope"
     grouped = keys < attention
-    # A norm keeps its input and, where it is written as several operators, the normalized value too.
+    # A norm keeps its input and, if written as several operators, also the normalized value.
     full = 2.0 * width * (2 if spec.norm == "rmsnorm" else 1)
     full += 2.0 * (attention + keys) if native and recipe.model.qk_norm else 0.0
-    # Inputs of the two groups of projections, and queries, keys, values and the mixed values.
+    # Inputs of the two groups of projections; queries, keys, values and the attention output.
     compute = 2.0 * width + (attention + 2 * keys) + attention
     compute += (attention + keys if native else 0) if rotary else 0
     compute += attention if grouped and native else 0
@@ -235,15 +235,15 @@ def _kept(spec: ModelSpec, recipe: Recipe) -> tuple[float, float, float]:
     return full, compute, float(spec.heads or 1)
 
 
-def _put_out(spec: ModelSpec) -> tuple[float, float]:
-    """Elements per token that the matmuls and the attention of a block put out, and attention alone."""
+def _outputs(spec: ModelSpec) -> tuple[float, float]:
+    """Return elements per token in the outputs of a block's matmuls and attention, and of attention alone."""
     width, attention, keys = _widths(spec)
     up = _inner(spec) * (2 if spec.mlp == "swiglu" else 1)
     return attention + 2.0 * keys + attention + 2 * width + up, float(attention)
 
 
 def _widths(spec: ModelSpec) -> tuple[int, int, int]:
-    """Of the model, of its queries and of its keys."""
+    """Return the widths of the model, its queries and its keys."""
     assert spec.width is not None
     attention, heads = spec.attention_width or spec.width, spec.heads or 1
     return spec.width, attention, attention * (spec.kv_heads or heads) // heads

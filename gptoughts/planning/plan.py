@@ -1,4 +1,4 @@
-"""The plan itself: what will run, why the others will not, what memory it is expected to hold. A record that prints and compares."""
+"""The plan: chosen layers, reasons for the rejected ones, environment and expected memory."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from gptoughts.planning.layer import SLOTS, Choice
 from gptoughts.planning.memory_fit import MemoryCheck
 
 RANK_LOCAL = "GPTOUGHTS_"
-"""Variables that differ from rank to rank, such as the NUMA node, start with this and are no part of the digest."""
+"""Prefix of variables that differ between ranks, such as the NUMA node; excluded from the digest."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What will run: one layer per slot, the environment it needs, and the reasons."""
+    """One layer per slot, with the environment it needs and the reasons."""
 
     profile: str
     machine: str
@@ -30,7 +30,7 @@ class Plan:
     memory: MemoryCheck | None = None
 
     def choice(self, slot: str) -> Choice:
-        """The choice of one slot."""
+        """Return the choice of one slot."""
         return self.choices[SLOTS.index(slot)]
 
     @property
@@ -40,14 +40,14 @@ class Plan:
 
     @property
     def gemm_dtype(self) -> str:
-        """The type of number of its matrix products, as `gptoughts bench gemm` names it. FP8 is held against bf16, as in MFU."""
+        """Dtype of its matrix products, as named by `gptoughts bench gemm`. FP8 counts as bf16, as in MFU."""
         precision, matmul = self.layers.get("precision", "fp32"), self.choice("matmul")
         if precision != "fp32":
             return precision if precision == "fp16" else "bf16"
         return str(matmul.options["units"]) if matmul.layer == "tf32" else "fp32"
 
     def digest(self) -> str:
-        """A hash of what ranks and a resumed run must share: layers, options, environment; nothing that is one rank's own."""
+        """Return a hash of what all ranks and a resumed run must share: layers, options, environment and world size."""
         shared = {
             "layers": {choice.slot: [choice.layer, dict(choice.options)] for choice in self.choices},
             "environment": {name: value for name, value in self.environment.items() if not name.startswith(RANK_LOCAL)},
@@ -56,7 +56,7 @@ class Plan:
         return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:16]
 
     def to_json(self) -> dict[str, Any]:
-        """The plan as plain data, with every reason."""
+        """Return the plan as plain data, with every reason."""
         return {
             "profile": self.profile,
             "machine": self.machine,
@@ -71,25 +71,25 @@ class Plan:
         }
 
     def table(self) -> str:
-        """The plan as a person reads it: slot, layer, and every reason."""
+        """Return the plan as text: slot, layer and every reason."""
         width = max(len(slot) for slot in SLOTS)
         wide = max(len(_titled(choice)) for choice in self.choices)
         lines = [f"profile {self.profile} on {self.machine}, {ranks_in_words(self.world_size)}"]
         for choice in self.choices:
             reasons = [f"not {layer}: {'; '.join(map(str, why))}" for layer, why in choice.rejected]
-            reasons += [f"expect a loss: {reason}" for reason in choice.expected_slowdown]
+            reasons += [f"expected slowdown: {reason}" for reason in choice.expected_slowdown]
             first, *rest = reasons or [""]
             lines.append(f"{choice.slot:<{width}}  {_titled(choice):<{wide}}  {first}".rstrip())
             lines += [f"{'':<{width}}  {'':<{wide}}  {reason}" for reason in rest]
         lines += list(self.memory.lines()) if self.memory else []
         lines += [f"environment  {name}={value}" for name, value in self.environment.items()]
         if self.not_repeatable:
-            lines.append(f"not bit for bit after a resume: {', '.join(self.not_repeatable)}")
+            lines.append(f"not bit-identical after a resume: {', '.join(self.not_repeatable)}")
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
 def ranks_in_words(world_size: int) -> str:
-    """`1 process` or `8 ranks`."""
+    """Format a world size: `1 process` or `8 ranks`."""
     return "1 process" if world_size == 1 else f"{world_size} ranks"
 
 

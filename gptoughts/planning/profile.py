@@ -1,4 +1,4 @@
-"""Profiles: how to train on which hardware. A profile lists, per slot, the layers it prefers, and when it may be taken by itself."""
+"""Profiles: preferred layers per slot, and the hardware for which `auto` picks the profile."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from gptoughts.config.loader import describe, find_toml, read_toml, shown
 from gptoughts.console import GIB
 from gptoughts.errors import ConfigError, PlanError, listed
+from gptoughts.errors import describe as describe_problem
 from gptoughts.hardware.machine import Machine
 
 _PACKAGE = Path(__file__).parents[1]
 
 
 class Match(BaseModel):
-    """Conditions under which `auto` may take the profile; the least capable GPU decides."""
+    """Conditions under which `auto` picks the profile; the least capable GPU decides."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -30,11 +31,11 @@ class Match(BaseModel):
 
     @property
     def conditions(self) -> int:
-        """How many conditions are set."""
+        """Number of conditions that are set."""
         return len(self.model_dump(exclude_none=True))
 
     def holds(self, machine: Machine) -> bool:
-        """Whether every condition that is set holds on `machine`; what is unknown there does not hold."""
+        """Return whether all conditions hold on `machine`; a condition on an unknown value does not hold."""
         least = machine.min_capability()
         sizes = [gpu.memory_bytes for gpu in machine.gpus]
         memory = min((size for size in sizes if size is not None), default=None) if None not in sizes else None
@@ -68,7 +69,10 @@ class _File(BaseModel):
 
 @dataclass(frozen=True)
 class LayerRequest:
-    """A layer that somebody asks for in a slot. Of several demanded ones the first that pays is taken, else the first that can run."""
+    """A layer requested for a slot.
+
+    `demanded` requests come from the command line or a profile named there: if none is expected to pay off, the first that can run is taken.
+    """
 
     layer: str
     options: Mapping[str, Any]
@@ -78,7 +82,7 @@ class LayerRequest:
 
 @dataclass(frozen=True)
 class Profile:
-    """A profile with its `extends` applied; slots that it does not name take their baseline."""
+    """A profile with its `extends` applied; slots that it does not name get their baseline."""
 
     name: str
     note: str
@@ -89,24 +93,24 @@ class Profile:
 
 
 def folder() -> Path:
-    """The shipped profiles: beside the package in a checkout, inside it when installed from a wheel."""
+    """Return the folder of the shipped profiles: beside the package in a checkout, inside it in a wheel."""
     beside = _PACKAGE.parent / "profiles"
     inside = _PACKAGE / "profiles"
     return inside if inside.is_dir() else beside
 
 
 def names() -> list[str]:
-    """Names of the shipped profiles."""
+    """Return the names of the shipped profiles."""
     return sorted(path.stem for path in folder().glob("*.toml"))
 
 
 def find(name: str) -> Path:
-    """The file of a shipped profile, or the path to a .toml file that `name` is. Raises ConfigError."""
+    """Return the file of a shipped profile, or `name` itself if it is a path to a .toml file. Raises ConfigError."""
     return find_toml("profile", name, folder(), names())
 
 
 def read(name: str) -> Profile:
-    """The profile `name`: a shipped one, or a path to a .toml file. Raises ConfigError."""
+    """Read a shipped profile, or one from a path to a .toml file. Raises ConfigError."""
     path = find(name)
     raw, slots = _parse(path)
     match = raw.match
@@ -117,14 +121,14 @@ def read(name: str) -> Profile:
         match = match or base.match
         if base.extends is not None:
             raise ConfigError(
-                f"{shown(path)}: extends {raw.extends!r} ({shown(base_path)}), which itself extends {base.extends!r}; "
-                "one level is allowed"
+                f"{shown(path)}: extends {raw.extends!r} ({shown(base_path)}), which itself extends {base.extends!r}. "
+                "Only one level is supported"
             )
     return Profile(raw.name, raw.note, raw.auto, match or Match(), {**inherited, **slots}, shown(path))
 
 
 def _find_base(name: str, child: Path) -> Path:
-    """What `extends` means: a path beside the profile, a profile of that name beside it, or a shipped one; never the profile itself."""
+    """Resolve `extends`: a path relative to the profile, a profile of that name beside it, or a shipped one; never itself."""
     beside = child.parent / (name if name.endswith(".toml") else f"{name}.toml")
     if beside.is_file() and beside.resolve() != child.resolve():
         return beside
@@ -138,27 +142,29 @@ def _find_base(name: str, child: Path) -> Path:
 
 
 def _parse(path: Path) -> tuple[_File, dict[str, tuple[LayerRequest, ...]]]:
-    """The file and its slots, with every problem of both told at once. Names of slots and layers are judged by the plan."""
+    """Read the file and its slots; report all problems in one error. Slot and layer names are checked later, by `requests`."""
     values = read_toml(path)
     problems: list[str] = []
-    slots = _wants(values.get("slots", {}), shown(path), problems)
+    slots = _requests(values.get("slots", {}), shown(path), problems)
     try:
         raw = _File.model_validate({**values, "slots": {}})
     except ValidationError as error:
         problems += describe(error, [*_File.model_fields, *(f"match.{key}" for key in Match.model_fields)])
     if problems:
-        raise listed(f"{shown(path)} cannot be used", problems)
+        raise listed(f"{shown(path)}: invalid profile", problems)
     return raw, slots
 
 
-def _wants(slots: Any, origin: str, problems: list[str]) -> dict[str, tuple[LayerRequest, ...]]:
+def _requests(slots: Any, origin: str, problems: list[str]) -> dict[str, tuple[LayerRequest, ...]]:
     if not isinstance(slots, dict):
-        problems.append(f"slots: is a table, here {slots!r}")
+        problems.append(describe_problem("slots: must be a table", repr(slots)))
         return {}
-    wants = {}
+    requests = {}
     for slot, entries in slots.items():
         if not isinstance(entries, list) or not entries:
-            problems.append(f"slots.{slot}: needs a list of layers; leave the key out to take the baseline, here {entries!r}")
+            problems.append(
+                describe_problem(f"slots.{slot}: needs a list of layers; omit the key for the baseline", repr(entries))
+            )
             continue
         rows = []
         for entry in entries:
@@ -167,28 +173,32 @@ def _wants(slots: Any, origin: str, problems: list[str]) -> dict[str, tuple[Laye
                 options = {key: value for key, value in entry.items() if key != "layer"} if isinstance(entry, dict) else {}
                 rows.append(LayerRequest(layer, options, origin))
             else:
-                problems.append(f"slots.{slot}: needs a layer's name or {{layer = NAME, ...}}, here {entry!r}")
+                problems.append(describe_problem(f"slots.{slot}: needs a layer name or {{layer = NAME, ...}}", repr(entry)))
         twice = {row.layer for row in rows if sum(row.layer == other.layer for other in rows) > 1}
         problems += [f"slots.{slot}: {layer} is listed twice" for layer in sorted(twice)]
-        wants[slot] = tuple(rows)
-    return wants
+        requests[slot] = tuple(rows)
+    return requests
 
 
 def pick(name: str, machine: Machine) -> Profile:
-    """The profile for `machine`: `auto` takes the one whose conditions hold and that has most of them; any other name is a demand.
+    """Return the profile for `machine`. `auto` picks the matching one with the most conditions; layers of any other are demanded.
 
-    Raises ConfigError for an unknown name, PlanError where `auto` finds none or two that tie.
+    Raises ConfigError for an unknown name, PlanError if `auto` finds no profile or a tie.
     """
     if name != "auto":
         profile = read(name)
-        demanded = {slot: tuple(replace(want, demanded=True) for want in wants) for slot, wants in profile.slots.items()}
+        demanded = {
+            slot: tuple(replace(request, demanded=True) for request in requests) for slot, requests in profile.slots.items()
+        }
         return replace(profile, slots=demanded)
     holding = [profile for profile in map(read, names()) if profile.auto and profile.match.holds(machine)]
     if not holding:
-        raise PlanError(f"no profile matches {machine.label()}\n  try: --profile NAME with one of {', '.join(names())}")
+        raise PlanError(
+            f"--profile auto: no profile matches {machine.label()}", fix=f"--profile NAME, one of {', '.join(names())}"
+        )
     most = max(profile.match.conditions for profile in holding)
     best = [profile for profile in holding if profile.match.conditions == most]
     if len(best) > 1:
         both = " and ".join(profile.path for profile in best)
-        raise PlanError(f"{both} match {machine.label()} equally well\n  try: --profile {best[0].name}")
+        raise PlanError(f"--profile auto: {both} match {machine.label()} equally well", fix=f"--profile {best[0].name}")
     return best[0]

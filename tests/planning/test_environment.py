@@ -67,7 +67,7 @@ def test_one_restart_in_the_same_process(tmp_path: Path) -> None:
 def test_what_the_user_set_wins_and_the_plan_says_so(tmp_path: Path) -> None:
     lines = run(tmp_path, OMP_NUM_THREADS=str(CORES + 5))
     assert sum(line.startswith("starts") for line in lines) == 1
-    note = f"OMP_NUM_THREADS={CORES + 5} was set by you and wins; the plan wanted OMP_NUM_THREADS={CORES}"
+    note = f"OMP_NUM_THREADS={CORES + 5} (set by you) overrides the plan's OMP_NUM_THREADS={CORES}"
     assert f"note: {note}" in lines and f"environment  OMP_NUM_THREADS={CORES + 5}" in lines
     assert f"'OMP_NUM_THREADS': '{CORES + 5}'" in lines[-1]
 
@@ -88,7 +88,7 @@ def test_lacking_and_in_effect() -> None:
     assert lacking(plan, {"A": "9"}) == {"B": "2"}
     held = in_effect(plan, {"A": "9"})
     assert held.environment == {"A": "9", "B": "2"} and held.digest() != plan.digest()
-    assert held.notes == ("A=9 was set by you and wins; the plan wanted A=1",)
+    assert held.notes == ("A=9 (set by you) overrides the plan's A=1",)
     assert in_effect(plan, {}) == plan
 
 

@@ -71,21 +71,21 @@ def test_options_that_are_read(option: Option, given_value: Any, read_value: Any
 @pytest.mark.parametrize(
     ("option", "value", "words"),
     [
-        (Option(1, "", int), "none", "needs a whole number above 0, here 'none'"),
-        (Option(1, "", int), None, "needs a whole number above 0, here None"),
-        (Option(1, "", int), "0", "needs a whole number above 0, here '0'"),
+        (Option(1, "", int), "none", "needs an integer above 0. Found 'none'"),
+        (Option(1, "", int), None, "needs an integer above 0. Found None"),
+        (Option(1, "", int), "0", "needs an integer above 0. Found '0'"),
         (Option(1, "", int), -3, "above 0"),
         (Option(1, "", int), "2.5", "above 0"),
         (Option(1, "", int), 2.5, "above 0"),
         (Option(1, "", int), True, "above 0"),
         (Option(1, "", int), [1], "above 0"),
         (Option(1, "", int), "inf", "above 0"),
-        (Option(1.0, "", float), "nan", "needs a number, here 'nan'"),
+        (Option(1.0, "", float), "nan", "needs a number. Found 'nan'"),
         (Option(1.0, "", float), "fast", "needs a number"),
-        (Option(True, "", bool), "maybe", "needs true or false, here 'maybe'"),
+        (Option(True, "", bool), "maybe", "needs true or false. Found 'maybe'"),
         (Option(True, "", bool), 3, "needs true or false"),
-        (Option("a", "", choices=("a", "b")), "c", "needs one of a, b, here 'c'"),
-        (Option("a", ""), 3, "needs text, here 3"),
+        (Option("a", "", choices=("a", "b")), "c", "needs one of a, b. Found 'c'"),
+        (Option("a", ""), 3, "needs text. Found 3"),
     ],
 )
 def test_options_that_are_refused(option: Option, value: Any, words: str) -> None:
@@ -105,7 +105,7 @@ def test_a_layers_options_are_told_all_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         mine.read_options({"sise": 3, "kind": "b", "size": 0}, "my.toml")
     assert len(str(caught.value).splitlines()) == 3
-    assert "my.toml: no option 'sise' (did you mean 'size'?); options: size, kind" in str(caught.value)
+    assert "my.toml: no option 'sise' (did you mean 'size'?). Options: size, kind" in str(caught.value)
 
 
 def test_declared_needs() -> None:

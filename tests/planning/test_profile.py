@@ -63,7 +63,7 @@ def test_a_tie_names_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     for name in ("one", "two"):
         written(tmp_path, f'name = "{name}"\n[match]\ngpu = false\n', name)
     monkeypatch.setattr(profile, "folder", lambda: tmp_path)
-    with pytest.raises(PlanError, match=r"one\.toml and .*two\.toml match CPU.*equally well\n  try: --profile one"):
+    with pytest.raises(PlanError, match=r"one\.toml and .*two\.toml match CPU.*equally well\.\n  Try: --profile one"):
         pick("auto", machine("cpu"))
 
 
@@ -91,14 +91,14 @@ def test_extends_finds_a_file_beside_the_profile_and_never_itself(tmp_path: Path
     ("text", "words"),
     [
         ('name = "m"\nextends = "none"', "extends 'none': no profile 'none'"),
-        ('name = "m"\nextends = "a100-bf16"', "which itself extends 'ampere'; one level is allowed"),
+        ('name = "m"\nextends = "a100-bf16"', "which itself extends 'ampere'. Only one level is supported"),
         ('name = "m"\nextends = "mine.toml"', "there is no such file"),
         ("note = 1", "note: input should be a valid string, here 1"),
         ("slot = 3", "slot: no such key (did you mean 'slots'?)"),
-        ("slots = 3", "slots: is a table, here 3"),
+        ("slots = 3", "slots: must be a table. Found 3"),
         ('name = "m"\n[slots]\nloss = "full-ce"', "slots.loss: needs a list of layers"),
-        ('name = "m"\n[slots]\nloss = []', "slots.loss: needs a list of layers; leave the key out to take the baseline"),
-        ('name = "m"\n[slots]\nloss = [{tokens = 3}]', "slots.loss: needs a layer's name or {layer = NAME, ...}"),
+        ('name = "m"\n[slots]\nloss = []', "slots.loss: needs a list of layers; omit the key for the baseline"),
+        ('name = "m"\n[slots]\nloss = [{tokens = 3}]', "slots.loss: needs a layer name or {layer = NAME, ...}"),
         ('name = "m"\n[slots]\nloss = ["full-ce", "full-ce"]', "slots.loss: full-ce is listed twice"),
         ('name = "m"\n[match]\nmin_compute_capability = 8.0', "match.min_compute_capability: input should be a valid string"),
         ('name = "m"\n[match]\nmin_compute_capability = "8"', "match.min_compute_capability: string should match pattern"),

@@ -1,7 +1,10 @@
-"""Plans: golden text for every fake machine, what an expert expects of each, and the laws of resolution over random catalogs."""
+"""Plans: golden choices for every machine file, golden text for three, expected choices, and laws of resolution on random catalogs."""
 
 from __future__ import annotations
 
+import json
+import os
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +19,7 @@ from gptoughts.config.model_spec import UNKNOWN, spec_for, vocabulary_of
 from gptoughts.errors import ConfigError, PlanError
 from gptoughts.hardware.machine import Machine, World, read
 from gptoughts.layers import CATALOG
+from gptoughts.planning import resolve as resolving
 from gptoughts.planning.layer import REPLACED_HOOKS, SLOTS, Kind, Layer, Option, Reason, active
 from gptoughts.planning.profile import LayerRequest, Match, Profile, names, pick
 from gptoughts.planning.resolve import Plan, resolve
@@ -45,32 +49,95 @@ def reasons(plan: Plan, slot: str, layer: str) -> str:
     return "; ".join(map(str, dict(plan.choice(slot).rejected)[layer]))
 
 
-# Golden plans.
+# Golden plans: choices and kinds of reasons for every machine, the printed text for three.
+
+GOLDEN = ROOT / "tests" / "golden"
+PRINTED = ("cpu", "h100x8", "rtx4090")
 
 
-def shown(here: Machine, profile: str, recipe: Recipe, world: World) -> str:
-    try:
-        chosen = pick(profile, here)
-        plan = resolve(chosen, here, spec_for(recipe), recipe, world, CATALOG)
-    except PlanError as error:
-        return f"PlanError: {error}"
-    return plan.table()
+def asked(here: Machine) -> Iterator[tuple[str, str, Recipe, World]]:
+    """Every plan of a machine: its name, profile, recipe and world."""
+    for recipe in (NARROW, WIDE):
+        worlds = [World(), *([ranks(len(here.gpus))] if len(here.gpus) > 1 else [])]
+        for profile, world in [("auto", world) for world in worlds] + [(name, World()) for name in names()]:
+            yield f"{profile}, width {recipe.model.width}, ranks {world.world_size}", profile, recipe, world
+
+
+def kinds(why: Any) -> str:
+    """Kinds of reasons, each once: `slower`, `unsupported`."""
+    return " ".join(sorted({str(reason.kind) for reason in why}))
+
+
+def outline(plan: Plan) -> dict[str, Any]:
+    """The plan without its wording: layers with options, rejected layers with kinds of reasons, and what follows from them."""
+    rows: dict[str, Any] = {"profile": plan.profile}
+    for choice in plan.choices:
+        options = ",".join(f"{name}={value}" for name, value in choice.options.items() if value is not None)
+        rejected = [f"not {layer}: {kinds(why)}" for layer, why in choice.rejected]
+        demanded = ["expected slowdown"] if choice.expected_slowdown else []
+        rows[choice.slot] = "; ".join([f"{choice.layer}({options})" if options else choice.layer, *rejected, *demanded])
+    assert plan.memory is not None
+    rows["memory"] = " ".join([str(plan.memory.verdict), *(plan.memory.changes or [])])
+    rows |= {"environment": dict(plan.environment), "not repeatable": list(plan.not_repeatable), "notes": len(plan.notes)}
+    return rows
+
+
+def outlined(here: Machine, profile: str, recipe: Recipe, world: World, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The outline of a plan; for an impossible one the rejected layers of the slots without a layer."""
+    refused: list[dict[str, Any]] = []
+    made = resolving._plan_error
+
+    def noted(profile: Profile, case: Any, empty: Any, *more: Any) -> PlanError:
+        error = made(profile, case, empty, *more)
+        rows = {slot: [f"not {request.layer}: {kinds(why)}" for request, why in checked] for slot, checked in empty.items()}
+        fix = str(error).rpartition("Try: ")[2].split()
+        refused.append({"error": {slot: "; ".join(row) for slot, row in rows.items()}, "try": " ".join(fix[:2])})
+        return error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(resolving, "_plan_error", noted)
+        try:
+            return outline(resolve(pick(profile, here), here, spec_for(recipe), recipe, world, CATALOG))
+        except PlanError:
+            return refused[-1]
+
+
+def changed(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    """A line for every difference of two tables of outlines."""
+    for name in [*before, *(name for name in now if name not in before)]:
+        old, new = before.get(name, {}), now.get(name, {})
+        yield from (
+            f"{name}: {key}: {old.get(key)} -> {new.get(key)}" for key in {**old, **new} if old.get(key) != new.get(key)
+        )
 
 
 @pytest.mark.parametrize("path", MACHINES, ids=lambda path: path.stem)
-def test_golden(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_golden_choices(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    here, parts = read(path), []
-    for recipe in (NARROW, WIDE):
-        worlds = [World(), *([ranks(len(here.gpus))] if len(here.gpus) > 1 else [])]
-        asked = [("auto", world) for world in worlds] + [(name, World()) for name in names()]
-        for profile, world in asked:
-            heading = f"== --profile {profile}, gpt2-124m at width {recipe.model.width}, ranks {world.world_size}"
-            parts.append(f"{heading}\n{shown(here, profile, recipe, world)}\n")
-    compare(ROOT / "tests" / "golden" / f"{path.stem}.txt", "\n".join(parts))
+    here, golden = read(path), GOLDEN / f"{path.stem}.json"
+    rows = {name: outlined(here, *plan, monkeypatch) for name, *plan in asked(here)}
+    if os.environ.get("UPDATE_GOLDEN") != "1" and golden.is_file():
+        differences = list(changed(json.loads(golden.read_text(encoding="utf-8")), rows))
+        assert not differences, "\n".join([*differences, "to accept: UPDATE_GOLDEN=1 pytest tests"])
+    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items())
+    compare(golden, f"{{\n{lines}\n}}\n")
 
 
-# What an expert expects.
+def printed(here: Machine, profile: str, recipe: Recipe, world: World) -> str:
+    try:
+        return resolve(pick(profile, here), here, spec_for(recipe), recipe, world, CATALOG).table()
+    except PlanError as error:
+        return f"error: {error}"
+
+
+@pytest.mark.parametrize("name", PRINTED)
+def test_golden_text(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    here = machine(name)
+    compare(GOLDEN / f"{name}.txt", "\n".join(f"== {plan}\n{printed(here, *more)}\n" for plan, *more in asked(here)))
+
+
+# Expected choices.
 
 
 @pytest.mark.parametrize(
@@ -112,7 +179,7 @@ def test_h100_compiles_bf16_and_says_why_not_fp8() -> None:
 def test_h100_fp8_by_name_prints_the_expected_loss_and_nothing_else_is_forced() -> None:
     plan = planned("h100", "h100-fp8")
     assert plan.layers["precision"] == "fp8-te"
-    assert "expect a loss: width 768 is below 4096" in plan.table()
+    assert "expected slowdown: width 768 is below 4096" in plan.table()
     assert plan.layers["recompute"] == "keep", "an alternative that pays comes before one that does not, in a named profile too"
 
 
@@ -126,7 +193,7 @@ def test_naming_the_profile_that_auto_takes_changes_nothing() -> None:
 def test_no_fp8_before_ada() -> None:
     with pytest.raises(PlanError, match=r"fp8-te: needs compute capability 8\.9, found 8\.6") as caught:
         planned("rtx3090", "h100-fp8")
-    assert "try: --profile auto   (takes ampere: precision=bf16, attention=sdpa)" in str(caught.value)
+    assert "Try: --profile auto   (takes ampere: precision=bf16, attention=sdpa)" in str(caught.value)
     assert "pip install" not in str(caught.value)
 
 
@@ -134,16 +201,16 @@ def test_ranks_take_ddp_and_one_process_says_how() -> None:
     assert planned("h100x8", world=ranks(8)).layers["parallel"] == "ddp"
     alone = planned("h100x8")
     assert alone.layers["parallel"] == "single"
-    assert any("1 of 8 GPUs used; for all: torchrun" in note for note in alone.notes)
+    assert any("1 of 8 GPUs used. To use all: torchrun" in note for note in alone.notes)
 
 
 def test_more_ranks_than_gpus() -> None:
-    with pytest.raises(PlanError, match=r"2 ranks on 1 x NVIDIA H100.*every rank needs a GPU"):
+    with pytest.raises(PlanError, match=r"2 ranks on 1 x NVIDIA H100.*every rank needs its own GPU"):
         planned("h100", world=ranks(2))
 
 
 def test_a_batch_that_ranks_cannot_share_is_answered_with_one_that_they_can() -> None:
-    with pytest.raises(PlanError, match=r"try: --train\.global-batch 510 or 513"):
+    with pytest.raises(PlanError, match=r"Try: --train\.global-batch 510 or 513"):
         planned("cpu", world=ranks(3))
 
 
@@ -191,10 +258,10 @@ def test_all_layer_problems_at_once() -> None:
         planned("cpu", flags=flags)
     for words in (
         "--layer.atention: no such slot (did you mean 'attention'?)",
-        "--layer.precision: no layer 'bf61' for this slot (did you mean 'bf16'?)",
-        "--layer.host.threads: needs a whole number above 0, here 'many'",
+        "--layer.precision: no layer 'bf61' in this slot (did you mean 'bf16'?)",
+        "--layer.host.threads: needs an integer above 0. Found 'many'",
         "sdpa belongs to slot attention",
-        "--layer.update.speed: after-clip, in-backward: no such option; options: none",
+        "--layer.update.speed: after-clip, in-backward: no such option. Options: none",
     ):
         assert words in str(caught.value)
 
@@ -207,7 +274,7 @@ def test_profile_problems_name_the_file() -> None:
         resolve(profile, machine("cpu"), UNKNOWN, NARROW, World(), CATALOG)
     text = str(caught.value)
     assert "my.toml: slots.precison: no such slot (did you mean 'precision'?)" in text
-    assert "my.toml: slots.loss: no layer 'fused' for this slot; fused belongs to slot optimizer" in text
+    assert "my.toml: slots.loss: no layer 'fused' in this slot; fused belongs to slot optimizer" in text
     assert "my.toml: slots.host: threads: no option 'thread' (did you mean 'threads'?)" in text
 
 
@@ -312,7 +379,7 @@ def test_resolution_ends_and_what_it_gives_can_stand_together(
 ) -> None:
     plan = attempt(profile, catalog, flags)
     if isinstance(plan, PlanError):
-        assert "random cannot run on" in str(plan) and "\n  try: " in str(plan)
+        assert "random cannot run on" in str(plan) and "\n  Try: " in str(plan)
         return
     assert tuple(plan.layers) == SLOTS
     chosen = [catalog[name] for name in plan.layers.values()]
@@ -399,7 +466,7 @@ def test_a_need_is_met_by_a_later_slot_that_can_and_otherwise_strikes_who_needs(
     assert isinstance(met, Plan) and isinstance(unmet, Plan)
     assert (met.layers["precision"], met.layers["compile"]) == ("a", "c")
     assert (unmet.layers["precision"], unmet.layers["compile"]) == ("base-precision", "base-compile")
-    assert reasons(unmet, "precision", "a") == "a needs compile = c, chosen was base-compile"
+    assert reasons(unmet, "precision", "a") == "a needs compile = c, not base-compile"
 
 
 words = st.text(st.characters(codec="ascii", categories=["L"]), min_size=1, max_size=5)

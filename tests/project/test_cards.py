@@ -11,11 +11,9 @@ from typing import Any
 import pytest
 from click import Context
 
+from benchmarks.profile_cards import PAGE, first_sentence, page, read_figures
 from gptoughts.cli.cards import card, layers_page
 from gptoughts.cli.main import main, verbs
-from gptoughts.cli.profile_cards import first_sentence, profiles_page, read_figures
-from gptoughts.config.loader import load
-from gptoughts.hardware.machine import read as read_machine
 from gptoughts.layers import CATALOG
 from gptoughts.planning.layer import SLOTS, Layer, Option, active
 from gptoughts.planning.profile import names
@@ -61,9 +59,9 @@ def test_a_card_says_all() -> None:
         "optimizer_offload = mine",
         "- needs: compute capability 9.0, a-package (pip install 'gptoughts[fp8]'), compile = eager or x",
         "- applied: real",
-        "- verbs: wraps backward, replaces step",
-        "- clashes with other: both do it",
-        "- changes numerics: yes; repeatable bit for bit: no",
+        "- step hooks: wraps backward, replaces step",
+        "- incompatible with other: both do it",
+        "- changes numerics: yes; bit-identical when repeated: no",
         "- undo: it is written in stone",
         "- option `--layer.optimizer-offload.some-size`: its my_size (default none)",
         "- option `--layer.optimizer-offload.kind`: a kind (default a, one of a, b)",
@@ -75,27 +73,9 @@ def test_a_card_says_all() -> None:
 # Cards of profiles.
 
 
-def page(**changes: Any) -> str:
-    known = [read_profile(name) for name in names()]
-    files = sorted((ROOT / "tests" / "machines").glob("*.json"))
-    wide = {"model.width": "4096", "model.heads": "32"}
-    parts: dict[str, Any] = {
-        "profiles": known,
-        "catalog": CATALOG,
-        "boxes": {str(path.relative_to(ROOT)): read_machine(path) for path in files},
-        "models": {
-            "gpt2-124m": load("gpt2-124m").recipe,
-            "gpt-1b": load("gpt-1b").recipe,
-            "gpt2-124m at width 4096": load("gpt2-124m", wide).recipe,
-        },
-        "figures": read_figures(ROOT, known),
-    }
-    return profiles_page(**{**parts, **changes})
-
-
 def test_the_page_of_profiles_is_current(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    compare(ROOT / "profiles" / "README.md", page())
+    compare(PAGE, page())
 
 
 def test_every_profile_slot_and_layer_is_on_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,7 +90,7 @@ def test_every_profile_slot_and_layer_is_on_the_page(monkeypatch: pytest.MonkeyP
             assert first_sentence(CATALOG[wants[0].layer].card) in row
         for slot in set(SLOTS) - set(profile.slots):
             assert f"{slot} (" in text
-        assert "No machine file" not in text, "a machine file stands for every profile"
+        assert "No machine file" not in text, "every profile has a machine file"
 
 
 def test_reasons_of_the_plan_are_on_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,11 +100,11 @@ def test_reasons_of_the_plan_are_on_the_page(monkeypatch: pytest.MonkeyPatch) ->
     row = next(line for line in hopper.splitlines() if line.startswith("| precision | `fp8-te`") and "width 768" in line)
     assert "| gpt2-124m |" in row and "nanochat" in row
     by_name = page().split("\n## h100-fp8\n")[1].split("\n## ")[0]
-    assert "never; by name" in by_name and "expect a loss" in by_name
+    assert "never; by name" in by_name and "expected slowdown" in by_name
 
 
 def test_a_profile_without_a_machine_says_so() -> None:
-    assert "No machine file stands for this profile" in page(boxes={})
+    assert "No machine file matches this profile" in page(machines={})
 
 
 GAIN = {"median": 1.234, "q1": 1.2, "q3": 1.3}
@@ -157,8 +137,8 @@ def test_figures_come_from_the_files(tmp_path: Path) -> None:
     (folder / "list.json").write_text("[1, 2]")
     found = read_figures(tmp_path, known)
     assert [(one.profile, one.slot, one.text) for one in found] == [
-        ("hopper", "", "r: 1,000 tokens/s, MFU 50.0%, 1.23x times a bare loop with the same settings"),
-        ("hopper", "", "r: 1.23x times its own baseline, every slot plain PyTorch"),
+        ("hopper", "", "r: 1,000 tokens/s, MFU 50.0%, 1.23x a bare loop with the same settings"),
+        ("hopper", "", "r: 1.23x the baseline, plain PyTorch in every slot"),
         ("hopper", "compile", "1.23x alone, r"),
         ("hopper", "", "a-run: 2,000 tokens/s, MFU n/a, peak 2.00 GiB"),
     ]
