@@ -28,7 +28,8 @@ class GptoughtsError(Exception):
 
     def __init__(self, problem: str = "", *, found: object = None, fix: str = "") -> None:
         text = describe(problem, found)
-        super().__init__(f"{text}.\n  Try: {fix}" if fix else text)
+        end = "" if "\n" in text else "."  # a problem of several lines is a list
+        super().__init__(f"{text}{end}\n  Try: {fix}" if fix else text)
 
 
 class ConfigError(GptoughtsError):
