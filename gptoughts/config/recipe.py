@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from gptoughts.config.optim_rules import problems
+from gptoughts.config.optim_validation import problems
 
 
 def _integral(value: Any) -> Any:

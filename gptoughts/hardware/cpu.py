@@ -12,6 +12,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import NonNegativeInt
+
 ROOT = Path("/")
 
 # What decides a layer or a thread count, as the kernel spells it: x86 in `flags`, ARM in `Features`.
@@ -45,11 +47,11 @@ class Cpu:
     """
 
     model: str
-    usable_cores: int
-    logical_cores: int
+    usable_cores: NonNegativeInt
+    logical_cores: NonNegativeInt
     instruction_sets: tuple[str, ...] = ()
-    numa_nodes: int = 1
-    numa_cores: tuple[tuple[int, ...], ...] = ()
+    numa_nodes: NonNegativeInt = 1
+    numa_cores: tuple[tuple[NonNegativeInt, ...], ...] = ()
 
     def label(self) -> str:
         """`2 cores, Intel(R) Xeon(R) Processor, amx_bf16`: ends with what speeds bf16 up, else with the widest set."""

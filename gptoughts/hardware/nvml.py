@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, NonNegativeInt
 
 _ARCHITECTURES = {
     5: "maxwell",
@@ -34,17 +36,17 @@ class Gpu:
     `none` (between MIG instances) or `unknown`.
     """
 
-    index: int
+    index: NonNegativeInt
     name: str
     uuid: str = ""
-    compute_capability: tuple[int, int] | None = None
-    memory_bytes: int | None = None
-    power_limit_watts: float | None = None
+    compute_capability: tuple[NonNegativeInt, NonNegativeInt] | None = None
+    memory_bytes: NonNegativeInt | None = None
+    power_limit_watts: Annotated[float, Field(ge=0, le=1e9)] | None = None
     mig: bool = False
-    numa_node: int | None = None
+    numa_node: NonNegativeInt | None = None
     links: tuple[str, ...] = ()
-    free_bytes: int | None = field(default=None, compare=False)
-    """Of its memory, when it was looked at: other processes may hold the rest."""
+    free_bytes: NonNegativeInt | None = field(default=None, compare=False)
+    """Free memory at the time of the probe; other processes may hold the rest."""
 
     @property
     def architecture(self) -> str | None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from gptoughts.config.aliases import FOREIGN, our_flag, ours
 from gptoughts.config.loader import Resolved, fields, from_values, load, recipe_names, type_word
-from gptoughts.config.optim_rules import PARTIAL, USES
+from gptoughts.config.optim_validation import PARTIAL, USES
 from gptoughts.config.recipe import LENGTHS, leaf_types
 from gptoughts.errors import ConfigError
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from gptoughts.config.optim_rules import PARTIAL, USES, problems
+from gptoughts.config.optim_validation import PARTIAL, USES, problems
 from gptoughts.config.recipe import OptimConfig
 from gptoughts.engine.checkpoint import state as training_state
 from gptoughts.engine.checkpoint import store as checkpoint
