@@ -152,7 +152,8 @@ def world_from_environment(environment: Mapping[str, str]) -> World:
     missing = [name for name in RANK_VARIABLES if name not in present]
     if missing:
         raise ConfigError(
-            f"environment: {found} without {', '.join(missing)}", fix=f"start the ranks with torchrun, or unset {', '.join(present)}"
+            f"environment: {found} without {', '.join(missing)}",
+            fix=f"start the ranks with torchrun, or unset {', '.join(present)}",
         )
     wrong = [f"{name}={value!r}" for name, value in present.items() if not value.strip().isdecimal()]
     if wrong:
