@@ -1,12 +1,12 @@
-"""Other tools' words: whoever types them is told ours."""
+"""Map option names of other trainers to ours, for did-you-mean errors."""
 
 from __future__ import annotations
 
 FOREIGN = {
     "batch_size": "train.global_batch (sequences per update, over all ranks)",
-    "per_device_train_batch_size": "train.global_batch, and --layer.microbatch.sequences for what one GPU holds at once",
+    "per_device_train_batch_size": "train.global_batch, and --layer.microbatch.sequences for one GPU's micro-batch",
     "micro_batch_size": "--layer.microbatch.sequences",
-    "gradient_accumulation_steps": "train.global_batch; accumulation follows from it and the micro-batch",
+    "gradient_accumulation_steps": "train.global_batch; accumulation follows from it and --layer.microbatch.sequences",
     "lr": "optim.learning_rate",
     "learning_rate": "optim.learning_rate",
     "min_lr": "optim.min_learning_rate",
@@ -31,8 +31,8 @@ FOREIGN = {
     "n_embd": "model.width",
     "hidden_size": "model.width",
     "model_name": "model.path (a folder, a hub name, a .gguf file or package:NAME)",
-    "model_type": "RECIPE, the first word after train; `gptoughts recipes` lists them",
-    "size": "RECIPE, the first word after train, such as llada-medium; `gptoughts recipes` lists them",
+    "model_type": "RECIPE, the argument of train; list: gptoughts recipes",
+    "size": "RECIPE, the argument of train, such as llada-medium; list: gptoughts recipes",
     "file": "data.path",
     "dataset": "data.path",
     "output_dir": "--run-dir",
@@ -79,15 +79,15 @@ FOREIGN = {
     "data_path": "data.path",
     "dataset_name": "data.path",
     "run_name": "--run",
-    "num_workers": "--layer.loader.batches (batches read ahead); tokenizing takes --processes",
-    "optimizer": "optim.name (its kind); --layer.optimizer is its implementation",
+    "num_workers": "--layer.loader.batches (prefetched batches); --processes for tokenize",
+    "optimizer": "optim.name (the algorithm); --layer.optimizer selects the implementation",
     "optimizer_type": "optim.name",
     "optim": "optim.name",
     "adam_beta1": "optim.beta1",
     "adam_beta2": "optim.beta2",
     "adam_epsilon": "optim.epsilon",
     "decay_lr": "optim.schedule",
-    "lr_decay_iters": "train.steps (the schedule ends with the run)",
+    "lr_decay_iters": "train.steps (the schedule spans the whole run)",
     "learning_rate_schedule": "optim.schedule",
     "n_epochs": "train.epochs",
     "max_epochs": "train.epochs",
@@ -96,7 +96,7 @@ FOREIGN = {
     "qkv_bias": "model.bias",
     "vocab": "model.vocab_size",
     "n_tokens": "data.sequence_length",
-    "n_batches": "--layer.microbatch.sequences (sequences that one GPU holds at once)",
+    "n_batches": "--layer.microbatch.sequences (sequences per GPU and forward)",
     "total_tokens": "train.tokens",
     "data_root": "data.path",
     "data_dir": "data.path",
@@ -115,10 +115,10 @@ FOREIGN = {
     "model_name_or_path": "model.path (a folder, a hub name, a .gguf file or package:NAME)",
     "pretrained_model_name_or_path": "model.path (a folder, a hub name, a .gguf file or package:NAME)",
     "base_model": "model.path (a folder, a hub name, a .gguf file or package:NAME)",
-    "trust_remote_code": "model.remote_code (the hub name of the one model that is trusted)",
-    "num_experts": "model.config (a config.json, which says how many)",
+    "trust_remote_code": "model.remote_code (hub name of the trusted model)",
+    "num_experts": "model.config (a config.json with the number of experts)",
     "router_aux_loss_coef": "experts.balance_weight",
-    "router_z_loss_coef": "experts.balance_weight (for the experts' balance; there is no z-loss)",
+    "router_z_loss_coef": "experts.balance_weight (balance loss; there is no z-loss)",
     "adapter": "adapter.kind",
     "use_peft": "adapter.kind lora",
     "use_lora": "adapter.kind lora",
@@ -148,7 +148,7 @@ FOREIGN = {
     "save_path": "--run-dir",
     "save_dir": "--run-dir",
     "log_dir": "--run-dir",
-    "init_from": "--resume (a checkpoint of a run), or --model.path (pretrained weights)",
+    "init_from": "--resume (checkpoint of a run), or --model.path (pretrained weights)",
     "resume_ckpt_path": "--resume",
     "dtype": "--layer.precision",
     "precision": "--layer.precision",
@@ -157,11 +157,11 @@ FOREIGN = {
     "optimize_attention": "--layer.attention sdpa",
     "async_data_loading": "--layer.loader prefetch",
     "preallocate_memory": "--layer.allocator expandable",
-    "batch_size_auto_optimize": "--layer.microbatch fixed, which slices train.global_batch to fit",
+    "batch_size_auto_optimize": "--layer.microbatch fixed, which splits train.global_batch to fit",
     "strategy": "--layer.parallel",
-    "distributed": "--layer.parallel ddp, which torchrun brings with it",
+    "distributed": "--layer.parallel ddp, the default under torchrun",
 }
-"""Another tool's word -> ours for the same thing: a key of the recipe, or a flag."""
+"""Option name of another trainer -> our recipe key or flag."""
 
 _TABLES = (
     "model.", "data.", "optim.", "train.", "adapter.", "diffusion.", "experts.", "eval.", "sample.", "save.", "log.", "seed",
@@ -169,12 +169,12 @@ _TABLES = (
 
 
 def ours(word: str) -> str:
-    """What `word` (with or without dashes and tables before it) is called here; empty where it is unknown."""
+    """Return our key or flag for `word`, given with or without dashes and table names; empty if unknown."""
     return FOREIGN.get(word.lstrip("-").rpartition(".")[2].replace("-", "_"), "")
 
 
 def our_flag(word: str) -> str:
-    """As `ours`, spelled as a flag."""
+    """Return the result of `ours` in the form of a flag."""
     found = ours(word)
     key, blank, rest = found.partition(" ")
     return f"--{key.replace('_', '-')}{blank}{rest}" if key.startswith(_TABLES) else found

@@ -1,7 +1,7 @@
-"""What the config.json of a Hugging Face model tells before torch is loaded: sizes, exact parameter counts, limits.
+"""Model spec of a Hugging Face model from its config.json, without torch: sizes, exact parameter counts, limits.
 
-Counts are formulas over the keys of config.json, for the model types below; every other type gets None. Keys that a file leaves
-out have the defaults that transformers gives them. `tests/config/test_hf_spec.py` compares each count with the model itself.
+Counts are formulas over the keys of config.json for the model types below, None for other types. Missing keys have the
+defaults of transformers. `tests/config/test_hf_spec.py` compares each count with the model.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ DECODERS = (
 )  # fmt: skip
 ENCODERS = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert")
 OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "longformer", "mpnet")
-"""Types whose positions begin behind the padding token's id."""
+"""Model types whose position ids start after the padding id."""
 DEFAULTS: dict[str, dict[str, Any]] = {
     "mistral": {"num_key_value_heads": 8},
     "mixtral": {"num_key_value_heads": 8, "num_experts": 8, "num_experts_per_tok": 2},
@@ -52,8 +52,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "camembert": {"type_vocab_size": 2, "pad_token_id": 1},
 }
 SCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier_scale", "lm_head_multiplier")
-"""Keys that say that logits are more than the head's product with the hidden state."""
-
+"""Keys that scale or cap logits after the head."""
 
 KEPT = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
@@ -61,11 +60,11 @@ KEPT = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "sp
 
 
 def read_config(model: ModelConfig) -> dict[str, Any]:
-    """The content of the config.json that `model.path` or `model.config` names. Raises ConfigError."""
+    """Return the content of the config.json of `model.path` or `model.config`. Raises ConfigError."""
     if model.path is not None:
         return _read(folder_of(model.path) / "config.json", f"model.path {model.path}")
     if model.config is None:
-        raise ConfigError("a Hugging Face model needs model.path (a folder or a hub name) or model.config (a config.json)")
+        raise ConfigError("model: a Hugging Face model needs model.path (folder or hub name) or model.config (config.json)")
     return _read(_config_file(model.config), f"model.config {model.config}")
 
 
@@ -79,38 +78,36 @@ def _config_file(name: str) -> Path:
     if shipped.is_file():
         return shipped
     known = sorted(file.stem for file in SHIPPED.glob("*.json"))
-    raise ConfigError(
-        f"model.config {name}: no such file or folder, and no shipped config{nearest(name, known)}; "
-        f"shipped: {', '.join(known) or 'none'}"
-    )
+    text = f"model.config {name}: no such file, folder or shipped config{nearest(name, known)}"
+    raise ConfigError(f"{text}; shipped: {', '.join(known) or 'none'}")
 
 
 def _read(path: Path, what: str) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"{what}: {shown(path)} cannot be read ({error.strerror})") from None
+        raise ConfigError(f"{what}: cannot read {shown(path)} ({error.strerror})") from None
     except ValueError as error:
-        raise ConfigError(f"{what}: {shown(path)} is not JSON: {error}") from None
+        raise ConfigError(f"{what}: {shown(path)} is not valid JSON: {error}") from None
     if not isinstance(content, dict) or not isinstance(content.get("model_type"), str):
-        raise ConfigError(f"{what}: {shown(path)} names no model_type, so nobody can tell which model it describes")
+        raise ConfigError(f"{what}: {shown(path)} has no model_type")
     return content
 
 
 def tokenizer_folder(model: ModelConfig) -> Path:
-    """The folder with the tokenizer.json of `model.path`. Raises ConfigError where there is none."""
+    """Return the folder with the tokenizer.json of `model.path`. Raises ConfigError if there is none."""
     assert model.path is not None
     folder = folder_of(model.path)
     if not (folder / "tokenizer.json").is_file():
         raise ConfigError(
-            f"{shown(folder)}: no tokenizer.json; write one with "
-            f'python -c "import transformers as t; t.AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"'
+            f"model.path {shown(folder)}: no tokenizer.json",
+            fix=f'python -c "import transformers as t; t.AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"',
         )
     return folder
 
 
 def documents(model: ModelConfig) -> dict[str, str]:
-    """File name -> text of what a checkpoint keeps beside its weights: config.json, and of a folder what its tokenizer and chats need."""
+    """Return the text files of a checkpoint by name: config.json, and the tokenizer, generation and chat files of a folder."""
     held = {"config.json": json.dumps(read_config(model), indent=2) + "\n"}
     named = model.path or model.config
     folder = folder_of(model.path) if model.path else Path(named or "").expanduser()
@@ -125,27 +122,27 @@ def documents(model: ModelConfig) -> dict[str, str]:
 
 
 def rows(model: ModelConfig, words: int) -> int:
-    """Rows of the embedding of the Hugging Face model that `model` names, for a tokenizer of `words` ids.
+    """Return the embedding rows of a Hugging Face model for a tokenizer of `words` ids.
 
-    Random weights take `model.vocab_size` where the recipe sets it. Raises ConfigError where a tokenizer's id would have no row.
+    `model.vocab_size` overrides them for random weights. Raises ConfigError if there are fewer rows than ids.
     """
     config = read_config(model)
     held = _text(config).get("vocab_size")
     if not isinstance(held, int):
-        raise ConfigError(f"model {model.path or model.config}: config.json says no vocab_size")
+        raise ConfigError(f"model {model.path or model.config}: config.json has no vocab_size")
     if model.vocab_size is not None and model.path is not None and model.vocab_size != held:
-        raise ConfigError(f"model.vocab_size = {model.vocab_size}: the pretrained embedding has {held} rows; leave it out")
+        raise ConfigError(f"model.vocab_size: pretrained embedding has {held} rows", found=model.vocab_size, fix="leave it out")
     found = model.vocab_size or held
     if words > found:
         raise ConfigError(
-            f"the tokenizer has {words} tokens and the embedding of {model.path or model.config} {found} rows; "
-            + ("take the model's own tokenizer" if model.path else f"set model.vocab_size to {words} or more")
+            f"data.tokenizer: {words} tokens, but the embedding of {model.path or model.config} has {found} rows",
+            fix="leave data.tokenizer out to use the model's own" if model.path else f"--model.vocab-size {words}",
         )
     return found
 
 
 def max_positions(config: Config) -> int | None:
-    """The longest sequence that the model has positions for; None where its config sets no limit."""
+    """Return the maximum sequence length of the model; None without a limit."""
     most = _get(_text(config), "max_position_embeddings")
     if isinstance(most, int) and config.get("model_type") in OFFSET_POSITIONS:
         return most - int(_get(config, "pad_token_id") or 0) - 1
@@ -153,26 +150,28 @@ def max_positions(config: Config) -> int | None:
 
 
 def check_length(config: Config, sequence_length: int, named: str) -> None:
-    """Raise ConfigError where the model has no positions for `sequence_length` tokens; `named` is the key that chose it."""
+    """Raise ConfigError if `sequence_length` exceeds the positions of the model; `named` is the key that selected it."""
     most = max_positions(config)
     if most is not None and sequence_length > most:
         raise ConfigError(
-            f"data.sequence_length = {sequence_length}: the model of {named} has positions for {most} tokens; set at most {most}"
+            f"data.sequence_length: the model of {named} has positions for {most} tokens",
+            found=sequence_length,
+            fix=f"--data.sequence-length {most}",
         )
 
 
-# --- facts
+# --- model spec
 
 
 def fields_of(config: Config, sequence_length: int, rows: int | None = None) -> dict[str, Any]:
-    """Fields of `model_spec.ModelSpec` from config.json; what it does not tell is None. `rows` replaces its vocab_size."""
+    """Return the fields of `model_spec.ModelSpec` from config.json, None if unknown. `rows` replaces its vocab_size."""
     kind, c = config["model_type"], dict(_text(config), model_type=config["model_type"])
     if rows is not None:
         c["vocab_size"] = rows
     width, heads, depth = (_get(c, key) for key in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
     try:
         count = _count(c)
-    except (TypeError, KeyError, ZeroDivisionError):  # a key that the formula needs is missing, or nonsense
+    except (TypeError, KeyError, ZeroDivisionError):  # a key of the formula is missing or has a wrong type
         count = None
     known = kind in DECODERS or kind in ENCODERS or kind == "gpt2"
     decoder = kind in DECODERS
@@ -207,7 +206,7 @@ def fields_of(config: Config, sequence_length: int, rows: int | None = None) -> 
 
 @dataclass(frozen=True)
 class _Count:
-    """Parameters: all of them, those that one token meets, those that are only looked up; and heads x width of attention."""
+    """Parameter counts: all, active per token, embedding tables; and the attention width (heads x head width)."""
 
     all: int
     active: int
@@ -216,7 +215,7 @@ class _Count:
 
 
 def _text(config: Config) -> Config:
-    """The part that describes the language model: models of text and images nest it."""
+    """Return the language model's part of a config; multimodal models nest it."""
     nested = config.get("text_config")
     return nested if isinstance(nested, Mapping) and "hidden_size" not in config else config
 
@@ -224,7 +223,7 @@ def _text(config: Config) -> Config:
 def _get(c: Config, key: str) -> Any:
     names = (key, *ALIASES.get(key, ()))
     value = next((c[name] for name in names if c.get(name) is not None), None)
-    # A key that is there and null is a choice, as q_lora_rank = null is: no low rank.
+    # A null value is a setting, not a missing key: q_lora_rank = null means no low rank.
     return DEFAULTS.get(c["model_type"], {}).get(key) if value is None and not any(name in c for name in names) else value
 
 
@@ -248,7 +247,7 @@ def _gpt2(c: Config) -> _Count:
 
 
 def _encoder(c: Config) -> _Count:
-    """With the head for question answering: two numbers a token, and no pooler."""
+    """Count an encoder with the question-answering head (two logits per token) and without a pooler."""
     width, depth, inner = _get(c, "hidden_size"), _get(c, "num_hidden_layers"), _get(c, "intermediate_size")
     types = 0 if c["model_type"] == "distilbert" else _get(c, "type_vocab_size")
     embedding = (c["vocab_size"] + _get(c, "max_position_embeddings") + types) * width
@@ -291,7 +290,7 @@ def _attention(c: Config) -> int:
 
 
 def _latent_attention(c: Config, width: int, heads: int) -> int:
-    """Multi-head latent attention (DeepSeek-V2, 2024): queries and keys through low ranks, each with a norm."""
+    """Count multi-head latent attention (DeepSeek-V2, 2024): low-rank queries and keys, each with a norm."""
     rank, low, bias = c["kv_lora_rank"], _get(c, "q_lora_rank"), bool(_get(c, "attention_bias"))
     queries = heads * _mla_width(c)
     into = width * queries if low is None else width * low + low + low * queries + (low if bias else 0)
@@ -316,7 +315,7 @@ def _is_sparse(c: Config, layer: int) -> bool:
 
 
 def _experts(c: Config) -> tuple[int, int]:
-    """(all, met by one token) parameters of a layer of experts, router and shared expert included."""
+    """Return (all, active per token) parameters of one expert layer, including router and shared experts."""
     kind, width = c["model_type"], _get(c, "hidden_size")
     inner = _get(c, "intermediate_size") if kind == "mixtral" else c["moe_intermediate_size"]
     one, count, chosen = 3 * width * inner, _get(c, "num_experts"), _get(c, "num_experts_per_tok")

@@ -1,4 +1,4 @@
-"""The config.json of published LLaDA checkpoints as the sizes of our native model, and back. Loads no torch."""
+"""Convert the config.json of published LLaDA checkpoints to the sizes of the native model and back. Imports no torch."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ REQUIRED = {
     "bias_for_layer_norm": (False, None),
     "clip_qkv": (None,),
 }
-"""Keys that choose an architecture, with what the native model builds; absent ones are taken as built."""
+"""Architecture keys -> supported values. A missing key counts as supported."""
 
 
 def sizes(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Keys of the recipe's [model] table. Raises ConfigError naming every key that asks for another architecture."""
+    """Return the keys of the recipe's [model] table. Raises ConfigError listing every unsupported key."""
     wrong = [
-        f"{key} = {config[key]!r} (built: {' or '.join(map(repr, built))})"
+        f"unsupported {key} = {config[key]!r} (supported: {' or '.join(map(repr, built))})"
         for key, built in REQUIRED.items()
         if key in config and config[key] not in built
     ]
-    missing = [key for key in ("d_model", "n_heads", "n_layers") if key not in config]
-    if wrong or missing:
-        raise ConfigError("config.json of a LLaDA model: " + "; ".join([*wrong, *(f"{key} is missing" for key in missing)]))
+    wrong += [f"missing {key}" for key in ("d_model", "n_heads", "n_layers") if key not in config]
+    if wrong:
+        raise ConfigError(f"config.json of a LLaDA model: {'; '.join(wrong)}")
     inner = config.get("mlp_hidden_size") or config.get("mlp_ratio", 4) * config["d_model"]
     return {
         "depth": config["n_layers"],
@@ -58,11 +58,11 @@ def sizes(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def published(model: ModelConfig, rows: int, sequence_length: int, mask_token_id: int, eos_token_id: int) -> dict[str, Any]:
-    """The config.json that such a checkpoint has. Raises ConfigError where the native model has parts that LLaDA has not."""
+    """Return the config.json in the published layout. Raises ConfigError if the model has parts that LLaDA lacks."""
     built = {"norm": "rmsnorm", "positions": "rope", "mlp": "swiglu", "qk_norm": False, "bias": False}
     wrong = [f"model.{key} = {getattr(model, key)!r}" for key, value in built.items() if getattr(model, key) != value]
     if wrong:
-        raise ConfigError(f"LLaDA's published layout has no place for {', '.join(wrong)}")
+        raise ConfigError(f"model: not representable in LLaDA's published layout: {', '.join(wrong)}")
     return {
         "model_type": "llada",
         "architectures": ["LLaDAModelLM"],

@@ -1,4 +1,4 @@
-"""TOML and dotted flags become one frozen, typed Recipe in which every value knows where it came from."""
+"""Load a recipe from TOML and dotted flags into one frozen, typed Recipe, with the source of every value."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from gptoughts.config.recipe import (
     type_word,
 )
 from gptoughts.errors import ConfigError, listed, nearest
+from gptoughts.errors import describe as problem_line
 
 __all__ = [
     "DataConfig", "ModelConfig", "OptimConfig", "Recipe", "Resolved", "TrainConfig", "fields", "from_values", "load", "type_word",
@@ -35,7 +36,7 @@ PACKAGED_RECIPES = Path(__file__).parents[1] / "recipes"
 
 
 def shown(path: Path) -> str:
-    """`path` as a user knows it: relative to where they stand when it lies there."""
+    """Return `path` relative to the working directory if it is below it."""
     try:
         return str(path.resolve().relative_to(Path.cwd()))
     except (ValueError, OSError):
@@ -44,21 +45,21 @@ def shown(path: Path) -> str:
 
 @dataclass(frozen=True)
 class Resolved:
-    """A recipe and, for every dotted key, where its value came from."""
+    """A recipe, and the source of each given value by dotted key."""
 
     recipe: Recipe
     sources: Mapping[str, str]
 
     def values(self) -> dict[str, Any]:
-        """Every leaf by its dotted key."""
+        """Return every leaf by dotted key."""
         return _flatten(self.recipe.model_dump())
 
     def given(self, key: str) -> bool:
-        """Whether somebody wrote the value of `key`, in a file, a flag or a call."""
+        """Return whether a file, flag or call set `key`."""
         return key in self.sources
 
     def to_toml(self) -> str:
-        """The recipe as TOML that `gptoughts train FILE` reads, each line with its source. Unset values are written as "none"."""
+        """Return the recipe as TOML for `gptoughts train FILE`, each line with its source. Unset values are "none"."""
         lines, table = [], ""
         for key, value in self.values().items():
             head, _, leaf = key.rpartition(".")
@@ -71,7 +72,7 @@ class Resolved:
 
 
 def _toml(value: Any) -> str:
-    """A leaf as TOML. JSON spells it the same, but for nothing at all and for the one control character that it leaves raw."""
+    """Return a leaf as TOML: as JSON, except for None and for U+007F, which JSON does not escape."""
     return json.dumps("none" if value is None else value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
@@ -80,50 +81,52 @@ def _one_line(text: str) -> str:
 
 
 def recipe_names() -> list[str]:
-    """Names of the shipped recipes."""
+    """Return the names of the shipped recipes."""
     return sorted(path.stem for path in PACKAGED_RECIPES.glob("*.toml"))
 
 
 def find_recipe(name: str) -> Path:
-    """The file of a shipped recipe, or the path to a .toml file that `name` is. Raises ConfigError."""
+    """Return the file of a shipped recipe, or `name` if it is a path to a .toml file. Raises ConfigError."""
     return find_toml("recipe", name, PACKAGED_RECIPES, recipe_names())
 
 
 def find_toml(what: str, name: str, shipped: Path, known: list[str]) -> Path:
-    """The file that `name` means: a path where it has a slash or ends in .toml, else one of `shipped`. Raises ConfigError."""
+    """Return the file of `name`: a path if it has a slash or ends in .toml, else one of `shipped`. Raises ConfigError."""
     is_path = name.endswith(".toml") or "/" in name
     path = Path(name) if is_path else shipped / f"{name}.toml"
     if path.is_file():
         return path
     if is_path:
-        raise ConfigError(f"{what} {name}: there is no such file")
-    raise ConfigError(f"no {what} {name!r}{nearest(name, known)}; shipped: {', '.join(known)}, or a path to a .toml file")
+        raise ConfigError(f"{what} {name}: no such file")
+    raise ConfigError(
+        f"{what} {name!r}: no such {what}{nearest(name, known)}; shipped: {', '.join(known)}, or a path to a .toml file"
+    )
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The tables of a TOML file. Raises ConfigError where it cannot be read as one."""
+    """Return the tables of a TOML file. Raises ConfigError if it cannot be read or is not TOML."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"{shown(path)}: cannot be read ({error.strerror})") from None
+        raise ConfigError(f"{shown(path)}: cannot read it ({error.strerror})") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"{shown(path)}: not TOML: {error}") from None
+        raise ConfigError(f"{shown(path)}: not valid TOML: {error}") from None
 
 
 def load(name: str, flags: Mapping[str, Any] | None = None) -> Resolved:
-    """The recipe `name` (a shipped one, or a path to a .toml file) with `flags` (dotted key -> text or value) laid over it.
+    """Return the recipe `name` (shipped, or a path to a .toml file) with `flags` (dotted key -> text or value) applied.
 
-    Raises ConfigError that lists every problem at once, each with its file or flag.
+    Raises ConfigError listing every problem with its file or flag.
     """
     path = find_recipe(name)
     values = _flatten(read_toml(path))
     sources = dict.fromkeys(values, shown(path))
-    laid = {key: f"--{key.replace('_', '-')}" for key in flags or {}}
-    return _resolved(values, sources, flags or {}, laid, f"recipe {name}")
+    flag_sources = {key: f"--{key.replace('_', '-')}" for key in flags or {}}
+    return _resolved(values, sources, flags or {}, flag_sources, f"recipe {name}")
 
 
 def from_values(values: Mapping[str, Any], origin: str, fields: Mapping[str, Any] | None = None) -> Resolved:
-    """A recipe from nested or dotted values, as Python callers and checkpoints give them, with `fields` laid over. Raises ConfigError."""
+    """Return a recipe from nested or dotted values (Python calls, checkpoints) with `fields` applied. Raises ConfigError."""
     flat = _flatten(dict(values))
     return _resolved(flat, dict.fromkeys(flat, origin), fields or {}, dict.fromkeys(fields or {}, origin), origin)
 
@@ -131,7 +134,7 @@ def from_values(values: Mapping[str, Any], origin: str, fields: Mapping[str, Any
 def _resolved(
     values: dict[str, Any], sources: dict[str, str], over: Mapping[str, Any], over_sources: Mapping[str, str], what: str
 ) -> Resolved:
-    if any(over.get(f"train.{length}") is not None for length in LENGTHS):  # a length replaces the recipe's, whatever its unit
+    if any(over.get(f"train.{length}") is not None for length in LENGTHS):  # a given length replaces the recipe's, in any unit
         values = {key: value for key, value in values.items() if key.removeprefix("train.") not in LENGTHS}
     kinds, merged = _kinds(), {**values, **over}
     sources = {key: source for key, source in {**sources, **over_sources}.items() if key in merged}
@@ -141,14 +144,14 @@ def _resolved(
 
 @cache
 def _kinds() -> dict[str, tuple[Any, ...]]:
-    """Dotted key -> what its field may hold."""
+    """Return the leaf types of each dotted key."""
     return {key: leaf_types(annotation) for key, annotation, _ in fields()}
 
 
 def _read(value: Any, kinds: tuple[Any, ...], as_text: bool) -> Any:
-    """A written value as its field wants it; what cannot be read stays as it is, so that validation says why.
+    """Convert a value to the type of its field; leave it unchanged if that fails, so that validation reports it.
 
-    "none" unsets a field that may be unset, in TOML too, which has no word for it. Only flags are text for numbers and truths.
+    "none" unsets an optional field, also in TOML, which has no null. Only flags (`as_text`) are parsed to numbers and booleans.
     """
     if not isinstance(value, str):
         return value
@@ -177,7 +180,7 @@ def _flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Known dotted keys as tables."""
+    """Return dotted keys as nested tables."""
     nested: dict[str, Any] = {}
     for key, value in flat.items():
         table, _, leaf = key.rpartition(".")
@@ -191,25 +194,24 @@ def _validate(values: Mapping[str, Any], sources: Mapping[str, str], what: str) 
     problems = []
     for key, value in values.items():
         if key in tables and value != {}:
-            problems.append(f"{key}: is a table, here {value!r}{_where([key], sources)}")
+            problems.append(problem_line(f"{key}: must be a table", repr(value)) + _where([key], sources))
         elif key not in known and key not in tables:
             problems.append(f"{key}: {unknown_key(key, known)}{_where([key], sources)}")
     fitting = {key: value for key, value in values.items() if key in known}
     try:
         recipe = Recipe.model_validate(_nest(fitting))
     except ValidationError as error:
-        told = {key: source for key, source in sources.items() if values.get(key) != {}}
-        problems += describe(error, known, told)
+        problems += describe(error, known, {key: source for key, source in sources.items() if values.get(key) != {}})
     if problems:
-        raise listed(f"{what} cannot be used", problems)
+        raise listed(what, problems)
     return recipe
 
 
 def unknown_key(key: str, known: Iterable[str]) -> str:
-    """Why `key` is none of `known`, with our word for another tool's, the same leaf in its table, or the nearest key."""
+    """Return the error text of an unknown key, with our name for another trainer's, the same leaf elsewhere, or the nearest key."""
     known, leaf = list(known), key.rpartition(".")[2]
     if ours(key):
-        return f"no such key; here that is {ours(key)}"
+        return f"no such key; use {ours(key)}"
     elsewhere = [other for other in known if other.rpartition(".")[2] == leaf]
     if elsewhere:
         return f"no such key (did you mean {' or '.join(map(repr, elsewhere))}?)"
@@ -217,7 +219,7 @@ def unknown_key(key: str, known: Iterable[str]) -> str:
 
 
 def describe(error: ValidationError, known: Iterable[str], sources: Mapping[str, str] | None = None) -> list[str]:
-    """One line per problem: key, what is wrong, what is here, where it came from."""
+    """Return one line per problem: key, problem, found value and its source."""
     return list(_described(error, list(known), sources or {}))
 
 
@@ -230,16 +232,18 @@ def _described(error: ValidationError, known: list[str], sources: Mapping[str, s
         elif isinstance(what, Disagreement):
             yield f"{key}: {what}{_where([f'{key}.{name}' for name in what.keys], sources)}"
         elif problem["type"] == "missing" and key in sources:
-            continue  # a value stands where the table should, which is told already
+            continue  # a value in place of the table, reported above
         elif problem["type"] == "missing":
-            unset = "; give one of " + ", ".join(f"{key}.{length}" for length in LENGTHS) if key == "train" else ""
-            yield f"{key}: must be given{unset}"
+            yield problem_line(
+                f"{key}: missing",
+                fix=f"set one of {', '.join(f'{key}.{length}' for length in LENGTHS)}" if key == "train" else "",
+            )
         else:
-            said = f"{problem['msg'][0].lower()}{problem['msg'][1:]}"
-            yield f"{key}: {said}, here {problem['input']!r}{_where([key], sources)}"
+            text = f"{problem['msg'][0].lower()}{problem['msg'][1:]}"
+            yield problem_line(f"{key}: {text}", repr(problem["input"])) + _where([key], sources)
 
 
 def _where(keys: list[str], sources: Mapping[str, str]) -> str:
-    """Where the values came from, each source once: `  (my.toml, --train.tokens)`."""
-    told = list(dict.fromkeys(sources[key] for key in keys if key in sources))
-    return f"  ({', '.join(told)})" if told else ""
+    """Return the sources of the values, each once: `  (my.toml, --train.tokens)`."""
+    found = list(dict.fromkeys(sources[key] for key in keys if key in sources))
+    return f"  ({', '.join(found)})" if found else ""

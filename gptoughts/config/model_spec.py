@@ -1,4 +1,4 @@
-"""What a recipe alone tells of its model, before torch is loaded: sizes, exact parameter count, FLOPs per token."""
+"""Model spec of a recipe, without torch: sizes, exact parameter count, FLOPs per token."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ VOCAB_MULTIPLE = 64
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What a layer may ask about a model. A field that is not known is None, and layers must accept that.
+    """Model sizes for layers. An unknown field is None; layers must accept that.
 
     `vocab_size` is the number of embedding rows (padding included), `hidden` the inner width of the MLP,
-    `embedding_parameters` the token embedding and the learned positions, `parameters` everything, a tied weight once.
-    `active_parameters` is what one token meets: fewer than all where experts are chosen, else None or the same.
+    `embedding_parameters` counts token embedding and learned positions, `parameters` all weights, a tied one once.
+    `active_parameters` is the count per token: below `parameters` for mixture of experts, else None or equal.
     """
 
     family: str | None = None
@@ -39,38 +39,39 @@ class ModelSpec:
     mlp: str | None = None
     causal: bool | None = None
     active_parameters: int | None = None
-    experts: int | None = None  # of one layer
+    experts: int | None = None  # per layer
     experts_per_token: int | None = None
-    max_positions: int | None = None  # longest sequence that the model has positions for
-    attention_width: int | None = None  # heads x width of one head, where that is not the model's width
-    head: str | None = None  # "linear" (logits are hidden x weight) or "own" (the model does more)
+    max_positions: int | None = None  # maximum sequence length
+    attention_width: int | None = None  # heads x head width, if not equal to width
+    head: str | None = None  # "linear" (logits = hidden x weight) or "own" (scaled, capped, ...)
 
 
-UNKNOWN = ModelSpec()  # a model of the user's own
+UNKNOWN = ModelSpec()  # a user's own nn.Module
 
 
 def padded_vocab(size: int) -> int:
-    """Round a vocabulary up to a multiple of 64, so that the head's product fills whole tensor-core tiles."""
+    """Round a vocabulary size up to a multiple of 64, so that the head's matmul fills tensor-core tiles."""
     return -(-size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
 def embedding_rows(model: ModelConfig, vocab_size: int | None) -> int | None:
-    """Rows of the embedding: as the recipe writes them, else the tokenizer's `vocab_size` padded, else None.
+    """Return the embedding rows: the recipe's, else the tokenizer's `vocab_size` padded, else None.
 
-    Raises ConfigError where the recipe has fewer rows than the tokenizer has ids.
+    Raises ConfigError if the recipe has fewer rows than the tokenizer has ids.
     """
     if model.vocab_size is None:
         return None if vocab_size is None else padded_vocab(vocab_size)
     if vocab_size is not None and model.vocab_size < vocab_size:
         raise ConfigError(
-            f"model.vocab_size = {model.vocab_size} is smaller than the tokenizer's vocabulary of {vocab_size}; "
-            f"write at least {vocab_size}, or leave it out to take {padded_vocab(vocab_size)}"
+            f"model.vocab_size: smaller than the tokenizer's vocabulary of {vocab_size}",
+            found=model.vocab_size,
+            fix=f"leave model.vocab_size out ({padded_vocab(vocab_size)} rows)",
         )
     return model.vocab_size
 
 
 def of(model: ModelConfig, sequence_length: int, vocab_size: int | None) -> ModelSpec:
-    """The facts of the native GPT that `model` describes; `vocab_size` is the tokenizer's, None if not known yet."""
+    """Return the spec of a native model; `vocab_size` is the tokenizer's, None if not known yet."""
     rows = embedding_rows(model, vocab_size)
     embedding = None if rows is None else _embedding_parameters(model, rows, sequence_length)
     parameters = None
@@ -98,13 +99,13 @@ def of(model: ModelConfig, sequence_length: int, vocab_size: int | None) -> Mode
 
 
 def of_hf(model: ModelConfig, sequence_length: int) -> ModelSpec:
-    """The facts of the Hugging Face model that `model` names, from its config.json. Raises ConfigError where that cannot be read."""
+    """Return the spec of a Hugging Face model from its config.json. Raises ConfigError if that cannot be read."""
     rows = None if model.path else model.vocab_size
     return ModelSpec(**hf_spec.fields_of(hf_spec.read_config(model), sequence_length, rows))
 
 
 def spec_for(recipe: Recipe) -> ModelSpec:
-    """What the recipe alone tells of its model; sizes that follow from a text not read yet are None."""
+    """Return the model spec of a recipe; sizes that depend on a text not read yet are None."""
     model, data = recipe.model, recipe.data
     if model.family == "hf":
         return of_hf(model, data.sequence_length)
@@ -114,26 +115,24 @@ def spec_for(recipe: Recipe) -> ModelSpec:
 
 
 def vocabulary_of(data: DataConfig) -> int | None:
-    """Tokens of the recipe's tokenizer where they can be told without reading the text."""
+    """Return the tokenizer's vocabulary size if it is known without reading the text, else None."""
     index = Path(data.path).expanduser() / "index.json"
     if index.is_file():
         try:
             size = json.loads(index.read_text(encoding="utf-8")).get("vocab_size")
         except (OSError, ValueError, AttributeError):
-            return None  # whoever opens the folder says what is wrong with it
+            return None  # reported when the folder is opened
         return size if isinstance(size, int) else None
     return {"bytes": 257, "gpt2": 50257, "bpe": data.train_bpe}.get(data.tokenizer)
 
 
 def flops_per_token(spec: ModelSpec) -> int | None:
-    """Floating-point operations of one trained token, forward and backward: 6 N + 12 L C T; None if a size is unknown.
+    """Return the FLOPs per trained token, forward and backward: 6 N + 12 L C T; None if a size is unknown.
 
-    N counts the weights that a token is multiplied with: all parameters (of experts the chosen ones) less the tables that
-    are only looked up. Learned positions never count (as in nanoGPT); the token embedding counts once where it is also the
-    head and not at all where the
-    head has a weight of its own, so a tied and an untied model that do the same work get the same figure. The second
-    term is attention's two products over the whole T x T square: the causal half is not subtracted and recomputation
-    not added. Source: Chowdhery et al. 2022, PaLM, appendix B (https://arxiv.org/abs/2204.02311).
+    N counts the weights of matmuls: all active parameters without lookup tables. Learned positions never count (as in
+    nanoGPT); a token embedding counts only if it is tied to the head, so that tied and untied models with equal work have
+    equal FLOPs. The second term is the two attention matmuls over the full T x T square: the causal half is not
+    subtracted, recomputation not added. Source: Chowdhery et al. 2022, PaLM, appendix B (https://arxiv.org/abs/2204.02311).
     """
     if spec.parameters is None or spec.embedding_parameters is None or spec.vocab_size is None:
         return None

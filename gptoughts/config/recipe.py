@@ -1,4 +1,4 @@
-"""What to train: model, data, objective, batch, schedule and seed, typed and frozen. Speed is the profile's."""
+"""Recipe: model, data, objective, batch size, schedule and seed, typed, validated and frozen. Profiles decide speed."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from gptoughts.config.optim_rules import problems
+from gptoughts.errors import describe
 
 
 def _integral(value: Any) -> Any:
-    """1e9 is a whole number to everyone but a type checker."""
+    """Convert a float with an integer value, such as 1e9, to int."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -22,56 +22,45 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Disagreement(ValueError):
-    """Values that are each allowed and not together. `keys` are their names within the table, so that the error can say whose they are."""
+    """Values that are valid alone and invalid together. `keys` are their names in the table, to look up their sources."""
 
-    def __init__(self, text: str, *keys: str) -> None:
-        super().__init__(text)
+    def __init__(self, problem: str, *keys: str, found: object = None, fix: str = "") -> None:
+        super().__init__(describe(problem, found, fix))
         self.keys = keys
 
 
 class Section(BaseModel):
-    """A frozen table of a recipe; a key that it does not know is an error."""
+    """Frozen table of a recipe; unknown keys are errors."""
 
-    # defer_build: whoever only lists fields, as --help does, pays for no validators.
+    # defer_build: --help lists fields and needs no validators.
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, defer_build=True, allow_inf_nan=False)
 
 
 class ModelConfig(Section):
-    """A native model by its sizes, or a Hugging Face one by its folder. The defaults are the modern GPT; GPT-2 is the same with other words."""
+    """Native model by sizes, or Hugging Face model by path or config. The defaults are a modern GPT."""
 
-    family: str = Field(
-        "gpt", description="gpt, llada, hf (taken where path or config names a Hugging Face model), or one that a plugin brings"
-    )
-    path: str | None = Field(
-        None,
-        description="pretrained weights: a folder, a hub name, a .gguf file, or package:NAME for a Python package with one",
-    )
-    config: str | None = Field(
-        None, description="random weights of the model that a config.json describes: a file, a folder, or a shipped name"
-    )
-    remote_code: str | None = Field(None, description="hub name of a model whose own code may run; it must be model.path")
+    family: str = Field("gpt", description="gpt, llada, hf (set by path or config of a Hugging Face model) or a plugin's")
+    path: str | None = Field(None, description="pretrained weights: folder, hub name, .gguf file or package:NAME")
+    config: str | None = Field(None, description="random weights for a config.json: file, folder or shipped name")
+    remote_code: str | None = Field(None, description="hub name of a model trusted to run its own code; equals model.path")
     depth: Positive = Field(6, description="number of blocks")
-    width: Positive = Field(384, description="size of the hidden state")
+    width: Positive = Field(384, description="hidden size")
     heads: Positive = Field(6, description="attention heads")
-    kv_heads: Positive | None = Field(None, description="key and value heads (grouped-query); as many as heads if not set")
-    hidden: Positive | None = Field(
-        None, description="inner width of the MLP; if not set 4 x width, for swiglu 8/3 x width rounded up to 64"
-    )
-    vocab_size: Positive | None = Field(
-        None, description="rows of the embedding; if not set the tokenizer's count rounded up to a multiple of 64"
-    )
+    kv_heads: Positive | None = Field(None, description="key-value heads (grouped-query); default: heads")
+    hidden: Positive | None = Field(None, description="MLP width; default: 4 x width, swiglu: 8/3 x width rounded up to 64")
+    vocab_size: Positive | None = Field(None, description="embedding rows; default: the tokenizer's, rounded up to 64")
     norm: Literal["rmsnorm", "layernorm"] = Field("rmsnorm", description="normalization")
     positions: Literal["rope", "learned"] = Field("rope", description="position encoding")
-    mlp: Literal["swiglu", "gelu"] = Field("swiglu", description="kind of MLP; gelu is GPT-2's tanh form")
+    mlp: Literal["swiglu", "gelu"] = Field("swiglu", description="MLP type; gelu is GPT-2's tanh approximation")
     qk_norm: bool = Field(True, description="normalize queries and keys per head")
-    tied: bool = Field(True, description="embedding and head share one weight")
+    tied: bool = Field(True, description="share one weight for embedding and head")
     bias: bool = Field(False, description="biases in linear layers and LayerNorm")
-    rope_theta: Annotated[float, Field(gt=0)] = Field(10000.0, description="base of the rotary frequencies")
-    dropout: Share = Field(0.0, description="dropout; 0 in every shipped recipe")
+    rope_theta: Annotated[float, Field(gt=0)] = Field(10000.0, description="rotary base frequency")
+    dropout: Share = Field(0.0, description="dropout; 0 in all shipped recipes")
 
     @property
     def key_value_heads(self) -> int:
-        """Key and value heads, whether written or derived."""
+        """Number of key-value heads, given or derived."""
         return self.kv_heads or self.heads
 
     @property
@@ -81,56 +70,49 @@ class ModelConfig(Section):
 
     @property
     def inner(self) -> int:
-        """Inner width of the MLP, whether written or derived."""
+        """Inner width of the MLP, given or derived."""
         if self.hidden is not None:
             return self.hidden
         return 4 * self.width if self.mlp == "gelu" else -(-8 * self.width // 3 // 64) * 64
 
     @model_validator(mode="after")
     def heads_divide_width(self) -> ModelConfig:
-        """Heads must share the width evenly, key-value heads the heads."""
+        """Check that heads divide the width, and key-value heads the heads."""
         if self.width % self.heads:
-            raise Disagreement(
-                f"width {self.width} cannot be shared by {self.heads} heads; take a width divisible by {self.heads}",
-                "width",
-                "heads",
-            )
+            raise Disagreement(f"width {self.width} is not divisible by {self.heads} heads", "width", "heads")
         if self.heads % self.key_value_heads:
-            raise Disagreement(f"{self.heads} heads cannot be grouped over {self.kv_heads} kv_heads", "heads", "kv_heads")
+            raise Disagreement(f"{self.heads} heads are not divisible by {self.kv_heads} kv_heads", "heads", "kv_heads")
         if self.positions == "rope" and self.head_dim % 2:
-            raise Disagreement(
-                f"rope needs an even head width, {self.width} / {self.heads} = {self.head_dim}", "width", "heads", "positions"
-            )
+            found = f"{self.width} / {self.heads} = {self.head_dim}"
+            raise Disagreement("rope needs an even head width", "width", "heads", "positions", found=found)
         return self
 
 
 class DataConfig(Section):
-    """Where the tokens come from."""
+    """Dataset, tokenizer and sequence length."""
 
     path: str = Field(
         "python-stdlib",
-        description="text file, folder, glob, tokenized folder, Hugging Face dataset, or python-stdlib (this Python's own source)",
+        description="text file, folder, glob, tokenized folder, Hugging Face dataset or python-stdlib (source of this Python)",
     )
-    tokenizer: str = Field("bpe", description="bytes, chars, gpt2, bpe (trained on the text), or a tokenizer.json")
-    train_bpe: Positive | None = Field(4096, description="vocabulary of the BPE that tokenizer = bpe trains")
-    format: Literal["text", "chat", "squad"] = Field(
-        "text", description="text, chat (JSONL of messages, or of prompt and response), or squad (questions about contexts)"
-    )
-    val_path: str | None = Field(None, description="chat, squad: a file for validation; if not set val_fraction of the rows")
-    packing: bool = Field(True, description="chat: several conversations per row, which do not see each other")
-    template: str | None = Field(None, description="chat: chatml, plain, or a Jinja file; if not set the tokenizer's own")
-    train_on: Literal["answers", "all"] = Field("answers", description="chat: which tokens are learned")
+    tokenizer: str = Field("bpe", description="bytes, chars, gpt2, bpe (trained on the text) or a tokenizer.json")
+    train_bpe: Positive | None = Field(4096, description="vocabulary size for tokenizer = bpe")
+    format: Literal["text", "chat", "squad"] = Field("text", description="text, chat (JSONL), or squad (question answering)")
+    val_path: str | None = Field(None, description="chat, squad: validation file; default: val_fraction of the rows")
+    packing: bool = Field(True, description="chat: pack several conversations per row, masked from each other")
+    template: str | None = Field(None, description="chat: chatml, plain or a Jinja file; default: the tokenizer's own")
+    train_on: Literal["answers", "all"] = Field("answers", description="chat: tokens that count in the loss")
     too_long: Literal["error", "drop", "cut"] = Field(
-        "error", description="chat: conversations longer than sequence_length; drop leaves them out, cut learns their beginning"
+        "error", description="chat: conversations above sequence_length; cut keeps the start"
     )
-    stride: Count = Field(128, description="squad: tokens that windows of a long context share")
-    text_key: str = Field("text", description="field of a .jsonl, .parquet or dataset row that holds the text")
-    sequence_length: Positive = Field(256, description="tokens of context per sample")
-    val_fraction: Share = Field(0.05, description="share of the text kept for validation")
+    stride: Count = Field(128, description="squad: overlap of windows of a long context, in tokens")
+    text_key: str = Field("text", description="text field of a .jsonl, .parquet or dataset row")
+    sequence_length: Positive = Field(256, description="tokens per sample")
+    val_fraction: Share = Field(0.05, description="fraction of the text used for validation")
     val_from: Literal["auto", "tail", "documents"] = Field(
-        "auto", description="validation takes the text's tail, or whole documents; auto: the tail where documents are few"
+        "auto", description="validation split: the text's tail, or whole documents; auto: tail if there are few documents"
     )
-    cache: str | None = Field(None, description="folder for shards tokenized by train; if not set ~/.cache/gptoughts/data")
+    cache: str | None = Field(None, description="folder for tokenized shards; default: ~/.cache/gptoughts/data")
 
 
 class OptimConfig(Section):
@@ -141,48 +123,81 @@ class OptimConfig(Section):
     )
     learning_rate: Annotated[float, Field(gt=0)] = Field(1e-3, description="peak learning rate")
     min_learning_rate: Annotated[float, Field(ge=0)] = Field(1e-4, description="learning rate at the end of the decay")
-    schedule: Literal["cosine", "linear", "wsd", "constant"] = Field("cosine", description="shape after the warm-up")
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = Field("cosine", description="shape after warm-up")
     warmup_steps: Count = Field(100, description="updates of linear warm-up")
-    decay_fraction: Annotated[float, Field(gt=0, le=1)] = Field(0.2, description="share of the run that wsd decays in")
+    decay_fraction: Annotated[float, Field(gt=0, le=1)] = Field(0.2, description="wsd: fraction of the run spent in decay")
     beta1: Share = Field(0.9, description="first-moment decay")
     beta2: Share = Field(0.95, description="second-moment decay")
-    beta3: Share = Field(0.9999, description="ademamix: decay of its slow first moment")
-    alpha: Annotated[float, Field(ge=0)] = Field(5.0, description="ademamix: weight of its slow first moment")
+    beta3: Share = Field(0.9999, description="ademamix: decay of the slow first moment")
+    alpha: Annotated[float, Field(ge=0)] = Field(5.0, description="ademamix: weight of the slow first moment")
     momentum: Share = Field(0.95, description="muon: momentum")
-    rank: Positive = Field(256, description="apollo: rank of the projected gradient; apollo-mini has 1")
-    projection_gap: Positive = Field(200, description="apollo: updates between new projections")
+    rank: Positive = Field(256, description="apollo: rank of the projected gradient (apollo-mini: 1)")
+    projection_gap: Positive = Field(200, description="apollo: updates between projections")
     epsilon: Annotated[float, Field(gt=0)] = Field(1e-8, description="epsilon")
-    weight_decay: Annotated[float, Field(ge=0)] = Field(0.1, description="decay of weights with two or more dimensions")
-    clip_norm: Annotated[float, Field(ge=0)] = Field(1.0, description="largest gradient norm; 0 does not clip")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.1, description="decay of weights with at least two dimensions")
+    clip_norm: Annotated[float, Field(ge=0)] = Field(1.0, description="maximum gradient norm; 0: no clipping")
 
     @model_validator(mode="after")
-    def keys_are_heard(self) -> OptimConfig:
-        """The optimizer uses what was written, and the schedule is one that it can follow."""
-        for text, keys in problems(self):
-            raise Disagreement(text, *keys)
+    def keys_are_used(self) -> OptimConfig:
+        """Check that the optimizer uses every key that was set, and supports the schedule."""
+        for problem in optim_problems(self):
+            raise problem
         return self
+
+
+OPTIMIZER_KEYS = {
+    "adamw": ("beta1", "beta2", "epsilon"),
+    "muon": ("beta1", "beta2", "epsilon", "momentum"),
+    "lion": ("beta1", "beta2"),
+    "apollo": ("beta1", "beta2", "epsilon", "rank", "projection_gap"),
+    "apollo-mini": ("beta1", "beta2", "epsilon", "projection_gap"),
+    "ademamix": ("beta1", "beta2", "beta3", "alpha", "epsilon"),
+    "schedule-free": ("beta1", "beta2", "epsilon"),
+}
+"""Optimizer -> its keys of those that not every optimizer uses."""
+
+SELECTIVE_KEYS = tuple(dict.fromkeys(key for keys in OPTIMIZER_KEYS.values() for key in keys))
+
+ABOVE_ZERO = {"ademamix": ("beta1", "beta3"), "schedule-free": ("beta1",)}
+"""Decay rates that the optimizer divides by or takes the logarithm of."""
+
+
+def optim_problems(config: OptimConfig) -> Iterator[Disagreement]:
+    """Yield the invalid combinations. Setting an option the optimizer ignores is an error."""
+    name, defaults = config.name, {key: info.default for key, info in OptimConfig.model_fields.items()}
+    unused = [key for key in SELECTIVE_KEYS if key not in OPTIMIZER_KEYS[name] and getattr(config, key) != defaults[key]]
+    if unused:
+        fix = f"leave them out, or set the defaults ({', '.join(f'{key} = {defaults[key]}' for key in unused)})"
+        yield Disagreement(f"{name} does not use {' and '.join(unused)}", "name", *unused, fix=fix)
+    zero = [key for key in ABOVE_ZERO.get(name, ()) if not getattr(config, key) > 0]
+    if zero:
+        yield Disagreement(f"{name} needs {' and '.join(zero)} above 0", "name", *zero)
+    if name == "schedule-free" and config.schedule != "constant":
+        text, fix = "schedule-free averages weights and needs a constant rate", 'schedule = "constant"'
+        yield Disagreement(text, "name", "schedule", found=f"schedule {config.schedule}", fix=fix)
+    if config.schedule != "constant" and config.min_learning_rate > config.learning_rate:
+        text = f"min_learning_rate {config.min_learning_rate:g} is above learning_rate {config.learning_rate:g}"
+        yield Disagreement(text, "learning_rate", "min_learning_rate", fix="lower min_learning_rate too")
 
 
 LENGTHS = ("steps", "tokens", "epochs", "hours")
 
 
 class TrainConfig(Section):
-    """How long, and in which batches."""
+    """Run length and batch size."""
 
     steps: Positive | None = Field(None, description="length in optimizer updates")
     tokens: Positive | None = Field(None, description="length in tokens")
-    epochs: Annotated[float, Field(gt=0)] | None = Field(None, description="length in passes over the training split")
-    hours: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="length in hours of wall time; the schedule follows the clock"
-    )
+    epochs: Annotated[float, Field(gt=0)] | None = Field(None, description="length in epochs over the training split")
+    hours: Annotated[float, Field(gt=0)] | None = Field(None, description="length in hours; the schedule follows the clock")
     global_batch: Positive = Field(16, description="sequences per optimizer update, over all ranks")
 
     @model_validator(mode="after")
     def one_length(self) -> TrainConfig:
-        """Exactly one length."""
+        """Check that exactly one length is given."""
         given = [name for name in LENGTHS if getattr(self, name) is not None]
         if len(given) != 1:
-            raise Disagreement(f"give one of {', '.join(LENGTHS)}; here: {', '.join(given) or 'none'}", *given)
+            raise Disagreement(f"needs one of {', '.join(LENGTHS)}", *given, found=", ".join(given) or "none")
         return self
 
 
@@ -191,77 +206,76 @@ class EvalConfig(Section):
 
     every: Count = Field(250, description="steps between validations; 0: only at the end")
     batches: Count = Field(20, description="global batches per validation, spread over the split; 0: all")
-    patience: Count = Field(0, description="stop after that many validations without a better one; 0: never")
+    patience: Count = Field(0, description="early stop after so many validations without improvement; 0: never")
 
 
 class AdapterConfig(Section):
-    """A few trained weights beside frozen ones (peft)."""
+    """Parameter-efficient fine-tuning (peft)."""
 
-    kind: Literal["none", "lora", "rslora", "dora", "pissa"] = Field("none", description="none trains all weights")
-    rank: Positive = Field(16, description="inner width of the adapter")
-    alpha: Annotated[float, Field(gt=0)] = Field(32.0, description="scale: alpha / rank, rslora alpha / sqrt(rank)")
-    dropout: Share = Field(0.0, description="dropout before the adapter")
-    targets: str = Field("all-linear", description="all-linear (head left out), or names of projections, comma-separated")
-    base: Literal["full", "nf4"] = Field("full", description="precision of the frozen weights; nf4 (QLoRA) needs bitsandbytes")
+    kind: Literal["none", "lora", "rslora", "dora", "pissa"] = Field(
+        "none", description="adapter type; none: train all weights"
+    )
+    rank: Positive = Field(16, description="adapter rank")
+    alpha: Annotated[float, Field(gt=0)] = Field(32.0, description="scale is alpha / rank, for rslora alpha / sqrt(rank)")
+    dropout: Share = Field(0.0, description="dropout of the adapter input")
+    targets: str = Field("all-linear", description="all-linear (without head), or comma-separated projections")
+    base: Literal["full", "nf4"] = Field("full", description="frozen weights; nf4 (QLoRA) needs bitsandbytes")
 
 
 class DiffusionConfig(Section):
-    """Masked diffusion: the noise that is learned from, and how text is written."""
+    """Masked diffusion: noise in training, and sampling."""
 
-    epsilon: Annotated[float, Field(gt=0, lt=1)] = Field(1e-3, description="least share of masked tokens")
-    crop: Annotated[float, Field(ge=0, le=1)] = Field(0.01, description="share of samples cut to a random length")
-    mask_token: str | None = Field(None, description="the tokenizer's mask token; if not set it is looked for, else added")
-    steps: Positive = Field(128, description="denoising steps of a sample")
-    block_length: Positive | None = Field(None, description="tokens per block, written left to right; if not set one block")
-    remasking: Literal["low-confidence", "random"] = Field("low-confidence", description="which tokens stay masked longer")
-    guidance: Annotated[float, Field(ge=0)] = Field(0.0, description="classifier-free guidance; 0 has none")
+    epsilon: Annotated[float, Field(gt=0, lt=1)] = Field(1e-3, description="minimum mask ratio")
+    crop: Annotated[float, Field(ge=0, le=1)] = Field(0.01, description="fraction of samples cut to a random length")
+    mask_token: str | None = Field(None, description="mask token; default: the tokenizer's, else added")
+    steps: Positive = Field(128, description="denoising steps per sample")
+    block_length: Positive | None = Field(None, description="tokens per left-to-right block; default: one block")
+    remasking: Literal["low-confidence", "random"] = Field("low-confidence", description="tokens to remask in each step")
+    guidance: Annotated[float, Field(ge=0)] = Field(0.0, description="classifier-free guidance scale; 0: off")
 
 
 class ExpertsConfig(Section):
-    """Balance of a mixture-of-experts model."""
+    """Load balancing of mixture-of-experts models."""
 
     balance_weight: Annotated[float, Field(ge=0)] | None = Field(
-        None, description="weight of the balance loss; if not set what the model's config says, else 0"
+        None, description="weight of the balance loss; default: the model config's, else 0"
     )
     bias_rate: Annotated[float, Field(ge=0)] = Field(
-        1e-3, description="step of the balancing bias after each update, where the router has one"
+        1e-3, description="update rate of the router's balancing bias, if it has one"
     )
 
 
 class SampleConfig(Section):
-    """Text written during training."""
+    """Text generation during training."""
 
     every: Count = Field(0, description="steps between samples; 0: only at the end")
-    prompt: str = Field("\n", description="start of the sample")
-    tokens: Positive = Field(128, description="tokens to write")
-    temperature: Annotated[float, Field(ge=0)] = Field(0.8, description="0 takes the likeliest token")
-    top_k: Count = Field(50, description="0 keeps every token")
+    prompt: str = Field("\n", description="prompt")
+    tokens: Positive = Field(128, description="tokens to generate")
+    temperature: Annotated[float, Field(ge=0)] = Field(0.8, description="sampling temperature; 0: greedy")
+    top_k: Count = Field(50, description="sample from the k most likely tokens; 0: all")
 
 
 class SaveConfig(Section):
     """Checkpoints."""
 
     every: Count = Field(500, description="steps between checkpoints; 0: only at the end")
-    keep: Positive = Field(2, description="newest checkpoints to keep")
+    keep: Positive = Field(2, description="number of latest checkpoints to keep")
     keep_best: bool = Field(True, description="also keep the checkpoint with the lowest validation loss")
 
 
 class LogConfig(Section):
-    """Lines on the console and rows in metrics.jsonl."""
+    """Console lines and rows of metrics.jsonl."""
 
     every: Positive = Field(10, description="steps between rows")
 
 
 class Recipe(Section):
-    """One training problem."""
+    """Training problem: everything that decides the result, nothing that decides speed."""
 
-    name: str = Field(description="the recipe's name")
-    note: str = Field("", description="what it is for")
-    seed: Count = Field(1337, description="seed of initialization, order and every other draw")
-    objective: str = Field(
-        "next-token",
-        description="what is learned: next-token, masked-diffusion, question-answering, or one that a plugin brings",
-    )
+    name: str = Field(description="name")
+    note: str = Field("", description="purpose")
+    seed: Count = Field(1337, description="seed of initialization, data order and all random draws")
+    objective: str = Field("next-token", description="next-token, masked-diffusion, question-answering or a plugin's")
     model: ModelConfig = Field(default_factory=ModelConfig)
     data: DataConfig = Field(default_factory=DataConfig)
     optim: OptimConfig = Field(default_factory=OptimConfig)
@@ -276,7 +290,7 @@ class Recipe(Section):
 
 
 def fields(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
-    """Every leaf of the recipe: dotted key, annotation, description."""
+    """Yield dotted key, annotation and description of every leaf."""
     for name, info in model.model_fields.items():
         if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
             yield from fields(info.annotation, f"{prefix}{name}.")
@@ -285,7 +299,7 @@ def fields(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tuple[
 
 
 def leaf_types(annotation: Any) -> tuple[Any, ...]:
-    """What a field may hold: `int`, `float`, `bool`, `str`, `type(None)` and words of a Literal."""
+    """Return the allowed types of a field: `int`, `float`, `bool`, `str`, `type(None)` and choices of a Literal."""
     if get_origin(annotation) is Annotated:
         return leaf_types(get_args(annotation)[0])
     if get_origin(annotation) in (Union, UnionType):
@@ -294,6 +308,6 @@ def leaf_types(annotation: Any) -> tuple[Any, ...]:
 
 
 def type_word(annotation: Any) -> str:
-    """What a flag of this annotation takes: `int`, `float`, `true|false`, `text` or its choices, and `none` where it may be unset."""
+    """Return the metavar of a flag: `int`, `float`, `true|false`, `text` or its choices; with `none` if optional."""
     names = {bool: "true|false", int: "int", float: "float", str: "text", type(None): "none"}
     return "|".join(leaf if isinstance(leaf, str) else names[leaf] for leaf in leaf_types(annotation))

@@ -1,4 +1,4 @@
-"""What a recipe leaves open is settled by the model that it names: its family, its sizes, its tokenizer. Loads no torch."""
+"""Complete a recipe from the model it names (family, sizes, tokenizer) and check keys across tables. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from typing import Any
 from gptoughts.config import hf_spec, llada_spec
 from gptoughts.config.loader import Resolved
 from gptoughts.config.recipe import ExpertsConfig, ModelConfig, Recipe
-from gptoughts.errors import ConfigError, listed
+from gptoughts.errors import ConfigError, describe, listed
 
 SIZES = (
     "depth", "width", "heads", "kv_heads", "hidden", "norm", "positions", "mlp", "qk_norm", "tied", "bias", "rope_theta",
 )  # fmt: skip
-"""Keys of [model] that describe a native model; a Hugging Face model has its own in its config.json."""
+"""Keys of [model] with the sizes of a native model; those of a Hugging Face model are in its config.json."""
 
 
 def resolve_recipe(resolved: Resolved) -> Resolved:
-    """`resolved` with family, sizes and tokenizer from `model.path` or `model.config` where nobody gave them.
+    """Return `resolved` with family, sizes and tokenizer of `model.path` or `model.config`, unless given.
 
-    Raises ConfigError where keys contradict the named model, or each other.
+    Raises ConfigError if keys contradict the model or each other.
     """
     recipe = resolved.recipe
     problems = _contradictions(recipe, resolved)
     if problems:
-        raise listed(f"recipe {recipe.name} cannot be used", problems)
-    if recipe.objective == "masked-diffusion" and recipe.data.format == "chat":  # a row has one noise level and one answer
+        raise listed(f"recipe {recipe.name}", problems)
+    if recipe.objective == "masked-diffusion" and recipe.data.format == "chat":  # a row has one noise level
         resolved = _with(resolved, {"data.packing": False}, "objective masked-diffusion")
         recipe = resolved.recipe
     if recipe.model.path is None and recipe.model.config is None:
@@ -52,83 +52,99 @@ def resolve_recipe(resolved: Resolved) -> Resolved:
 def _contradictions(recipe: Recipe, resolved: Resolved) -> list[str]:
     model, problems = recipe.model, []
     if model.path and model.config:
-        problems.append("model: give path (pretrained weights) or config (random weights), not both")
+        problems.append("model: path (pretrained weights) and config (random weights) exclude each other")
     if model.family == "hf" and not (model.path or model.config):
-        problems.append("model.family hf: needs model.path (a folder or a hub name) or model.config (a config.json)")
+        problems.append("model.family hf: needs model.path (folder or hub name) or model.config (config.json)")
     if model.family not in ("gpt", "hf", "llada") and (model.path or model.config):
-        problems.append(
-            f"model.family {model.family}: a plugin's models take no model.path or model.config; leave one of them out"
-        )
+        problems.append(f"model.family {model.family}: a plugin's model takes no model.path or model.config")
     if model.family == "gpt" and resolved.given("model.family") and (model.path or model.config):
-        problems.append("model.family gpt: native models take no model.path or model.config; leave the family out")
+        problems.append(
+            describe("model.family gpt: a native model takes no model.path or model.config", fix="leave model.family out")
+        )
     if recipe.objective == "masked-diffusion" and model.family == "gpt" and not model.path:
-        problems.append('objective masked-diffusion: reads both ways; set model.family = "llada"')
+        problems.append(describe("objective masked-diffusion: needs a bidirectional model", fix='model.family = "llada"'))
     if recipe.objective == "next-token" and model.family == "llada":
-        problems.append('model.family llada: sees the tokens that it would predict; set objective = "masked-diffusion"')
+        problems.append(
+            describe(
+                "model.family llada: bidirectional, cannot learn next-token prediction", fix='objective = "masked-diffusion"'
+            )
+        )
     if (recipe.objective == "question-answering") != (recipe.data.format == "squad"):
         problems.append(
-            f"objective {recipe.objective} does not go with data.format {recipe.data.format}; squad and question-answering do"
+            describe(
+                f"objective {recipe.objective}: incompatible with data.format {recipe.data.format}",
+                fix='objective = "question-answering" with data.format = "squad"',
+            )
         )
     if recipe.data.format == "squad" and not model.path:
-        problems.append("data.format squad: needs model.path, the folder of an encoder such as BERT")
+        problems.append("data.format squad: needs model.path of an encoder such as BERT")
     if recipe.data.format == "chat" and recipe.data.tokenizer in ("bytes", "chars", "gpt2", "bpe") and not model.path:
         problems.append(
-            "data.format chat: needs a tokenizer with turns; give model.path or data.tokenizer, a folder with tokenizer.json"
+            describe(
+                f"data.format chat: needs a tokenizer with chat tokens, not {recipe.data.tokenizer}",
+                fix="model.path or data.tokenizer with a tokenizer.json",
+            )
         )
     if model.path and resolved.given("data.tokenizer") and recipe.data.tokenizer in ("bytes", "chars", "bpe"):
         problems.append(
-            f"data.tokenizer {recipe.data.tokenizer} ({resolved.sources['data.tokenizer']}): pretrained weights know the ids of their "
-            "own tokenizer only; leave it out of the recipe"
+            describe(
+                f"data.tokenizer {recipe.data.tokenizer} ({resolved.sources['data.tokenizer']}): pretrained weights need their own tokenizer",
+                fix="leave data.tokenizer out",
+            )
         )
     if recipe.adapter.kind == "none" and recipe.adapter.base != "full":
-        problems.append("adapter.base nf4: quantized weights cannot be trained; give adapter.kind too, such as lora")
+        problems.append(describe("adapter.base nf4: quantized weights cannot be trained", fix="--adapter.kind lora"))
     if recipe.adapter.kind != "none" and recipe.objective == "question-answering":
-        problems.append("adapter.kind: a new head must be trained whole, and an adapter freezes it; leave [adapter] out")
-    return [*problems, *_unheard(recipe)]
+        problems.append(
+            describe("adapter.kind: an adapter freezes the new head, which must be trained", fix="leave [adapter] out")
+        )
+    return [*problems, *_unused(recipe)]
 
 
-def _unheard(recipe: Recipe) -> list[str]:
-    """Keys with other values than their defaults that nothing would listen to."""
+def _unused(recipe: Recipe) -> list[str]:
+    """Return the changed keys that have no effect: setting an ignored option is an error."""
     data = recipe.data.format
     tables = (
-        (recipe.adapter.kind == "none", "adapter", ("rank", "alpha", "dropout", "targets"), "needs adapter.kind, such as lora"),
+        (recipe.adapter.kind == "none", "adapter", ("rank", "alpha", "dropout", "targets"), "--adapter.kind lora"),
         (
             recipe.objective != "masked-diffusion",
             "diffusion",
             tuple(type(recipe.diffusion).model_fields),
-            'needs objective = "masked-diffusion"',
+            'objective = "masked-diffusion"',
         ),
         (recipe.model.family in ("gpt", "llada") and not (recipe.model.path or recipe.model.config), "experts", ("balance_weight", "bias_rate"),
-         "needs a model with experts (model.path or model.config)"),
-        (data != "chat", "data", ("packing", "template", "train_on", "too_long"), 'needs data.format = "chat"'),
-        (data != "squad", "data", ("stride",), 'needs data.format = "squad"'),
-        (data == "text", "data", ("val_path",), "text is divided by data.val_fraction; it serves chat and squad"),
+         "model.path or model.config of a model with experts"),
+        (data != "chat", "data", ("packing", "template", "train_on", "too_long"), 'data.format = "chat"'),
+        (data != "squad", "data", ("stride",), 'data.format = "squad"'),
+        (data == "text", "data", ("val_path",), "data.val_fraction, which splits text; data.val_path is for chat and squad"),
     )  # fmt: skip
     problems = []
-    for deaf, table, keys, why in tables:
+    for unused, table, keys, fix in tables:
         section = getattr(recipe, table)
         fields = type(section).model_fields
         changed = [f"{table}.{key}" for key in keys if getattr(section, key) != fields[key].default]
-        if deaf and changed:
-            problems.append(f"{', '.join(changed)}: has no effect here; {why}")
+        if unused and changed:
+            problems.append(describe(f"{', '.join(changed)}: has no effect", fix=fix))
     return problems
 
 
 def _check_experts(recipe: Recipe, config: Mapping[str, Any], named: str) -> None:
     spec = hf_spec.fields_of(config, recipe.data.sequence_length)
-    dense = spec["projections"] is not None and not spec["experts"]  # of a type that is not known nothing is claimed
+    dense = spec["projections"] is not None and not spec["experts"]  # False for unknown model types
     if dense and recipe.experts != ExpertsConfig():
         raise ConfigError(
-            f"[experts] has no effect: the {config['model_type']} of {named} has no experts to balance; leave its keys out"
+            f"experts: has no effect, the {config['model_type']} of {named} has no experts", fix="leave [experts] out"
         )
 
 
 def _check_direction(recipe: Recipe, native: bool, named: str) -> None:
-    """Refuse to learn the next token with a model that sees it, and to fill masks with one that only looks back."""
+    """Raise ConfigError for next-token with a bidirectional model and masked diffusion with a causal one."""
     if native and recipe.objective == "next-token":
-        raise ConfigError(f'{named}: a LLaDA model sees the tokens that it would predict; set objective = "masked-diffusion"')
+        raise ConfigError(
+            f"{named}: a LLaDA model is bidirectional, cannot learn next-token prediction", fix='objective = "masked-diffusion"'
+        )
     if not native and recipe.objective == "masked-diffusion":
-        raise ConfigError(f'{named}: masked diffusion reads both ways, and this is no LLaDA; set objective = "next-token"')
+        raise ConfigError(f"{named}: masked diffusion needs a LLaDA model, this is not one", fix='objective = "next-token"')
 
 
 def _check_native_sizes(resolved: Resolved, sizes: Mapping[str, Any], named: str) -> None:
@@ -138,16 +154,14 @@ def _check_native_sizes(resolved: Resolved, sizes: Mapping[str, Any], named: str
         if resolved.given(f"model.{key}") and getattr(resolved.recipe.model, key) not in (value, None)
     ]
     if wrong:
-        raise ConfigError(f"{named}: the weights have other sizes than the recipe: {', '.join(wrong)}; leave them out")
+        raise ConfigError(f"{named}: sizes differ from the recipe: {', '.join(wrong)}", fix="leave these keys out")
 
 
 def _check_sizes(model: ModelConfig, named: str) -> None:
     default = ModelConfig()
     changed = [f"model.{key}" for key in SIZES if getattr(model, key) != getattr(default, key)]
     if changed:
-        raise ConfigError(
-            f"{', '.join(changed)}: the sizes of a Hugging Face model stand in {named}'s config.json; change them there"
-        )
+        raise ConfigError(f"{', '.join(changed)}: not used with {named}", fix="set the sizes in its config.json")
 
 
 def _with(resolved: Resolved, changes: dict[str, Any], source: str) -> Resolved:

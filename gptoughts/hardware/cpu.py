@@ -1,7 +1,7 @@
-"""What this process may use of the CPU and of memory: affinity, cgroup limits, instruction sets and NUMA nodes.
+"""CPU and memory available to this process: affinity, cgroup limits, instruction sets and NUMA nodes.
 
-Every reader takes the root of the file system, so that a tree of plain files can stand for another machine. A file that
-is missing or odd gives None or an empty tuple, never an error.
+Every reader takes the root of the file system, so that tests can use a tree of plain files. A missing or malformed file
+gives None or an empty tuple, never an error.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import NonNegativeInt
+
 ROOT = Path("/")
 
-# What decides a layer or a thread count, as the kernel spells it: x86 in `flags`, ARM in `Features`.
+# Instruction sets that decide a layer or a thread count, in the kernel's spelling: x86 in `flags`, ARM in `Features`.
 INSTRUCTION_SETS = (
     "avx2", "f16c", "fma", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16", "avx512_fp16", "avx_vnni",
     "amx_tile", "amx_bf16", "amx_int8", "amx_fp16", "amx_tf32", "asimd", "asimdhp", "sve", "sve2", "i8mm", "bf16",
@@ -23,7 +25,7 @@ INSTRUCTION_SETS = (
 _LOW_PRECISION = ("avx512_bf16", "amx_bf16", "amx_fp16", "bf16")
 _WIDEST = ("avx512f", "avx2", "sve", "asimd")
 
-# macOS answers per feature; the right-hand side is the Linux word.
+# macOS has one sysctl key per feature; the value is the Linux name.
 _SYSCTL_SETS = {
     "hw.optional.avx2_0": "avx2", "hw.optional.f16c": "f16c", "hw.optional.fma": "fma",
     "hw.optional.avx512f": "avx512f", "hw.optional.avx512bw": "avx512bw", "hw.optional.avx512vl": "avx512vl",
@@ -31,28 +33,28 @@ _SYSCTL_SETS = {
     "hw.optional.arm.FEAT_BF16": "bf16", "hw.optional.arm.FEAT_SME": "sme",
 }  # fmt: skip
 
-# /proc/cpuinfo on ARM has numbers only: implementer 0x41 (Arm), parts from Arm's MIDR_EL1 tables.
+# /proc/cpuinfo on ARM has only numbers: implementer 0x41 (Arm), part numbers from Arm's MIDR_EL1 tables.
 _ARM_PARTS = {"0xd0c": "Neoverse-N1", "0xd40": "Neoverse-V1", "0xd49": "Neoverse-N2", "0xd4f": "Neoverse-V2"}
 
 
 @dataclass(frozen=True)
 class Cpu:
-    """The CPU as this process may use it.
+    """CPU as available to this process.
 
-    `usable_cores` is the affinity cut by the cgroup's quota (rounded down, at least 1), in logical cores.
-    `numa_cores[n]` are the logical cores of NUMA node n in the affinity; empty for a node that has memory only.
-    `numa_nodes` counts the nodes of the machine that have cores.
+    `usable_cores` is the size of the affinity mask, limited by the cgroup quota (rounded down, at least 1), in logical cores.
+    `numa_cores[n]` are the logical cores of NUMA node n in the affinity mask; empty for a memory-only node.
+    `numa_nodes` is the number of nodes with cores.
     """
 
     model: str
-    usable_cores: int
-    logical_cores: int
+    usable_cores: NonNegativeInt
+    logical_cores: NonNegativeInt
     instruction_sets: tuple[str, ...] = ()
-    numa_nodes: int = 1
-    numa_cores: tuple[tuple[int, ...], ...] = ()
+    numa_nodes: NonNegativeInt = 1
+    numa_cores: tuple[tuple[NonNegativeInt, ...], ...] = ()
 
     def label(self) -> str:
-        """`2 cores, Intel(R) Xeon(R) Processor, amx_bf16`: ends with what speeds bf16 up, else with the widest set."""
+        """Return `2 cores, Intel(R) Xeon(R) Processor, amx_bf16`: cores, model, and the low-precision or else widest vector set."""
         shown = [word for word in _LOW_PRECISION if word in self.instruction_sets]
         shown = shown or [word for word in _WIDEST if word in self.instruction_sets][:1]
         cores = "1 core" if self.usable_cores == 1 else f"{self.usable_cores} cores"
@@ -60,7 +62,7 @@ class Cpu:
 
 
 def read_cpu(system: str = sys.platform, root: Path = ROOT) -> Cpu:
-    """The CPU of this process; `system` is `sys.platform`'s word."""
+    """Return the CPU of this process; `system` is a value of `sys.platform`."""
     logical = os.cpu_count() or 1
     allowed = _affinity(logical)
     if system != "linux":
@@ -76,7 +78,7 @@ def read_cpu(system: str = sys.platform, root: Path = ROOT) -> Cpu:
 
 
 def read_memory_bytes(system: str = sys.platform, root: Path = ROOT) -> int | None:
-    """Memory this process may use in bytes: RAM, or the cgroup's limit where that is lower; None where none is told."""
+    """Return the memory limit of this process in bytes: the lower of RAM and the cgroup limit; None if unknown."""
     if system == "darwin":
         text = _sysctl("hw.memsize") or ""
         return int(text) if text.isdigit() else None
@@ -89,7 +91,7 @@ def read_memory_bytes(system: str = sys.platform, root: Path = ROOT) -> int | No
 
 
 def read_free_bytes(root: Path = ROOT) -> int | None:
-    """Memory that could be had without swapping, within the cgroup's limit; None where the kernel does not tell."""
+    """Return the memory in bytes available without swapping, at most the cgroup limit; None if unknown."""
     match = re.search(r"^MemAvailable:\s+(\d+) kB", _text(root / "proc/meminfo") or "", re.MULTILINE)
     if match is None:
         return None
@@ -98,7 +100,7 @@ def read_free_bytes(root: Path = ROOT) -> int | None:
 
 
 def read_cpuinfo(root: Path = ROOT) -> tuple[str, tuple[str, ...]]:
-    """Model name and instruction sets of interest from /proc/cpuinfo (the first core speaks for all)."""
+    """Return model name and relevant instruction sets of the first core in /proc/cpuinfo."""
     fields: dict[str, str] = {}
     for line in (_text(root / "proc/cpuinfo") or "").splitlines():
         key, _, value = line.partition(":")
@@ -111,7 +113,7 @@ def read_cpuinfo(root: Path = ROOT) -> tuple[str, tuple[str, ...]]:
 
 
 def read_numa(root: Path = ROOT) -> tuple[tuple[int, ...], ...]:
-    """Logical cores of each NUMA node, indexed by the node's number; empty where the kernel does not tell."""
+    """Return the logical cores of each NUMA node, indexed by node number; empty if unknown."""
     nodes: dict[int, tuple[int, ...]] = {}
     for folder in (root / "sys/devices/system/node").glob("node[0-9]*"):
         cores = parse_cores(_text(folder / "cpulist") or "")
@@ -121,7 +123,7 @@ def read_numa(root: Path = ROOT) -> tuple[tuple[int, ...], ...]:
 
 
 def parse_cores(text: str) -> tuple[int, ...]:
-    """`0-3,8` as (0, 1, 2, 3, 8); what is no such list is empty."""
+    """Parse a core list: `0-3,8` -> (0, 1, 2, 3, 8). Empty if malformed."""
     cores: list[int] = []
     for part in text.strip().split(","):
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
@@ -132,34 +134,34 @@ def parse_cores(text: str) -> tuple[int, ...]:
 
 
 def cgroup_cpu_quota(root: Path = ROOT) -> float | None:
-    """CPU time this process may use, in cores: the least over its cgroup and that one's parents; None: no limit."""
+    """Return the CPU quota in cores: the lowest of the cgroup and its parents; None without a limit."""
     quotas = []
     for folder in _cgroup_folders("cpu", root):
         words = (_text(folder / "cpu.max") or "").split()
         if not words:
             words = [(_text(folder / f"cpu.cfs_{key}_us") or "").strip() for key in ("quota", "period")]
-        # No limit reads "max" in version 2 and -1 in version 1; neither is digits.
+        # No limit is "max" in cgroup v2 and -1 in v1; neither consists of digits.
         if len(words) == 2 and all(word.isdigit() and int(word) > 0 for word in words):
             quotas.append(int(words[0]) / int(words[1]))
     return min(quotas, default=None)
 
 
 def cgroup_memory_limit(root: Path = ROOT) -> int | None:
-    """Memory limit in bytes: the least over this process's cgroup and that one's parents; None: no limit."""
+    """Return the memory limit in bytes: the lowest of the cgroup and its parents; None without a limit."""
     limits = []
     for folder in _cgroup_folders("memory", root):
         text = (_text(folder / "memory.max") or _text(folder / "memory.limit_in_bytes") or "").strip()
-        # Version 1 writes "no limit" as the largest multiple of a page below 2^63.
+        # cgroup v1 represents no limit by the largest multiple of the page size below 2^63.
         if text.isdigit() and int(text) < 1 << 60:
             limits.append(int(text))
     return min(limits, default=None)
 
 
 def _cgroup_folders(controller: str, root: Path) -> list[Path]:
-    """Folders that can hold this controller's limits: the process's own cgroup and its parents, versions 1 and 2.
+    """Return the folders that can hold limits of this controller: the cgroup and its parents, cgroup v1 and v2.
 
-    Inside a container the path in /proc/self/cgroup may be the host's and not exist under the mount; the mount's root
-    is then the container's own cgroup, and it is always among the parents.
+    In a container, /proc/self/cgroup may show the host's path, which does not exist below the mount. The mount root is then
+    the container's cgroup; it is always among the parents.
     """
     mount = root / "sys/fs/cgroup"
     folders: list[Path] = []
@@ -178,7 +180,7 @@ def _cgroup_folders(controller: str, root: Path) -> list[Path]:
 
 
 def _affinity(logical: int) -> tuple[int, ...]:
-    """Logical cores this process may run on; all of them where the system has no such call (macOS)."""
+    """Return the affinity mask; all logical cores where the system has no such call (macOS)."""
     try:
         return tuple(sorted(os.sched_getaffinity(0)))
     except (AttributeError, OSError):
@@ -190,7 +192,7 @@ def _ordered(present: set[str] | tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _machine_word() -> str:
-    """`x86_64`, `arm64`: what is known of a CPU without a name."""
+    """Return `x86_64` or `arm64`, for a CPU without a model name."""
     return os.uname().machine if hasattr(os, "uname") else "unknown CPU"
 
 
@@ -202,7 +204,7 @@ def _text(path: Path) -> str | None:
 
 
 def _sysctl(key: str) -> str | None:
-    """One value of macOS's sysctl, or None where there is no such key or no such program."""
+    """Return one sysctl value (macOS); None if the key or the program is missing."""
     import subprocess
 
     try:

@@ -1,7 +1,7 @@
-"""What matrix products and copies of this very machine reach, as `gptoughts bench gemm` measured them: a second yardstick beside the datasheet.
+"""Measured matmul and copy rates of this machine, from `gptoughts bench gemm`: a second reference beside the datasheet.
 
-A datasheet's peak holds at a boost clock that few power limits sustain, and there is none for a CPU. The figures lie in the user's cache under
-the device's name, its power limit and torch's version: each of the three changes them.
+Few power limits sustain the boost clock of a datasheet peak, and a CPU has no datasheet peak. The figures are cached per user, keyed by
+device name, power limit and torch version, each of which changes them.
 """
 
 from __future__ import annotations
@@ -22,35 +22,35 @@ COMMAND = "gptoughts bench gemm"
 
 @dataclass(frozen=True)
 class Ceilings:
-    """The best medians of one device. TFLOP/s by type of number, GB/s (10^9) by kind of copy; what was not measured is not there."""
+    """Best medians of one device: TFLOP/s by dtype, GB/s (10^9) by kind of copy. Contains only measured entries."""
 
     tflops: Mapping[str, float]
     gb_per_second: Mapping[str, float]
     measured: str
-    """When, in UTC."""
+    """Time of the measurement, UTC."""
     threads: int | None = None
-    """Threads of torch, where a CPU was measured."""
+    """torch threads, for a CPU."""
 
     def share(self, flops_per_second: float, dtype: str) -> float | None:
-        """The part of the measured product in `dtype` that `flops_per_second` is; None where that was not measured."""
+        """Return `flops_per_second` as a fraction of the measured matmul rate in `dtype`; None if not measured."""
         ceiling = self.tflops.get(dtype)
         return flops_per_second / (ceiling * 1e12) if ceiling else None
 
 
 def cache_file() -> Path:
-    """Where the figures lie: below XDG_CACHE_HOME, or ~/.cache."""
+    """Return the path of the cached figures, below XDG_CACHE_HOME or ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "gptoughts" / "ceilings.json"
 
 
 def key(machine: Machine) -> str:
-    """What the figures hang on: device and power limit of the first GPU, or the CPU, and torch's version."""
+    """Return the cache key: name and power limit of the first GPU, or the CPU, and the torch version."""
     gpu = machine.gpus[0] if machine.gpus else None
     watts = f"{gpu.power_limit_watts:g} W" if gpu and gpu.power_limit_watts else "power limit n/a"
     return " | ".join([gpu.name if gpu else machine.label(), watts, f"torch {machine.packages.get('torch', 'n/a')}"])
 
 
 def ceilings_for(machine: Machine) -> Ceilings | None:
-    """What was measured on a device like the first of `machine`; None where nothing was, or where the file cannot be read."""
+    """Return the figures measured on a device like the first of `machine`; None if there are none or the file is unreadable."""
     row = _rows().get(key(machine))
     if not isinstance(row, dict):
         return None
@@ -62,9 +62,9 @@ def ceilings_for(machine: Machine) -> Ceilings | None:
 
 
 def keep_ceilings(machine: Machine, found: Ceilings) -> Path:
-    """Put `found` into the cache, whole or not at all. What was reached before and is higher stays: a busy hour lowers no ceiling.
+    """Merge `found` into the cache atomically and return the file. The higher figure is kept, so that a busy machine lowers none.
 
-    Returns the file. Raises ConfigError where it cannot be written.
+    Raises ConfigError if the file cannot be written.
     """
     path, before = cache_file(), ceilings_for(machine)
     tflops = _higher(before.tflops if before else {}, found.tflops)
@@ -76,33 +76,35 @@ def keep_ceilings(machine: Machine, found: Ceilings) -> Path:
         part.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
         part.replace(path)
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be written ({error.strerror}); set XDG_CACHE_HOME") from None
+        raise ConfigError(
+            f"{path}: cannot write it ({error.strerror})", fix="set XDG_CACHE_HOME to a writable folder"
+        ) from None
     return path
 
 
 def reached(
     flops_per_token: int | None, machine: Machine, world: World, dtype: str
 ) -> tuple[Callable[[float], float | None], str]:
-    """A function from tokens per second over all ranks to the share of the products in `dtype` measured here, and a line with its constant.
+    """Return a function from tokens per second (all ranks) to the fraction of the measured matmul rate, and a line with its constant.
 
-    As `mfu.utilization`, with the machine's own ceiling in the place of the datasheet's: None where either figure is not known. A rank
-    has a GPU to itself; on a CPU the ranks of a host share what all its cores reached.
+    As `mfu.utilization`, with the measured rate instead of the datasheet peak; None if either figure is unknown. Each rank has its own
+    GPU; on a CPU the ranks of a host share the rate of all its cores.
     """
     found = ceilings_for(machine)
     if flops_per_token is None:
-        return (lambda speed: None), "of GEMM n/a: the model's size is not known"
+        return (lambda speed: None), "of GEMM n/a: model size unknown"
     if found is None or dtype not in found.tflops:
-        why = f"; {COMMAND} measures it" if found is None else f", which {COMMAND} could not measure"
-        return (lambda speed: None), f"of GEMM n/a: no product in {dtype} was measured here{why}"
+        why = f"run {COMMAND}" if found is None else f"{COMMAND} could not measure it"
+        return (lambda speed: None), f"of GEMM n/a: no measured matmul rate in {dtype}; {why}"
     flops = flops_per_token
     devices = world.world_size if machine.gpus else max(1, world.world_size // world.local_world_size)
     each = f"{found.tflops[dtype]:.4g} TFLOP/s{' per GPU' if machine.gpus else ''}"
-    line = f"of GEMM = the model's operations per second / {each}, {dtype}, measured here, last {found.measured}"
+    line = f"of GEMM = model FLOP/s / {each}, {dtype}, measured on this machine, last {found.measured}"
     return (lambda speed: found.share(flops * speed / devices, dtype)), line
 
 
 def datasheet(machine: Machine) -> dict[str, float]:
-    """Dense TFLOP/s by type of number and `copy` in GB/s, of the first GPU; empty where its part is not known."""
+    """Return datasheet peaks of the first GPU: dense TFLOP/s by dtype and `copy` in GB/s; empty if the part is unknown."""
     gpu = machine.gpus[0] if machine.gpus else None
     known = peaks(gpu.name, gpu.memory_bytes) if gpu else None
     if known is None:
@@ -125,5 +127,5 @@ def _rows() -> dict[str, Any]:
     try:
         rows = json.loads(cache_file().read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return {}  # never measured, or damaged: the next measurement writes it anew
+        return {}  # not measured yet, or damaged: the next measurement rewrites the file
     return rows if isinstance(rows, dict) else {}

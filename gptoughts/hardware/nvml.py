@@ -1,7 +1,6 @@
-"""GPUs through NVML, as a CUDA process would number them: the only file that imports pynvml (PyPI `nvidia-ml-py`).
+"""GPU probe through NVML, in CUDA's device order. The only file that imports pynvml (PyPI `nvidia-ml-py`).
 
-NVML ignores CUDA_VISIBLE_DEVICES, so the selection is applied here. What cannot be read is None and a note; no box,
-however strange, raises.
+NVML ignores CUDA_VISIBLE_DEVICES, so `select` applies it. A failed read gives None and a note, never an exception.
 """
 
 from __future__ import annotations
@@ -12,7 +11,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, NonNegativeInt
 
 _ARCHITECTURES = {
     5: "maxwell",
@@ -27,28 +28,28 @@ _ARCHITECTURES = {
 
 @dataclass(frozen=True)
 class Gpu:
-    """One device a CUDA process can take: a whole GPU or a MIG instance.
+    """A CUDA device: a whole GPU or a MIG instance.
 
-    `index` is the CUDA ordinal (after CUDA_VISIBLE_DEVICES), `power_limit_watts` the limit in force, `numa_node` the
-    node nearest to the GPU; `links` has one word for each other visible GPU, in their order: `nvlink x18`, `pcie`,
+    `index` is the CUDA ordinal (after CUDA_VISIBLE_DEVICES), `power_limit_watts` the enforced limit, `numa_node` the
+    NUMA node closest to the GPU; `links` has one entry per other visible GPU, in order: `nvlink x18`, `pcie`,
     `none` (between MIG instances) or `unknown`.
     """
 
-    index: int
+    index: NonNegativeInt
     name: str
     uuid: str = ""
-    compute_capability: tuple[int, int] | None = None
-    memory_bytes: int | None = None
-    power_limit_watts: float | None = None
+    compute_capability: tuple[NonNegativeInt, NonNegativeInt] | None = None
+    memory_bytes: NonNegativeInt | None = None
+    power_limit_watts: Annotated[float, Field(ge=0, le=1e9)] | None = None
     mig: bool = False
-    numa_node: int | None = None
+    numa_node: NonNegativeInt | None = None
     links: tuple[str, ...] = ()
-    free_bytes: int | None = field(default=None, compare=False)
-    """Of its memory, when it was looked at: other processes may hold the rest."""
+    free_bytes: NonNegativeInt | None = field(default=None, compare=False)
+    """Free memory at the time of the probe; other processes may hold the rest."""
 
     @property
     def architecture(self) -> str | None:
-        """`volta`, `turing`, `ampere`, `ada`, `hopper`, `blackwell`, ..., or None where the capability is unknown."""
+        """Return `volta`, `turing`, `ampere`, `ada`, `hopper`, `blackwell`, ...; None if the capability is unknown."""
         if self.compute_capability is None:
             return None
         major, minor = self.compute_capability
@@ -58,13 +59,13 @@ class Gpu:
 
     @property
     def capability_label(self) -> str:
-        """`sm 9.0`, or `sm n/a`."""
+        """Return `sm 9.0`, or `sm n/a`."""
         return "sm {}.{}".format(*self.compute_capability) if self.compute_capability else "sm n/a"
 
 
 @dataclass(frozen=True)
 class NvmlReading:
-    """What NVML told: visible GPUs, the driver's version, the CUDA it carries, and what was not told and why."""
+    """Visible GPUs, driver version, highest CUDA version of the driver, and notes on failed reads."""
 
     gpus: tuple[Gpu, ...] = ()
     driver: str | None = None
@@ -74,7 +75,7 @@ class NvmlReading:
 
 @dataclass
 class Device:
-    """A GPU or MIG instance as NVML has it; `instances` is None where MIG is off."""
+    """A GPU or MIG instance of NVML; `instances` is None if MIG is off."""
 
     uuid: str
     name: str
@@ -88,13 +89,13 @@ class Device:
 
 
 def read_gpus(environment: Mapping[str, str], root: Path = Path("/")) -> NvmlReading:
-    """The GPUs that a CUDA process with this environment would see; `root` is where /sys lies. Never raises."""
+    """Return the GPUs visible to a CUDA process with this environment; `root` contains /sys. Never raises."""
     notes: list[str] = []
     try:
         import pynvml
 
         pynvml.nvmlInit()
-    except Exception as error:  # a missing library, an old driver, a broken package: all mean no GPU here
+    except Exception as error:  # missing library, old driver or broken package: no usable GPU
         return NvmlReading(notes=(_why_none(error),))
     try:
         reader = _Reader(pynvml, notes, root)
@@ -102,36 +103,36 @@ def read_gpus(environment: Mapping[str, str], root: Path = Path("/")) -> NvmlRea
         number = reader.ask("CUDA version of the driver", pynvml.nvmlSystemGetCudaDriverVersion_v2)
         cuda = f"{number // 1000}.{number % 1000 // 10}" if number else None
         devices = reader.devices()
-        chosen, said = select(environment.get("CUDA_VISIBLE_DEVICES"), devices)
-        notes += said + _order_notes(chosen, environment)
+        chosen, select_notes = select(environment.get("CUDA_VISIBLE_DEVICES"), devices)
+        notes += select_notes + _order_notes(chosen, environment)
         gpus = tuple(reader.gpu(index, device, chosen) for index, device in enumerate(chosen))
         return NvmlReading(gpus, driver, cuda, tuple(notes))
-    except Exception as error:  # a driver that breaks its own contract must not stop a run on the CPU
+    except Exception as error:  # a misbehaving driver must not stop a CPU run
         return NvmlReading(notes=(*notes, f"NVML failed: {type(error).__name__}: {error}"))
     finally:
-        with suppress(pynvml.NVMLError):  # everything that was asked for has been read
+        with suppress(pynvml.NVMLError):  # all reads are done
             pynvml.nvmlShutdown()
 
 
 @contextmanager
 def opened() -> Iterator[Any]:
-    """NVML's own functions, started and shut down around the block, where `read_gpus` has found a GPU. Raises what pynvml raises."""
+    """Initialize NVML for the block and yield pynvml. Call it only if `read_gpus` found a GPU. Raises pynvml errors."""
     import pynvml
 
     pynvml.nvmlInit()
     try:
         yield pynvml
     finally:
-        with suppress(pynvml.NVMLError):  # everything that was asked for has been read
+        with suppress(pynvml.NVMLError):  # all reads are done
             pynvml.nvmlShutdown()
 
 
 def select(wanted: str | None, devices: list[Device]) -> tuple[list[Device], list[str]]:
-    """Devices that CUDA_VISIBLE_DEVICES=`wanted` leaves, in its order, and notes on what it dropped.
+    """Return the devices that CUDA_VISIBLE_DEVICES=`wanted` selects, in its order, and notes on ignored entries.
 
-    As CUDA and `torch.cuda.device_count` do it: the first entry that names no device ends the list, a repeated one
-    empties it, an empty string or -1 is no device, and a UUID may be cut short while it stays unambiguous. A GPU in MIG
-    mode stands for its instances.
+    As CUDA and `torch.cuda.device_count`: the first entry that matches no device ends the list, a repeated one empties it,
+    an empty string or -1 matches no device, and an unambiguous prefix of a UUID is enough. A GPU in MIG mode is replaced
+    by its instances.
     """
     notes = [f"{device.name} is in MIG mode without an instance" for device in devices if device.instances == []]
     if wanted is None:
@@ -143,10 +144,10 @@ def select(wanted: str | None, devices: list[Device]) -> tuple[list[Device], lis
         device = _by_uuid(entry, entries[0][:4], devices) if by_uuid else _by_ordinal(entry, devices)
         if device is None:
             if entry not in ("", "-1"):
-                notes.append(f"CUDA_VISIBLE_DEVICES={wanted}: {entry!r} names no GPU here, so CUDA stops reading there")
+                notes.append(f"CUDA_VISIBLE_DEVICES={wanted}: no GPU {entry!r}; CUDA ignores it and all later entries")
             break
         if any(device is other for other in taken):
-            notes.append(f"CUDA_VISIBLE_DEVICES={wanted}: {entry!r} comes twice, so CUDA shows no GPU")
+            notes.append(f"CUDA_VISIBLE_DEVICES={wanted}: {entry!r} is repeated; CUDA shows no GPU")
             taken = []
             break
         taken.append(device)
@@ -156,15 +157,15 @@ def select(wanted: str | None, devices: list[Device]) -> tuple[list[Device], lis
 
 
 def _multiplied(devices: list[Device], notes: list[str]) -> tuple[list[Device], list[str]]:
-    """Devices with each GPU in MIG mode replaced by its instances."""
+    """Return the devices with each GPU in MIG mode replaced by its instances."""
     found = [one for device in devices for one in ([device] if device.instances is None else device.instances)]
     if sum(one.parent is not None for one in found) > 1:
-        notes.append("several MIG instances are visible: most drivers show a process only the first of them")
+        notes.append("several MIG instances are visible: most drivers expose only the first to a process")
     return found, notes
 
 
 def _by_ordinal(entry: str, devices: list[Device]) -> Device | None:
-    """The device whose number `entry` starts with; CUDA reads as C's strtoul does, so `1x` is 1."""
+    """Return the device of the number at the start of `entry`; CUDA parses with strtoul, so `1x` is 1."""
     number = re.match(r"\+?\d+", entry)
     return devices[int(number[0])] if number and int(number[0]) < len(devices) else None
 
@@ -178,7 +179,7 @@ def _by_uuid(entry: str, kind: str, devices: list[Device]) -> Device | None:
 
 
 def _order_notes(chosen: list[Device], environment: Mapping[str, str]) -> list[str]:
-    """NVML counts in PCI order; CUDA's default puts the fastest first, which shows where GPUs differ."""
+    """Return a note if NVML (PCI order) and CUDA (fastest first by default) may number different GPUs differently."""
     boards = {(device.parent or device).name for device in chosen}
     if len(boards) < 2 or environment.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID":
         return []
@@ -192,20 +193,20 @@ def _why_none(error: Exception) -> str:
         "NVMLError_DriverNotLoaded": "no GPU: the NVIDIA driver is installed but its kernel module is not loaded",
         "NVMLError_LibRmVersionMismatch": "no GPU: the NVIDIA driver and its library differ in version (driver/library"
         " mismatch); reboot, or reload the kernel module",
-        "NVMLError_NoPermission": "no GPU: no permission to talk to the NVIDIA driver",
-        "ModuleNotFoundError": "no GPU looked for: the package nvidia-ml-py is missing",
+        "NVMLError_NoPermission": "no GPU: no permission to access the NVIDIA driver",
+        "ModuleNotFoundError": "no GPU probe: the package nvidia-ml-py is missing",
     }
-    return known.get(kind, f"no GPU: NVML did not start ({kind}: {error})")
+    return known.get(kind, f"no GPU: NVML failed to initialize ({kind}: {error})")
 
 
 class _Reader:
-    """Asks NVML one thing at a time and writes a note for each answer that did not come."""
+    """NVML queries that record a note for each failure."""
 
     def __init__(self, nvml: Any, notes: list[str], root: Path) -> None:
         self.nvml, self.notes, self.root = nvml, notes, root
 
     def ask(self, what: str, call: Callable[..., Any], *arguments: Any) -> Any:
-        """The answer, or None and a note."""
+        """Return the result of `call`, or None after recording a note."""
         try:
             return call(*arguments)
         except (self.nvml.NVMLError, UnicodeError) as error:
@@ -213,7 +214,7 @@ class _Reader:
             return None
 
     def devices(self) -> list[Device]:
-        """Every GPU this process may open, in NVML's order, with links and MIG instances."""
+        """Return every accessible GPU in NVML order, with links and MIG instances."""
         found = []
         for index in range(self.ask("number of GPUs", self.nvml.nvmlDeviceGetCount) or 0):
             handle = self.ask(f"GPU {index}", self.nvml.nvmlDeviceGetHandleByIndex, index)
@@ -235,7 +236,7 @@ class _Reader:
         return _plain_bus_id(info.busId) if info else ""
 
     def _instances(self, device: Device) -> list[Device] | None:
-        """MIG instances, or None where MIG is off or this GPU has none (then NVML says not supported)."""
+        """Return the MIG instances; None if MIG is off or not supported."""
         try:
             if self.nvml.nvmlDeviceGetMigMode(device.handle)[0] != self.nvml.NVML_DEVICE_MIG_ENABLE:
                 return None
@@ -247,7 +248,7 @@ class _Reader:
         ):
             try:
                 handle = self.nvml.nvmlDeviceGetMigDeviceHandleByIndex(device.handle, slot)
-            except self.nvml.NVMLError:  # a free slot; slots need not be filled in order
+            except self.nvml.NVMLError:  # an empty slot; slots need not be filled in order
                 continue
             instance = self._device(f"{device.name} MIG {slot}", handle)
             instance.parent = device
@@ -255,12 +256,12 @@ class _Reader:
         return found
 
     def _count_links(self, device: Device) -> None:
-        """Active NVLinks by what is at their other end: a GPU's PCI address or a switch."""
+        """Count active NVLinks by remote end: a switch, or the PCI address of a GPU."""
         nvml = self.nvml
         for link in range(nvml.NVML_NVLINK_MAX_LINKS):
             try:
                 active = nvml.nvmlDeviceGetNvLinkState(device.handle, link)
-            except nvml.NVMLError:  # no NVLink on this part, or past its last link
+            except nvml.NVMLError:  # no NVLink, or past the last link
                 return
             if not active:
                 continue
@@ -273,11 +274,11 @@ class _Reader:
                     device.peer_links[_plain_bus_id(remote.busId)] += 1
             except nvml.NVMLError as error:
                 device.links_known = False
-                self.notes.append(f"{device.name} ({device.bus_id}) NVLink {link}: its other end was not read ({error})")
+                self.notes.append(f"{device.name} ({device.bus_id}) NVLink {link}: remote end not read ({error})")
                 return
 
     def gpu(self, index: int, device: Device, visible: list[Device]) -> Gpu:
-        """What is printed and planned with; a MIG instance has its own memory and its board's capability."""
+        """Return the record of one device; a MIG instance has its own memory and the compute capability of its board."""
         what = f"GPU {index} ({device.name})"
         board = device.parent or device
         memory = self.ask(f"{what} memory", self.nvml.nvmlDeviceGetMemoryInfo, device.handle)
@@ -299,7 +300,7 @@ class _Reader:
         )
 
     def _numa_node(self, board: Device) -> int | None:
-        """The node nearest to the GPU from sysfs, where -1 is unknown; NVML's own call tells the node of GPU memory."""
+        """Return the closest NUMA node from sysfs (-1: unknown). NVML's own call returns the node of GPU memory instead."""
         try:
             node = int((self.root / "sys/bus/pci/devices" / board.bus_id / "numa_node").read_text())
         except (OSError, ValueError):
@@ -308,14 +309,14 @@ class _Reader:
 
 
 def _plain_bus_id(bus_id: bytes | str) -> str:
-    """NVML's `00000000:3B:00.0` as sysfs writes it: `0000:3b:00.0`."""
+    """Convert a PCI address from NVML's form to that of sysfs: `00000000:3B:00.0` -> `0000:3b:00.0`."""
     text = (bus_id.decode("ascii", "replace") if isinstance(bus_id, bytes) else bus_id).lower()
     domain, _, rest = text.partition(":")
     return f"{domain[-4:]}:{rest}"
 
 
 def _link(one: Device, other: Device) -> str:
-    """How two visible devices reach each other."""
+    """Return the link between two visible devices."""
     if one.parent or other.parent:
         return "none"
     if not (one.links_known and other.links_known):

@@ -1,8 +1,8 @@
-"""Dense peaks of a GPU, by the name that NVML and torch print; None for every part that is not in the table.
+"""Datasheet peaks of GPUs by the name that NVML and torch report; None for a GPU that is not in the table.
 
-Peaks are what NVIDIA prints for tensor cores without sparsity and with fp32 accumulation, at the boost clock. They are
-the divisor of MFU, so a wrong row is worse than none: names must match whole (an A10G is no A10, an L40S no L4; a
-laptop part, an export part or a MIG slice has no row), and where the memory is known it must be that part's memory.
+Peaks are NVIDIA's dense tensor-core figures with fp32 accumulation, at the boost clock. MFU is divided by them, so a wrong
+row is worse than none: names must match exactly (an A10G is not an A10, an L40S not an L4; laptop parts, export parts
+and MIG slices have no row), and a known memory size must be that of the part.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from dataclasses import dataclass
 
 from gptoughts.console import GIB
 
-# NVML and torch hold back some memory (ECC, firmware): a T4 of 16 GiB shows 14.6. A MIG slice shows half at most.
+# NVML and torch report less than the full memory (ECC, firmware): 14.6 GiB for a T4 of 16. A MIG slice has at most half.
 MEMORY_TOLERANCE = 0.15
 
 
 @dataclass(frozen=True)
 class GpuPeaks:
-    """Dense tensor-core peaks with fp32 accumulation in TFLOP/s, bandwidth in GB/s (10^9); None: none or unknown.
+    """Dense tensor-core peaks with fp32 accumulation in TFLOP/s, bandwidth in GB/s (10^9); None: unsupported or unknown.
 
-    bf16 is None on Volta and Turing, whose tensor cores have none, and fp8 before Ada.
+    bf16 is None on Volta and Turing, fp8 before Ada: their tensor cores do not support it.
     """
 
     name: str
@@ -32,10 +32,10 @@ class GpuPeaks:
 
 
 def peaks(name: str, memory_bytes: int | None = None) -> GpuPeaks | None:
-    """Peaks of the GPU called `name` by NVML or torch, or None where the part is unknown.
+    """Return the peaks of the GPU that NVML or torch calls `name`; None if unknown.
 
-    `memory_bytes`, if given, must be near the memory of that part: a slice or a rebuilt card that keeps the name of the
-    whole one is unknown.
+    `memory_bytes`, if given, must be close to the memory of the part, so that a slice or a modified card with the same name
+    has no peaks.
     """
     words = name.casefold().split()
     if words[:1] == ["nvidia"]:
@@ -74,12 +74,12 @@ _H200 = "NVIDIA H200 Tensor Core GPU datasheet, halved from the sparse figures"
 _GH200 = "NVIDIA GH200 Grace Hopper Superchip datasheet, not re-read"
 _A10G = "NVIDIA A10G datasheet (the part of AWS G5, not the A10), not re-read"
 _RTX5090 = "NVIDIA RTX Blackwell GPU architecture white paper, appendix A"
-# The tf32 figures of data-center Blackwell differ between NVIDIA's own pages, so there are none here. Bandwidth is the
+# NVIDIA's pages disagree on the tf32 figures of data-center Blackwell, so they are left out. Bandwidth is the
 # datasheet's; the driver reports 7,672 GB/s for a B200.
 _B200 = "NVIDIA HGX B200 datasheet, halved from the sparse figures"
 _GB200 = "NVIDIA GB200 NVL72 datasheet, per GPU, halved from the sparse figures"
 
-# name without "NVIDIA" and "Tesla", casefolded: memory in GiB as NVML counts it, and
+# name without "NVIDIA" and "Tesla", casefolded: memory in GiB, and peaks
 #                                            GiB    bf16    fp16     fp8   tf32   GB/s
 _TABLE: dict[str, tuple[float, GpuPeaks]] = {
     "v100-sxm2-16gb": _row("V100 SXM2 16 GB", 16, None, 125.0, None, None, 900.0, _VOLTA),
@@ -91,7 +91,7 @@ _TABLE: dict[str, tuple[float, GpuPeaks]] = {
     "a10g": _row("A10G", 24, 70.0, 70.0, None, 35.0, 600.0, _A10G),
     "a30": _row("A30", 24, 165.0, 165.0, None, 82.0, 933.0, "NVIDIA A30 datasheet, not re-read"),
     "a40": _row("A40", 48, 149.7, 149.7, None, 74.8, 696.0, "NVIDIA A40 datasheet"),
-    # Workstation GA102 keeps the full rate with fp32 accumulation; GeForce GA102 has half of it.
+    # Workstation GA102 has the full rate with fp32 accumulation, GeForce GA102 half of it.
     "rtx a6000": _row("RTX A6000", 48, 154.8, 154.8, None, 77.4, 768.0, _GA102),
     "geforce rtx 3090": _row("GeForce RTX 3090", 24, 71.0, 71.0, None, 35.6, 936.0, _GA102),
     "a100-sxm4-40gb": _row("A100 SXM 40 GB", 40, 312.0, 312.0, None, 156.0, 1555.0, _A100),

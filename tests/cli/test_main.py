@@ -37,11 +37,11 @@ def said(line: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
 
 
 BAD = [
-    ("train quikstart", ["no recipe 'quikstart' (did you mean 'quickstart'?)", "shipped: "]),
-    ("train none/mine.toml", ["recipe none/mine.toml: there is no such file"]),
-    ("plan quickstart --profile hoper", ["no profile 'hoper' (did you mean 'hopper'?)"]),
-    ("plan quickstart --profile none/x.toml", ["profile none/x.toml: there is no such file"]),
-    ("plan quickstart --machine none.json", ["machine file none.json: there is no such file"]),
+    ("train quikstart", ["recipe 'quikstart': no such recipe (did you mean 'quickstart'?)", "shipped: "]),
+    ("train none/mine.toml", ["recipe none/mine.toml: no such file"]),
+    ("plan quickstart --profile hoper", ["profile 'hoper': no such profile (did you mean 'hopper'?)"]),
+    ("plan quickstart --profile none/x.toml", ["profile none/x.toml: no such file"]),
+    ("plan quickstart --machine none.json", ["machine file none.json: no such file"]),
     ("train quickstart --plugin none.py", ["--plugin none.py: no such file"]),
     ("train quickstart --batch_size 3 --lr=4", ["--batch_size: no such flag. Try: --train.global-batch", "--optim.learning-rate"]),
     ("train quickstart --use-fp8", ["Try: --profile h100-fp8, or --layer.precision fp8-te"]),
@@ -55,18 +55,18 @@ BAD = [
     ("train quickstart --layer.precision.scaling fast", ["--layer.precision.scaling: needs one of delayed, current"]),
     ("train quickstart --layer.precision bf16 --layer.precision.scaling current", ["--layer.precision.scaling: bf16: no such option"]),
     ("train quickstart --train.steps ten", ["train.steps: input should be a valid integer", "(--train.steps)"]),
-    ("train quickstart --train.steps -1", ["train.steps: input should be greater than 0, here -1"]),
-    ("train quickstart --train.steps 3 --train.hours 1", ["give one of steps, tokens, epochs, hours; here: steps, hours"]),
-    ("train quickstart --model.heads 7", ["width 256 cannot be shared by 7 heads", "quickstart.toml, --model.heads"]),
-    ("train quickstart --model.vocab-size 100", ["model.vocab_size = 100 is smaller than the tokenizer's vocabulary of 2048"]),
+    ("train quickstart --train.steps -1", ["train.steps: input should be greater than 0. Found -1"]),
+    ("train quickstart --train.steps 3 --train.hours 1", ["needs one of steps, tokens, epochs, hours. Found steps, hours"]),
+    ("train quickstart --model.heads 7", ["width 256 is not divisible by 7 heads", "quickstart.toml, --model.heads"]),
+    ("train quickstart --model.vocab-size 100", ["model.vocab_size: smaller than the tokenizer's vocabulary of 2048. Found 100"]),
     ("train quickstart extra", ["extra"]),
     ("train quickstart --train.steps", ["--train.steps", "requires an argument"]),
     ("plan quickstart --ranks 0", ["--ranks", "0 is not in the range"]),
     ("plan quickstart --ranks 12 --machine MACHINES/h100x8.json", ["take a multiple of 8"]),
     ("trian quickstart", ["No such command 'trian'"]),
     ("layers sdap", ["no layer 'sdap' (did you mean 'sdpa'?)"]),
-    ("recipes nothing", ["no recipe 'nothing'"]),
-    ("profiles nothing", ["no profile 'nothing'"]),
+    ("recipes nothing", ["recipe 'nothing': no such recipe"]),
+    ("profiles nothing", ["profile 'nothing': no such profile"]),
     ("tokenize x --batch-size 3", ["--batch-size: no such flag"]),
     ("tokenize x", ["--to"]),
     ("tokenize x --to y --val-fraction 1", ["--val-fraction"]),
@@ -93,7 +93,7 @@ def test_all_mistakes_at_once(here: Path, capsys: pytest.CaptureFixture[str]) ->
     for words in ("none.json: there", "none.py: no such file", "train.steps: ", "model.depth: "):
         assert words in err
     code, _, err = said("plan nothing --machine MACHINES/cpu.json --layer.loss x --profile hoper", capsys)
-    assert code == 2 and "no recipe 'nothing'" in err and "no profile 'hoper'" in err
+    assert code == 2 and "recipe 'nothing': no such recipe" in err and "profile 'hoper': no such profile" in err
 
 
 def test_a_profile_that_cannot_run_here(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

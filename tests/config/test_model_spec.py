@@ -1,4 +1,4 @@
-"""What floor 0 computes from the recipe is what the built model has."""
+"""The torch-free model spec equals the built model."""
 
 import subprocess
 import sys
@@ -79,7 +79,7 @@ def test_vocabulary_is_padded_to_64() -> None:
 
 
 def test_a_vocabulary_too_small_for_the_tokenizer_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"model\.vocab_size = 100 .* 257"):
+    with pytest.raises(ConfigError, match=r"model\.vocab_size: .* 257. Found 100"):
         facts.of(ModelConfig(vocab_size=100), 8, 257)
 
 

@@ -1,4 +1,4 @@
-"""What a recipe leaves open is settled by the model it names, and what contradicts it is told in one message, before torch is loaded."""
+"""resolve_recipe completes a recipe from its model and reports all contradictions in one message, without torch."""
 
 from __future__ import annotations
 
@@ -59,31 +59,31 @@ def test_a_llada_folder_brings_the_sizes_of_the_native_model(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        ({"model.path": "P", "model.config": "P"}, "not both"),
+        ({"model.path": "P", "model.config": "P"}, "exclude each other"),
         ({"model.family": "hf"}, "needs model.path"),
-        ({"model.family": "gpt", "model.path": "P"}, "native models take no model.path"),
-        ({"objective": "masked-diffusion"}, 'set model.family = "llada"'),
-        ({"model.family": "llada"}, 'set objective = "masked-diffusion"'),
-        ({"objective": "question-answering"}, "does not go with data.format text"),
+        ({"model.family": "gpt", "model.path": "P"}, "a native model takes no model.path"),
+        ({"objective": "masked-diffusion"}, 'Try: model.family = "llada"'),
+        ({"model.family": "llada"}, 'Try: objective = "masked-diffusion"'),
+        ({"objective": "question-answering"}, "incompatible with data.format text"),
         ({"data.format": "squad", "objective": "question-answering"}, "needs model.path"),
-        ({"data.format": "chat"}, "needs a tokenizer with turns"),
-        ({"model.path": "P", "data.tokenizer": "bpe"}, "know the ids of their own tokenizer only"),
-        ({"model.path": "P", "adapter.base": "nf4"}, "give adapter.kind too"),
-        ({"model.path": "P", "model.depth": 3}, "model.depth: the sizes of a Hugging Face model stand in"),
+        ({"data.format": "chat"}, "needs a tokenizer with chat tokens"),
+        ({"model.path": "P", "data.tokenizer": "bpe"}, "pretrained weights need their own tokenizer"),
+        ({"model.path": "P", "adapter.base": "nf4"}, "Try: --adapter.kind lora"),
+        ({"model.path": "P", "model.depth": 3}, "model.depth: not used with model.path"),
         ({"model.path": "P", "data.sequence_length": 65}, "positions for 64 tokens"),
         ({"model.path": "./not-here"}, "no such file or folder"),
-        ({"model.path": "P", "objective": "masked-diffusion"}, "this is no LLaDA"),
-        ({"model.path": "L"}, "sees the tokens that it would predict"),
+        ({"model.path": "P", "objective": "masked-diffusion"}, "needs a LLaDA model, this is not one"),
+        ({"model.path": "L"}, "cannot learn next-token prediction"),
         ({"model.path": "L", "objective": "masked-diffusion", "model.heads": 8}, r"model.heads = 8 \(config.json: 4\)"),
-        ({"model.family": "mine", "model.path": "P"}, "a plugin's models take no model.path"),
+        ({"model.family": "mine", "model.path": "P"}, "a plugin's model takes no model.path"),
         (
             {"model.path": "P", "adapter.kind": "lora", "objective": "question-answering", "data.format": "squad"},
-            "trained whole",
+            "freezes the new head",
         ),
-        ({"adapter.rank": 64}, "adapter.rank: has no effect here; needs adapter.kind"),
-        ({"diffusion.steps": 64}, "diffusion.steps: has no effect here"),
-        ({"experts.bias_rate": 0.1}, "experts.bias_rate: has no effect here"),
-        ({"data.template": "chatml", "data.val_path": "x"}, "data.template: has no effect here"),
+        ({"adapter.rank": 64}, "adapter.rank: has no effect. Try: --adapter.kind lora"),
+        ({"diffusion.steps": 64}, "diffusion.steps: has no effect. Try: objective"),
+        ({"experts.bias_rate": 0.1}, "experts.bias_rate: has no effect. Try: model.path"),
+        ({"data.template": "chatml", "data.val_path": "x"}, "data.template: has no effect. Try: data.format"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -1,10 +1,11 @@
-"""Machine: JSON both ways and strict, ranks from the environment, and a probe that never raises."""
+"""Machine: strict JSON round trip, packages by metadata, ranks from the environment, and a probe that never raises."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gptoughts.config.loader import from_values
+from gptoughts.config.model_spec import UNKNOWN
 from gptoughts.errors import ConfigError
-from gptoughts.hardware.machine import Cpu, Gpu, Machine, World, installed_packages, probe, read, world_from_environment
+from gptoughts.hardware.machine import Cpu, Gpu, Machine, World, probe, read, world_from_environment
+from gptoughts.hardware.packages import extras, installed_packages, recorded_names
+from gptoughts.layers import CATALOG
+from gptoughts.planning.layer import Case, Layer
 
 MACHINES = sorted((Path(__file__).parents[1] / "machines").glob("*.json"))
 ROOT = Path(__file__).parents[2]
@@ -129,31 +135,44 @@ def broken(change: dict[str, Any], part: str | None = None) -> dict[str, Any]:
     ("value", "said"),
     [
         (broken({"gpu": []}), "gpu: unknown key (did you mean 'gpus'?)"),
-        (broken({"memory": 5}, "gpu"), "gpus[0].memory: unknown key"),
+        (broken({"memory": 5}, "gpu"), "gpus[0].memory: unknown key (did you mean 'memory_bytes'?)"),
         (
             broken({"memory_bytes": "80 GB"}, "gpu"),
-            "gpus[0].memory_bytes: expected a whole number of at least 0, found '80 GB'",
+            "gpus[0].memory_bytes: input should be a valid integer. Found '80 GB'",
         ),
-        (broken({"memory_bytes": 80.5}, "gpu"), "gpus[0].memory_bytes: expected a whole number"),
-        (broken({"memory_bytes": -1}, "gpu"), "gpus[0].memory_bytes: expected a whole number"),
-        (broken({"index": True}, "gpu"), "gpus[0].index: expected a whole number"),
-        (broken({"mig": 0}, "gpu"), "gpus[0].mig: expected true or false, found 0"),
-        (broken({"compute_capability": [9]}, "gpu"), "gpus[0].compute_capability: expected a list of 2, found [9]"),
-        (broken({"compute_capability": "9.0"}, "gpu"), "gpus[0].compute_capability: expected a list of 2, found '9.0'"),
-        (broken({"compute_capability": [9, "0"]}, "gpu"), "gpus[0].compute_capability[1]: expected a whole number"),
-        (broken({"power_limit_watts": False}, "gpu"), "gpus[0].power_limit_watts: expected a number"),
-        (broken({"power_limit_watts": float("nan")}, "gpu"), "gpus[0].power_limit_watts: expected a number"),
-        (broken({"links": "pcie"}, "gpu"), "gpus[0].links: expected a list, found 'pcie'"),
-        (broken({"name": None}, "gpu"), "gpus[0].name: expected a string, found None"),
+        (broken({"memory_bytes": 80.5}, "gpu"), "gpus[0].memory_bytes: input should be a valid integer. Found 80.5"),
+        (broken({"memory_bytes": 80.0}, "gpu"), "gpus[0].memory_bytes: input should be a valid integer. Found 80.0"),
+        (broken({"memory_bytes": -1}, "gpu"), "gpus[0].memory_bytes: input should be greater than or equal to 0. Found -1"),
+        (broken({"index": True}, "gpu"), "gpus[0].index: input should be a valid integer. Found True"),
+        (broken({"mig": 0}, "gpu"), "gpus[0].mig: input should be a valid boolean. Found 0"),
+        (broken({"compute_capability": [9]}, "gpu"), "gpus[0].compute_capability[1]: missing"),
+        (broken({"compute_capability": [9, 0, 1]}, "gpu"), "gpus[0].compute_capability: tuple should have at most 2 items"),
+        (
+            broken({"compute_capability": "9.0"}, "gpu"),
+            "gpus[0].compute_capability: input should be a valid array. Found '9.0'",
+        ),
+        (
+            broken({"compute_capability": [9, "0"]}, "gpu"),
+            "gpus[0].compute_capability[1]: input should be a valid integer. Found '0'",
+        ),
+        (broken({"power_limit_watts": False}, "gpu"), "gpus[0].power_limit_watts: input should be a valid number. Found False"),
+        (broken({"power_limit_watts": float("nan")}, "gpu"), "gpus[0].power_limit_watts: input should be a finite number"),
+        (broken({"power_limit_watts": -1.0}, "gpu"), "gpus[0].power_limit_watts: input should be greater than or equal to 0"),
+        (broken({"power_limit_watts": 1e301}, "gpu"), "gpus[0].power_limit_watts: input should be less than or equal to"),
+        (broken({"numa_nodes": -1}, "cpu"), "cpu.numa_nodes: input should be greater than or equal to 0"),
+        (broken({"memory_bytes": -1}), "memory_bytes: input should be greater than or equal to 0"),
+        (broken({"links": "pcie"}, "gpu"), "gpus[0].links: input should be a valid array. Found 'pcie'"),
+        (broken({"name": None}, "gpu"), "gpus[0].name: input should be a valid string. Found None"),
         (broken({"name": KeyError}, "gpu"), "gpus[0].name: missing"),
         (broken({"model": KeyError}, "cpu"), "cpu.model: missing"),
-        (broken({"numa_cores": [[0], 1]}, "cpu"), "cpu.numa_cores[1]: expected a list, found 1"),
-        (broken({"packages": ["torch"]}), "packages: expected an object"),
-        (broken({"packages": {"torch": 2.13}}), "packages.torch: expected a string, found 2.13"),
-        (broken({"cpu": None}), "cpu: expected an object, found None"),
-        (broken({"gpus": {}}), "gpus: expected a list"),
-        ([], "top: expected an object, found []"),
-        (None, "top: expected an object, found None"),
+        (broken({"numa_cores": [[0], 1]}, "cpu"), "cpu.numa_cores[1]: input should be a valid array. Found 1"),
+        (broken({"packages": ["torch"]}), "packages: input should be an object. Found ['torch']"),
+        (broken({"packages": {"torch": 2.13}}), "packages.torch: input should be a valid string. Found 2.13"),
+        (broken({"cpu": None}), "cpu: input should be an object. Found None"),
+        (broken({"gpus": {}}), "gpus: input should be a valid array. Found {}"),
+        (broken({"kernel": 6}, "cpu"), "cpu.kernel: unknown key"),
+        ([], "top level: input should be an object. Found []"),
+        (None, "top level: input should be an object. Found None"),
     ],
 )
 def test_what_does_not_fit_is_named_with_file_and_key(value: object, said: str) -> None:
@@ -172,11 +191,12 @@ def test_all_problems_at_once() -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (None, "there is no such file"),
-        (b"{", "is no JSON"),
-        (b"\xff\xfe", "is no JSON"),
-        (b"", "is no JSON"),
-        (b"[]", "top"),
+        (None, "no such file"),
+        (b"{", "not valid JSON"),
+        (b"\xff\xfe", "not valid JSON"),
+        (b"", "not valid JSON"),
+        (b"[" * 100_000, "not valid JSON"),
+        (b"[]", "top level"),
     ],
 )
 def test_files_that_cannot_be_read(tmp_path: Path, content: bytes | None, said: str) -> None:
@@ -189,7 +209,7 @@ def test_files_that_cannot_be_read(tmp_path: Path, content: bytes | None, said: 
 
 
 def test_a_folder_is_no_machine_file(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match="cannot read it"):
         read(tmp_path)
 
 
@@ -255,6 +275,7 @@ def test_packages_come_from_metadata(tmp_path: Path, monkeypatch: pytest.MonkeyP
     found, notes = installed_packages()
     assert found == {"torch": "2.13.0+cu130", "transformer-engine-torch": "2.8.0"}
     assert len(notes) == 1 and "deepspeed" in notes[0]
+    assert found["Unheard.Of"] == "1.0" and found.get("unheard_of") == "1.0" and "deepspeed" not in found
     (tmp_path / "torch/version.py").unlink()
     assert installed_packages()[0]["torch"] == "2.13.0"
 
@@ -265,10 +286,52 @@ def test_probe_of_this_machine() -> None:
     assert machine.packages["nvidia-ml-py"]
 
 
+def layer_needing(package: str) -> Layer:
+    base = CATALOG["ieee"]
+    return replace(base, name="mine", packages=((package, "mine"),))
+
+
+@pytest.mark.parametrize("package", ["pytest", "PyTest", "pytest-xdist", "pytest_xdist", "import.linter"])
+def test_any_installed_distribution_satisfies_a_layer(package: str) -> None:
+    case = Case(probe(), UNKNOWN, from_values({"name": "x", "train.steps": 1}, "the test").recipe, World())
+    assert list(layer_needing(package).rejections(case, {})) == []
+    (reason,) = layer_needing("no-such-distribution").rejections(case, {})
+    assert "no-such-distribution" in reason.text
+
+
+def test_lookups_do_not_change_the_record_of_a_machine() -> None:
+    machine = probe()
+    before = json.dumps(machine.to_json())
+    assert "pytest" in machine.packages and machine.packages["pytest"] == machine.packages.get("PyTest")
+    assert "no-such-distribution" not in machine.packages and machine.packages.get("no-such-distribution", "none") == "none"
+    with pytest.raises(KeyError):
+        machine.packages["no-such-distribution"]
+    assert json.dumps(machine.to_json()) == before
+    assert "pytest" not in machine.to_json()["packages"]
+    named = {package for layer in CATALOG.values() for package, _ in layer.packages}
+    assert named <= set(recorded_names()) and set(machine.to_json()["packages"]) <= {"c++", *recorded_names()}
+
+
+def test_a_machine_file_has_only_the_packages_that_it_lists() -> None:
+    machine = read(ROOT / "tests/machines/h100.json")
+    assert "pytest" not in machine.packages and type(machine.packages) is dict
+
+
+def test_extras_without_installed_metadata_come_from_the_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = {name: sorted(lines) for name, lines in extras().items()}
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    extras.cache_clear()
+    try:
+        assert {name: sorted(lines) for name, lines in extras().items()} == installed
+    finally:
+        extras.cache_clear()
+    assert "torch>=2.10,<2.14" in installed["train"] and "dev" not in installed
+
+
 def test_probe_of_macos_asks_no_nvml(tmp_path: Path) -> None:
     machine = probe({}, "darwin", tmp_path)
     assert machine.gpus == () and machine.system == "darwin"
-    assert "no NVIDIA GPU: there is no driver for macOS" in machine.notes
+    assert "no NVIDIA GPU: no driver for macOS" in machine.notes
 
 
 def test_an_empty_file_system_does_not_raise(tmp_path: Path) -> None:

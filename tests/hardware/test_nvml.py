@@ -20,7 +20,7 @@ CHILD = "import json; from gptoughts.hardware.machine import probe; print(json.d
 
 pytestmark = [
     pytest.mark.skipif(not COMPILER, reason="no C compiler for the fake NVML"),
-    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="NVML is looked for on Linux"),
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="NVML is probed on Linux only"),
 ]
 
 A, B, C = (f"GPU-{head}-d72c-4106-c12f-20bd9faed9f6" for head in ("8932f937", "8932aaaa", "11223344"))
@@ -99,20 +99,20 @@ def test_everything_is_read(box: Any) -> None:
         (f"{C},{A}", [C, A], ""),
         ("GPU-8932f937", [A], ""),
         ("GPU-8932f,GPU-1", [A, C], ""),
-        ("GPU-8932", [], "names no GPU here"),  # ambiguous
-        ("GPU-", [], "names no GPU here"),
-        ("GPU-1122,0", [C], "names no GPU here"),  # CUDA does not mix the two ways
+        ("GPU-8932", [], "no GPU 'GPU-8932'"),  # ambiguous
+        ("GPU-", [], "no GPU 'GPU-'"),
+        ("GPU-1122,0", [C], "no GPU '0'"),  # CUDA does not mix the two ways
         ("", [], "hides all 3"),
         ("-1", [], "hides all 3"),
         ("0,-1,1", [A], ""),
-        ("0,9,1", [A], "'9' names no GPU here"),
-        ("7", [], "'7' names no GPU here"),
-        ("none", [], "'none' names no GPU here"),
+        ("0,9,1", [A], "no GPU '9'"),
+        ("7", [], "no GPU '7'"),
+        ("none", [], "no GPU 'none'"),
         ("NoDevFiles", [], "hides all 3"),
         ("1x,0", [B, A], ""),
-        ("0,1,0", [], "comes twice"),
-        (f"{A},GPU-8932f", [], "comes twice"),
-        ("MIG-5c0ffee0", [], "names no GPU here"),
+        ("0,1,0", [], "is repeated"),
+        (f"{A},GPU-8932f", [], "is repeated"),
+        ("MIG-5c0ffee0", [], "no GPU 'MIG-5c0ffee0'"),
     ],
 )
 def test_visible_devices(box: Any, wanted: str, seen: list[str], said: str) -> None:
@@ -175,7 +175,7 @@ def test_what_is_not_supported_is_none_with_a_note(box: Any) -> None:
         (18, "driver/library mismatch"),
         (9, "kernel module is not loaded"),
         (4, "no permission"),
-        (999, "NVML did not start"),
+        (999, "NVML failed to initialize"),
     ],
 )
 def test_nvml_that_does_not_start_is_no_gpu_and_a_note(box: Any, code: int, said: str) -> None:
@@ -216,7 +216,7 @@ def test_nvlink_whose_other_end_is_not_told_is_unknown(box: Any) -> None:
     a, b, _ = THREE.splitlines(keepends=True)
     machine = box(a + "link gpu 0000:5E:00.0\n" + b + "fail nvmlDeviceGetNvLinkRemotePciInfo_v2 3\n")
     assert [gpu.links for gpu in machine.gpus] == [("unknown",), ("unknown",)]
-    assert "its other end was not read" in machine.notes[0]
+    assert "remote end not read" in machine.notes[0]
 
 
 @pytest.mark.parametrize(("order", "notes"), [("FASTEST_FIRST", 1), ("PCI_BUS_ID", 0), ("", 1)])

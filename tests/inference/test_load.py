@@ -159,7 +159,7 @@ def test_a_model_with_its_own_code_is_read_after_training(monkeypatch: pytest.Mo
     with torch.no_grad():
         assert (theirs(ids).logits - ours).abs().max() < 1e-4
     shutil.rmtree("own")
-    with pytest.raises(ConfigError, match=r"model ./own: there is no such file or folder"):
+    with pytest.raises(ConfigError, match=r"model ./own: no such file or folder"):
         load("one")
 
 

@@ -239,7 +239,7 @@ def test_wrong_settings_are_all_named_at_once() -> None:
     with pytest.raises(ConfigError) as error:
         gptoughts.fit(model(), squared, batches(), steps=0, optim={"lr": 1e-3, "beta1": 2.0})
     said = str(error.value)
-    assert "train.steps" in said and "optim.lr: no such key; here that is optim.learning_rate" in said and "optim.beta1" in said
+    assert "train.steps" in said and "optim.lr: no such key; use optim.learning_rate" in said and "optim.beta1" in said
 
 
 def test_numpy_batches_and_a_second_epoch() -> None:

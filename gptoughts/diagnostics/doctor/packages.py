@@ -7,32 +7,15 @@ from collections.abc import Iterator
 
 from gptoughts.diagnostics.doctor.finding import Finding
 from gptoughts.hardware.machine import Machine
+from gptoughts.hardware.packages import extras
 
 # Without these there is no training; the rest of the extra `train` has a narrower use.
 NEEDED = ("torch", "numpy", "safetensors", "tokenizers", "rich")
 
 LOST = "the whole GPU"
 
-EXTRAS: dict[str, tuple[str, ...]] = {
-    "train": (
-        "torch>=2.10,<2.14", "numpy>=1.26", "safetensors>=0.5", "tokenizers>=0.20", "tiktoken>=0.8",
-        "zstandard>=0.22", "rich>=13", "matplotlib>=3.8",
-    ),
-    "hf": ("transformers>=5.17,<6", "accelerate>=1.10", "jinja2>=3.1", "datasets>=3", "pyarrow>=17"),
-    "adapters": ("transformers>=5.17,<6", "peft>=0.18"),
-    "qlora": ("transformers>=5.17,<6", "peft>=0.18", "bitsandbytes>=0.49"),
-    "optimizers": ("pytorch-optimizer>=4.1,<5", "schedulefree>=1.4,<2"),
-    "fp8": ("transformer-engine[pytorch]>=2.4",),
-    "lowbit": ("torchao>=0.16", "bitsandbytes>=0.49"),
-    "liger": ("liger-kernel>=0.6",),
-    "flash": ("flash-attn>=2.7",),
-    "flash-4": ("flash-attn-4>=4.0.0b36",),
-    "deepspeed": ("deepspeed>=0.18",),
-    "wandb": ("wandb>=0.19",),
-    "tensorboard": ("tensorboard>=2.18",),
-    "mpi": ("mpi4py>=4",),
-}  # fmt: skip
-"""The extras of pyproject.toml that a user installs; a test compares."""
+EXTRAS: dict[str, tuple[str, ...]] = {"train": (), **extras()}
+"""Extras that a user installs, with their requirements."""
 
 
 def lacking(requirements: tuple[str, ...], packages: dict[str, str]) -> list[str]:
