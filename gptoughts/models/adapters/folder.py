@@ -151,7 +151,7 @@ def save_adapter(
         rank, alpha = 2 * rank, 2 * alpha
         for layer in adapter_layers(model):
             a, b = (values[f"{layer}.lora_{kind}.{NAME}.weight"] for kind in "AB")
-            initial_a, initial_b = (value.to(a) for value in source.initial_factors(layer))
+            initial_a, initial_b = (value.to(a) for value in source.start(layer))
             values[f"{layer}.lora_A.{NAME}.weight"] = torch.cat([a, initial_a])
             values[f"{layer}.lora_B.{NAME}.weight"] = torch.cat([b, -initial_b], dim=1)
     tensors = {published(name): value.contiguous() for name, value in values.items()}

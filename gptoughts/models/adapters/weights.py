@@ -11,11 +11,11 @@ from torch import Tensor
 from gptoughts.models.adapters.adapter import (
     NAME,
     TRAINED,
+    adapter_initial,
     adapter_layers,
     base_name,
-    adapter_initial,
-    is_trained,
     base_shape,
+    is_trained,
     row_norms,
 )
 from gptoughts.models.adapters.nf4 import PARTS, NF4Linear, is_turned, pack, unpack
@@ -94,7 +94,7 @@ class AdapterSource:
         """Return names of the base and the saved adapter that were never read."""
         return [*self._base.unused(), *(self._saved.unused() if self._saved is not None else [])]
 
-    def initial_factors(self, projection: str) -> tuple[Tensor, Tensor]:
+    def start(self, projection: str) -> tuple[Tensor, Tensor]:
         """Return PiSSA's initial A and B of a projection."""
         if projection not in self._initial_factors:
             self._parts(projection)

@@ -309,6 +309,4 @@ class GPT(nn.Module):
         if positions.is_cpu and positions.numel() and not torch.compiler.is_compiling():  # on a GPU it would synchronize
             low, high = (int(value) for value in positions.aminmax())
             if low < 0 or high >= self.sequence_length:
-                raise ValueError(
-                    f"positions: must be below sequence_length = {self.sequence_length}, from 0. Found {low} to {high}"
-                )
+                raise ValueError(f"positions: must be from 0 to {self.sequence_length - 1}. Found {low} to {high}")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from gptoughts.errors import LayerError
 from gptoughts.models.gpt.gpt import Attention, SwiGLU
-from gptoughts.models.kernels.liger_places import ROTARY, PATCHED, Part, Place, places
+from gptoughts.models.kernels.liger_places import PATCHED, ROTARY, Part, Place, places
 from gptoughts.models.patching import Undo, reroute
 
 OPERATORS: dict[Part, tuple[str, ...]] = {
@@ -34,7 +34,7 @@ def install(model: nn.Module, parts: Iterable[Part]) -> list[Undo]:
     if not found:
         similar = f" (similar, but different: {', '.join(left[:3])})" if left else ""
         raise LayerError(
-            f"kernels=liger: no module of this model matches Liger's kernels{similar}", fix="--layer.kernels eager"
+            f"kernels=liger: no module of this model matches Liger's kernels{similar}", fix="--layer.kernels torch-kernels"
         )
     patches: dict[Part, Callable[[Place], Undo]] = {"norm": _patch_norm, "rope": _patch_rope, "mlp": _patch_mlp}
     return [patches[place.part](place) for place in found]

@@ -20,8 +20,8 @@ from gptoughts.models.adapters.adapter import (
     adapted,
     adapter_layers,
     base_name,
-    chosen,
     is_trained,
+    matched_targets,
     merge,
     projections,
     summary,
@@ -218,16 +218,16 @@ def test_the_other_ports_go_on_and_fused_sites_are_not_offered() -> None:
 def test_targets_that_are_not_there_are_told_with_what_is() -> None:
     recipe = recipe_of()
     for targets, told in [
-        ("q_proj", "'q_proj'.*\n  here are: qkv, out, gate_up, down"),
+        ("q_proj", "'q_proj'.*\n  Try: --adapter.targets with some of qkv, out, gate_up, down"),
         ("gate_upp", r"'gate_upp' \(did you mean 'gate_up'\?\)"),
         ("qkv, head", "'head'"),
-        (" , ", "adapter.targets is empty"),
+        (" , ", "adapter.targets: empty"),
     ]:
         with pytest.raises(ConfigError, match=told):
             meta_model(recipe, adapted(FAMILIES["gpt"], config(targets=targets)), ROWS)
     with pytest.raises(ConfigError, match="no blocks"):
-        chosen("all-linear", [])
-    with pytest.raises(ConfigError, match="singular values"):
+        matched_targets("all-linear", [])
+    with pytest.raises(ConfigError, match="at most the 64 singular values of .*Found 65"):
         meta_model(recipe, adapted(FAMILIES["gpt"], config("pissa", rank=65)), ROWS)
 
 
@@ -236,7 +236,7 @@ def test_targets_that_are_not_there_are_told_with_what_is() -> None:
 def test_words_choose_every_projection_that_they_end(words: set[str]) -> None:
     inner = ("attention.qkv", "attention.out", "mlp.gate_up", "mlp.down")
     known = [f"blocks.{block}.{name}" for block, name in itertools.product(range(3), inner)]
-    found = chosen(", ".join(sorted(words)), known)
+    found = matched_targets(", ".join(sorted(words)), known)
     assert found == [name for name in known if any(f".{name}".endswith(f".{word}") for word in words)]
 
 
@@ -248,7 +248,7 @@ def test_the_summary_counts() -> None:
         trained = 3 * 4 * (64 + 128 + 192 + 64)
         told = summary(model)
         total = trained + sum(value.numel() for value in plain.parameters())
-        assert told.startswith(f"adapter: {trained:,} of {total:,} parameters are trained")
+        assert told.startswith(f"adapter: {trained:,} of {total:,} parameters trained")
         assert "rank 4, scale 2 on 3 x qkv, 3 x down" in told
         assert ("12 projections in NF4" in told) is (base == "nf4")
         assert len(adapter_layers(model)) == 6 and len(projections(FAMILIES["gpt"], plain)) == 12
