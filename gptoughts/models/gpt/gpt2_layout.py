@@ -1,6 +1,6 @@
 """Convert the native GPT-2 to and from config.json and model.safetensors of transformers' GPT2LMHeadModel.
 
-There names differ, projections are stored for x W (transformers' Conv1D) instead of nn.Linear's x W^T, and the tied head has no
+In that layout names differ, projections are stored for x W (transformers' Conv1D) instead of nn.Linear's x W^T, and the tied head has no
 tensor. Values are not changed, so a round trip is bit-identical.
 """
 

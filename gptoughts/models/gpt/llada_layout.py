@@ -1,6 +1,6 @@
 """Read and write published LLaDA checkpoints: config.json and safetensors, single or sharded with an index.
 
-There names differ, queries, keys and values are three projections instead of one, and gate and up of the MLP are two. Values are
+In that layout names differ, queries, keys and values are three projections instead of one, and gate and up of the MLP are two. Values are
 not changed, so a round trip is bit-identical. Tensors are read one at a time from memory-mapped files. Sizes and config.json are
 defined in `gptoughts.config.llada_spec`.
 """

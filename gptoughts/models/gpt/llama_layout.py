@@ -1,6 +1,6 @@
 """Convert the native GPT's modern form to transformers' layouts of Llama (without QK-norm) and Qwen3 (with QK-norm).
 
-There names differ, queries, keys and values are three projections instead of one, and gate and up of the MLP are two. Values are
+In these layouts names differ, queries, keys and values are three projections instead of one, and gate and up of the MLP are two. Values are
 not changed.
 """
 

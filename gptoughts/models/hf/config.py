@@ -70,7 +70,7 @@ def first_line(error: BaseException) -> str:
 
 def _remote_config(model: ModelConfig) -> PretrainedConfig:
     if model.remote_code != model.path or model.path is None:
-        problem = f"model.remote_code: must equal model.path, {str(model.path)!r}"
+        problem = f"model.remote_code: must equal model.path, {model.path}"
         raise ConfigError(problem, found=repr(model.remote_code), fix=f"--model.path {model.remote_code}")
     folder = folder_with_code(model.path)
     try:

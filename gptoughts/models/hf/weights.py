@@ -105,8 +105,8 @@ class Pretrained:
         """Return the pretrained value of the parameter `name`, the initial value for a new head, or None."""
         if name in self._new:
             return self._drawn.tensor(name, shape) if self._drawn is not None else None
-        held = self._parts.pop(name, None)
-        return None if held is None else held.detach()
+        value = self._parts.pop(name, None)
+        return None if value is None else value.detach()
 
     def buffer(self, name: str) -> Tensor | None:
         """Return the value of a persistent buffer, such as a routing bias."""

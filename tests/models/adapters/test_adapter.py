@@ -1,4 +1,4 @@
-"""An adapter trains and its base does not move; the layers of speed take it; its values are drawn, packed, saved and found again."""
+"""Adapters train on a frozen base, work with the optimization layers, and are initialized, packed, saved and restored."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_it_starts_at_the_base(kind: str, form: str) -> None:
     ids = torch.randint(0, ROWS, (2, 16), generator=torch.Generator().manual_seed(0))
     with engine_of(recipe, plan_of(recipe)) as plain, adapted_engine(config(kind), form) as engine, torch.no_grad():
         assert torch.allclose(engine.bare(ids), plain.bare(ids), atol=1e-5)
-        if kind != "pissa":  # whose base gives up what the adapter takes
+        if kind != "pissa":  # PiSSA moves part of the base into the adapter
             values = weights(plain.bare)
             for name, value in engine.bare.named_parameters():
                 assert is_trained(name) or torch.equal(value, values[base_name(name)])
@@ -84,7 +84,7 @@ def test_the_first_values_depend_on_seed_and_name_alone() -> None:
     shared = [name for name in part if is_trained(name)]
     assert shared and all(torch.equal(first[name], part[name]) for name in shared)
     spread = first["blocks.0.mlp.down.lora_A.default.weight"]
-    assert abs(float(spread.std()) * (3 * spread.shape[1]) ** 0.5 - 1) < 0.1  # peft's uniform draw has this variance
+    assert abs(float(spread.std()) * (3 * spread.shape[1]) ** 0.5 - 1) < 0.1  # variance of peft's uniform initialization
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
@@ -227,7 +227,7 @@ def test_targets_that_are_not_there_are_told_with_what_is() -> None:
             meta_model(recipe, adapted(FAMILIES["gpt"], config(targets=targets)), ROWS)
     with pytest.raises(ConfigError, match="no blocks"):
         matched_targets("all-linear", [])
-    with pytest.raises(ConfigError, match="at most the 64 singular values of .*Found 65"):
+    with pytest.raises(ConfigError, match=r"at most the 64 singular values of .*Found 65"):
         meta_model(recipe, adapted(FAMILIES["gpt"], config("pissa", rank=65)), ROWS)
 
 

@@ -26,7 +26,7 @@ def gpt2(make_model: MakeModel) -> GPT:
 
 
 def random_weights(model: GPT) -> GPT:
-    """No weight at a special value: a forgotten bias or norm shows."""
+    """Give every weight a generic value, so that a missing bias or norm shows."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -225,7 +225,7 @@ def test_missing_and_damaged_files_are_named(gpt2: GPT, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"model\.safetensors: not found"):
         load_hf(tmp_path)
     (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(CheckpointError, match="not a JSON object. Found list"):
+    with pytest.raises(CheckpointError, match=r"not a JSON object. Found list"):
         load_hf(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""Documents that share a row do not feel each other, the llada family sees both ways, and its published layout is a round trip."""
+"""Packed documents are independent, the llada family is bidirectional, and its published layout round-trips."""
 
 import json
 from collections import Counter
@@ -38,7 +38,7 @@ def build(family: str, form: str = "modern", rows: int = 96, length: int = 16, d
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
-                parameter.mul_(10)  # so that a mistake shows
+                parameter.mul_(10)  # so that errors show
     return model.eval()
 
 
@@ -47,7 +47,7 @@ def ids(*shape: int, seed: int = 0) -> Tensor:
 
 
 def counted(*lengths: int) -> Tensor:
-    """Positions 1 x T of documents one after the other."""
+    """Return positions 1 x T of consecutive documents."""
     return torch.cat([torch.arange(length) for length in lengths])[None]
 
 
@@ -137,7 +137,7 @@ def test_all_blocks_get_the_mask_that_was_built_once() -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_positions_without_a_table_row_are_named(form: str) -> None:
     model = build("gpt", form)
-    with pytest.raises(ValueError, match="positions: must be from 0 to 15. Found 1 to 16"):
+    with pytest.raises(ValueError, match=r"positions: must be from 0 to 15. Found 1 to 16"):
         model(ids(1, 16), positions=counted(16) + 1)
     with pytest.raises(ValueError, match="Found -1 to 14"):
         model(ids(1, 16), positions=counted(16) - 1)
@@ -179,11 +179,11 @@ def test_both_attentions_take_mask_scale_and_wider_values(kv_heads: int) -> None
             assert slow.shape == (2, 4, 7, 12)
             torch.testing.assert_close(slow, fast)
     masked = math_attention(query, key, value, False, mask=mask)
-    torch.testing.assert_close(math_attention(query, key, value, True, mask=mask), masked)  # a mask says everything
+    torch.testing.assert_close(math_attention(query, key, value, True, mask=mask), masked)  # a mask includes causality
     changed = value.clone()
     changed[:, :, 5] += 100
     same = math_attention(query, key, changed, False, mask=mask) == masked
-    assert torch.equal(same.all(dim=-1), ~mask[..., 5].expand(2, 4, 7))  # True = may attend
+    assert torch.equal(same.all(dim=-1), ~mask[..., 5].expand(2, 4, 7))  # True = attend
 
 
 @BOTH
@@ -384,7 +384,7 @@ def test_missing_and_damaged_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"model\.safetensors: not found"):
         llada_layout.load(tmp_path)
     (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(CheckpointError, match="not a JSON object. Found list"):
+    with pytest.raises(CheckpointError, match=r"not a JSON object. Found list"):
         llada_layout.load(tmp_path)
 
 

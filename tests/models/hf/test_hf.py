@@ -53,7 +53,7 @@ def recipe_of(folder: Path, key: str = "path", **model: Any) -> Recipe:
 
 
 def saved(folder: Path, kind: str, **more: Any) -> Path:
-    """A folder that transformers wrote, with weights that are nothing but noise."""
+    """Save a transformers model with random weights."""
     content = {"model_type": kind, **(CAUSAL | ENCODERS).get(kind, DENSE), **more}
     loader = AutoModelForQuestionAnswering if kind in ENCODERS else AutoModelForCausalLM
     torch.manual_seed(0)
@@ -76,7 +76,7 @@ def engine_of(recipe: Recipe, family: Family, source: Source, ragged: bool = Fal
 
 @contextmanager
 def opened(folder: Path) -> Iterator[HFModel]:
-    """The folder's model in an engine, in evaluation mode."""
+    """Open the folder's model in an engine, in evaluation mode."""
     recipe = recipe_of(folder)
     with engine_of(recipe, hf_family(recipe.model), Pretrained(folder)) as engine:
         model = engine.bare.eval()
@@ -127,7 +127,7 @@ def test_three_steps_are_those_of_a_plain_loop(kind: str, tmp_path: Path) -> Non
         {"params": [p for p in theirs.parameters() if p.dim() < 2], "weight_decay": 0.0},
     ]
     words = {"lr": 1e-3, "betas": (recipe.optim.beta1, recipe.optim.beta2), "eps": recipe.optim.epsilon}
-    # The engine's own arithmetic: other last bits can send a token to another expert.
+    # Same arithmetic as the engine: different last bits can route a token to another expert.
     optimizer = torch.optim.AdamW(groups, **words, foreach=False, fused=False)
     losses, stream = [], random_batches(recipe, ragged=True)
     for _ in range(3):
@@ -302,7 +302,7 @@ def test_what_cannot_be_built(tmp_path: Path) -> None:
     llama = ModelConfig(family="hf", config=str(write_config(tmp_path / "d", "llama")))
     with pytest.raises(ConfigError, match=r"data.sequence_length: llama has 64 positions. Found 65"):
         hf_family(llama).build(llama, ROWS, 65)
-    with pytest.raises(ConfigError, match=r"model.remote_code: must equal model.path, 'None'. Found 'org/name'"):
+    with pytest.raises(ConfigError, match=r"model.remote_code: must equal model.path, None. Found 'org/name'"):
         hf_family(llama.model_copy(update={"remote_code": "org/name"}))
     config, notes = hf_config.open_config(
         ModelConfig(config=str(write_config(tmp_path / "e", "llama", auto_map={"AutoConfig": "x.Y"})))

