@@ -84,7 +84,9 @@ def export(
         elif isinstance(model, GPT) and model.causal:
             write = _write_native
         elif isinstance(model, GPT) and mask_id is not None:
-            llada_layout.save(_weights(model), model.config, folder, model.sequence_length, mask_id, tokenizer.eot_id)
+            llada_layout.save(
+                _weights(model), model.config, folder, model.sequence_length, mask_id=mask_id, eot_id=tokenizer.eot_id
+            )
             proof = compare(ours, _native_logits(model, folder, ids))
             require(proof, out)
             if isinstance(tokenizer, JsonTokenizer):

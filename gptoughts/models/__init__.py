@@ -1,1 +1,1 @@
-"""Architectures: native GPT and LLaDA, Hugging Face models, adapters, kernels."""
+"""Model architectures: native GPT and LLaDA, Hugging Face models, adapters, fused kernels."""

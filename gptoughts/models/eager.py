@@ -1,4 +1,4 @@
-"""Around the reading of a model by whoever writes or measures text: evaluation mode, no gradients, blocks as they were written."""
+"""Evaluation mode for generation and evaluation: no gradients, no compiled blocks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 @contextmanager
 def eager_reading(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no gradients, and eager blocks: each new length would otherwise be compiled once more."""
+    """Run the block with `model` in evaluation mode, without gradients, and eager: torch.compile would recompile for each length."""
     training = model.training
     model.eval()
     try:

@@ -1,6 +1,6 @@
-"""The port that every architecture offers: how it is built, where its parts are, and how its weights begin.
+"""Model families: how each architecture is built, where its parts are, and how its weights are initialized.
 
-Whoever speeds a model up or fills it asks here and never looks into a model by name.
+Optimizations and weight loading use this interface and never depend on a model's class name.
 """
 
 from __future__ import annotations
@@ -28,33 +28,33 @@ GPT2_STD = 0.02
 
 @dataclass(frozen=True)
 class Initial:
-    """How one parameter begins: normal with mean 0 and `std`, all ones, or all zeros."""
+    """Initialization of one parameter: normal with mean 0 and `std`, all ones, or all zeros."""
 
     kind: Literal["normal", "ones", "zeros"]
     std: float = 0.0
 
 
 class SetAttention(Protocol):
-    """Puts an attention function into every attention module of a model, with masks in the form that it takes."""
+    """Set the attention function of every attention module of a model, with masks of the form that it takes."""
 
     def __call__(self, model: nn.Module, function: AttentionFunction, form: MaskForm = "dense") -> Undo: ...
 
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture, as the rest of the house sees it. A port that is None is not offered.
+    """Interface of one architecture. A field that is None is not supported.
 
     build            (config, embedding rows, sequence length) -> model; call it under torch.device("meta")
-    blocks           model -> {name: repeated block}, in order; empty where none were found
-    tied             model -> [(alias, owner)], by the recipe and so also where allocation untied them
+    blocks           model -> {name: repeated block}, in order; empty if none were found
+    tied             model -> [(alias, owner)] as configured, also after allocation untied them
     retie            makes each alias the owner's Parameter again
-    buffers          (model, device) -> writes the buffers that no checkpoint holds
+    buffers          (model, device): writes the buffers that are not in checkpoints
     attentions       model -> {name: attention module}
-    set_attention    (model, function, form of the masks that it takes = "dense") -> undo; function is an
-                     `attention.AttentionFunction`, form a `packing.MaskForm`
-    head             model -> the module called as head(hidden, labels, reduction) -> loss, with a replaceable `loss`
-    initial          (name, full shape, config) -> how that parameter begins
-    sites            model -> places that a fused norm-and-projection module can take over
+    set_attention    (model, function, mask form = "dense") -> undo; function is an
+                     `attention.AttentionFunction`, form a `masks.MaskForm`
+    head             model -> module called as head(hidden, labels, reduction) -> loss, with a replaceable `loss`
+    initial          (name, full shape, config) -> initialization of that parameter
+    sites            model -> sites that a fused norm-and-projection module can replace
     """
 
     name: str
@@ -70,15 +70,15 @@ class Family:
     sites: Callable[[nn.Module], list[Site]] | None = None
 
 
-# --- how weights begin
+# --- initialization
 
 
 def draw(seed: int, name: str, shape: Sequence[int], initial: Initial) -> torch.Tensor:
-    """The first value of parameter `name`, fp32 on the CPU: a pure function of (seed, name, full shape, initial).
+    """Return the initial value of parameter `name`, fp32 on the CPU: a pure function of (seed, name, full shape, initial).
 
     Every rank draws the whole tensor and keeps its slice, so one rank, DDP and FSDP start from the same bits. Drawn in
-    fp64 and rounded, because torch's fp32 normals differ in the last bits between instruction sets (AVX2 and none);
-    about 30 ns an element.
+    fp64 and rounded, because torch's fp32 normals differ in the last bits between instruction sets (AVX2 and none).
+    Takes about 30 ns per element.
     """
     if initial.kind == "ones":
         return torch.ones(tuple(shape), device="cpu")
@@ -91,9 +91,9 @@ def draw(seed: int, name: str, shape: Sequence[int], initial: Initial) -> torch.
 
 
 def initialize(model: nn.Module, family: Family, config: ModelConfig, seed: int) -> None:
-    """Fill a whole, real model in place with `draw`, and make its ties and buffers good. Not for sharded models."""
+    """Initialize an unsharded model in place with `draw`; restore its ties and write its buffers."""
     if family.initial is None:
-        raise ConfigError(f"the {family.name} family has no initial weights; pass a model that is initialized")
+        raise ConfigError(f"model.family: the {family.name} family has no initialization; pass an initialized model")
     family.retie(model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -105,9 +105,9 @@ def initialize(model: nn.Module, family: Family, config: ModelConfig, seed: int)
 
 
 def gpt_initial(name: str, shape: Sequence[int], config: ModelConfig) -> Initial:
-    """As GPT-2 (Radford et al. 2019): normal 0.02, less by 1/sqrt(2 depth) where a branch joins the residual stream.
+    """Return GPT-2's initialization (Radford et al. 2019): normal 0.02, times 1/sqrt(2 depth) for residual output projections.
 
-    The modern form keeps it (OLMo 2 and nanoGPT do). Norms begin at one, biases at zero.
+    The modern form uses it too (as OLMo 2 and nanoGPT). Norms start at one, biases at zero.
     """
     *_, module, kind = name.split(".")
     if kind == "bias":
@@ -118,12 +118,12 @@ def gpt_initial(name: str, shape: Sequence[int], config: ModelConfig) -> Initial
         return Initial("normal", GPT2_STD / math.sqrt(2 * config.depth))
     if module in ("embed", "positions", "head", "qkv", "up", "gate_up"):
         return Initial("normal", GPT2_STD)
-    raise ConfigError(f"the gpt family has no parameter {name!r} and cannot say how it begins")
+    raise ConfigError(f"{name}: no initialization in the gpt family for this parameter")
 
 
 def _gpt(model: nn.Module) -> GPT:
     if not isinstance(model, GPT):
-        raise TypeError(f"the gpt family was given a {type(model).__name__}")
+        raise TypeError(f"model: not a GPT. Found {type(model).__name__}")
     return model
 
 
@@ -155,7 +155,7 @@ def _gpt_set_attention(model: nn.Module, function: AttentionFunction, form: Mask
 
 
 def native(name: str, causal: bool) -> Family:
-    """The family of the native GPT, looking back only (gpt) or both ways (llada: the mask predictor of Nie et al. 2025)."""
+    """Return the family of the native GPT: causal (gpt) or bidirectional (llada: the mask predictor of Nie et al. 2025)."""
     return Family(
         name=name,
         build=partial(GPT, causal=causal),
@@ -175,17 +175,17 @@ FAMILIES: dict[str, Family] = {"gpt": native("gpt", causal=True), "llada": nativ
 
 
 def family_of(name: str) -> Family:
-    """The family that a recipe names; ConfigError with the nearest name where there is none."""
+    """Return the family called `name`. Raises ConfigError with the nearest name if there is none."""
     if name not in FAMILIES:
-        raise ConfigError(f"model.family = {name!r} is unknown; known: {', '.join(FAMILIES)}{nearest(name, FAMILIES)}")
+        raise ConfigError(f"model.family: not one of {', '.join(FAMILIES)}{nearest(name, FAMILIES)}", found=repr(name))
     return FAMILIES[name]
 
 
-# --- a model of the user's own
+# --- a user's own model
 
 
 def custom_family(model: nn.Module) -> Family:
-    """What can be told of a user's own module: its ties and repeated blocks. No attention, head or initial port.
+    """Return the family of a user's own module: its ties and repeated blocks, without attention, head or initialization.
 
     Blocks are the longest nn.ModuleList or nn.Sequential of at least two children of one class.
     """
@@ -196,13 +196,13 @@ def custom_family(model: nn.Module) -> Family:
         build=lambda config, vocab_size, sequence_length: model,
         blocks=lambda _: dict(blocks),
         tied=lambda _: list(ties),
-        retie=lambda given: _retie(given, ties),
-        buffers=_refuse_meta_buffers,
+        retie=lambda own: _retie(own, ties),
+        buffers=_require_real_buffers,
     )
 
 
 def repeated_blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """Name -> child of the longest list of same-class children in `model`, the outermost of equally long ones."""
+    """Return name -> child of the longest list of same-class children in `model`, the outermost of equally long ones."""
     longest: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         if not isinstance(module, nn.ModuleList | nn.Sequential):
@@ -215,7 +215,7 @@ def repeated_blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def shared_parameters(model: nn.Module) -> list[tuple[str, str]]:
-    """(alias, owner) of every Parameter that has more than one name; the owner is the name met first."""
+    """Return (alias, owner) of every Parameter with more than one name; the owner is its first name."""
     owners: dict[int, str] = {}
     aliases = []
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -231,7 +231,7 @@ def _retie(model: nn.Module, ties: list[tuple[str, str]]) -> None:
         setattr(model.get_submodule(module), attribute, model.get_parameter(owner))
 
 
-def _refuse_meta_buffers(model: nn.Module, device: torch.device) -> None:
+def _require_real_buffers(model: nn.Module, device: torch.device) -> None:
     empty = [name for name, buffer in model.named_buffers() if buffer.is_meta]
     if empty:
-        raise ConfigError(f"buffers of your own model have no values: {', '.join(empty)}; build it on a real device")
+        raise ConfigError(f"model: buffers on the meta device: {', '.join(empty)}", fix="build the model on a real device")

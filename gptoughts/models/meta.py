@@ -1,4 +1,4 @@
-"""Models without memory: their shapes, and no time spent on values that nobody could read."""
+"""Build models on the meta device without running their weight initialization."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-_DRAWS = (Tensor.normal_, Tensor.uniform_)
+_RANDOM_FILLS = (Tensor.normal_, Tensor.uniform_)
 
 
 @contextmanager
 def on_meta() -> Iterator[None]:
-    """What is built inside lies on the meta device and is not initialized.
+    """Create tensors of the block on the meta device and skip their initialization.
 
-    Modules draw their first weights as they are built. On meta that makes nothing, and yet torch loads its compiler to do it.
+    Module constructors initialize weights. On meta that has no effect, but torch imports its compiler to do it.
     """
-    with torch.device("meta"), _NothingDrawn():
+    with torch.device("meta"), _SkipInit():
         yield
 
 
-class _NothingDrawn(TorchFunctionMode):
-    """`torch.nn.init` and the draws below it leave tensors on meta alone."""
+class _SkipInit(TorchFunctionMode):
+    """Skip `torch.nn.init` and the random fills that it calls for tensors on meta."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        given = dict(kwargs or {})
-        if func in _DRAWS or getattr(func, "__module__", None) == nn.init.__name__:
-            drawn = args[0] if args else given.get("tensor")
-            if isinstance(drawn, Tensor) and drawn.is_meta:
-                return drawn
-        return func(*args, **given)
+        keywords = dict(kwargs or {})
+        if func in _RANDOM_FILLS or getattr(func, "__module__", None) == nn.init.__name__:
+            target = args[0] if args else keywords.get("tensor")
+            if isinstance(target, Tensor) and target.is_meta:
+                return target
+        return func(*args, **keywords)

@@ -1,4 +1,4 @@
-"""Sends a module's forward elsewhere while its parameters, names and place stay. Every cut returns its undo."""
+"""Replace a module's forward on the instance; its parameters and names stay. Each patch returns its undo."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ Undo = Callable[[], None]
 
 
 def reroute(module: nn.Module, forward: Callable[..., Any]) -> Undo:
-    """Call `forward` instead of the module's own. Set on the instance, so class, parameters and keys on disk are untouched."""
-    had = module.__dict__.get("forward")
+    """Call `forward` instead of the module's own. Set on the instance: class, parameters and checkpoint keys do not change."""
+    previous = module.__dict__.get("forward")
     module.__dict__["forward"] = forward
 
     def undo() -> None:
-        if had is None:
+        if previous is None:
             module.__dict__.pop("forward", None)
         else:
-            module.__dict__["forward"] = had
+            module.__dict__["forward"] = previous
 
     return undo
 
 
 def pass_through(hidden: Tensor) -> Tensor:
-    """The forward of a module whose work another one does now."""
+    """Return the input: the forward of a module that a fused module replaces."""
     return hidden
 
 
 def share(target: nn.Module, names: dict[str, nn.Parameter | None]) -> None:
-    """Let `target` compute with parameters that another module owns."""
+    """Register parameters of another module in `target`, without copying them."""
     for name, parameter in names.items():
         parameter_table(target)[name] = parameter

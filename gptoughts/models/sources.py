@@ -1,4 +1,4 @@
-"""Where the values of parameters come from, as whoever allocates a model asks for them."""
+"""Sources of parameter values that fill a newly allocated model."""
 
 from __future__ import annotations
 
@@ -16,55 +16,55 @@ class Source(Protocol):
     """Initialization, a checkpoint, a pretrained folder, or an adapter over one of them."""
 
     def tensor(self, name: str, shape: torch.Size) -> Tensor | None:
-        """The full value of the parameter `name`, or None where this source has none."""
+        """Return the full value of the parameter `name`, or None if this source has none."""
 
     def buffer(self, name: str) -> Tensor | None:
-        """The value of the persistent buffer `name`, or None where this source leaves it as it was built."""
+        """Return the value of the persistent buffer `name`, or None to keep the one built with the model."""
 
     def unused(self) -> list[str]:
-        """Names that the source holds and nobody asked for."""
+        """Return stored names that were never read."""
 
 
 class Initialization:
-    """Fresh weights: a pure function of (seed, native name, full shape), the same on every rank."""
+    """Initial weights: a pure function of (seed, native name, full shape), the same on every rank."""
 
     def __init__(self, family: Family, config: ModelConfig, seed: int) -> None:
         self._family, self._config, self._seed = family, config, seed
 
     def tensor(self, name: str, shape: torch.Size) -> Tensor | None:
-        """The first value of the parameter `name`."""
+        """Return the initial value of the parameter `name`."""
         assert self._family.initial is not None
         return draw(self._seed, name, shape, self._family.initial(name, shape, self._config))
 
     def buffer(self, name: str) -> Tensor | None:
-        """Buffers stay as they were built."""
+        """Return None: buffers stay as built."""
         return None
 
     def unused(self) -> list[str]:
-        """Nothing is left over: values are drawn when asked for."""
+        """Return an empty list: values are drawn on demand."""
         return []
 
 
 class AsTheyAre:
-    """A user's own model: its parameters keep the values that they have."""
+    """Current parameter values of a user's own model."""
 
     def __init__(self, model: nn.Module) -> None:
         self._values = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
     def tensor(self, name: str, shape: torch.Size) -> Tensor | None:
-        """The value that the parameter had."""
+        """Return the copied value of the parameter `name`."""
         return self._values.get(name)
 
     def buffer(self, name: str) -> Tensor | None:
-        """Buffers stay as they were built."""
+        """Return None: buffers stay as built."""
         return None
 
     def unused(self) -> list[str]:
-        """Nothing is left over."""
+        """Return an empty list."""
         return []
 
 
 def meta_model(recipe: Recipe, family: Family, rows: int) -> nn.Module:
-    """The recipe's model without memory, over `rows` embedding rows."""
+    """Build the recipe's model on meta with `rows` embedding rows."""
     with on_meta():
         return family.build(recipe.model, rows, recipe.data.sequence_length)

@@ -119,7 +119,7 @@ def test_an_adapter_would_leave_a_new_head_for_answers_as_it_was_drawn() -> None
 
     model = ModelConfig(family="hf", path=str(folder("reader", "bert")))
     family = adapted(hf_family(model, "question-answering"), AdapterConfig(kind="lora", rank=4))
-    with pytest.raises(ConfigError, match=r"adapter.kind with objective question-answering"):
+    with pytest.raises(ConfigError, match=r"adapter.kind: with objective question-answering"):
         family.build(model, 128, LENGTH)
 
 
@@ -168,7 +168,7 @@ def test_code_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch, here: P
     made = own_code("lacking")
     (made / "own.py").unlink()
     asked = ModelConfig(family="hf", path="./lacking", remote_code="./lacking")
-    with pytest.raises(ConfigError, match=r"model.remote_code = './lacking': its code cannot be used: .+") as told:
+    with pytest.raises(ConfigError, match=r"model.remote_code: code of './lacking' cannot be used: .+") as told:
         open_config(asked)
     assert "\n" not in str(told.value)
     (made / "own.py").write_text("import a_package_that_nobody_has\n" + CODE)
@@ -234,7 +234,7 @@ def test_an_exported_adapter_asks_for_its_own_base() -> None:
     other = folder("other")
     weights = load_file(other / "model.safetensors")
     save_file({name: tensor + 0.01 for name, tensor in weights.items()}, other / "model.safetensors", {"format": "pt"})
-    with pytest.raises(CheckpointError, match="is for another base"):
+    with pytest.raises(CheckpointError, match="trained on another base"):
         load("alone", base=str(other))
 
 

@@ -234,7 +234,7 @@ def test_a_model_that_hides_tokens_by_windows_or_padding_refuses_bounds() -> Non
     recipe = recipe_of("llama", model=windowed)
     with engine_of(recipe, plan_of(recipe), packed_batches()) as engine:
         engine.family.set_attention(engine.bare, by_bounds, "lengths")
-        with pytest.raises(LayerError, match="looks back 8 tokens only"):
+        with pytest.raises(LayerError, match="has a sliding window of 8 tokens"):
             steps(engine, 1)
     losses: list[Any] = []
     for function, form in ((math_attention, "dense"), (flex.attend, "blocks")):
@@ -245,7 +245,7 @@ def test_a_model_that_hides_tokens_by_windows_or_padding_refuses_bounds() -> Non
     reader = recipe_of("bert")
     with engine_of(reader, plan_of(reader)) as engine:
         engine.family.set_attention(engine.bare, by_bounds, "lengths")
-        with pytest.raises(LayerError, match="hides tokens that no document bounds tell"):
+        with pytest.raises(LayerError, match="document offsets cannot express"):
             steps(engine, 1)
 
 
@@ -477,9 +477,9 @@ def test_packages_get_their_own_layout_and_words(version: Any, tuples: bool, mon
     assert torch.allclose(attend(query, key, value, True, None, 0.2), math_attention(query, key, value, True, None, 0.2))
     wanted = per_document(query, key, value, positions, True, 0.2)
     assert torch.allclose(attend(query, key, value, True, lengths(positions, True, positions), 0.2), wanted, atol=1e-2)
-    with pytest.raises(LayerError, match=f"{version}: computes in half precision, here torch.float32"):
+    with pytest.raises(LayerError, match=f"{version}: needs half precision. Found torch.float32"):
         attend(query.float(), key.float(), value.float(), True)
-    with pytest.raises(LayerError, match="takes the bounds of documents, not a mask"):
+    with pytest.raises(LayerError, match="takes document offsets, not a mask"):
         attend(query, key, value, True, document_mask(positions, True))
 
 
@@ -538,7 +538,7 @@ def test_torchs_varlen_gets_the_words_of_its_version(function: Any, causal: bool
 
 def test_torch_before_varlen_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", None)
-    with pytest.raises(LayerError, match=re.escape("has no varlen_attn; needs torch 2.10")):
+    with pytest.raises(LayerError, match=re.escape("attention=varlen: needs torch 2.10. Found")):
         flash.torch_varlen()
 
 
@@ -546,14 +546,14 @@ def test_torch_before_varlen_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     ("version", "files", "wanted"),
     [
         ("fa2", {"flash_attn/__init__.py": "raise OSError('libcudart.so.12: cannot open shared object file')"},
-         "attention=fa2: installed and does not import: OSError: libcudart.so.12: cannot open shared object file"),
+         "attention=fa2: installed, but the import fails: OSError: libcudart.so.12: cannot open shared object file"),
         ("fa3", {"flash_attn_interface.py": "import flash_attn_3_c_that_is_not_there"},
-         "attention=fa3: installed and does not import: ModuleNotFoundError: No module named 'flash_attn_3_c_that_is_not_there'"),
+         "attention=fa3: installed, but the import fails: ModuleNotFoundError: No module named 'flash_attn_3_c_that_is_not_there'"),
         ("fa4", {"flash_attn/cute/__init__.py": "raise RuntimeError('cutlass: driver too old')"},
-         "attention=fa4: installed and does not import: RuntimeError: cutlass: driver too old"),
+         "attention=fa4: installed, but the import fails: RuntimeError: cutlass: driver too old"),
         ("fa3", {"flash_attn_interface.py": "flash_attn_func = flash_attn_varlen_func = None",
                  "flash_attn_config.py": "CONFIG = {'build_flags': {'FLASHATTENTION_DISABLE_BACKWARD': True}}"},
-         "attention=fa3: this build of FlashAttention-3 was made for inference and has no backward"),
+         "attention=fa3: inference-only build without backward"),
     ],
 )  # fmt: skip
 def test_a_broken_package_is_quoted(version: str, files: dict[str, str], wanted: str, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Small models that every test here may build."""
+"""Small models for the tests of this folder."""
 
 from collections.abc import Callable
 from typing import Any
@@ -30,5 +30,5 @@ def make_model() -> MakeModel:
 
 @pytest.fixture(params=[GPT2, MODERN], ids=["gpt2", "modern"])
 def form(request: pytest.FixtureRequest) -> dict[str, Any]:
-    """The words of each of the two forms."""
+    """Config options of each of the two forms."""
     return dict(request.param)

@@ -1,4 +1,4 @@
-"""The port: initial weights, ties, buffers and blocks, for the native GPT and for a model of the user's own."""
+"""Families: initial weights, ties, buffers and blocks, of the native GPT and of a user's own model."""
 
 import hashlib
 import os
@@ -41,12 +41,12 @@ def test_draw_is_a_pure_function_of_seed_name_and_shape() -> None:
     for other in (draw(2, "embed.weight", (40, 8), normal), draw(1, "head.weight", (40, 8), normal)):
         assert (first - other).abs().min() > 0
     assert first.dtype == torch.float32
-    assert torch.rand(1).item() == torch.rand(1, generator=torch.Generator().manual_seed(2)).item()  # none was taken
+    assert torch.rand(1).item() == torch.rand(1, generator=torch.Generator().manual_seed(2)).item()  # no draw was taken
 
 
 @pytest.mark.parametrize("instructions", ["default", "avx2"])
 def test_draw_is_the_same_on_other_instruction_sets(instructions: str) -> None:
-    """torch's own fp32 normals are not: they differ between AVX2 and none."""
+    """torch's own fp32 normals differ with and without AVX2."""
     here = draw(7, "blocks.0.mlp.up.weight", (300, 70), Initial("normal", 0.02)).numpy().tobytes()
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": instructions}
     done = subprocess.run([sys.executable, "-c", HASH_OF_DRAW], env=environment, check=True, capture_output=True, text=True)
@@ -88,7 +88,7 @@ def test_meta_then_materialize_then_retie_is_the_real_model(make_model: MakeMode
     assert all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
     assert model.head.weight is model.embed.weight
     model.to_empty(device="cpu")
-    assert model.head.weight is not model.embed.weight  # what to_empty does, and why retie is there
+    assert model.head.weight is not model.embed.weight  # to_empty unties them, so retie is needed
     initialize(model, GPT_FAMILY, real.config, seed=0)
     assert model.head.weight is model.embed.weight
     tokens = torch.arange(16)[None]
@@ -146,9 +146,9 @@ def test_set_attention_reaches_every_block_and_undoes(make_model: MakeModel) -> 
 
 
 def test_unknown_family_offers_the_nearest() -> None:
-    with pytest.raises(ConfigError, match=r"'gtp' is unknown; known: gpt, llada.* \(did you mean 'gpt'\?\)"):
+    with pytest.raises(ConfigError, match=r"model\.family: not one of gpt, llada.* \(did you mean 'gpt'\?\)\. Found 'gtp'"):
         family_of("gtp")
-    with pytest.raises(TypeError, match="given a Linear"):
+    with pytest.raises(TypeError, match=r"not a GPT. Found Linear"):
         GPT_FAMILY.blocks(nn.Linear(1, 1))
 
 
@@ -176,7 +176,7 @@ def test_own_model_shows_its_blocks_and_ties() -> None:
     family.retie(model)
     assert model.head.weight is model.embed.weight
     assert family.build(ModelConfig(), 64, 8) is model
-    with pytest.raises(ConfigError, match="custom family has no initial weights"):
+    with pytest.raises(ConfigError, match="custom family has no initialization; pass an initialized model"):
         initialize(model, family, ModelConfig(), 0)
 
 

@@ -1,4 +1,4 @@
-"""Models on meta: nothing is drawn, and nothing is loaded to draw it."""
+"""Models on meta: no initialization runs, and torch's compiler is not imported."""
 
 from __future__ import annotations
 

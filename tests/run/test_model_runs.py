@@ -102,7 +102,7 @@ def test_an_adapter_holds_its_own_weights_and_asks_for_its_base(here: Path) -> N
     files = json.loads(manifest.read_text(encoding="utf-8"))
     del files["files"]["base.json"]
     manifest.write_text(json.dumps(files), encoding="utf-8")
-    with pytest.raises(CheckpointError, match="is for another base"):
+    with pytest.raises(CheckpointError, match="trained on another base"):
         load(str(outcome.checkpoint))
     assert config["model_type"] == "llama"
 

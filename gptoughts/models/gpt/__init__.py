@@ -1,1 +1,1 @@
-"""The native GPT, its attention functions, and its checkpoint layouts."""
+"""Native GPT, its attention functions and masks, and its checkpoint layouts."""

@@ -1,14 +1,14 @@
-"""The native GPT, top to bottom: GPT-2 and its modern form (RMSNorm, RoPE, SwiGLU, grouped-query heads, QK-norm).
+"""Native GPT: GPT-2 and its modern form (RMSNorm, RoPE, SwiGLU, grouped-query heads, QK-norm).
 
     tokens -> embed (+ positions) -> depth x [ norm, attention, add; norm, mlp, add ] -> norm -> head -> loss or logits
 
-The arithmetic of attention and of rotary positions is in `attention.py`.
+Attention and rotary positions are in `attention.py`.
 With `causal=False` each token attends to all of its document: the mask predictor of masked diffusion (LLaDA).
-Shapes stand behind the lines: B sequences, T new tokens, S tokens to attend to (S > T with a cache), C width,
+Shapes are in comments: B sequences, T new tokens, S tokens to attend to (S > T with a cache), C width,
 H query heads, K key-value heads, D head width, V rows of the embedding.
 
-What has a faster form is a plain attribute, to be replaced by whoever brings it: `Attention.attend` with `GPT.masking`, which
-makes the mask that it takes, `Attention.rotate`, and `Head.loss`.
+Functions with faster implementations are plain attributes that layers replace: `Attention.attend` with `GPT.masking`, which
+builds its mask, `Attention.rotate`, and `Head.loss`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ NORM_EPSILON = 1e-5  # GPT-2's and Llama's
 IGNORED_LABEL = -100
 
 
-# --- normalization: statistics and scale in fp32 whatever the input, because bf16 has 8 bits to square with
+# --- normalization: statistics and scale in fp32 for any input dtype, because bf16 has 8 significant bits
 
 
 class RMSNorm(nn.RMSNorm):
@@ -49,7 +49,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 class LayerNorm(nn.LayerNorm):
-    """Centre and scale the last dimension (Ba et al. 2016), with or without a bias, in the input's dtype."""
+    """Center and scale the last dimension (Ba et al. 2016), with or without a bias, in the input's dtype."""
 
     def forward(self, x: Tensor) -> Tensor:
         weight = None if self.weight is None else self.weight.float()
@@ -58,14 +58,14 @@ class LayerNorm(nn.LayerNorm):
 
 
 def make_norm(config: ModelConfig) -> nn.Module:
-    """The norm that the recipe names, over the width."""
+    """Build the recipe's norm over the width."""
     if config.norm == "rmsnorm":
         return RMSNorm(config.width, eps=NORM_EPSILON)
     return LayerNorm(config.width, eps=NORM_EPSILON, bias=config.bias)
 
 
 def make_dropout(config: ModelConfig) -> nn.Module:
-    """Dropout, or nothing at all where its rate is 0."""
+    """Build dropout, or the identity for rate 0."""
     return nn.Dropout(config.dropout) if config.dropout else nn.Identity()
 
 
@@ -73,10 +73,10 @@ def make_dropout(config: ModelConfig) -> nn.Module:
 
 
 class KeyValueCache:
-    """Keys and values of the tokens seen so far, so that each next token costs one position instead of all.
+    """Keys and values of the tokens so far, so that each next token computes one position only.
 
-    Room for `length` tokens is allocated once, at the first call, in the dtype and on the device of the first keys.
-    Pass the same object to every `GPT.forward` of one batch; `length` of them fit, `used` are taken.
+    Memory for `length` tokens is allocated at the first call, in the dtype and on the device of the first keys.
+    Pass the same object to every `GPT.forward` of one batch. `used` counts the stored tokens.
     """
 
     def __init__(self, depth: int, length: int) -> None:
@@ -86,14 +86,14 @@ class KeyValueCache:
 
 
 class BlockCache:
-    """One block's share of a KeyValueCache."""
+    """One block's part of a KeyValueCache."""
 
     def __init__(self, cache: KeyValueCache) -> None:
         self.cache = cache
         self.stored: Tensor | None = None  # 2 B K length D
 
     def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Write the keys and values of T new tokens (B K T D) behind the old ones; returns all so far (B K S D)."""
+        """Append the keys and values of T new tokens (B K T D). Returns all so far (B K S D)."""
         B, K, T, D = key.shape
         if self.stored is None:
             self.stored = key.new_zeros(2, B, K, self.cache.length, D)
@@ -107,7 +107,7 @@ class BlockCache:
 
 
 class Attention(nn.Module):
-    """Self-attention with one fused projection for queries, keys and values, in this order."""
+    """Self-attention with one fused projection: queries, keys, values in this order."""
 
     def __init__(self, config: ModelConfig, causal: bool = True) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ class Attention(nn.Module):
         self.heads = (config.heads, config.key_value_heads, config.key_value_heads)
         self.qkv = nn.Linear(config.width, sum(self.heads) * config.head_dim, bias=config.bias)
         self.out = nn.Linear(config.width, config.width, bias=config.bias)
-        # Per head, before the rotation (Henry et al. 2020; one scale for all heads, as in Qwen3). Always an RMSNorm.
+        # Per head, before the rotation (Henry et al. 2020; one scale for all heads, as in Qwen3). Always RMSNorm.
         self.query_norm = RMSNorm(config.head_dim, eps=NORM_EPSILON) if config.qk_norm else nn.Identity()
         self.key_norm = RMSNorm(config.head_dim, eps=NORM_EPSILON) if config.qk_norm else nn.Identity()
         self.attend: AttentionFunction = math_attention
@@ -136,10 +136,10 @@ class Attention(nn.Module):
         if cache is not None:
             key, value = cache.extend(key, value)  # B K S D
         if mask is None:
-            mixed = self.attend(query, key, value, self.causal)  # B H T D
+            output = self.attend(query, key, value, self.causal)  # B H T D
         else:
-            mixed = self.attend(query, key, value, self.causal, mask)
-        return self.out(mixed.transpose(1, 2).reshape(B, T, C))
+            output = self.attend(query, key, value, self.causal, mask)
+        return self.out(output.transpose(1, 2).reshape(B, T, C))
 
 
 # --- mlp
@@ -176,8 +176,8 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     """One pre-norm transformer block.
 
-    Nothing differs from block to block but the weights, and the rotary tables come as arguments: torch.compile builds
-    one graph for all. An integer that differed would build one each, and leave blocks eager once its cache is full.
+    Blocks differ in their weights only, and rotary tables are arguments, so torch.compile builds one graph for all blocks.
+    An integer attribute that differs would cause a graph per block, and eager blocks beyond the recompile limit.
     """
 
     def __init__(self, config: ModelConfig, causal: bool = True) -> None:
@@ -196,19 +196,19 @@ class Block(nn.Module):
 
 
 def full_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, reduction: Reduction = "sum") -> Tensor:
-    """The sum of the cross-entropies over all labels but -100, in fp32, from all B T V logits: the reference.
+    """Return the cross-entropy summed over all labels except -100, in fp32, from all B T V logits: the reference.
 
     A `LossFunction`: a scalar, or with reduction "rows" one sum per row, B.
     """
     logits = F.linear(hidden, weight).float().flatten(0, -2)  # BT V
-    wanted = labels.long().flatten()
+    targets = labels.long().flatten()
     if reduction == "sum":
-        return F.cross_entropy(logits, wanted, ignore_index=IGNORED_LABEL, reduction="sum")
-    return F.cross_entropy(logits, wanted, ignore_index=IGNORED_LABEL, reduction="none").view(labels.shape).sum(dim=-1)
+        return F.cross_entropy(logits, targets, ignore_index=IGNORED_LABEL, reduction="sum")
+    return F.cross_entropy(logits, targets, ignore_index=IGNORED_LABEL, reduction="none").view(labels.shape).sum(dim=-1)
 
 
 class Head(nn.Module):
-    """From hidden states to logits or loss. Rows that pad the vocabulary are classes too; sampling never emits them."""
+    """Output layer: logits or loss. Padding rows of the vocabulary count as classes; sampling never emits them."""
 
     weight: Tensor
 
@@ -218,19 +218,19 @@ class Head(nn.Module):
         self.loss: LossFunction = full_cross_entropy
 
     def forward(self, hidden: Tensor, labels: Tensor | None = None, reduction: Reduction = "sum") -> Tensor:
-        """Logits B T V, or with labels (B T, already shifted, -100 ignored) the summed loss, a scalar or B "rows"."""
+        """Return logits B T V, or with labels (B T, already shifted, -100 ignored) the summed loss: a scalar, or B with "rows"."""
         if labels is None:
             return F.linear(hidden, self.weight)
         return self.loss(hidden, self.weight, labels, reduction)
 
 
 class GPT(nn.Module):
-    """A decoder-only transformer (Radford et al. 2019), pre-norm, over `vocab_size` embedding rows.
+    """Decoder-only pre-norm transformer (Radford et al. 2019) with `vocab_size` embedding rows.
 
-    With `causal=False` an encoder with a language model's head (Nie et al. 2025, LLaDA), which has no cache.
-    Dropout stands where GPT-2 has it, behind the embedding and on both residual branches, but not on attention
-    probabilities: the fused kernels that replace `attend` have none. May be built under `torch.device("meta")`;
-    `build_buffers` then belongs after the weights were allocated.
+    With `causal=False` a bidirectional encoder with a language-model head (Nie et al. 2025, LLaDA), without cache.
+    Dropout is applied as in GPT-2, after the embedding and on both residual branches, but not on attention
+    probabilities: the fused kernels that replace `attend` have no dropout. Can be built under `torch.device("meta")`;
+    then call `build_buffers` after the weights are allocated.
     """
 
     cos: Tensor | None
@@ -253,12 +253,12 @@ class GPT(nn.Module):
         self.build_buffers(torch.get_default_device())
 
     def tie(self) -> None:
-        """Make the head's weight the embedding's, the same Parameter, where the recipe ties them."""
+        """Share the embedding's Parameter with the head if the recipe ties them."""
         if self.config.tied:
             self.head.weight = self.embed.weight
 
     def build_buffers(self, device: torch.device) -> None:
-        """Write the rotary tables on `device`, afresh. They follow from the recipe, so no checkpoint holds them."""
+        """Compute the rotary tables on `device`. They follow from the recipe, so checkpoints do not contain them."""
         cos = sin = None
         if self.config.positions == "rope":
             cos, sin = rotary_tables(self.sequence_length, self.config.head_dim, self.config.rope_theta, device)
@@ -273,26 +273,27 @@ class GPT(nn.Module):
         positions: Tensor | None = None,
         reduction: Reduction = "sum",
     ) -> Tensor:
-        """Logits B T V of integer `input_ids` B T; with `labels` (B T, shifted, -100 ignored) the summed loss instead.
+        """Return logits B T V of integer `input_ids` B T, or with `labels` (B T, shifted, -100 ignored) the summed loss.
 
-        `positions` (B T, integer) count inside each document of a row, and a 0 begins one: tokens see no other document.
-        Without them a row is one document. With a cache the tokens continue those it holds. `reduction` "rows" gives
-        one sum per row, B. Raises ValueError beyond `sequence_length` tokens, for a position that has no table row
-        (told on the CPU only: on a GPU the look-up itself fails), and for a cache where none can be.
+        `positions` (B T, integer) count inside each document of a row; 0 starts a document, and tokens attend within their
+        document only. Without `positions` a row is one document. With a cache the tokens continue the cached ones.
+        `reduction` "rows" gives one sum per row, B. Raises ValueError for more than `sequence_length` tokens, for positions
+        outside the tables (checked on the CPU only; on a GPU the lookup fails), and for a cache with positions or with
+        `causal=False`.
         """
         start = cache.used if cache is not None else 0
         end = start + input_ids.shape[1]
         if end > self.sequence_length:
-            raise ValueError(f"{end} tokens are more than the model's sequence_length of {self.sequence_length}")
+            raise ValueError(f"input_ids: at most sequence_length = {self.sequence_length} tokens. Found {end}")
         if cache is not None and (positions is not None or not self.causal):
-            raise ValueError("a cache continues one document per row, in a model that only looks back")
+            raise ValueError("cache: needs a causal model and one document per row (no positions)")
         x = self.embed(input_ids.long())  # B T C
-        # Once for all blocks. A cache holds one document per row, so there `causal` says everything.
+        # Once for all blocks. A cache has one document per row, so `causal` is enough there.
         mask = self.masking(positions, self.causal, input_ids) if cache is None else None
         cos = self.cos[start:end] if self.cos is not None else None  # T D/2
         sin = self.sin[start:end] if self.sin is not None else None
         if positions is not None:
-            self._check(positions)
+            self._check_positions(positions)
             cos = self.cos[positions].unsqueeze(1) if self.cos is not None else None  # B 1 T D/2
             sin = self.sin[positions].unsqueeze(1) if self.sin is not None else None
         if self.positions is not None:
@@ -304,12 +305,8 @@ class GPT(nn.Module):
             cache.used = end
         return self.head(self.norm(x), labels, reduction)
 
-    def _check(self, positions: Tensor) -> None:
-        if (
-            positions.is_cpu and positions.numel() and not torch.compiler.is_compiling()
-        ):  # elsewhere it would wait for the device
-            least, most = (int(value) for value in positions.aminmax())
-            if least < 0 or most >= self.sequence_length:
-                raise ValueError(
-                    f"positions {least} to {most} are not all in the model's sequence_length of {self.sequence_length}"
-                )
+    def _check_positions(self, positions: Tensor) -> None:
+        if positions.is_cpu and positions.numel() and not torch.compiler.is_compiling():  # on a GPU it would synchronize
+            low, high = (int(value) for value in positions.aminmax())
+            if low < 0 or high >= self.sequence_length:
+                raise ValueError(f"positions: must be from 0 to {self.sequence_length - 1}. Found {low} to {high}")

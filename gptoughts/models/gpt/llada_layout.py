@@ -1,8 +1,8 @@
-"""The layout of published LLaDA checkpoints, both ways: config.json and safetensors, whole or in shards with an index.
+"""Read and write published LLaDA checkpoints: config.json and safetensors, single or sharded with an index.
 
-What differs there: other names, queries, keys and values as three projections where the native model has one, and the gate
-and the up of the MLP as two. Values are moved, never changed, so a round trip gives the same bits. Tensors are read one at a
-time from files mapped into memory: opening 8 billion parameters costs nothing. Sizes are `gptoughts.config.llada_spec`'s business.
+In that layout names differ, queries, keys and values are three projections instead of one, and gate and up of the MLP are two. Values are
+not changed, so a round trip is bit-identical. Tensors are read one at a time from memory-mapped files. Sizes and config.json are
+defined in `gptoughts.config.llada_spec`.
 """
 
 from __future__ import annotations
@@ -20,12 +20,10 @@ from torch import Tensor
 from gptoughts.config.llada_spec import published
 from gptoughts.config.loader import ModelConfig
 from gptoughts.errors import CheckpointError
-from gptoughts.models.json_file import read_json
+from gptoughts.models.weight_files import INDEX, SINGLE, read_json, weight_files
 
 SHARD_BYTES = 5 * 10**9
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-PREFIX = "model."  # of the published class around the transformer; files of the inner module alone lack it
+PREFIX = "model."  # added by the published wrapper class; files of the inner module lack it
 
 ENDS = {
     "embed.weight": "transformer.wte.weight",
@@ -37,106 +35,87 @@ BLOCK = {
     "attention.qkv": ("q_proj", "k_proj", "v_proj"),
     "attention.out": ("attn_out",),
     "norm2": ("ff_norm",),
-    "mlp.gate_up": ("ff_proj", "up_proj"),  # silu is taken of ff_proj
+    "mlp.gate_up": ("ff_proj", "up_proj"),  # silu is applied to ff_proj
     "mlp.down": ("ff_out",),
 }
 
 
-def published_names(native: str) -> tuple[str, ...]:
-    """The tensors that make up the native parameter, joined along their first dimension; none for a name that LLaDA has not."""
+def llada_names(native: str) -> tuple[str, ...]:
+    """Return the LLaDA tensors that form a native parameter, concatenated along dimension 0; empty for unknown names."""
     if native in ENDS:
         return (ENDS[native],)
     parts = native.split(".")
     if len(parts) < 4 or parts[0] != "blocks" or not parts[1].isdigit() or parts[-1] != "weight":
         return ()
-    return tuple(f"transformer.blocks.{parts[1]}.{theirs}.weight" for theirs in BLOCK.get(".".join(parts[2:-1]), ()))
+    return tuple(f"transformer.blocks.{parts[1]}.{llada_name}.weight" for llada_name in BLOCK.get(".".join(parts[2:-1]), ()))
 
 
 # --- reading
 
 
 class Published:
-    """The weights in a folder of that layout, as a Source by native names. Nothing is read before it is asked for.
+    """Source of the weights in a LLaDA folder, by native names. Tensors are read on demand.
 
-    A tied model has no head of its own; where a file holds one all the same, it must be the embedding, bit for bit.
+    A tied model has no head tensor; if a file has one, it must equal the embedding bit for bit.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.config = read_json(folder / "config.json")
-        self.files = {path: _opened(path) for path in _files(folder)}
-        self.holders = {name.removeprefix(PREFIX): (file, name) for file in self.files.values() for name in sorted(file.keys())}
-        self._asked: set[str] = set()
+        self.files = {path: _open(path) for path in weight_files(folder)}
+        self.stored = {name.removeprefix(PREFIX): (file, name) for file in self.files.values() for name in sorted(file.keys())}
+        self._read_names: set[str] = set()
 
     def tensor(self, name: str, shape: torch.Size) -> Tensor | None:
-        """The full value of the native parameter `name`, in the files' dtype; None where they have none of its parts.
+        """Return the value of the native parameter `name`, in the files' dtype; None if all of its parts are missing.
 
-        Raises CheckpointError where some of its parts are missing, or the file has other sizes than the model.
+        Raises CheckpointError if some of its parts are missing, or the shape differs from the model's.
         """
-        parts = published_names(name)
-        held = [part for part in parts if part in self.holders]
-        if not held:
+        parts = llada_names(name)
+        present = [part for part in parts if part in self.stored]
+        if not present:
             return None
-        if len(held) < len(parts):
-            missing = ", ".join(part for part in parts if part not in self.holders)
-            raise CheckpointError(f"{self.folder}: {name} is made of {len(parts)} tensors, not there: {missing}")
+        if len(present) < len(parts):
+            missing = ", ".join(part for part in parts if part not in self.stored)
+            raise CheckpointError(f"{self.folder}: {name} needs {len(parts)} tensors, missing: {missing}")
         if name == "embed.weight" and self.config.get("weight_tying"):
             self._require_tied(parts[0])
         values = [self._read(part) for part in parts]
         value = values[0] if len(values) == 1 else torch.cat(values)
         if value.shape != shape:
-            raise CheckpointError(
-                f"{self.folder}: {' + '.join(parts)} make {name} {tuple(value.shape)}, the recipe's [model] {tuple(shape)}"
-            )
+            problem = f"{self.folder}: {name} ({' + '.join(parts)}) must have shape {tuple(shape)} by the recipe's [model]"
+            raise CheckpointError(problem, found=tuple(value.shape))
         return value
 
     def buffer(self, name: str) -> Tensor | None:
-        """No buffer is saved: rotary tables follow from the recipe."""
+        """Return None: rotary tables follow from the recipe."""
         return None
 
     def unused(self) -> list[str]:
-        """Tensors in the files that nobody asked for, by their own names."""
-        return sorted(theirs for name, (_, theirs) in self.holders.items() if name not in self._asked)
+        """Return names of tensors in the files that were never read."""
+        return sorted(stored for name, (_, stored) in self.stored.items() if name not in self._read_names)
 
     def _read(self, part: str) -> Tensor:
-        file, theirs = self.holders[part]
-        self._asked.add(part)
-        return file.get_tensor(theirs)
+        file, stored = self.stored[part]
+        self._read_names.add(part)
+        return file.get_tensor(stored)
 
     def _require_tied(self, embedding: str) -> None:
         head = ENDS["head.weight"]
-        if head in self.holders and not torch.equal(self._read(head), self._read(embedding)):
-            raise CheckpointError(f"{self.folder}: config.json ties head and embedding, and {head} is not {embedding}")
+        if head in self.stored and not torch.equal(self._read(head), self._read(embedding)):
+            raise CheckpointError(f"{self.folder}: config.json ties head and embedding, but {head} differs from {embedding}")
 
 
 def load(folder: Path) -> Published:
-    """The weights of a published checkpoint, to fill a model from. Raises CheckpointError; a pickle is never opened."""
+    """Open the weights of a published checkpoint. Raises CheckpointError; never opens a pickle."""
     return Published(folder)
 
 
-def _files(folder: Path) -> list[Path]:
-    if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
-    if (folder / INDEX).is_file():
-        names = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(names, dict) or not names:
-            raise CheckpointError(f"{folder / INDEX} has no weight_map")
-        return [folder / Path(str(name)).name for name in sorted(set(names.values()))]  # never a path out of the folder
-    pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
-    if not pickles:
-        raise CheckpointError(f"{folder / SINGLE}: not found")
-    raise CheckpointError(
-        f'{folder / pickles[0]} is a pickle, which can run code; where you trust it, type: python -c "import torch, safetensors.torch '
-        f"as s; s.save_file(torch.load('{pickles[0]}', weights_only=True), '{Path(pickles[0]).stem}.safetensors')\" "
-        f"and name the result {SINGLE}"
-    )
-
-
-def _opened(path: Path) -> Any:
+def _open(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
 
 
 # --- writing
@@ -147,15 +126,15 @@ def save(
     model: ModelConfig,
     folder: Path,
     sequence_length: int,
+    *,
     mask_id: int,
     eot_id: int,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write `state` (by native names, on any device) as config.json and safetensors, in shards of at most `shard_bytes`.
 
-    A tensor larger than that has a shard of its own. Every file is read back and compared before this returns. Raises
-    ConfigError where the layout has no place for the model, CheckpointError for missing and unused names, a folder that holds
-    weights already, and a failing disk.
+    A larger tensor gets its own shard. Every file is read back and compared. Raises ConfigError if the layout does not support
+    the model; CheckpointError for missing and unused names, a folder that already contains weights, and failed writes.
     """
     config = published(model, state["embed.weight"].shape[0], sequence_length, mask_id, eot_id)
     tied = {"head.weight"} if model.tied else set()
@@ -163,25 +142,25 @@ def save(
     problems = [f"missing: {', '.join(sorted(names - tied - state.keys()))}"] if names - tied - state.keys() else []
     problems += [f"unused: {', '.join(sorted(state.keys() - names))}"] if state.keys() - names else []
     if problems:
-        raise CheckpointError(f"the parameters of the model are not those of LLaDA; {'; '.join(problems)}")
+        raise CheckpointError(f"model: parameters differ from LLaDA's: {'; '.join(problems)}")
     folder.mkdir(parents=True, exist_ok=True)
     if old := sorted(path.name for path in folder.glob("*.safetensors")):
-        raise CheckpointError(f"{folder} already holds weights: {', '.join(old)}; give another folder, or remove them")
-    sizes_of = {name: state[name].numel() * state[name].element_size() for name in _ordered(state, model)}
+        raise CheckpointError(f"{folder}: already contains weights", found=", ".join(old), fix="another folder")
+    sizes = {name: state[name].numel() * state[name].element_size() for name in _ordered(state, model)}
     shards: list[list[str]] = [[]]
-    room = shard_bytes
-    for name, size in sizes_of.items():
-        if shards[-1] and size > room:
+    free = shard_bytes
+    for name, size in sizes.items():
+        if shards[-1] and size > free:
             shards.append([])
-            room = shard_bytes
+            free = shard_bytes
         shards[-1].append(name)
-        room -= size
+        free -= size
     weight_map: dict[str, str] = {}
-    for number, own in enumerate(shards, 1):
+    for number, names_in_shard in enumerate(shards, 1):
         file = folder / (SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors")
-        weight_map |= dict.fromkeys(_write(file, dict(_split(state, own, model))), file.name)
+        weight_map |= dict.fromkeys(_write(file, dict(_split(state, names_in_shard, model))), file.name)
     if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(sizes_of.values())}, "weight_map": weight_map}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
@@ -191,11 +170,11 @@ def _ordered(state: Mapping[str, Tensor], model: ModelConfig) -> list[str]:
 
 
 def _split(state: Mapping[str, Tensor], names: list[str], model: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """Their names and tensors for some native parameters."""
+    """Yield LLaDA names and tensors of the given native parameters."""
     key_rows = model.key_value_heads * model.head_dim
     rows = {3: [model.width, key_rows, key_rows], 2: [model.inner, model.inner]}
     for name in names:
-        parts = published_names(name)
+        parts = llada_names(name)
         value = state[name].detach().cpu()
         pieces = [value] if len(parts) == 1 else value.split(rows[len(parts)])
         for part, piece in zip(parts, pieces, strict=True):
@@ -204,11 +183,11 @@ def _split(state: Mapping[str, Tensor], names: list[str], model: ModelConfig) ->
 
 def _write(file: Path, tensors: dict[str, Tensor]) -> list[str]:
     save_file(tensors, file, metadata={"format": "pt"})
-    with _opened(file) as written:
+    with _open(file) as written:
         same = set(written.keys()) == tensors.keys() and all(
             torch.equal(written.get_tensor(name).view(torch.uint8), tensor.view(torch.uint8))
             for name, tensor in tensors.items()
         )
     if not same:
-        raise CheckpointError(f"{file} does not hold what was written; is the disk full?")
+        raise CheckpointError(f"{file}: read-back differs from the written values", fix="check free disk space")
     return list(tensors)

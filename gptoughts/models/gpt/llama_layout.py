@@ -1,7 +1,7 @@
-"""The native GPT's modern form in the layouts of Llama (no QK-norm) and Qwen3 (QK-norm) of Hugging Face transformers.
+"""Convert the native GPT's modern form to transformers' layouts of Llama (without QK-norm) and Qwen3 (with QK-norm).
 
-What differs there: other names, queries, keys and values as three projections where the native model has one, gate and up of the
-MLP as two. Values are moved, never changed.
+In these layouts names differ, queries, keys and values are three projections instead of one, and gate and up of the MLP are two. Values are
+not changed.
 """
 
 from __future__ import annotations
@@ -30,20 +30,22 @@ ENDS = {"embed.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.
 
 
 def problems(config: ModelConfig) -> list[str]:
-    """What of `config` neither layout can hold; empty where one can."""
-    differs = [
-        f"{key} = {getattr(config, key)!r} (there: {value!r})" for key, value in FORM.items() if getattr(config, key) != value
+    """Return the settings of `config` that neither layout supports."""
+    differences = [
+        f"{key} = {getattr(config, key)!r} (supported: {value!r})"
+        for key, value in FORM.items()
+        if getattr(config, key) != value
     ]
     if config.bias and config.qk_norm:
-        differs.append("bias = True with qk_norm = True (Qwen3 has no biases in its MLP)")
-    return differs
+        differences.append("bias = True with qk_norm = True (Qwen3 has no biases in its MLP)")
+    return differences
 
 
 def to_hf_config(config: ModelConfig, rows: int, sequence_length: int, eot_id: int | None = None) -> dict[str, Any]:
-    """The content of config.json. Raises ConfigError, naming each difference, where neither layout can hold the model."""
-    differs = problems(config)
-    if differs:
-        raise ConfigError("the layouts of Llama and Qwen3 cannot hold this model: " + ", ".join(differs))
+    """Return the content of config.json. Raises ConfigError listing settings that neither layout supports."""
+    differences = problems(config)
+    if differences:
+        raise ConfigError(f"model: not supported by the layouts of Llama and Qwen3: {', '.join(differences)}")
     kind, name = ("qwen3", "Qwen3ForCausalLM") if config.qk_norm else ("llama", "LlamaForCausalLM")
     return {
         "architectures": [name],
@@ -70,21 +72,21 @@ def to_hf_config(config: ModelConfig, rows: int, sequence_length: int, eot_id: i
 
 
 def to_hf_state(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Their tensors by their names, as views of `state` (native names)."""
-    theirs: dict[str, Tensor] = {}
+    """Return views of `state` (by native names) under transformers' names."""
+    hf_state: dict[str, Tensor] = {}
     for name, value in state.items():
         if name in ENDS:
             if name != "head.weight" or not config.tied:
-                theirs[ENDS[name]] = value
+                hf_state[ENDS[name]] = value
             continue
         block, _, inside = name.removeprefix("blocks.").partition(".")
         module, _, kind = inside.rpartition(".")
-        for part, piece in zip(MODULES[module], _pieces(config, module, value), strict=True):
-            theirs[f"model.layers.{block}.{part}.{kind}"] = piece
-    return theirs
+        for part, piece in zip(MODULES[module], _split(config, module, value), strict=True):
+            hf_state[f"model.layers.{block}.{part}.{kind}"] = piece
+    return hf_state
 
 
-def _pieces(config: ModelConfig, module: str, value: Tensor) -> tuple[Tensor, ...]:
+def _split(config: ModelConfig, module: str, value: Tensor) -> tuple[Tensor, ...]:
     if module == "attention.qkv":
         keys = config.key_value_heads * config.head_dim
         return value.split((config.heads * config.head_dim, keys, keys))

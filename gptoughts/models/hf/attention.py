@@ -1,8 +1,8 @@
-"""Attention of transformers models through a function of ours: the same port that the native models have.
+"""Set the attention function of transformers models, as for native models.
 
-transformers looks its attention up by a name in the model's config. Under the names here stands a function that calls what the
-module itself carries as `attend`. The name decides the form of its masks (`packing.MaskForm`): bool tensors, or none where causality
-says everything; BlockMasks; or the bounds of documents, which travel beside the masks as transformers' own `cu_seq_lens_q`.
+transformers looks up attention functions by a name in the model's config. The functions registered here call the module's own
+attribute `attend`. The name selects the mask form (`masks.MaskForm`): bool tensors, or None if causality is enough; BlockMasks; or
+document offsets, passed beside the masks as transformers' `cu_seq_lens_q`.
 """
 
 from __future__ import annotations
@@ -32,47 +32,50 @@ from gptoughts.models.gpt.masks import Documents, MaskForm
 from gptoughts.models.torch_internals import attention_implementation, takes_attention_functions
 
 NAMES: dict[MaskForm, str] = {"dense": "gptoughts", "blocks": "gptoughts_blocks", "lengths": "gptoughts_lengths"}
-"""Form of the masks -> the name that transformers looks up. None of them holds a word that transformers has meanings for."""
-WRITTEN_OUT = "eager"
-"""transformers' name for attention written out: the baseline."""
-HARMLESS = frozenset(
+"""Mask form -> name registered in transformers. No name contains a word that transformers interprets, such as flash."""
+EAGER = "eager"
+"""transformers' name of its reference attention: the baseline."""
+MATH = "--layer.attention math"
+IGNORED_KWARGS = frozenset(
     ("sliding_window", "position_ids", "use_cache", "output_attentions", "output_hidden_states", "return_dict", "cache_position",
      "position_embeddings", "is_causal", "deterministic", "past_key_values", "output_router_logits", "num_items_in_batch",
      "token_type_ids")
 )  # fmt: skip
-"""Words that transformers passes and that change no number here: the mask already says which tokens a window shows."""
+"""Keyword arguments of transformers that do not change the result: masks already include sliding windows."""
 
 
 def attentions(model: nn.Module) -> dict[str, nn.Module]:
-    """Name -> module whose forward looks its attention function up."""
-    return {name: module for name, module in model.named_modules() if _looks_up(type(module))}
+    """Return name -> module whose forward looks up its attention function."""
+    return {name: module for name, module in model.named_modules() if _uses_interface(type(module))}
 
 
-def _looks_up(kind: type[nn.Module]) -> bool:
+def _uses_interface(kind: type[nn.Module]) -> bool:
     try:
         return kind.__module__.startswith("transformers") and "attention_interface(" in inspect.getsource(kind.forward)
-    except (OSError, TypeError):  # code without source
+    except (OSError, TypeError):  # no source available
         return False
 
 
 def set_attention(model: PreTrainedModel, function: AttentionFunction, form: MaskForm = "dense") -> Callable[[], None]:
-    """Let every attention module compute with `function`, which takes masks of `form`. Returns the undo.
+    """Set `function`, which takes masks of `form`, in every attention module. Returns the undo.
 
-    Raises LayerError where a model's attention is its own.
+    Raises LayerError for models with an attention that a function cannot replace.
     """
     found = attentions(model)
     if not found or not takes_attention_functions(model):
-        raise LayerError(f"transformers' {type(model).__name__} calls its attention itself; take --layer.attention math")
-    own = [key for key in ("attn_logit_softcapping", "attention_softcap") if getattr(model.config, key, None)]
-    if own:
-        raise LayerError(f"{type(model).__name__} caps its attention scores ({own[0]}); take --layer.attention math")
+        raise LayerError(f"attention: {type(model).__name__} does not use transformers' attention interface", fix=MATH)
+    softcaps = [key for key in ("attn_logit_softcapping", "attention_softcap") if getattr(model.config, key, None)]
+    if softcaps:
+        raise LayerError(f"attention: {type(model).__name__} caps its attention scores ({softcaps[0]})", fix=MATH)
     dropping = [name for name, module in found.items() if _dropout(module)]
     if dropping:
-        raise LayerError(f"{dropping[0]} drops attention probabilities, which a fused kernel here does not; set dropout to 0")
+        raise LayerError(
+            f"attention: fused kernels have no dropout of probabilities, which {dropping[0]} uses", fix="--model.dropout 0"
+        )
     AttentionInterface.register(NAMES[form], _dispatch_lengths if form == "lengths" else _dispatch)
     AttentionMaskInterface.register(NAMES[form], _MASKS[form])
     before = attention_implementation(model.config)
-    had = {name: module.__dict__.get("attend") for name, module in found.items()}
+    previous = {name: module.__dict__.get("attend") for name, module in found.items()}
     for module in found.values():
         module.attend = function  # type: ignore[assignment]  # a plain attribute, not a module
     model.set_attn_implementation(NAMES[form])
@@ -80,10 +83,10 @@ def set_attention(model: PreTrainedModel, function: AttentionFunction, form: Mas
     def undo() -> None:
         model.set_attn_implementation(before)
         for name, module in found.items():
-            if had[name] is None:
+            if previous[name] is None:
                 del module.attend
             else:
-                module.attend = had[name]  # type: ignore[assignment]
+                module.attend = previous[name]  # type: ignore[assignment]
 
     return undo
 
@@ -102,22 +105,25 @@ def _dispatch(
     scaling: float | None = None,
     dropout: float = 0.0,
     is_causal: bool | None = None,
-    **words: Any,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls: query B H T D, key B K S D, value B K S E, a bool mask or None -> B T H E, and no scores."""
-    _refuse(module, words, dropout)
+    """Attention function for transformers: query B H T D, key B K S D, value B K S E, bool mask or None -> B T H E, no scores.
+
+    transformers defines this signature.
+    """
+    _require_supported(module, kwargs, dropout)
     causal = module.is_causal if is_causal is None else is_causal
-    # One query sees all keys; with a mask the mask says everything.
+    # A single query attends to all keys. A mask already includes causality.
     causal = bool(causal) and attention_mask is None and query.shape[2] > 1
-    mixed = module.attend(query, key, value, causal, attention_mask, scaling)  # B H T E
-    return mixed.transpose(1, 2).contiguous(), None
+    output = module.attend(query, key, value, causal, attention_mask, scaling)  # B H T E
+    return output.transpose(1, 2).contiguous(), None
 
 
-def _refuse(module: Any, words: dict[str, Any], dropout: float) -> None:
-    asked = [word for word, given in words.items() if given is not None and word not in HARMLESS]
-    if asked or dropout:
-        what = ", ".join([*asked, *(["dropout"] if dropout else [])])
-        raise LayerError(f"{type(module).__name__} asks its attention for {what}; take --layer.attention math")
+def _require_supported(module: Any, kwargs: dict[str, Any], dropout: float) -> None:
+    unsupported = [key for key, value in kwargs.items() if value is not None and key not in IGNORED_KWARGS]
+    unsupported += ["dropout"] if dropout else []
+    if unsupported:
+        raise LayerError(f"attention: {type(module).__name__} needs {', '.join(unsupported)}", fix=MATH)
 
 
 def _dispatch_lengths(
@@ -133,21 +139,23 @@ def _dispatch_lengths(
     max_length_q: int | None = None,
     cu_seq_lens_k: Tensor | None = None,
     max_length_k: int | None = None,
-    **words: Any,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """`_dispatch` for functions that take `Documents`: their bounds must have come with the call, or rows be one document each."""
-    window = words.get("sliding_window")
+    """`_dispatch` for functions that take `Documents`: needs document offsets, or one document per row."""
+    window = kwargs.get("sliding_window")
     if window is not None and window < key.shape[2]:
-        raise LayerError(f"{type(module).__name__} looks back {window} tokens only; take --layer.attention flex or sdpa")
+        problem = f"attention: {type(module).__name__} has a sliding window of {window} tokens"
+        raise LayerError(problem, fix="--layer.attention flex or sdpa")
     if cu_seq_lens_q is None:
         if attention_mask is not None:
-            raise LayerError(f"{type(module).__name__} hides tokens that no document bounds tell; take --layer.attention sdpa")
-        return _dispatch(module, query, key, value, None, scaling, dropout, is_causal, **words)
-    _refuse(module, words, dropout)
+            problem = f"attention: {type(module).__name__} masks tokens in a way that document offsets cannot express"
+            raise LayerError(problem, fix="--layer.attention sdpa")
+        return _dispatch(module, query, key, value, None, scaling, dropout, is_causal, **kwargs)
+    _require_supported(module, kwargs, dropout)
     assert max_length_q is not None
     causal = bool(module.is_causal if is_causal is None else is_causal)
-    mixed = module.attend(query, key, value, causal, Documents(cu_seq_lens_q, max_length_q), scaling)
-    return mixed.transpose(1, 2).contiguous(), None
+    output = module.attend(query, key, value, causal, Documents(cu_seq_lens_q, max_length_q), scaling)
+    return output.transpose(1, 2).contiguous(), None
 
 
 def _block_mask(
@@ -159,13 +167,16 @@ def _block_mask(
     mask_function: Callable[..., Any] = causal_mask_function,
     attention_mask: Tensor | None = None,
     device: Any = "cpu",
-    **words: Any,
+    **kwargs: Any,
 ) -> Any:
-    """A BlockMask of what transformers asks for: documents, windows, padding. With a cache, where queries are few, a dense mask."""
+    """Return a BlockMask of documents, windows and padding; with a cache (fewer queries than keys) a dense mask.
+
+    transformers defines this signature.
+    """
     if q_length != kv_length:
-        asked: dict[str, Any] = {"batch_size": batch_size, "kv_length": kv_length, "q_length": q_length, "q_offset": q_offset}
-        asked |= {"kv_offset": kv_offset, "mask_function": mask_function, "attention_mask": attention_mask, "device": device}
-        return sdpa_mask(**asked, **words)
+        dense: dict[str, Any] = {"batch_size": batch_size, "kv_length": kv_length, "q_length": q_length, "q_offset": q_offset}
+        dense |= {"kv_offset": kv_offset, "mask_function": mask_function, "attention_mask": attention_mask, "device": device}
+        return sdpa_mask(**dense, **kwargs)
     from torch.nn.attention.flex_attention import create_block_mask
 
     padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
@@ -177,9 +188,9 @@ def _block_mask(
 
 
 def _no_mask(
-    mask_function: Callable[..., Any] = causal_mask_function, attention_mask: Tensor | None = None, **words: Any
+    mask_function: Callable[..., Any] = causal_mask_function, attention_mask: Tensor | None = None, **kwargs: Any
 ) -> Tensor | None:
-    """None where causality says everything; else an empty mask, so that a call without the bounds of documents is noticed."""
+    """Return None if causality is enough, else an empty mask, which `_dispatch_lengths` refuses without document offsets."""
     plain = mask_function in (causal_mask_function, bidirectional_mask_function)
     if plain and attention_mask is None:
         return None

@@ -1,4 +1,4 @@
-"""The config of a transformers model as we build it: opened without a hub, its own code refused, dropout as the recipe says."""
+"""Config of a transformers model: read offline, without its own code unless allowed, with the recipe's dropout."""
 
 from __future__ import annotations
 
@@ -29,88 +29,85 @@ LOADERS = {
         "question-answering model",
     ),
 }
-RATES = re.compile(r"dropout|pdrop|layerdrop|drop_rate")
-ON_ATTENTION = re.compile(r"att")
+DROPOUT_KEYS = re.compile(r"dropout|pdrop|layerdrop|drop_rate")
+ATTENTION_KEYS = re.compile(r"att")
 
 
 def open_config(model: ModelConfig, task: Task = "causal") -> tuple[PretrainedConfig, list[str]]:
-    """transformers' config of the model that the recipe names, and what a user should know of it. Raises ConfigError.
+    """Return transformers' config of the recipe's model, and notes for the user. Raises ConfigError.
 
-    Dropout is a choice of each training and no property of weights: rates become `model.dropout`, on attention 0. Quantized
-    weights are read as full ones, so their config is not kept.
+    Dropout is a training option: rates become `model.dropout`, on attention 0. Quantized weights are dequantized, so their
+    quantization_config is dropped.
     """
     content, notes = read_config(model), []
     kind = content["model_type"]
     if model.remote_code is not None:
-        return _remote(model), [f"code of {model.remote_code} runs, as model.remote_code asks"]
+        return _remote_config(model), [f"model.remote_code: code of {model.remote_code} is executed"]
     if kind not in CONFIG_MAPPING:
-        own = " and brings code of its own, which is not run" if "auto_map" in content else ""
-        remedy = f"; model.remote_code = {str(model.path)!r} runs it" if own and model.path else ""
-        raise ConfigError(
-            f"model {model.path or model.config}: transformers does not know the model_type {kind!r}{own}{remedy}"
-        )
-    _, names, what = LOADERS[task]
+        own_code = "auto_map" in content
+        problem = f"model {model.path or model.config}: model_type unknown to transformers"
+        problem += "; the model's own code is not executed by default" if own_code else ""
+        raise ConfigError(problem, found=repr(kind), fix=f"--model.remote_code {model.path}" if own_code and model.path else "")
+    _, names, description = LOADERS[task]
     if kind not in names:
-        raise ConfigError(f"model {model.path or model.config}: transformers has no {what} for the model_type {kind!r}")
+        raise ConfigError(f"model {model.path or model.config}: transformers has no {description} for model_type {kind!r}")
     if content.pop("auto_map", None):
-        notes.append(f"config.json names code of its own (auto_map); transformers' {names[kind]} is used instead")
+        notes.append(f"config.json: own code (auto_map) ignored, transformers' {names[kind]} is used instead")
     content.pop("quantization_config", None)
     try:
         config = CONFIG_MAPPING[kind].from_dict(content)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise ConfigError(f"model {model.path or model.config}: config.json cannot be used: {_first_line(error)}") from error
+        raise ConfigError(f"model {model.path or model.config}: invalid config.json: {first_line(error)}") from error
     notes += _set_dropout(config, model.dropout) if model.dropout is not None else []
     config.use_cache = True
     return config, notes
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Return the first non-empty line of an error's text, or the name of its type."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def _remote(model: ModelConfig) -> PretrainedConfig:
+def _remote_config(model: ModelConfig) -> PretrainedConfig:
     if model.remote_code != model.path or model.path is None:
-        raise ConfigError(
-            f"model.remote_code = {model.remote_code!r}: its code runs only where model.path names the same model"
-        )
+        problem = f"model.remote_code: must equal model.path, {model.path}"
+        raise ConfigError(problem, found=repr(model.remote_code), fix=f"--model.path {model.remote_code}")
     folder = folder_with_code(model.path)
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=True)
-    except (OSError, ImportError, ValueError, KeyError, AttributeError) as error:  # a file, a package or a class is not there
-        raise ConfigError(
-            f"model.remote_code = {model.remote_code!r}: its code cannot be used: {_first_line(error)}"
-        ) from error
+    except (OSError, ImportError, ValueError, KeyError, AttributeError) as error:  # a missing file, package or class
+        raise ConfigError(f"model.remote_code: code of {model.remote_code!r} cannot be used: {first_line(error)}") from error
 
 
 def _set_dropout(config: PretrainedConfig, rate: float) -> list[str]:
     changed = []
     for key, value in sorted(vars(config).items()):
-        if not RATES.search(key) or isinstance(value, bool) or not isinstance(value, int | float):
+        if not DROPOUT_KEYS.search(key) or isinstance(value, bool) or not isinstance(value, int | float):
             continue
-        wanted = 0.0 if ON_ATTENTION.search(key) or "layerdrop" in key else rate
-        if value != wanted:
-            setattr(config, key, wanted)
-            changed.append(f"{key} {value:g} -> {wanted:g}")
-    return [f"dropout is the recipe's (model.dropout): {', '.join(changed)}"] if changed else []
+        target = 0.0 if ATTENTION_KEYS.search(key) or "layerdrop" in key else rate
+        if value != target:
+            setattr(config, key, target)
+            changed.append(f"{key} {value:g} -> {target:g}")
+    return [f"model.dropout replaces the model's rates: {', '.join(changed)}"] if changed else []
 
 
 def model_class(task: Task, model: ModelConfig) -> tuple[Any, dict[str, Any]]:
-    """transformers' loader for `task`, and the words with which it runs a model's own code, or does not."""
+    """Return transformers' loader for `task` and its keyword arguments about a model's own code."""
     return LOADERS[task][0], {"trust_remote_code": model.remote_code is not None}
 
 
 def whole_model(model: ModelConfig, task: Task, rows: int) -> Any:
-    """transformers' own model on meta with `rows` embedding rows, and config.json's dropout: what is saved for others."""
+    """Build transformers' model on meta with `rows` embedding rows and config.json's dropout, for export."""
     config, _ = open_config(model.model_copy(update={"dropout": None}), task)
     config.vocab_size = rows
-    loader, words = model_class(task, model)
+    loader, kwargs = model_class(task, model)
     with on_meta():
-        return loader.from_config(config, attn_implementation="eager", dtype=torch.float32, **words)
+        return loader.from_config(config, attn_implementation="eager", dtype=torch.float32, **kwargs)
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' progress bars and its report of missing keys, where its caller judges what was found."""
+    """Silence transformers' progress bars and its report of missing keys, which the caller checks."""
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()

@@ -1,7 +1,7 @@
-"""Experts of transformers models under autocast: one grouped product over all of them, in the precision that autocast asks for.
+"""Apply autocast to the experts of transformers models, which are computed by one grouped matmul.
 
-Torch's grouped product is opaque to autocast, so that experts, most of such a model's work, would stay in float32. Here autocast's
-rule is applied by hand. Without autocast nothing differs from transformers' own `grouped_mm`.
+Autocast does not cover torch's grouped matmul, so experts, most of such a model's compute, would stay in float32. Here inputs and
+weights are cast explicitly. Without autocast the result equals transformers' `grouped_mm`.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ from transformers.integrations import moe
 from gptoughts.models.torch_internals import experts_implementation
 
 NAME = "gptoughts"
-THEIRS = "grouped_mm"
+GROUPED_MM = "grouped_mm"
 WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
 
 
-def use_grouped_product(model: PreTrainedModel) -> None:
-    """Let the experts of `model` follow autocast where transformers computes them by its grouped product; others stay as they are."""
-    if experts_implementation(model.config) == THEIRS:
+def use_autocast_experts(model: PreTrainedModel) -> None:
+    """Make the experts of `model` follow autocast if transformers computes them by its grouped matmul."""
+    if experts_implementation(model.config) == GROUPED_MM:
         moe.ExpertsInterface.register(NAME, _experts)
         model.set_experts_implementation(NAME)
 
 
-def _experts(module: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-    """hidden N C, chosen N K, weights N K -> N C."""
+def _experts(module: Any, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    """hidden N C, indices N K, weights N K -> N C."""
     kind = hidden.device.type
     if not torch.is_autocast_enabled(kind):
-        return moe.grouped_mm_experts_forward(module, hidden, chosen, weights)
+        return moe.grouped_mm_experts_forward(module, hidden, indices, weights)
     low = torch.get_autocast_dtype(kind)
-    return moe.grouped_mm_experts_forward(_Low(module, low), hidden.to(low), chosen, weights)  # type: ignore[arg-type]
+    return moe.grouped_mm_experts_forward(_CastWeights(module, low), hidden.to(low), indices, weights)  # type: ignore[arg-type]
 
 
-class _Low:
-    """The module, with its weights in another precision."""
+class _CastWeights:
+    """View of a module with its expert weights in another dtype."""
 
     def __init__(self, module: Any, low: torch.dtype) -> None:
         self._module, self._low = module, low

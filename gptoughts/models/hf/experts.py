@@ -1,10 +1,10 @@
-"""Mixtures of experts in models that others wrote: where their routers are, how they choose, and how unbalanced they are.
+"""Find the routers of mixture-of-experts models, and measure and balance their loads.
 
-Nothing here knows a model by its name. A holder of experts is a module with a weight of three dimensions, the first of them the
-experts (transformers since 5.0), or an `nn.ModuleList` of modules of one class. A router is a module beside a holder that has a
-matrix with as many rows or columns as there are experts, and that answers: a copy of it with random weights is given hidden states
-on the CPU and must return a score for every expert and the numbers of those it chose. The answer also tells whether scores become
-probabilities by softmax or by sigmoid. It costs a few milliseconds a router and works for models on meta.
+Detection does not depend on model names. An expert container is a module with a three-dimensional weight whose first dimension is
+the experts (transformers since 5.0), or an `nn.ModuleList` of modules of one class. A router is a sibling of a container that has
+a matrix with as many rows or columns as there are experts, and passes a probe: a copy with random weights gets hidden states on
+the CPU and must return a score for every expert and the indices of the chosen ones. The probe also detects whether scores become
+probabilities by softmax or by sigmoid. It takes a few milliseconds per router and works for models on meta.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from torch import Tensor, nn
 from gptoughts.errors import ConfigError, listed
 from gptoughts.models.torch_internals import convolution_type, unsaved_buffers
 
-COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-"""What transformers' configs call the number of experts that a token can be sent to."""
-COEFFICIENT = "router_aux_loss_coef"
-ALPHA = "aux_loss_alpha"
-BIASES = ("e_score_correction_bias", "expert_bias")
-"""What models call the bias that is added to scores for the choice alone. It learns from loads, not from gradients."""
-PROBES = 16
+EXPERT_COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""Config keys of transformers for the number of routed experts."""
+AUX_LOSS_KEY = "router_aux_loss_coef"
+DEEPSEEK_AUX_LOSS_KEY = "aux_loss_alpha"
+BIAS_NAMES = ("e_score_correction_bias", "expert_bias")
+"""Names of the bias added to scores for the choice only. It is updated from loads, not by gradients."""
+PROBE_TOKENS = 16
 
 
 @dataclass(frozen=True)
 class Router:
-    """One router, as its module answered."""
+    """Router module and the layout of its outputs, as detected by the probe."""
 
     name: str
     module: nn.Module
@@ -40,76 +40,77 @@ class Router:
     chosen: int
     """Experts per token."""
     scores_at: int
-    """Place of the scores, N E before softmax or sigmoid, in what forward returns."""
+    """Index in the outputs of the scores, N E before softmax or sigmoid."""
     choice_at: int
-    """Place of the chosen experts, N K integers."""
+    """Index in the outputs of the chosen experts, N K integers."""
     sigmoid: bool
     """Whether scores become probabilities by sigmoid; else by softmax."""
     bias: tuple[nn.Module, str] | None
-    """Where the bias of the choice is, if there is one: its module and its name there. The tensor itself may be replaced."""
+    """Module and attribute name of the balancing bias, if any. Looked up each time, because the tensor may be replaced."""
 
     def balancing_bias(self) -> Tensor | None:
-        """The bias of the choice as it is now."""
+        """Return the current balancing bias, or None."""
         return None if self.bias is None else getattr(*self.bias)
 
     def trained(self) -> bool:
-        """Whether any weight of the router learns."""
+        """Return whether any weight of the router is trained."""
         return any(parameter.requires_grad for parameter in self.module.parameters())
 
 
 def routers(model: nn.Module) -> dict[str, Router]:
-    """Name -> router of every mixture in `model`, in order; empty for a dense model.
+    """Return name -> router of every mixture in `model`, in order; empty for a dense model.
 
-    Raises ConfigError where the model's config counts experts and no mixture is found, and where a mixture's router does not answer.
+    Raises ConfigError if the model's config counts experts but no mixture is found, and if no router of a mixture passes the probe.
     """
     found: dict[str, Router] = {}
-    silent: dict[str, None] = {}
+    unsupported: dict[str, None] = {}
     for name, block in model.named_modules():
-        for holder, experts in _holders(block):
-            beside = dict(_beside(block, holder, experts))
-            answers = {child: _answer(module, experts) for child, module in beside.items()}
-            heard = {child: answer for child, answer in answers.items() if isinstance(answer, tuple)}
-            for child, (chosen, scores_at, choice_at, sigmoid) in heard.items():
+        for container, experts in _expert_containers(block):
+            candidates = dict(_router_candidates(block, container, experts))
+            results = {child: _probe(module, experts) for child, module in candidates.items()}
+            passed = {child: result for child, result in results.items() if isinstance(result, tuple)}
+            for child, (chosen, scores_at, choice_at, sigmoid) in passed.items():
                 full = f"{name}.{child}" if name else child
-                bias = _bias(block, holder, experts)
-                found[full] = Router(full, beside[child], experts, chosen, scores_at, choice_at, sigmoid, bias)
-            if not heard and _stacked(block.get_submodule(holder)):
-                reasons = [f"{child} ({type(beside[child]).__name__}) {answer}" for child, answer in answers.items()]
-                why = "; ".join(reasons) or f"no module with a matrix of {experts} rows or columns beside them"
-                silent[f"{type(block).__name__}: {why}"] = None
-    if silent:
-        raise listed(
-            "experts without a router that answers with scores and chosen experts; this model cannot be trained here", silent
-        )
-    told = config_of(model)
-    if told is not None and not found:
-        config, key = told
+                found[full] = Router(
+                    name=full, module=candidates[child], experts=experts, chosen=chosen, scores_at=scores_at,
+                    choice_at=choice_at, sigmoid=sigmoid, bias=_balancing_bias(block, container, experts),
+                )  # fmt: skip
+            if not passed and _stacked_experts(block.get_submodule(container)):
+                reasons = [f"{child} ({type(candidates[child]).__name__}) {result}" for child, result in results.items()]
+                reason = "; ".join(reasons) or f"no sibling module has a matrix of {experts} rows or columns"
+                unsupported[f"{type(block).__name__}: {reason}"] = None
+    if unsupported:
+        raise listed("model: no router returns scores and chosen experts, so its experts cannot be trained", unsupported)
+    counted = config_of(model)
+    if counted is not None and not found:
+        config, key = counted
         raise ConfigError(
-            f"the config ({type(config).__name__}) says {key} = {getattr(config, key)}, and no block of the "
-            f"{type(model).__name__} holds experts with a router beside them; a dense model needs a config without {key}"
+            f"{type(config).__name__}.{key}: no block of {type(model).__name__} has experts with a router",
+            found=getattr(config, key),
+            fix=f"for a dense model, a config without {key}",
         )
     return found
 
 
 def described(found: Mapping[str, Router]) -> str:
-    """One line for whoever asks what was found."""
+    """Return a one-line description of the routers."""
     if not found:
         return "dense: no experts"
     kinds: dict[str, int] = {}
     for router in found.values():
-        how = "sigmoid" if router.sigmoid else "softmax"
-        kind = f"{type(router.module).__name__}, {how}, {router.chosen} of {router.experts} experts"
+        scoring = "sigmoid" if router.sigmoid else "softmax"
+        kind = f"{type(router.module).__name__}, {scoring}, {router.chosen} of {router.experts} experts"
         kind += f", balancing bias {router.bias[1]}" if router.bias else ""
         kinds[kind] = kinds.get(kind, 0) + 1
     return "; ".join(f"{count} x {kind}" for kind, count in kinds.items())
 
 
 def config_of(model: nn.Module) -> tuple[Any, str] | None:
-    """The config that counts experts, and its key; None where no module's config does. One expert is no mixture."""
+    """Return the config that counts more than one expert and its key, or None."""
     for module in model.modules():
         config = getattr(module, "config", None)
         for part in (config, getattr(config, "text_config", None)):
-            for key in COUNTS:
+            for key in EXPERT_COUNT_KEYS:
                 value = getattr(part, key, None)
                 if isinstance(value, int) and value > 1:
                     return part, key
@@ -117,56 +118,56 @@ def config_of(model: nn.Module) -> tuple[Any, str] | None:
 
 
 def coefficient(model: nn.Module, found: Mapping[str, Router]) -> float:
-    """Weight of `balance` by the model's own config, else 0.
+    """Return the weight of `balance` from the model's config, else 0.
 
-    `router_aux_loss_coef` goes with this definition. DeepSeek's `aux_loss_alpha` goes with loads that sum to 1 where these sum to the
-    experts per token, so it is divided by them.
+    `router_aux_loss_coef` uses the same definition. DeepSeek's `aux_loss_alpha` assumes loads that sum to 1; ours sum to the experts
+    per token, so it is divided by that number.
     """
-    told = config_of(model)
-    if told is None or not found:
+    counted = config_of(model)
+    if counted is None or not found:
         return 0.0
-    given = getattr(told[0], COEFFICIENT, None)
-    if given is not None:
-        return float(given)
-    return float(getattr(told[0], ALPHA, None) or 0.0) / next(iter(found.values())).chosen
+    weight = getattr(counted[0], AUX_LOSS_KEY, None)
+    if weight is not None:
+        return float(weight)
+    return float(getattr(counted[0], DEEPSEEK_AUX_LOSS_KEY, None) or 0.0) / next(iter(found.values())).chosen
 
 
 def measured(outputs: Sequence[Tensor], router: Router, counted: Tensor) -> Tensor:
-    """2 E: tokens sent to each expert, and probabilities summed, over positions where `counted` (N, 0 or 1) is 1.
+    """Return 2 E: tokens sent to each expert and summed probabilities, over positions where `counted` (N, 0 or 1) is 1.
 
-    Only the second row has a gradient. Probabilities are softmax of the scores, or sigmoids divided by their sum (DeepSeek-V3).
+    Only the second row has a gradient. Probabilities are the softmax of the scores, or sigmoids divided by their sum (DeepSeek-V3).
     """
     scores = outputs[router.scores_at].reshape(-1, router.experts).float()  # N E
     choice = outputs[router.choice_at].reshape(-1, router.chosen)  # N K
     if router.sigmoid:
         positive = scores.sigmoid()
-        shares = positive / (positive.sum(-1, keepdim=True) + 1e-20)
+        probabilities = positive / (positive.sum(-1, keepdim=True) + 1e-20)
     else:
-        shares = scores.softmax(-1)
+        probabilities = scores.softmax(-1)
     sent = torch.zeros(router.experts, device=scores.device)
     sent = sent.index_add(0, choice.flatten(), counted[:, None].expand(choice.shape).flatten())
-    return torch.stack([sent, (shares * counted[:, None]).sum(0)])
+    return torch.stack([sent, (probabilities * counted[:, None]).sum(0)])
 
 
 def balance(seen: Sequence[Tensor]) -> Tensor:
-    """Experts times the sum over experts of load times mean probability, a mean over layers; `seen` is a `measured` per layer.
+    """Return E times the sum over experts of load times mean probability, averaged over layers; `seen` has one `measured` per layer.
 
     Load is the number of choices of an expert per counted token, so a layer that sends every token to K experts evenly gives K.
-    Equal to transformers' `load_balancing_loss_func` called with one layer; with several that function averages loads and
-    probabilities over all layers first, so layers that are each lopsided in another way look even to it, and not here.
+    Equal to transformers' `load_balancing_loss_func` for one layer. For several, that function first averages loads and
+    probabilities over layers, so opposite imbalances of layers cancel there, but not here.
     The product of two means is not linear in the batch: see `Balanced`. Source: Fedus et al. 2021, Switch Transformers, (4) to (6).
     """
     layers = []
     for sent, probability in seen:
-        tokens = probability.detach().sum().clamp(min=1e-6)  # each counted token's probabilities sum to one
+        tokens = probability.detach().sum().clamp(min=1e-6)  # probabilities of each counted token sum to one
         layers.append(len(sent) * (sent.detach() * probability).sum() / tokens**2)
     return torch.stack(layers).mean()
 
 
 def nudge(router: Router, load: Tensor, rate: float) -> None:
-    """Raise the balancing bias by `rate` where `load` (E) is below its mean, lower it where above. Nothing without such a bias.
+    """Raise the balancing bias by `rate` for experts whose `load` (E) is below the mean, lower it above. No-op without a bias.
 
-    Source: Wang et al. 2024, Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts; DeepSeek-V3 takes 1e-3.
+    Source: Wang et al. 2024, Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts; DeepSeek-V3 uses 1e-3.
     """
     bias = router.balancing_bias()
     if bias is None:
@@ -176,11 +177,11 @@ def nudge(router: Router, load: Tensor, rate: float) -> None:
         bias.add_(rate * torch.sign(load.mean() - load).to(bias.dtype).view_as(bias))
 
 
-# --- finding
+# --- detection
 
 
-def _stacked(module: nn.Module) -> int:
-    """Experts whose weights `module` itself holds in one tensor; 0 where it holds none. A convolution's weight is no experts."""
+def _stacked_experts(module: nn.Module) -> int:
+    """Return the number of experts stacked in the three-dimensional weights of `module`, else 0. Convolutions do not count."""
     if isinstance(module, convolution_type()):
         return 0
     sizes = {
@@ -189,39 +190,39 @@ def _stacked(module: nn.Module) -> int:
     return sizes.pop() if len(sizes) == 1 and min(sizes) > 1 else 0
 
 
-def _holders(block: nn.Module) -> Iterator[tuple[str, int]]:
-    """Children of `block` that hold experts, with their number."""
+def _expert_containers(block: nn.Module) -> Iterator[tuple[str, int]]:
+    """Yield children of `block` that contain experts, with the number of experts."""
     for name, child in block.named_children():
-        count = _stacked(child)
+        count = _stacked_experts(child)
         if not count and isinstance(child, nn.ModuleList) and len({type(expert) for expert in child}) == 1:
             count = len(child)
         if count > 1:
             yield name, count
 
 
-def _beside(block: nn.Module, holder: str, experts: int) -> Iterator[tuple[str, nn.Module]]:
+def _router_candidates(block: nn.Module, container: str, experts: int) -> Iterator[tuple[str, nn.Module]]:
     for name, child in block.named_children():
-        if name != holder and any(weight.ndim == 2 and experts in weight.shape for weight in child.parameters()):
+        if name != container and any(weight.ndim == 2 and experts in weight.shape for weight in child.parameters()):
             yield name, child
 
 
-def _bias(block: nn.Module, holder: str, experts: int) -> tuple[nn.Module, str] | None:
+def _balancing_bias(block: nn.Module, container: str, experts: int) -> tuple[nn.Module, str] | None:
     for name, module in block.named_modules():
-        if name.split(".")[0] == holder:
+        if name.split(".")[0] == container:
             continue
         own = {**dict(module.named_buffers(recurse=False)), **dict(module.named_parameters(recurse=False))}
-        for key in BIASES:
+        for key in BIAS_NAMES:
             if key in own and own[key].numel() == experts and not own[key].requires_grad:
                 if key in unsaved_buffers(module):
-                    raise ConfigError(f"{name}.{key} balances experts and is not saved: it must be a persistent buffer")
+                    raise ConfigError(f"{name}.{key}: a balancing bias must be a persistent buffer, so that it is saved")
                 return module, key
     return None
 
 
-def _answer(module: nn.Module, experts: int) -> tuple[int, int, int, bool] | str:
-    """Experts per token, places of scores and choice, and whether sigmoid; or why the module is no router."""
+def _probe(module: nn.Module, experts: int) -> tuple[int, int, int, bool] | str:
+    """Return (experts per token, indices of scores and choice, sigmoid), or the reason why `module` is no router."""
     probe = copy.deepcopy(module)
-    probe.__dict__.pop("forward", None)  # the class's own, whatever was laid over this one
+    probe.__dict__.pop("forward", None)  # use the class's forward, not a patched one
     probe.to_empty(device="cpu").float().eval()
     generator = torch.Generator("cpu").manual_seed(0)
     with torch.no_grad(), torch.device("cpu"):
@@ -230,38 +231,38 @@ def _answer(module: nn.Module, experts: int) -> tuple[int, int, int, bool] | str
         for buffer in probe.buffers():
             buffer.zero_()
         for name, parameter in probe.named_parameters():
-            if name.split(".")[-1] in BIASES:
+            if name.split(".")[-1] in BIAS_NAMES:
                 parameter.zero_()
         width = next(weight.shape[-1] for weight in probe.parameters() if weight.ndim == 2)
-        hidden = torch.randn((1, PROBES, width), generator=generator)
-        more = list(inspect.signature(probe.forward).parameters.values())[1:]
-        extra = [torch.zeros(experts) for one in more if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD]
+        hidden = torch.randn((1, PROBE_TOKENS, width), generator=generator)
+        others = list(inspect.signature(probe.forward).parameters.values())[1:]
+        extra = [torch.zeros(experts) for one in others if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD]
         try:
             outputs = probe(hidden, *extra)
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
             return f"raises {type(error).__name__}: {str(error).splitlines()[0]}"
-    return _reading(outputs, experts)
+    return _parse_outputs(outputs, experts)
 
 
-def _reading(outputs: Any, experts: int) -> tuple[int, int, int, bool] | str:
+def _parse_outputs(outputs: Any, experts: int) -> tuple[int, int, int, bool] | str:
     if not isinstance(outputs, tuple | list) or not all(isinstance(output, Tensor) for output in outputs):
         return "does not return several tensors"
     scores_at = next((at for at, one in enumerate(outputs) if one.is_floating_point() and one.shape[-1:] == (experts,)), None)
     choice_at = next((at for at, one in enumerate(outputs) if one.dtype in (torch.int64, torch.int32)), None)
     if scores_at is None or choice_at is None:
-        return "does not return scores of every expert and the experts chosen"
+        return "does not return scores of every expert and the chosen experts"
     scores, choice = outputs[scores_at].reshape(-1, experts), outputs[choice_at]
-    if len(scores) != PROBES or choice.numel() % PROBES or choice.numel() > PROBES * experts:
+    if len(scores) != PROBE_TOKENS or choice.numel() % PROBE_TOKENS or choice.numel() > PROBE_TOKENS * experts:
         return "does not return a row for each token"
-    choice = choice.reshape(PROBES, -1).long()
+    choice = choice.reshape(PROBE_TOKENS, -1).long()
     others = [one for at, one in enumerate(outputs) if at not in (scores_at, choice_at) and one.numel() == choice.numel()]
-    sigmoid = any(_weighs(one.reshape(choice.shape), scores.sigmoid().gather(1, choice)) for one in others)
-    softmax = any(_weighs(one.reshape(choice.shape), scores.softmax(-1).gather(1, choice)) for one in others)
+    sigmoid = any(_proportional(one.reshape(choice.shape), scores.sigmoid().gather(1, choice)) for one in others)
+    softmax = any(_proportional(one.reshape(choice.shape), scores.softmax(-1).gather(1, choice)) for one in others)
     return choice.shape[1], scores_at, choice_at, sigmoid and not softmax
 
 
-def _weighs(weights: Tensor, expected: Tensor) -> bool:
-    """Whether each token's weights are the expected ones, but for a factor of its own."""
+def _proportional(weights: Tensor, expected: Tensor) -> bool:
+    """Return whether each token's weights are proportional to the expected ones."""
     if weights.shape[1] == 1:
         return torch.allclose(weights, expected, rtol=1e-3)
     return torch.allclose(weights / weights.sum(1, keepdim=True), expected / expected.sum(1, keepdim=True), rtol=1e-3)

@@ -1,7 +1,7 @@
-"""Any causal language model or question-answering encoder of Hugging Face transformers as one of our families, by its own names.
+"""Families of transformers' causal language models and question-answering encoders, under transformers' parameter names.
 
-The parameters are transformers' own, under its names. Around them stand our model call (labels, packed documents), our head with a
-replaceable loss, and ports for attention, ties, buffers and initial weights. Attention written out ("eager") is the baseline.
+Adds our call interface (labels, packed documents), a head with a replaceable loss, and the `Family` functions for attention, ties,
+buffers and initialization. transformers' "eager" attention is the baseline.
 """
 
 from __future__ import annotations
@@ -32,31 +32,31 @@ from gptoughts.models.meta import on_meta
 from gptoughts.models.torch_internals import child_table, share_tables
 
 
-class Adopted(nn.Module):
-    """A module that has the parts of a transformers model as its own, under the same names.
+class TransformersModel(nn.Module):
+    """Module that shares the parameter, buffer and module tables of a transformers model, under the same names.
 
-    Both hold the very same tables of parts, so whoever replaces a parameter or a module here replaces it there, too, and
-    transformers' own methods (generate, save_pretrained) go on working. `inner` itself is no part.
+    Replacing a parameter or module here replaces it in `inner` too, so transformers' methods (generate, save_pretrained) keep
+    working. `inner` is not registered as a submodule.
     """
 
     inner: PreTrainedModel
     form: MaskForm = "dense"
-    """Of the masks that its attention takes."""
+    """Form of the masks that its attention takes."""
 
     def __init__(self, inner: PreTrainedModel) -> None:
         super().__init__()
         object.__setattr__(self, "inner", inner)
         share_tables(self, inner)
 
-    def train(self, mode: bool = True) -> Adopted:
-        """Set the mode of both."""
+    def train(self, mode: bool = True) -> TransformersModel:
+        """Set training mode here and in `inner`."""
         self.inner.training = mode
         super().train(mode)
         return self
 
 
 class Head(nn.Module):
-    """The output layer: logits, or with labels the loss, through a replaceable `loss`."""
+    """Output layer: logits, or with labels the loss, computed by a replaceable `loss`."""
 
     def __init__(self, weight: nn.Parameter) -> None:
         super().__init__()
@@ -64,14 +64,14 @@ class Head(nn.Module):
         self.loss: LossFunction = full_cross_entropy
 
     def forward(self, hidden: Tensor, labels: Tensor | None = None, reduction: Reduction = "sum") -> Tensor:
-        """Logits B T V of hidden B T C, or with labels (B T, already shifted, -100 ignored) the summed loss, a scalar or B "rows"."""
+        """Return logits B T V of hidden B T C, or with labels (B T, shifted, -100 ignored) the summed loss: a scalar, or B with "rows"."""
         if labels is None:
             return F.linear(hidden, self.weight)
         return self.loss(hidden, self.weight, labels, reduction)
 
 
-class HFModel(Adopted):
-    """A causal language model of transformers, called as ours are."""
+class HFModel(TransformersModel):
+    """Causal language model of transformers with the call interface of native models."""
 
     def __init__(self, inner: PreTrainedModel, sequence_length: int) -> None:
         super().__init__(inner)
@@ -86,7 +86,7 @@ class HFModel(Adopted):
 
     @property
     def head(self) -> Head | None:
-        """The head; None where the model does more between hidden states and logits than one product."""
+        """Return the head, or None if logits are more than one matmul of the hidden states."""
         if self.head_name is None:
             return None
         head = self.inner.get_submodule(self.head_name)
@@ -96,41 +96,41 @@ class HFModel(Adopted):
     def forward(
         self, input_ids: Tensor, labels: Tensor | None = None, positions: Tensor | None = None, reduction: Reduction = "sum"
     ) -> Tensor:
-        """Logits B T V of integer `input_ids` B T; with `labels` (B T, shifted, -100 ignored) the summed loss instead.
+        """Return logits B T V of integer `input_ids` B T, or with `labels` (B T, shifted, -100 ignored) the summed loss.
 
-        `positions` (B T) count inside each document of a row, and a 0 begins one: tokens see no other document. Without them
-        a row is one document. `reduction` "rows" gives one sum per row. Raises ValueError for documents in a model that
-        does not keep them apart.
+        `positions` (B T) count inside each document of a row; 0 starts a document, and tokens attend within their document only.
+        Without `positions` a row is one document. `reduction` "rows" gives one sum per row. Raises ValueError for `positions` in
+        a model that does not separate packed documents.
         """
-        words: dict[str, Any] = {"input_ids": input_ids.long(), "use_cache": False}
+        kwargs: dict[str, Any] = {"input_ids": input_ids.long(), "use_cache": False}
         if positions is not None:
             if not self.packs:
                 raise ValueError(
-                    f"{type(self.inner).__name__} does not keep documents in one row apart; set data.packing = false"
+                    f"data.packing: {type(self.inner).__name__} does not separate packed documents. Try: --data.packing false"
                 )
-            # transformers tells documents apart by positions that do not go on, where no mask is given.
-            words["position_ids"] = positions.long()
+            # Without a mask, transformers detects documents by non-consecutive position_ids.
+            kwargs["position_ids"] = positions.long()
             documents = lengths(positions, True, input_ids) if self.form == "lengths" else None
-            if documents is not None:  # the words that transformers has for it
-                words |= {"cu_seq_lens_q": documents.bounds, "cu_seq_lens_k": documents.bounds}
-                words |= {"max_length_q": documents.longest, "max_length_k": documents.longest}
+            if documents is not None:  # transformers' names of document offsets
+                kwargs |= {"cu_seq_lens_q": documents.bounds, "cu_seq_lens_k": documents.bounds}
+                kwargs |= {"max_length_q": documents.longest, "max_length_k": documents.longest}
         if self.head is not None:
             base = getattr(self.inner, self.inner.base_model_prefix)
-            return self.head(base(**words)[0], labels, reduction)
-        logits = self.inner(**words).logits
+            return self.head(base(**kwargs)[0], labels, reduction)
+        logits = self.inner(**kwargs).logits
         return logits if labels is None else _cross_entropy(logits, labels, reduction)
 
     def reader(self) -> HFModel:
-        """What `generate.autoregressive` asks for: itself."""
+        """Return the model itself, for `generate.autoregressive`."""
         return self
 
     def reading(self) -> Callable[[list[int]], Tensor]:
-        """A fresh key-value cache: takes the ids that follow those before, returns the logits (V) of the next one."""
+        """Return a function with a new key-value cache: it takes the next ids and returns the logits (V) of the following one."""
         cache, device = DynamicCache(config=self.inner.config), _embedding(self.inner).device
 
         def read(ids: list[int]) -> Tensor:
-            given = torch.tensor([ids], device=device)
-            return self.inner(input_ids=given, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
+            input_ids = torch.tensor([ids], device=device)
+            return self.inner(input_ids=input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
 
         return read
 
@@ -142,77 +142,78 @@ def _embedding(inner: PreTrainedModel) -> Tensor:
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor, reduction: Reduction) -> Tensor:
-    each = F.cross_entropy(
+    losses = F.cross_entropy(
         logits.float().flatten(0, -2), labels.long().flatten(), ignore_index=IGNORED_LABEL,
         reduction="sum" if reduction == "sum" else "none",
     )  # fmt: skip
-    return each if reduction == "sum" else each.view(labels.shape).sum(dim=-1)
+    return losses if reduction == "sum" else losses.view(labels.shape).sum(dim=-1)
 
 
-class HFEncoder(Adopted):
-    """An encoder of transformers that marks where an answer begins and ends."""
+class HFEncoder(TransformersModel):
+    """Encoder of transformers that predicts start and end of an answer span."""
 
     def __init__(self, inner: PreTrainedModel, sequence_length: int) -> None:
         super().__init__(inner)
         self.sequence_length = sequence_length
-        takes = inspect.signature(inner.forward).parameters
-        self.has_types = "token_type_ids" in takes and getattr(inner.config, "type_vocab_size", 2) > 1
+        parameters = inspect.signature(inner.forward).parameters
+        self.has_types = "token_type_ids" in parameters and getattr(inner.config, "type_vocab_size", 2) > 1
 
     def forward(self, input_ids: Tensor, token_types: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """Logits B T 2 (begins here, ends here) of `input_ids` B T. `mask` B T is true for tokens, false for padding.
+        """Return logits B T 2 (answer start, answer end) of `input_ids` B T. `mask` B T is true for tokens, false for padding.
 
-        `token_types` B T tell question from context; encoders that have none are not given them.
+        `token_types` B T distinguish question and context; encoders without token types ignore them.
         """
-        words: dict[str, Any] = {"input_ids": input_ids.long()}
+        kwargs: dict[str, Any] = {"input_ids": input_ids.long()}
         if mask is not None:
-            words["attention_mask"] = mask.bool()
+            kwargs["attention_mask"] = mask.bool()
         if token_types is not None and self.has_types:
-            words["token_type_ids"] = token_types.long()
-        found = self.inner(**words)
-        return torch.stack((found.start_logits, found.end_logits), dim=-1)
+            kwargs["token_type_ids"] = token_types.long()
+        outputs = self.inner(**kwargs)
+        return torch.stack((outputs.start_logits, outputs.end_logits), dim=-1)
 
 
 # --- the family
 
 
 def hf_family(config: ModelConfig, task: Task = "causal") -> Family:
-    """The family of the transformers model that `config.path` or `config.config` names. Raises ConfigError where it is none for `task`."""
-    theirs, _ = open_config(config, task)
-    specimen = _build(theirs, config, task, 1, wanted_rows=None)
+    """Return the family of the transformers model at `config.path` or `config.config`. Raises ConfigError if `task` does not support it."""
+    hf_config, _ = open_config(config, task)
+    probe = _build(hf_config, config, task, 1, rows=None)
     if task == "causal":
-        _require_causal(specimen.inner)
-    begins = _begins(theirs, config, task)
-    plain = isinstance(specimen, HFModel) and specimen.head_name is not None
+        _require_causal(probe.inner)
+    with on_meta():
+        initials = hf_initial.scheme(_transformers_model(hf_config, config, task, None))
+    has_head = isinstance(probe, HFModel) and probe.head_name is not None
     return Family(
-        name=str(theirs.model_type),
-        build=lambda ours, rows, length: _build(theirs, ours, task, length, rows),
-        blocks=lambda model: _blocks(_adopted(model)),
-        tied=lambda model: _ties(_adopted(model).inner),
-        retie=lambda model: _retie(_adopted(model).inner),
-        buffers=lambda model, device: hf_initial.build_buffers(_adopted(model).inner, device),
+        name=str(hf_config.model_type),
+        build=lambda config, rows, length: _build(hf_config, config, task, length, rows),
+        blocks=lambda model: _blocks(_checked(model)),
+        tied=lambda model: _ties(_checked(model).inner),
+        retie=lambda model: _retie(_checked(model).inner),
+        buffers=lambda model, device: hf_initial.build_buffers(_checked(model).inner, device),
         attentions=hf_attention.attentions,
         set_attention=_set_attention,
-        head=_head if plain else None,
-        initial=hf_initial.initial_of(begins),
+        head=_head if has_head else None,
+        initial=hf_initial.initial_of(initials),
     )
 
 
-def _adopted(model: nn.Module) -> Adopted:
-    if not isinstance(model, Adopted):
-        raise TypeError(f"a family of Hugging Face models was given a {type(model).__name__}")
+def _checked(model: nn.Module) -> TransformersModel:
+    if not isinstance(model, TransformersModel):
+        raise TypeError(f"model: not a Hugging Face model. Found {type(model).__name__}")
     return model
 
 
 def _set_attention(model: nn.Module, function: AttentionFunction, form: MaskForm = "dense") -> Callable[[], None]:
-    adopted = _adopted(model)
+    adopted = _checked(model)
     undo, before = hf_attention.set_attention(adopted.inner, function, form), adopted.form
     adopted.form = form
 
-    def back() -> None:
+    def restore() -> None:
         adopted.form = before
         undo()
 
-    return back
+    return restore
 
 
 def _head(model: nn.Module) -> nn.Module:
@@ -220,43 +221,38 @@ def _head(model: nn.Module) -> nn.Module:
     return model.head
 
 
-def _raw(theirs: PretrainedConfig, ours: ModelConfig, task: Task, rows: int | None) -> PreTrainedModel:
-    mine = copy.deepcopy(theirs)
-    if rows is not None and ours.path is None and rows != mine.vocab_size:
-        mine.vocab_size = rows
-    loader, words = model_class(task, ours)
-    return loader.from_config(mine, attn_implementation=hf_attention.WRITTEN_OUT, dtype=torch.float32, **words)
+def _transformers_model(hf_config: PretrainedConfig, config: ModelConfig, task: Task, rows: int | None) -> PreTrainedModel:
+    hf_config = copy.deepcopy(hf_config)
+    if rows is not None and config.path is None and rows != hf_config.vocab_size:
+        hf_config.vocab_size = rows
+    loader, kwargs = model_class(task, config)
+    return loader.from_config(hf_config, attn_implementation=hf_attention.EAGER, dtype=torch.float32, **kwargs)
 
 
-def _build(theirs: PretrainedConfig, ours: ModelConfig, task: Task, length: int, wanted_rows: int | None) -> Any:
-    if wanted_rows is not None and ours.path is not None and wanted_rows > theirs.vocab_size:
-        raise ConfigError(f"model.path {ours.path}: {wanted_rows} rows are wanted and its embedding has {theirs.vocab_size}")
-    most = max_positions({**theirs.to_dict(), "model_type": theirs.model_type})
-    if most is not None and length > most:
-        raise ConfigError(
-            f"data.sequence_length = {length}: {theirs.model_type} has positions for {most} tokens; set at most {most}"
-        )
+def _build(hf_config: PretrainedConfig, config: ModelConfig, task: Task, length: int, rows: int | None) -> Any:
+    if rows is not None and config.path is not None and rows > hf_config.vocab_size:
+        problem = f"model.path {config.path}: the tokenizer needs {rows} embedding rows"
+        raise ConfigError(problem, found=hf_config.vocab_size)
+    limit = max_positions({**hf_config.to_dict(), "model_type": hf_config.model_type})
+    if limit is not None and length > limit:
+        problem = f"data.sequence_length: {hf_config.model_type} has {limit} positions"
+        raise ConfigError(problem, found=length, fix=f"--data.sequence_length {limit}")
     with on_meta():
-        inner = _raw(theirs, ours, task, wanted_rows)
-    hf_experts.use_grouped_product(inner)
+        inner = _transformers_model(hf_config, config, task, rows)
+    hf_experts.use_autocast_experts(inner)
     return HFModel(inner, length) if task == "causal" else HFEncoder(inner, length)
 
 
-def _begins(theirs: PretrainedConfig, ours: ModelConfig, task: Task) -> dict[str, Any]:
-    with on_meta():
-        return hf_initial.scheme(_raw(theirs, ours, task, None))
-
-
 def _require_causal(inner: PreTrainedModel) -> None:
-    both_ways = [name for name, module in hf_attention.attentions(inner).items() if getattr(module, "is_causal", True) is False]
-    if both_ways:
-        raise ConfigError(
-            f"{inner.config.model_type} reads both ways and cannot learn to predict the next token; "
-            'objective = "question-answering" takes it'
-        )
+    bidirectional = [
+        name for name, module in hf_attention.attentions(inner).items() if getattr(module, "is_causal", True) is False
+    ]
+    if bidirectional:
+        problem = f"objective: {inner.config.model_type} is bidirectional and cannot be trained to predict the next token"
+        raise ConfigError(problem, fix="--objective question-answering")
 
 
-def _blocks(model: Adopted) -> dict[str, nn.Module]:
+def _blocks(model: TransformersModel) -> dict[str, nn.Module]:
     base_name = model.inner.base_model_prefix
     base = child_table(model).get(base_name) or model
     prefix = f"{base_name}." if base is not model else ""

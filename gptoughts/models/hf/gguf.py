@@ -1,6 +1,6 @@
-"""A GGUF file as a Hugging Face folder: `python -m gptoughts.models.hf.gguf SRC DST`. Quantized weights become float32.
+"""Convert a GGUF file to a Hugging Face folder: `python -m gptoughts.models.hf.gguf SRC DST`. Weights become float32.
 
-Run once per file, in a process of its own, by `hub.folder_of`. What is in the file is the truth: config, tokenizer and weights.
+Run once per file, in its own process, by `config.model_path.folder_of`. Config, tokenizer and weights all come from the file.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ def convert(gguf: Path, folder: Path) -> None:
     """Write config.json, model.safetensors and the tokenizer of `gguf` into `folder`. Raises CheckpointError."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     try:
-        import gguf as _reader  # noqa: F401  # transformers reads the file through it
+        import gguf as _reader  # noqa: F401  # used by transformers
     except ImportError:
-        raise CheckpointError("reading a .gguf file needs the package gguf; pip install gguf") from None
+        raise CheckpointError(f"{gguf}: needs the package gguf", fix="pip install gguf") from None
     import transformers
 
     try:
-        words = {"gguf_file": gguf.name, "local_files_only": True}
-        model = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **words)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, **words)
-    except Exception as error:  # a foreign file in a foreign reader: struct.error, IndexError, whatever else it meets
-        said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise CheckpointError(f"{gguf}: {said[:300]}") from error
+        kwargs = {"gguf_file": gguf.name, "local_files_only": True}
+        model = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **kwargs)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, **kwargs)
+    except Exception as error:  # transformers' reader raises struct.error, IndexError and others for invalid files
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise CheckpointError(f"{gguf}: {reason[:300]}") from error
     config = model.config
-    # The weights are full ones now; with this key nobody could save or train them.
+    # The weights are dequantized; with this key transformers would refuse to save and train them.
     config.__dict__.pop("quantization_config", None)
-    setattr(model, "hf_quantizer", None)  # noqa: B010  # transformers' own slot, which its types do not tell
+    setattr(model, "hf_quantizer", None)  # noqa: B010  # an attribute of transformers that its types omit
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -46,18 +46,18 @@ def _check(folder: Path, gguf: Path) -> None:
     content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if "quantization_config" in content or not (folder / "tokenizer.json").is_file():
         shutil.rmtree(folder, ignore_errors=True)
-        raise CheckpointError(f"{gguf}: could not be converted to a folder that can be trained")
+        raise CheckpointError(f"{gguf}: conversion gave quantized weights or no tokenizer.json")
 
 
-def main(words: list[str]) -> int:
-    """The program: SRC and DST. One line on stderr where it fails."""
-    if len(words) != 2:
+def main(arguments: list[str]) -> int:
+    """Convert SRC to DST. Prints an error as one line on stderr and returns the exit code."""
+    if len(arguments) != 2:
         print("usage: python -m gptoughts.models.hf.gguf SRC.gguf DST", file=sys.stderr)
         return 2
     try:
-        convert(Path(words[0]), Path(words[1]))
+        convert(Path(arguments[0]), Path(arguments[1]))
     except GptoughtsError as error:
-        print(error, file=sys.stderr)
+        print(str(error).replace("\n ", ""), file=sys.stderr)
         return error.exit_code
     return 0
 

@@ -1,7 +1,7 @@
-"""How the weights and buffers of a transformers model begin: its own scheme, read from its own code, as our pure draw.
+"""Initialization of a transformers model's weights and buffers, derived from its own `_init_weights`.
 
-transformers fills each module with `_init_weights`, which draws in place. Here that runs on tensors without memory under a mode
-that writes down what each parameter would have been filled with; the filling itself is then `family.draw`.
+transformers initializes each module in place. Here `_init_weights` runs on meta tensors under a mode that records the fill of each
+parameter; the values are then drawn by `family.draw`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from gptoughts.models.family import Initial
 from gptoughts.models.torch_internals import buffer_table, initialized, weight_initializer
 
 
-class _Record(TorchFunctionMode):
-    """Writes down the last filling of each tensor and leaves it undone."""
+class _FillRecorder(TorchFunctionMode):
+    """Record the last in-place fill of each tensor without executing it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,19 +31,19 @@ class _Record(TorchFunctionMode):
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        name, words = getattr(function, "__name__", ""), dict(kwargs or {})
-        # Part of a tensor, such as the row of the padding token, is another tensor: the whole one's filling stays on record.
-        filled = args[0] if args else words.get("tensor")  # torch.nn.init passes everything by word
+        name, keywords = getattr(function, "__name__", ""), dict(kwargs or {})
+        # A slice, such as the row of the padding token, is another tensor, so the record of the full one is kept.
+        filled = args[0] if args else keywords.get("tensor")  # torch.nn.init passes keyword arguments
         if name.endswith("_") and not name.endswith("__") and isinstance(filled, Tensor):
-            said = (*args[1:], *(words[key] for key in ("mean", "std", "value", "val", "a", "b") if key in words))
-            self.last[id(filled)] = (name, tuple(float(number) for number in said if isinstance(number, int | float)))
+            values = (*args[1:], *(keywords[key] for key in ("mean", "std", "value", "val", "a", "b") if key in keywords))
+            self.last[id(filled)] = (name, tuple(float(value) for value in values if isinstance(value, int | float)))
             return filled
-        return function(*args, **words)
+        return function(*args, **keywords)
 
 
 def scheme(model: PreTrainedModel) -> dict[str, Initial | None]:
-    """Name -> how each parameter of `model`, which is on meta, begins; None where that is no normal, ones or zeros."""
-    record = _Record()
+    """Return name -> initialization of each parameter of `model`, which is on meta; None for other fills than normal, ones, zeros."""
+    record = _FillRecorder()
     with torch.no_grad(), record:
         for module, fill in _in_order(model, weight_initializer(model)):
             fill(module)
@@ -51,14 +51,14 @@ def scheme(model: PreTrainedModel) -> dict[str, Initial | None]:
 
 
 def _in_order(module: nn.Module, fill: Callable[[nn.Module], None]) -> Iterator[tuple[nn.Module, Callable[[nn.Module], None]]]:
-    """Modules as transformers visits them: children first, a model inside a model by its own scheme."""
+    """Yield modules in transformers' order, children first, with the `_init_weights` of the enclosing model."""
     for child in module.children():
         yield from _in_order(child, weight_initializer(child) if isinstance(child, PreTrainedModel) else fill)
     yield module, fill
 
 
-def _initial(filling: tuple[str, tuple[float, ...]] | None) -> Initial | None:
-    match filling:
+def _initial(fill: tuple[str, tuple[float, ...]] | None) -> Initial | None:
+    match fill:
         case ("normal_", (mean, std)) if mean == 0:
             return Initial("normal", std)
         case ("zero_", _) | ("fill_", (0.0,)):
@@ -68,15 +68,14 @@ def _initial(filling: tuple[str, tuple[float, ...]] | None) -> Initial | None:
     return None
 
 
-def initial_of(begins: Mapping[str, Initial | None]) -> Callable[[str, Sequence[int], ModelConfig], Initial]:
-    """The family's `initial` port. It raises ConfigError for a parameter whose beginning our draw cannot say."""
+def initial_of(initials: Mapping[str, Initial | None]) -> Callable[[str, Sequence[int], ModelConfig], Initial]:
+    """Return the function `Family.initial`, which raises ConfigError for parameters with an unsupported initialization."""
 
     def initial(name: str, shape: Sequence[int], config: ModelConfig) -> Initial:
-        found = begins.get(name)
+        found = initials.get(name)
         if found is None:
-            raise ConfigError(
-                f"transformers begins {name} neither normal nor as ones or zeros; take pretrained weights (model.path)"
-            )
+            problem = f"{name}: transformers' initialization is not normal, ones or zeros"
+            raise ConfigError(problem, fix="pretrained weights (--model.path)")
         return found
 
     return initial
@@ -86,25 +85,25 @@ def initial_of(begins: Mapping[str, Initial | None]) -> Callable[[str, Sequence[
 
 
 def build_buffers(model: PreTrainedModel, device: torch.device) -> None:
-    """Give every buffer memory on `device` and the value that transformers begins it with: rotary frequencies, routing biases.
+    """Allocate every buffer on `device` with transformers' initial value: rotary frequencies, routing biases.
 
-    Parameters stay as they are. A buffer that transformers leaves as it finds it is told, because it would hold garbage.
+    Parameters do not change. Raises RunError for buffers that transformers does not initialize.
     """
     owners = [(module, fill) for module, fill in _in_order(model, weight_initializer(model)) if _buffers(module)]
-    twice: list[list[Tensor]] = []
-    for garbage in (0, 1):  # what is not written keeps the garbage, which differs between the two rounds
+    rounds: list[list[Tensor]] = []
+    for filler in (0, 1):  # uninitialized elements keep the filler and so differ between the two rounds
         with torch.no_grad(), _protected(model):
             for module, fill in owners:
                 for name, buffer in _buffers(module).items():
-                    buffer_table(module)[name] = torch.full_like(buffer, garbage, device=device)
+                    buffer_table(module)[name] = torch.full_like(buffer, filler, device=device)
                 fill(module)
-        twice.append([buffer for module, _ in owners for buffer in _buffers(module).values()])
+        rounds.append([buffer for module, _ in owners for buffer in _buffers(module).values()])
     names = [name for name, buffer in model.named_buffers() if buffer is not None]
     values = dict(model.named_buffers())
     by_id = {id(values[name]): name for name in names}
-    bad = [by_id.get(id(new), "?") for old, new in zip(*twice, strict=True) if not torch.equal(old, new)]
-    if bad:
-        raise RunError(f"transformers does not say how these buffers begin: {', '.join(bad)}")
+    uninitialized = [by_id.get(id(new), "?") for old, new in zip(*rounds, strict=True) if not torch.equal(old, new)]
+    if uninitialized:
+        raise RunError(f"model: transformers does not initialize these buffers: {', '.join(uninitialized)}")
 
 
 def _buffers(module: nn.Module) -> dict[str, Tensor]:
@@ -113,6 +112,6 @@ def _buffers(module: nn.Module) -> dict[str, Tensor]:
 
 @contextmanager
 def _protected(model: nn.Module) -> Iterator[None]:
-    """Parameters are not drawn again, and torch's generators stay where they are."""
+    """Mark parameters as initialized, so that they and torch's random generators do not change."""
     with initialized(model.parameters()):
         yield

@@ -1,4 +1,4 @@
-"""What kind of model a transformers model is, asked of the model itself and not looked up by its name."""
+"""Detect properties of a transformers model by running or parsing its code, not by its name."""
 
 from __future__ import annotations
 
@@ -17,14 +17,13 @@ from gptoughts.models.hf import attention as hf_attention
 from gptoughts.models.torch_internals import child_table
 
 MASK_MAKER = re.compile(r"create_\w*causal_mask|mask_function")
-"""What builds the mask of self-attention in a base model's forward."""
+"""Functions that build self-attention masks in a base model's forward."""
 
 
 def plain_head(inner: PreTrainedModel) -> str | None:
-    """The name of the head, where logits are nothing but its product with the base model's hidden states; else None.
+    """Return the name of the head if logits are exactly its matmul with the base model's hidden states, else None.
 
-    Asked by calling the model's own forward around a stand-in base and a stand-in head with known, large values: soft caps, scales
-    and biases would all show.
+    Calls the model's forward with a stub base and a stub head of known, large values, which reveals soft caps, scales and biases.
     """
     output, base_name = inner.get_output_embeddings(), inner.base_model_prefix
     name = next((name for name, module in inner.named_modules() if module is output), None)
@@ -44,10 +43,10 @@ def plain_head(inner: PreTrainedModel) -> str | None:
         training = inner.training
         try:
             inner.training = False
-            child_table(inner)[base_name] = _Says(hidden)
-            child_table(inner)[name] = _Maps(weight)
+            child_table(inner)[base_name] = _StubBase(hidden)
+            child_table(inner)[name] = _StubHead(weight)
             logits = inner(input_ids=torch.zeros(1, 3, dtype=torch.long), use_cache=False).logits
-        except (AttributeError, RuntimeError, TypeError, ValueError):  # it wants more than a plain model does
+        except (AttributeError, RuntimeError, TypeError, ValueError):  # forward needs more than the stubs
             return None
         finally:
             inner.training = training
@@ -55,18 +54,20 @@ def plain_head(inner: PreTrainedModel) -> str | None:
         return name if torch.equal(logits, F.linear(hidden, weight)) else None
 
 
-class _Says(nn.Module):
-    """A base model that has always the same hidden states, and nothing else to say."""
+class _StubBase(nn.Module):
+    """Stub base model with fixed hidden states and no other outputs."""
 
     def __init__(self, hidden: Tensor) -> None:
         super().__init__()
         self.hidden = hidden
 
-    def forward(self, *arguments: Any, **words: Any) -> Any:
-        return _Output(self.hidden)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return _StubOutput(self.hidden)
 
 
-class _Output:
+class _StubOutput:
+    """Stub model output: hidden states, None for every other field."""
+
     def __init__(self, hidden: Tensor) -> None:
         self.last_hidden_state = hidden
 
@@ -77,7 +78,9 @@ class _Output:
         return None
 
 
-class _Maps(nn.Module):
+class _StubHead(nn.Module):
+    """Stub head with a fixed weight."""
+
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
         self.weight = weight
@@ -87,21 +90,21 @@ class _Maps(nn.Module):
 
 
 def separates_documents(inner: PreTrainedModel) -> bool:
-    """Whether the base model builds every mask from positions and has no layer that carries state along the row."""
+    """Return whether the base model builds every mask from positions and has no recurrent or convolution layers."""
     base = getattr(inner, inner.base_model_prefix, None)
     kinds = getattr(inner.config, "layer_types", None) or []
     if base is None or any("attention" not in kind or "linear" in kind for kind in kinds):
         return False
-    return bool(hf_attention.attentions(base)) and _masks_know_positions(type(base))
+    return bool(hf_attention.attentions(base)) and _masks_use_positions(type(base))
 
 
-def _masks_know_positions(base: type[nn.Module]) -> bool:
+def _masks_use_positions(base: type[nn.Module]) -> bool:
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(base.forward)))
-    except (OSError, TypeError, SyntaxError):  # no source to be read: then nothing can be promised
+    except (OSError, TypeError, SyntaxError):  # no source, so it cannot be verified
         return False
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and MASK_MAKER.fullmatch(ast.unparse(node.func))]
-    words = {ast.unparse(key) for node in ast.walk(tree) if isinstance(node, ast.Dict) for key in node.keys if key}
-    shared = "'position_ids'" in words
-    told = [any(word.arg == "position_ids" or (word.arg is None and shared) for word in call.keywords) for call in calls]
-    return bool(told) and all(told)
+    keys = {ast.unparse(key) for node in ast.walk(tree) if isinstance(node, ast.Dict) for key in node.keys if key}
+    in_dict = "'position_ids'" in keys
+    uses = [any(word.arg == "position_ids" or (word.arg is None and in_dict) for word in call.keywords) for call in calls]
+    return bool(uses) and all(uses)

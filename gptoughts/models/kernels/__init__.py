@@ -1,1 +1,1 @@
-"""Fused kernels and the places in a model where they apply."""
+"""Fused kernels and the modules of a model that they replace."""

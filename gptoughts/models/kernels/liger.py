@@ -1,6 +1,6 @@
-"""Liger-Kernel's Triton kernels in the places of a model where they compute the same. The one file that imports liger_kernel.
+"""Replace norms, rotary embeddings and MLPs by Liger-Kernel's equivalent Triton kernels. The only file that imports liger_kernel.
 
-Parameters stay the model's own, under their names; nothing of another library is rebound.
+Parameters and their names do not change, and no other library is monkeypatched.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from gptoughts.errors import LayerError
 from gptoughts.models.gpt.gpt import Attention, SwiGLU
-from gptoughts.models.kernels.liger_places import ROTARY, TAKEN, Part, Place, places
+from gptoughts.models.kernels.liger_places import PATCHED, ROTARY, Part, Place, places
 from gptoughts.models.patching import Undo, reroute
 
 OPERATORS: dict[Part, tuple[str, ...]] = {
@@ -25,27 +25,29 @@ OPERATORS: dict[Part, tuple[str, ...]] = {
     "rope": ("LigerRopeFunction",),
     "mlp": ("LigerSiLUMulFunction", "LigerFusedGateUpSiLUMulFunction"),
 }
-"""What torch's profiler calls the forward of each part."""
+"""Profiler names of each part's forward."""
 
 
 def install(model: nn.Module, parts: Iterable[Part]) -> list[Undo]:
-    """Put Liger's kernels into every place. Returns the undos. Raises LayerError where there is no place, or the package is broken."""
+    """Patch every matching module with Liger's kernels. Returns the undos. Raises LayerError if none matches or the package is broken."""
     found, left = places(model, parts)
     if not found:
-        what = f"; left as they are: {', '.join(left[:3])}" if left else ""
-        raise LayerError(f"kernels=liger: no module of this model computes what Liger's kernels compute{what}")
-    put: dict[Part, Callable[[Place], Undo]] = {"norm": _put_norm, "rope": _put_rope, "mlp": _put_mlp}
-    return [put[place.part](place) for place in found]
+        similar = f" (similar, but different: {', '.join(left[:3])})" if left else ""
+        raise LayerError(
+            f"kernels=liger: no module of this model matches Liger's kernels{similar}", fix="--layer.kernels torch-kernels"
+        )
+    patches: dict[Part, Callable[[Place], Undo]] = {"norm": _patch_norm, "rope": _patch_rope, "mlp": _patch_mlp}
+    return [patches[place.part](place) for place in found]
 
 
-# --- what takes its place
+# --- patches
 
 
-def _put_norm(place: Place) -> Undo:
+def _patch_norm(place: Place) -> Undo:
     module, function = place.module, kernels().norm
-    # Not in place: that would write into the gradient it is given, which another branch may still want.
-    words = (place.epsilon, place.offset, place.casts, False, None)
-    rest = words[: _takes(function) - 2]  # the last came with a later version
+    # Not in place: in-place backward overwrites the incoming gradient, which another branch may still need.
+    arguments = (place.epsilon, place.offset, place.casts, False, None)
+    rest = arguments[: _arity(function) - 2]  # older versions lack the last one
 
     def forward(hidden: Tensor) -> Tensor:
         return function.apply(hidden, module.weight, *rest)
@@ -53,7 +55,7 @@ def _put_norm(place: Place) -> Undo:
     return reroute(module, _marked(forward))
 
 
-def _put_mlp(place: Place) -> Undo:
+def _patch_mlp(place: Place) -> Undo:
     module: Any = place.module
     if isinstance(module, SwiGLU):
         return reroute(module, _marked(_native_mlp(module)))
@@ -70,20 +72,20 @@ def _native_mlp(module: SwiGLU) -> Callable[[Tensor], Tensor]:
 
     def forward(hidden: Tensor) -> Tensor:
         projected = module.gate_up(hidden)
-        if both is not None:  # reads both halves where they stand; its gradient has the form of rows, so it is given rows
+        if both is not None:  # reads both halves without copies; needs 2D input, because its gradient is 2D
             return module.down(both.apply(projected.flatten(0, -2)).unflatten(0, hidden.shape[:-1]))
         return module.down(gated.apply(*projected.chunk(2, dim=-1)))
 
     return forward
 
 
-def _put_rope(place: Place) -> Undo:
+def _patch_rope(place: Place) -> Undo:
     module, function = place.module, kernels().rope
     if isinstance(module, Attention):
         before = module.rotate
 
         def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-            """Tables T D/2, or B 1 T D/2; the kernel wants them 1 T D or B T D."""
+            """Convert tables from T D/2 or B 1 T D/2 to the kernel's 1 T D or B T D."""
             tables = [torch.cat((table, table), dim=-1) for table in (cos, sin)]
             tables = [table[None] if table.dim() == 2 else table[:, 0] for table in tables]
             return function.apply(query, key, *tables)
@@ -100,21 +102,21 @@ def _put_rope(place: Place) -> Undo:
 
 
 def _with_rotary(forward: types.FunctionType, function: Any) -> types.FunctionType:
-    """`forward` as it is written, looking up another rotary function: a copy with globals of its own, so that nobody else's change."""
+    """Return a copy of `forward` with its own globals, where the rotary function is replaced; the original does not change."""
 
     def rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         return function.apply(query, key, cos, sin)
 
-    # Without the module's name: torch.compile would look globals up in the module of that name, and find the old function.
+    # Without __name__: torch.compile would look up globals in the module of that name and find the original function.
     scope = {name: value for name, value in forward.__globals__.items() if name != "__name__"}
     scope[ROTARY] = rotary
-    made = types.FunctionType(forward.__code__, scope, forward.__name__, forward.__defaults__, forward.__closure__)
-    made.__kwdefaults__ = forward.__kwdefaults__
-    return made
+    copied = types.FunctionType(forward.__code__, scope, forward.__name__, forward.__defaults__, forward.__closure__)
+    copied.__kwdefaults__ = forward.__kwdefaults__
+    return copied
 
 
 def _marked(function: Any) -> Any:
-    setattr(function, TAKEN, True)
+    setattr(function, PATCHED, True)
     return function
 
 
@@ -123,7 +125,7 @@ def _marked(function: Any) -> Any:
 
 @dataclass(frozen=True)
 class Kernels:
-    """Liger's autograd functions. `gated_both` takes gate and up in one tensor; versions before it have None."""
+    """Liger's autograd functions. `gated_both` takes gate and up in one tensor; None in older versions."""
 
     norm: Any
     rope: Any
@@ -133,39 +135,37 @@ class Kernels:
 
 @cache
 def kernels() -> Kernels:
-    """The package's functions. Raises LayerError quoting it where it is installed and broken."""
+    """Import the package's functions. Raises LayerError with the import error of a broken package."""
     try:
         from liger_kernel.ops import rms_norm, rope, swiglu
-    except Exception as error:  # a Triton that does not fit raises whatever it likes
-        raise LayerError(
-            f"kernels=liger: liger_kernel is installed and does not import: {type(error).__name__}: {error}"
-        ) from error
+    except Exception as error:  # an incompatible Triton may raise any type
+        problem = f"kernels=liger: liger_kernel is installed, but the import fails: {type(error).__name__}: {error}"
+        raise LayerError(problem) from error
     both = getattr(swiglu, "LigerFusedGateUpSiLUMulFunction", None)
     return Kernels(rms_norm.LigerRMSNormFunction, rope.LigerRopeFunction, swiglu.LigerSiLUMulFunction, both)
 
 
 def fused_linear_cross_entropy() -> Callable[[Tensor, Tensor, Tensor, str], Tensor]:
-    """loss(hidden N C, weight V C, labels N, "sum" or "none") -> a sum, or one loss per label, in float32; -100 is ignored."""
+    """Return loss(hidden N C, weight V C, labels N, "sum" or "none") -> the sum, or one loss per label, in float32; -100 is ignored."""
     try:
         from liger_kernel.ops import fused_linear_cross_entropy as ops
     except Exception as error:  # as above
-        raise LayerError(f"loss=fused-ce: liger_kernel does not import: {type(error).__name__}: {error}") from error
+        raise LayerError(f"loss=fused-ce: liger_kernel: the import fails: {type(error).__name__}: {error}") from error
 
     def loss(hidden: Tensor, weight: Tensor, labels: Tensor, reduction: str) -> Tensor:
         if (
             reduction == "none"
             and "token_grad_output" not in inspect.signature(ops.fused_linear_cross_entropy_forward).parameters
         ):
-            raise LayerError(
-                "loss=fused-ce: this liger_kernel weighs no single rows\n  try: --layer.loss.implementation sliced"
-            )
-        wanted = (None, None, -100, 0.0, 0.0, reduction, None, False, torch.float32)  # sums of the weight's gradient in float32
-        result: Tensor = ops.LigerFusedLinearCrossEntropyFunction.apply(hidden, weight, labels, *wanted)[0]
+            problem = "loss=fused-ce: this version of liger_kernel has no gradient per row"
+            raise LayerError(problem, fix="--layer.loss.implementation sliced")
+        options = (None, None, -100, 0.0, 0.0, reduction, None, False, torch.float32)  # weight gradient accumulated in float32
+        result: Tensor = ops.LigerFusedLinearCrossEntropyFunction.apply(hidden, weight, labels, *options)[0]
         return result
 
     return loss
 
 
-def _takes(function: Any) -> int:
-    """How many arguments an autograd function's forward takes behind its context."""
+def _arity(function: Any) -> int:
+    """Return the number of arguments of an autograd function's forward, without its context."""
     return len(inspect.signature(function.forward).parameters) - 1

@@ -1,7 +1,7 @@
-"""Where a model computes what Liger's kernels compute, told by asking and not by the model's name.
+"""Find modules that compute exactly what Liger's kernels compute, by running them instead of matching model names.
 
-A norm, a gated MLP or a rotary function of any library is given small inputs, and only one that computes what the kernel computes
-(epsilon, offset, where it rounds) is a place for it.
+Norms, gated MLPs and rotary functions of any library are run on small inputs. Only those that agree with the kernel (epsilon,
+offset, rounding) are replaced.
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ Part = Literal["norm", "rope", "mlp"]
 PARTS: tuple[Part, ...] = ("norm", "rope", "mlp")
 
 ROTARY = "apply_rotary_pos_emb"
-TAKEN = "_liger"
-"""Mark on a function that stands in a module's place."""
+PATCHED = "_liger"
+"""Attribute that marks a replaced function."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """One place that a kernel can take over, and how it computes there."""
+    """Module that a kernel can replace, and the parameters of the kernel."""
 
     part: Part
     name: str
     module: nn.Module
     casts: str = ""
-    """norm: "llama" rounds before the weight, "gemma" after it."""
+    """norm: "llama" rounds before multiplying by the weight, "gemma" after it."""
     offset: float = 0.0
     epsilon: float = 0.0
 
     def taken(self) -> bool:
-        """Whether a kernel stands here now."""
-        held = self.module.rotate if isinstance(self.module, Attention) else self.module.__dict__.get("forward")
-        return hasattr(getattr(held, "__func__", held), TAKEN)
+        """Return whether the module is patched now."""
+        forward = self.module.rotate if isinstance(self.module, Attention) else self.module.__dict__.get("forward")
+        return hasattr(getattr(forward, "__func__", forward), PATCHED)
 
 
 def places(model: nn.Module, parts: Iterable[Part]) -> tuple[list[Place], list[str]]:
-    """Places for kernels of `parts`, and the names of those that look like one and compute something else."""
+    """Return modules that kernels of `parts` can replace, and names of similar modules that compute something else."""
     wanted, found, left = set(parts), [], []
     learned = isinstance(model, GPT) and model.config.positions == "learned"
     inside = [name for name, module in model.named_modules() if not isinstance(module, Attention) and _is_attention(module)]
@@ -54,9 +54,9 @@ def places(model: nn.Module, parts: Iterable[Part]) -> tuple[list[Place], list[s
         if "norm" in wanted and _is_norm(module):
             place = _norm(name, module, any(name.startswith(f"{one}.") for one in inside))
         elif "mlp" in wanted and _is_gated(module):
-            place = Place("mlp", name, module) if _gates_as_the_kernel(module) else None
+            place = Place("mlp", name, module) if _is_swiglu(module) else None
         elif "rope" in wanted and _is_rotary(module) and not learned:
-            place = Place("rope", name, module) if _rotates_as_the_kernel(module) else None
+            place = Place("rope", name, module) if _is_standard_rotary(module) else None
         else:
             continue
         found += [place] if place else []
@@ -65,7 +65,7 @@ def places(model: nn.Module, parts: Iterable[Part]) -> tuple[list[Place], list[s
 
 
 def counted(found: list[Place]) -> Iterator[tuple[Part, int, int]]:
-    """Per part that has places: how many there are, and how many hold a kernel."""
+    """Yield (part, number of places, number of patched ones) for each part with places."""
     for part in PARTS:
         of_part = [place for place in found if place.part == part]
         if of_part:
@@ -91,10 +91,10 @@ def _is_attention(module: nn.Module) -> bool:
 
 
 def _is_rotary(module: nn.Module) -> bool:
-    return isinstance(module, Attention) or any(name.startswith(ROTARY) for name in _names_of(type(module)))
+    return isinstance(module, Attention) or any(name.startswith(ROTARY) for name in _global_names(type(module)))
 
 
-def _names_of(kind: type[nn.Module]) -> tuple[str, ...]:
+def _global_names(kind: type[nn.Module]) -> tuple[str, ...]:
     code = getattr(kind.forward, "__code__", None)
     return code.co_names if code is not None else ()
 
@@ -107,8 +107,8 @@ def _norm(name: str, module: nn.Module, inside_attention: bool) -> Place | None:
         return None
     for casts in ("llama", "gemma"):
         for offset in (0.0, 1.0):
-            if _norms_as(module, casts, offset, epsilon):
-                # There a half-precision input meets a float32 weight: theirs widens, and the kernel does not.
+            if _computes_norm(module, casts, offset, epsilon):
+                # In attention a half-precision input meets a float32 weight: the module widens its output, the kernel does not.
                 return None if casts == "llama" and inside_attention else Place("norm", name, module, casts, offset, epsilon)
     return None
 
@@ -119,25 +119,25 @@ def _width(module: nn.Module) -> int:
     return len(weight)
 
 
-def _norms_as(module: nn.Module, casts: str, offset: float, epsilon: float) -> bool:
+def _computes_norm(module: nn.Module, casts: str, offset: float, epsilon: float) -> bool:
     generator = torch.Generator("cpu").manual_seed(0)
     with torch.device("cpu"), torch.no_grad():
         weight = torch.randn(_width(module), generator=generator)
         x = 3 * torch.randn(5, len(weight), generator=generator)
         for dtype in (torch.float32, torch.bfloat16):
-            theirs = _with(module, weight=nn.Parameter(weight.to(dtype)))(x.to(dtype))
+            actual = _with(module, weight=nn.Parameter(weight.to(dtype)))(x.to(dtype))
             scaled = x.to(dtype).float() * torch.rsqrt(x.to(dtype).float().pow(2).mean(-1, keepdim=True) + epsilon)
             if casts == "llama":
-                ours = (offset + weight.to(dtype)) * scaled.to(dtype)
+                expected = (offset + weight.to(dtype)) * scaled.to(dtype)
             else:
-                ours = ((offset + weight.to(dtype).float()) * scaled).to(dtype)
-            if theirs.dtype != ours.dtype or not torch.allclose(theirs, ours, rtol=1e-5, atol=1e-6):
+                expected = ((offset + weight.to(dtype).float()) * scaled).to(dtype)
+            if actual.dtype != expected.dtype or not torch.allclose(actual, expected, rtol=1e-5, atol=1e-6):
                 return False
     return True
 
 
 def _with(module: nn.Module, **parts: Any) -> nn.Module:
-    """A copy with other parameters or modules, and everything else shared; its class's own forward."""
+    """Return a shallow copy with other parameters or modules and the class's own forward."""
     twin = copy.copy(module)
     twin.__dict__.pop("forward", None)
     set_parts(
@@ -148,7 +148,7 @@ def _with(module: nn.Module, **parts: Any) -> nn.Module:
     return twin
 
 
-def _gates_as_the_kernel(module: nn.Module) -> bool:
+def _is_swiglu(module: nn.Module) -> bool:
     if isinstance(module, SwiGLU):
         return True
     generator = torch.Generator("cpu").manual_seed(0)
@@ -157,19 +157,19 @@ def _gates_as_the_kernel(module: nn.Module) -> bool:
         for linear in linears.values():
             linear.weight.copy_(torch.randn(8, 8, generator=generator))
         x = torch.randn(3, 8, generator=generator)
-        wanted = linears["down_proj"](F.silu(linears["gate_proj"](x)) * linears["up_proj"](x))
+        expected = linears["down_proj"](F.silu(linears["gate_proj"](x)) * linears["up_proj"](x))
         try:
-            theirs = _with(module, **linears)(x)
-        except (AttributeError, RuntimeError, TypeError, ValueError):  # it wants more than one input, or other widths
+            actual = _with(module, **linears)(x)
+        except (AttributeError, RuntimeError, TypeError, ValueError):  # needs more inputs or other widths
             return False
-    return isinstance(theirs, Tensor) and torch.allclose(theirs, wanted, rtol=1e-5, atol=1e-6)
+    return isinstance(actual, Tensor) and torch.allclose(actual, expected, rtol=1e-5, atol=1e-6)
 
 
-def _rotates_as_the_kernel(module: nn.Module) -> bool:
+def _is_standard_rotary(module: nn.Module) -> bool:
     if isinstance(module, Attention):
         return True
     kind = type(module)
-    if [name for name in _names_of(kind) if name.startswith(ROTARY)] != [ROTARY]:
+    if [name for name in _global_names(kind) if name.startswith(ROTARY)] != [ROTARY]:
         return False
     generator = torch.Generator("cpu").manual_seed(0)
     query, key = (torch.randn(2, heads, 5, 8, generator=generator, device="cpu") for heads in (4, 2))
@@ -177,8 +177,8 @@ def _rotates_as_the_kernel(module: nn.Module) -> bool:
     cos, sin = angle.cos(), angle.sin()
     doubled = (torch.cat((table, table), dim=-1) for table in (cos, sin))
     try:
-        theirs = kind.forward.__globals__[ROTARY](query, key, *doubled)
-    except (RuntimeError, TypeError, ValueError):  # it takes other tables
+        actual = kind.forward.__globals__[ROTARY](query, key, *doubled)
+    except (RuntimeError, TypeError, ValueError):  # takes other tables
         return False
-    ours = rotate_both(query, key, cos[:, None], sin[:, None])
-    return all(torch.allclose(one, other, atol=1e-5) for one, other in zip(theirs, ours, strict=True))
+    expected = rotate_both(query, key, cos[:, None], sin[:, None])
+    return all(torch.allclose(one, other, atol=1e-5) for one, other in zip(actual, expected, strict=True))

@@ -1,4 +1,4 @@
-"""One rank of an adapter's data-parallel test: trains on its share of ragged batches, over a packed base."""
+"""One rank of the data-parallel adapter test: trains on its part of ragged batches, with a packed base."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.support.engines import plan_of, recipe_of, steps, watched
 
 
 def main(out: str) -> None:
-    """Two steps that are compared, then one that is watched."""
+    """Run two compared steps, then a watched one."""
     world, recipe = world_from_environment(os.environ), recipe_of()
     layers: dict[str, Any] = {"microbatch": "fixed", "microbatch.sequences": 1}
     layers["parallel"] = "ddp" if world.world_size > 1 else "single"

@@ -37,7 +37,7 @@ def adapted_engine(
     saved: Source | None = None,
     recipe: Recipe | None = None,
 ) -> Iterator[Engine]:
-    """An engine that trains `adapter` over drawn weights."""
+    """Build an engine that trains `adapter` on initialized weights."""
     recipe = recipe or recipe_of(form)
     family = adapted(FAMILIES["gpt"], adapter)
     model = meta_model(recipe, family, ROWS)
@@ -50,12 +50,12 @@ def adapted_engine(
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of every parameter."""
+    """Return a copy of every parameter."""
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
 class State:
-    """Values by name as a source, as a checkpoint gives them."""
+    """Source of values by name, like a checkpoint."""
 
     def __init__(self, values: dict[str, Tensor]) -> None:
         self.values, self.left = values, dict.fromkeys(values)
@@ -72,7 +72,7 @@ class State:
 
 
 def theirs(kind: str) -> nn.Module:
-    """A transformers model of a few thousand parameters, with weights that are large enough to compute something."""
+    """Build a transformers model of a few thousand parameters, with weights large enough to affect the logits."""
     import transformers as t
 
     torch.manual_seed(0)
@@ -98,7 +98,7 @@ def theirs(kind: str) -> nn.Module:
 
 
 def plain_family(model: nn.Module) -> Family:
-    """A transformers model as a family by what can be told of it; `build` makes an empty one of its config."""
+    """Return the custom family of a transformers model; `build` makes an empty one of its config."""
 
     def build(config: ModelConfig, rows: int, length: int) -> nn.Module:
         with torch.device("meta"):
@@ -115,7 +115,7 @@ def plain_family(model: nn.Module) -> Family:
 
 
 def _buffers(model: nn.Module, device: torch.device) -> None:
-    """Rotary frequencies and masks follow from the config: they are taken from a model built with memory."""
+    """Copy rotary frequencies and masks, which follow from the config, from a model built on the CPU."""
     real = type(model)(model.config)
     for name, buffer in real.named_buffers():
         place, _, own = name.rpartition(".")
@@ -123,7 +123,7 @@ def _buffers(model: nn.Module, device: torch.device) -> None:
 
 
 def filled(family: Family, source_of: Any) -> nn.Module:
-    """A built model with the values that `source_of(model)` gives, as `Engine.materialize` would fill it."""
+    """Build a model with the values of `source_of(model)`, as `Engine.materialize` fills it."""
     recipe = recipe_of("modern")
     model = family.build(ANY, 96, 32)
     source = source_of(model)

@@ -1,4 +1,4 @@
-"""An adapter trains and its base does not move; the layers of speed take it; its values are drawn, packed, saved and found again."""
+"""Adapters train on a frozen base, work with the optimization layers, and are initialized, packed, saved and restored."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from gptoughts.models.adapters.adapter import (
     adapted,
     adapter_layers,
     base_name,
-    chosen,
     is_trained,
+    matched_targets,
     merge,
     projections,
     summary,
@@ -53,7 +53,7 @@ def test_it_starts_at_the_base(kind: str, form: str) -> None:
     ids = torch.randint(0, ROWS, (2, 16), generator=torch.Generator().manual_seed(0))
     with engine_of(recipe, plan_of(recipe)) as plain, adapted_engine(config(kind), form) as engine, torch.no_grad():
         assert torch.allclose(engine.bare(ids), plain.bare(ids), atol=1e-5)
-        if kind != "pissa":  # whose base gives up what the adapter takes
+        if kind != "pissa":  # PiSSA moves part of the base into the adapter
             values = weights(plain.bare)
             for name, value in engine.bare.named_parameters():
                 assert is_trained(name) or torch.equal(value, values[base_name(name)])
@@ -84,7 +84,7 @@ def test_the_first_values_depend_on_seed_and_name_alone() -> None:
     shared = [name for name in part if is_trained(name)]
     assert shared and all(torch.equal(first[name], part[name]) for name in shared)
     spread = first["blocks.0.mlp.down.lora_A.default.weight"]
-    assert abs(float(spread.std()) * (3 * spread.shape[1]) ** 0.5 - 1) < 0.1  # peft's uniform draw has this variance
+    assert abs(float(spread.std()) * (3 * spread.shape[1]) ** 0.5 - 1) < 0.1  # variance of peft's uniform initialization
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
@@ -218,16 +218,16 @@ def test_the_other_ports_go_on_and_fused_sites_are_not_offered() -> None:
 def test_targets_that_are_not_there_are_told_with_what_is() -> None:
     recipe = recipe_of()
     for targets, told in [
-        ("q_proj", "'q_proj'.*\n  here are: qkv, out, gate_up, down"),
+        ("q_proj", "'q_proj'.*\n  Try: --adapter.targets with some of qkv, out, gate_up, down"),
         ("gate_upp", r"'gate_upp' \(did you mean 'gate_up'\?\)"),
         ("qkv, head", "'head'"),
-        (" , ", "adapter.targets is empty"),
+        (" , ", "adapter.targets: empty"),
     ]:
         with pytest.raises(ConfigError, match=told):
             meta_model(recipe, adapted(FAMILIES["gpt"], config(targets=targets)), ROWS)
     with pytest.raises(ConfigError, match="no blocks"):
-        chosen("all-linear", [])
-    with pytest.raises(ConfigError, match="singular values"):
+        matched_targets("all-linear", [])
+    with pytest.raises(ConfigError, match=r"at most the 64 singular values of .*Found 65"):
         meta_model(recipe, adapted(FAMILIES["gpt"], config("pissa", rank=65)), ROWS)
 
 
@@ -236,7 +236,7 @@ def test_targets_that_are_not_there_are_told_with_what_is() -> None:
 def test_words_choose_every_projection_that_they_end(words: set[str]) -> None:
     inner = ("attention.qkv", "attention.out", "mlp.gate_up", "mlp.down")
     known = [f"blocks.{block}.{name}" for block, name in itertools.product(range(3), inner)]
-    found = chosen(", ".join(sorted(words)), known)
+    found = matched_targets(", ".join(sorted(words)), known)
     assert found == [name for name in known if any(f".{name}".endswith(f".{word}") for word in words)]
 
 
@@ -248,7 +248,7 @@ def test_the_summary_counts() -> None:
         trained = 3 * 4 * (64 + 128 + 192 + 64)
         told = summary(model)
         total = trained + sum(value.numel() for value in plain.parameters())
-        assert told.startswith(f"adapter: {trained:,} of {total:,} parameters are trained")
+        assert told.startswith(f"adapter: {trained:,} of {total:,} parameters trained")
         assert "rank 4, scale 2 on 3 x qkv, 3 x down" in told
         assert ("12 projections in NF4" in told) is (base == "nf4")
         assert len(adapter_layers(model)) == 6 and len(projections(FAMILIES["gpt"], plain)) == 12

@@ -1,4 +1,4 @@
-"""Four bits: what is packed comes out rounded as published, gradients pass through it, and the whole weight is never kept."""
+"""NF4: rounding as published, gradients through packed weights, and no saved unpacked weight."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LEVELS = torch.tensor([
 
 
 def reference(weight: torch.Tensor) -> torch.Tensor:
-    """Nearest of the 16 published levels times the largest magnitude of each 64 values."""
+    """Return the nearest of the 16 published levels times the largest magnitude of each 64 values."""
     flat = weight.flatten()
     blocks = nn.functional.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
     most = blocks.abs().amax(dim=1, keepdim=True)
@@ -48,7 +48,7 @@ def packed_linear(linear: nn.Linear) -> NF4Linear:
 def test_values_are_the_nearest_of_sixteen(outer: int, half: int, seed: int) -> None:
     weight = torch.randn(outer, 2 * half, generator=torch.Generator().manual_seed(seed))
     got = unpack(*pack(weight), (outer, 2 * half), torch.float32)
-    # Between two levels lies at most 0.3039 of the largest magnitude; ties within rounding may fall either way.
+    # Neighboring levels are at most 0.3039 of the largest magnitude apart; near ties may round either way.
     away = (got - reference(weight)).abs() > 1e-4 * weight.abs().max()
     assert away.float().mean() < 0.01
     assert bool(((got - weight).abs() <= 0.1520 * weight.abs().max() + 1e-6).all())
@@ -94,14 +94,14 @@ def test_weights_take_a_seventh_and_learn_nearly_as_well() -> None:
             sizes[base] = sum(parameter.numel() * parameter.element_size() for _, parameter in frozen)
             losses[base] = steps(engine, 15)
     assert sizes["full"] / sizes["nf4"] == pytest.approx(32 / 4.5)
-    # Rounding moves the base by a few per cent of each weight: the losses of these drawn weights differ by less than 2 %.
+    # Rounding moves the base by a few per cent of each weight: the losses of these initialized weights differ by less than 2 %.
     assert losses["nf4"][-1] == pytest.approx(losses["full"][-1], rel=0.02)
 
 
 def test_an_odd_number_and_a_missing_package_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.device("meta"):
         holder = nn.ModuleDict({"x": nn.Linear(5, 3)})
-    with pytest.raises(ConfigError, match="x has 15 weights, and two share a byte"):
+    with pytest.raises(ConfigError, match=r"even number of weights in x. Found 15"):
         quantize(holder, ["x"])
     monkeypatch.setitem(__import__("sys").modules, "bitsandbytes", None)
     family = adapted(FAMILIES["gpt"], AdapterConfig(kind="lora", base="nf4"))

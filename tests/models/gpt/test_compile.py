@@ -1,4 +1,4 @@
-"""Twelve blocks are one compiled graph: Dynamo's cache holds eight, and a ninth would silently stay eager."""
+"""Twelve blocks share one compiled graph: Dynamo's recompile limit is eight, and a ninth block would silently stay eager."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -28,7 +28,7 @@ def step(model: GPT) -> torch.Tensor:
 
 
 def regions(model: GPT) -> int:
-    """Calls of compiled regions in one step's forward."""
+    """Count calls of compiled regions in one step's forward."""
     with profile(activities=[ProfilerActivity.CPU]) as trace:
         step(model)
     names = [event.name for event in trace.events()]

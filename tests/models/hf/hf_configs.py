@@ -1,4 +1,4 @@
-"""Tiny configs of Hugging Face model types, written as the config.json that a folder would hold."""
+"""Tiny configs of Hugging Face model types, as config.json."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ ENCODERS: dict[str, dict[str, Any]] = {
 
 
 def write_config(folder: Path, kind: str, **more: Any) -> Path:
-    """A folder with the config.json of a tiny `kind`."""
+    """Write a folder with the config.json of a tiny `kind`."""
     folder.mkdir(parents=True, exist_ok=True)
     content = {"model_type": kind, **(CAUSAL | ENCODERS).get(kind, DENSE), **more}
     (folder / "config.json").write_text(json.dumps(content), encoding="utf-8")
