@@ -10,26 +10,6 @@ from gptoughts.cli.options import CONTEXT, Command, CommandGroup, RecipeCommand,
 def bench_group() -> click.Command:
     """`gptoughts bench` with its verbs."""
     group = CommandGroup("bench", help="Measure, interleaved, with medians and spread.", context_settings=CONTEXT)
-    own = [
-        *recipe_options(),
-        option("--rounds", type=click.IntRange(2), default=7, help="paired rounds"),
-        option("--steps", type=click.IntRange(1), default=10, help="steps per round and variant"),
-        option("--to", "out", metavar="FILE", help="write JSON to FILE"),
-    ]
-    text = "Our loop, a bare PyTorch loop with the same settings, and float32 eager, taking turns."
-    group.add_command(
-        RecipeCommand("step", params=own, callback=call_with_recipe("bench", "step"), help=text, context_settings=CONTEXT)
-    )
-    data: list[click.Parameter] = [
-        option("--source", default="python-stdlib", metavar="PATH", help="text to tokenize"),
-        option(
-            "--tokenizer", default="bpe", metavar="NAME", help="bpe (trained on the text), gpt2, or a folder with its files"
-        ),
-        option("--to", "out", metavar="FILE", help="write JSON to FILE"),
-    ]
-    group.add_command(
-        Command("data", params=data, callback=call("bench", "data"), help="Tokenizing and batches.", context_settings=CONTEXT)
-    )
     for command in _bench_plan():
         group.add_command(command)
     gemm: list[click.Parameter] = [

@@ -1,0 +1,1 @@
+"""Developer benchmarks, outside the wheel: `python -m benchmarks.step`, `.data`, `.start`."""
