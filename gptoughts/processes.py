@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Self
 
 ROOT = str(Path(__file__).resolve().parents[1])
 """The folder that holds the package."""
@@ -28,25 +28,25 @@ PROGRAM = "import json, sys; sys.path[:0] = json.loads(sys.argv[1])[0]; from gpt
 
 
 class ChildDied(Exception):
-    """A child exited instead of answering. `code` is its exit code, negative for a signal; `output` its last lines."""
+    """A child exited instead of answering. `code` is its exit code, negative for a signal."""
 
     def __init__(self, code: int, output: str) -> None:
         super().__init__(f"{exit_text(code)}: {output}" if output else exit_text(code))
-        self.code, self.output = code, output
+        self.code = code
 
 
 class Child:
-    """A Python process that calls `module.function(requests, answers, *arguments)`, two pipes for `receive` and `send` and JSON values.
+    """A Python process that calls `module.function(requests, answers, *arguments)`: pipes for `receive` and `send`, then JSON values.
 
-    `paths` come first on its sys.path (default: the parent's sys.path); the current folder is not on it, so that a user's torch.py does
-    not shadow torch. Its output goes to a temporary file, for error messages. As a context manager: closed, after an exception killed.
+    `paths` come first on its sys.path (default: the parent's sys.path); it does not add the current folder, where a torch.py would
+    shadow torch. Its output goes to a temporary file, for error messages. As a context manager: closed, after an exception killed.
     """
 
     def __init__(
         self, module: str, function: str, *arguments: Any,
         environment: Mapping[str, str] | None = None, paths: Sequence[str] | None = None,
     ) -> None:  # fmt: skip
-        found = [ROOT, *(path or os.getcwd() for path in sys.path)] if paths is None else list(paths)
+        found = [*(path or os.getcwd() for path in sys.path), ROOT] if paths is None else list(paths)
         self._log, self._tail = tempfile.TemporaryFile(), b""
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-c", PROGRAM, json.dumps([found, module, function, arguments])],
@@ -74,42 +74,31 @@ class Child:
 
     def output(self, lines: int = 1) -> str:
         """Return the last non-empty lines that the child printed, joined by ` / `."""
-        if not self._log.closed:
-            start = max(0, os.fstat(self._log.fileno()).st_size - TAIL_BYTES)
-            self._tail = os.pread(self._log.fileno(), TAIL_BYTES, start)  # a seek would move the child's position, too
+        if not self._log.closed:  # read without a seek, which would move the child's position, too
+            self._tail = os.pread(self._log.fileno(), TAIL_BYTES, max(0, os.fstat(self._log.fileno()).st_size - TAIL_BYTES))
         return last_lines(self._tail.decode("utf-8", "replace"), lines)
 
     def close(self, grace: float = GRACE_SECONDS) -> None:
-        """Close the child's input, so that it exits by itself; kill it after `grace` seconds."""
+        """Close the child's input, so that it exits by itself; after `grace` seconds kill it and every process it started."""
         assert self.process.stdin is not None and self.process.stdout is not None
+        if grace == 0 and self.process.poll() is None:
+            kill_group(self.process.pid)
         with suppress(BrokenPipeError):  # unsent bytes of an exited child
             self.process.stdin.close()
         try:
-            self.process.wait(grace)
+            self.process.wait(grace or None)
         except subprocess.TimeoutExpired:
-            self._kill()
+            kill_group(self.process.pid)
+            self.process.wait()
         self.process.stdout.close()
         self.output()
         self._log.close()
 
-    def kill(self) -> None:
-        """Kill the child and every process it started."""
-        self._kill()
-        self.close()
-
-    def _kill(self) -> None:
-        if self.process.poll() is None:
-            kill_group(self.process.pid)
-            self.process.wait()
-
-    def __enter__(self) -> Child:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self.kill()
+        self.close(GRACE_SECONDS if kind is None else 0)
 
 
 def run_child() -> None:

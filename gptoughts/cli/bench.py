@@ -69,7 +69,7 @@ def parity(
 
     named = [slot.strip().replace("-", "_") for slot in slots.split(",")] if slots else []
     path = _target(out)
-    run = bench_parity(setting, ask, steps, seeds, named, _command(), _progress)
+    run = bench_parity(setting, ask, steps=steps, seeds=seeds, named=named, command=_command(), say=_progress)
     print(parity_text(run))
     if path is not None:
         runs = keep(path, run, (*SAME_MEASUREMENT, "in_question"))

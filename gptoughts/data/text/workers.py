@@ -8,6 +8,7 @@ import signal
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -111,17 +112,17 @@ def named(task: list[Piece], call: Any, *arguments: Any) -> Encoded:
     return Encoded(task, tokens, lengths)
 
 
-class Workers:
+class Workers(ExitStack):
     """Child processes with a loaded tokenizer each; one thread at a time talks to one of them."""
 
     def __init__(self, saved: Path, count: int) -> None:
         # One thread each: the processes are the parallelism.
         environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
-        self.children = [Child(*SERVE, str(saved), environment=environment) for _ in range(count)]
-        self.dtype = Tokenizer.load(saved).dtype
+        super().__init__()
         self.idle: queue.SimpleQueue[Child] = queue.SimpleQueue()
-        for child in self.children:
-            self.idle.put(child)
+        for _ in range(count):
+            self.idle.put(self.enter_context(Child(*SERVE, str(saved), environment=environment)))
+        self.dtype = Tokenizer.load(saved).dtype
 
     def encode(self, texts: Sequence[str], firsts: Sequence[bool]) -> tuple[np.ndarray, list[int]]:
         """Run `encode` in one of the children. Raises WorkerDied if the child exits."""
@@ -137,13 +138,6 @@ class Workers:
         if "error" in head:
             raise BadPiece(head["piece"], head["error"])
         return np.frombuffer(body, dtype=self.dtype), head["lengths"]
-
-    def __enter__(self) -> Workers:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for child in self.children:
-            child.kill()
 
 
 def serve(requests: IO[bytes], answers: IO[bytes], saved: str) -> None:

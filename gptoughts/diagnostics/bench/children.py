@@ -72,29 +72,20 @@ class Result:
 
 
 class Variant(Child):
-    """The child process of one job."""
+    """The child process of one job: the first request is the job, each further one `{"steps": n}`."""
 
     def __init__(self, job: Job) -> None:
         super().__init__(variant.__name__, "serve", environment=environment_of(job))
-        self._job = job
+        self.job = job
 
-    def start(self) -> dict[str, Any]:
-        """Send the job; return the answer after warm-up and watched step. Raises VariantFailed."""
-        found: dict[str, Any] = self._answer(self._job.to_json())["ready"]
-        return found
-
-    def run(self, steps: int) -> dict[str, Any]:
-        """Train `steps` more steps; return seconds, losses, peak memory. Raises VariantFailed."""
-        found: dict[str, Any] = self._answer({"steps": steps})["ran"]
-        return found
-
-    def _answer(self, message: Mapping[str, Any]) -> dict[str, Any]:
+    def request(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the answer to `message`. Raises VariantFailed."""
         try:
             answer: dict[str, Any] = self.ask(message)[0]
         except ChildDied as error:
             if error.code == -signal.SIGKILL:
                 raise VariantFailed(OUT_OF_MEMORY, "killed by SIGKILL") from None
-            raise VariantFailed(*error.args, "") from None
+            raise VariantFailed(str(error), "") from None
         if "failed" in answer:
             raise VariantFailed(answer["failed"]["kind"], answer["failed"]["message"])
         return answer
@@ -197,7 +188,7 @@ def _roomy(results: Iterable[Result]) -> bool:
 def _start(child: Variant, result: Result, first: bool) -> None:
     began = perf_counter()
     try:
-        result.ready = child.start()
+        result.ready = child.request(child.job.to_json())
     except VariantFailed as error:
         if first and error.kind in USER_ERRORS:
             raise getattr(errors, error.kind)(error.message) from None
@@ -215,7 +206,7 @@ def _start(child: Variant, result: Result, first: bool) -> None:
 
 def _run(child: Variant, result: Result, steps: int) -> None:
     try:
-        ran = child.run(steps)
+        ran = child.request({"steps": steps})
     except VariantFailed as error:
         result.failure = str(error)
         return

@@ -44,7 +44,7 @@ class Job:
 
 
 def serve(requests: IO[bytes], answers: IO[bytes]) -> None:
-    """Receive a job, answer `ready` when it is warm, then train the requested steps until the parent closes the pipe."""
+    """Receive a job, answer when it is warm, then train the requested steps until the parent closes the pipe."""
     began = perf_counter()
     job = Job(**receive(requests)[0])
     failure = _failure(lambda: _train(job, requests, answers, began))
@@ -60,7 +60,7 @@ def _train(job: Job, requests: IO[bytes], answers: IO[bytes], began: float) -> N
     from gptoughts.diagnostics.bench.training import opened_training
 
     with opened_training(setting, job.weights_seed) as training:
-        send(answers, {"ready": _ready(job, training, began)})
+        send(answers, _ready(job, training, began))
         while True:
             try:
                 steps = receive(requests)[0]["steps"]
@@ -69,8 +69,7 @@ def _train(job: Job, requests: IO[bytes], answers: IO[bytes], began: float) -> N
             seconds = training.steps(steps)
             losses = training.losses.taken()
             peak, clock = training.peak_bytes(), clock_mhz()
-            ran = {"seconds": seconds, "steps": steps, "losses": losses, "peak_bytes": peak, "clock_mhz": clock}
-            send(answers, {"ran": ran})
+            send(answers, {"seconds": seconds, "steps": steps, "losses": losses, "peak_bytes": peak, "clock_mhz": clock})
 
 
 def _ready(job: Job, training: Training, began: float) -> dict[str, Any]:

@@ -153,8 +153,7 @@ class _Running:
         """Return the outcome of the ended job."""
         text = _text(self.path.with_suffix(".json"))
         code = None if self.timed_out else self.process.exitcode
-        figures = json.loads(text) if text and code == 0 else None
-        line = last_lines(_text(self.path.with_suffix(".log")))
+        figures, line = json.loads(text) if text and code == 0 else None, last_lines(_text(self.path.with_suffix(".log")))
         return Outcome(self.job.name, figures, code, line, time.monotonic() - self.began)
 
 
