@@ -1,6 +1,6 @@
 """Measure the data pipeline: batches from warm pages, and tokenizing against raw tiktoken on the same text.
 
-    python -m benchmarks.data --to docs/measurements/cpu/data.json
+python -m benchmarks.data --to docs/measurements/cpu/data.json
 """
 
 from __future__ import annotations
@@ -145,7 +145,9 @@ def spread(name: str, values: list[float]) -> dict[str, float]:
 
 @click.command()
 @click.option("--source", default="python-stdlib", show_default=True, metavar="PATH", help="text to tokenize")
-@click.option("--tokenizer", default="bpe", show_default=True, metavar="NAME", help="bpe (trained on the text), gpt2 or a folder")
+@click.option(
+    "--tokenizer", default="bpe", show_default=True, metavar="NAME", help="bpe (trained on the text), gpt2 or a folder"
+)
 @click.option("--to", "out", metavar="FILE", help="write JSON to FILE")
 def _command(source: str, tokenizer: str, out: str | None) -> None:
     """Measure tokenizing and batches."""

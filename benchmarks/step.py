@@ -205,9 +205,7 @@ def bench_step(
             say(f"round {number + 1} of {rounds}")
             _take_turns(subject, variants, measured, number, steps)
         say("framework overhead")
-        outside = outside_verbs(
-            subject.engine, subject.recipe, setting.plan, subject.length.rate, ours.engine.micro_batch
-        )
+        outside = outside_verbs(subject.engine, subject.recipe, setting.plan, subject.length.rate, ours.engine.micro_batch)
     counts = {"command": command, "rounds": rounds, "steps_per_round": steps}
     return _figures(subject, measured, outside, counts)
 
@@ -306,7 +304,9 @@ def _figures(subject: Subject, measured: Measured, outside: dict[str, Any], coun
     }
 
 
-def _main(recipe: str | None, profile: str, plugin: tuple[str, ...], rounds: int, steps: int, out: str | None, **flags: Any) -> None:
+def _main(
+    recipe: str | None, profile: str, plugin: tuple[str, ...], rounds: int, steps: int, out: str | None, **flags: Any
+) -> None:
     fields, layers, _ = split_flags(flags)
     setting = decide(recipe, profile, fields, layers, plugin)
     for note in put_environment_in_place(setting):
@@ -326,7 +326,9 @@ def main(arguments: list[str] | None = None) -> None:
         option("--to", "out", metavar="FILE", help="write JSON to FILE"),
     ]
     text = "Compare our loop with a plain PyTorch loop of the same settings and with float32 eager, interleaved."
-    front.run(RecipeCommand("step", params=own, callback=_main, help=text, context_settings=CONTEXT), "benchmarks.step", arguments)
+    front.run(
+        RecipeCommand("step", params=own, callback=_main, help=text, context_settings=CONTEXT), "benchmarks.step", arguments
+    )
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ class Child:
         environment: Mapping[str, str] | None = None, paths: Sequence[str] | None = None,
     ) -> None:  # fmt: skip
         found = [*(path or os.getcwd() for path in sys.path), ROOT] if paths is None else list(paths)
-        self._log, self._tail = tempfile.TemporaryFile(), b""
+        self._log, self._tail = tempfile.TemporaryFile(), b""  # noqa: SIM115 - closed by close()
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-c", PROGRAM, json.dumps([found, module, function, arguments])],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, env=environment, start_new_session=True,

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from gptoughts.api import ResolvedRun, decide
-from gptoughts.cli.train import needs_torch, put_environment_in_place
+from gptoughts.cli.train import needs_torch
 from gptoughts.diagnostics.bench.variants import Ask
 from gptoughts.errors import ConfigError, LayerError
 

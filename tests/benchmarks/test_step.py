@@ -92,7 +92,7 @@ def test_clock_sees_the_verbs(fields: dict[str, str]) -> None:
 
 
 def test_what_a_bare_loop_cannot_do_is_said(fields: dict[str, str]) -> None:
-    with pytest.raises(ConfigError, match="objective: benchmarks.step trains next-token only"):
+    with pytest.raises(ConfigError, match=r"objective: benchmarks\.step trains next-token only"):
         Subject(setting_of({**fields, "objective": "another"}))
 
 

@@ -170,10 +170,7 @@ def test_a_torch_that_ends_its_process_is_one_finding_that_stops(tmp_path: Path,
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     machine = replace(probe(), packages={"torch": "2.13.0", "peft": "1.0"})
     (found,) = imports.judge(machine, forks.run(imports.jobs(machine), 2)).findings
-    assert (
-        found.weight == "stops"
-        and "torch 2.13.0: import failed: killed by SIGSEGV: no luck" in found.what
-    )
+    assert found.weight == "stops" and "torch 2.13.0: import failed: killed by SIGSEGV: no luck" in found.what
     assert found.mend.startswith("pip install --force-reinstall 'torch")
 
 

@@ -63,7 +63,11 @@ def plan_of(setting: ResolvedRun, ask: Ask, layers: Layers) -> Plan:
 
 def why_not(error: PlanError) -> str:
     """Return the reasons of a PlanError in one line, without the suggested fixes."""
-    lines = [line.strip().partition("    (")[0] for line in str(error).splitlines()[1:] if not line.strip().lower().startswith("try:")]
+    lines = [
+        line.strip().partition("    (")[0]
+        for line in str(error).splitlines()[1:]
+        if not line.strip().lower().startswith("try:")
+    ]
     return "; ".join(" ".join(line.split()) for line in lines) or str(error)
 
 

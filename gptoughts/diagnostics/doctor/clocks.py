@@ -156,13 +156,9 @@ def _findings(state: State, machine: Machine) -> Iterator[Finding]:
     costs = f"clock {state.clock} of {state.most_clock} MHz" if state.clock and state.most_clock else UNKNOWN
     if "heat (software)" in reasons or "heat (hardware)" in reasons:
         heat = f" at {state.celsius} C" if state.celsius is not None else ""
-        yield Finding(
-            f"{gpu}: thermal throttling{heat}", f"check the cooling; {look}", "costs", costs, "NVML, under load"
-        )
+        yield Finding(f"{gpu}: thermal throttling{heat}", f"check the cooling; {look}", "costs", costs, "NVML, under load")
     if "power brake" in reasons or "hardware slowdown" in reasons:
-        yield Finding(
-            f"{gpu}: power brake or hardware slowdown", f"check the power cables; {look}", "costs", costs, "NVML"
-        )
+        yield Finding(f"{gpu}: power brake or hardware slowdown", f"check the power cables; {look}", "costs", costs, "NVML")
     if "application clocks" in reasons and (state.clock or 0) < (state.most_clock or 0):
         mend = f"sudo nvidia-smi -i {state.index} -rac && sudo nvidia-smi -i {state.index} -rgc"
         yield Finding(f"{gpu}: application clocks are set below the maximum", mend, "costs", costs, "NVML")

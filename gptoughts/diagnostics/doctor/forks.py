@@ -88,7 +88,8 @@ def serve(requests: IO[bytes], answers: IO[bytes], name: str, at_once: int) -> N
 
     # A fork after torch is not safe on macOS, where its libraries start threads.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    folder, running = Path(name), []
+    folder = Path(name)
+    running: list[_Running] = []
     jobs = [Job(**job) for job in json.loads(_text(folder / "jobs.json"))]
     signal.alarm(START_SECONDS)  # its default action ends the server even if the import hangs in C code
     try:

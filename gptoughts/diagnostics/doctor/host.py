@@ -96,9 +96,7 @@ def _limit_findings(machine: Machine, allowed: Mapping[str, int | None], root: P
             "NCCL user guide",
         )
     if files is not None and files < LEAST_FILES:
-        yield Finding(
-            f"open file limit {files}: a corpus has one file per 100 M tokens", "ulimit -n 65536", "minor"
-        )
+        yield Finding(f"open file limit {files}: a corpus has one file per 100 M tokens", "ulimit -n 65536", "minor")
 
 
 def _container_findings(machine: Machine, quota: float | None, limit: int | None, total: int | None) -> Iterator[Finding]:

@@ -126,9 +126,7 @@ def _gpu_findings(gpu: Gpu, figures: dict[str, Any]) -> Iterator[Finding]:
     known, peak = peaks(gpu.name, gpu.memory_bytes), _peak(gpu)
     if known is None:
         return
-    reset = (
-        f"sudo nvidia-smi -i {gpu.index} -rgc -rmc; nvidia-smi -i {gpu.index} -q -d PERFORMANCE,POWER shows the throttle reasons"
-    )
+    reset = f"sudo nvidia-smi -i {gpu.index} -rgc -rmc; nvidia-smi -i {gpu.index} -q -d PERFORMANCE,POWER shows the throttle reasons"
     rate = next(iter(figures["tflops"].values()))
     for what, reached, achievable, unit in (
         ("matmul", rate, peak and peak * REACHED_GEMM, "TFLOP/s"),
