@@ -1,1 +1,1 @@
-"""Development benchmarks and generators that users do not run; not part of the wheel."""
+"""Developer benchmarks and generators, outside the wheel: `python -m benchmarks.step`, `.data`, `.start`, `.profile_cards`."""

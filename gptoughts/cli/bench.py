@@ -5,63 +5,15 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
 from gptoughts.api import ResolvedRun, decide
-from gptoughts.cli.train import needs_torch, put_environment_in_place
+from gptoughts.cli.train import needs_torch
 from gptoughts.diagnostics.bench.variants import Ask
 from gptoughts.errors import ConfigError, LayerError
 
 SAME_MEASUREMENT = ("what", "recipe", "plan", "model")
 """A later run replaces the one in the file that agrees in these keys."""
-
-
-def step(
-    fields: Mapping[str, str],
-    layers: Mapping[str, str],
-    recipe: str | None,
-    profile: str,
-    plugin: Sequence[str],
-    rounds: int,
-    steps: int,
-    out: str | None,
-) -> int:
-    """Compare our loop with a bare one and with float32 eager; print a table and write JSON to `out`."""
-    setting = decide(recipe, profile, fields, layers, plugin)
-    for note in put_environment_in_place(setting):
-        print(f"note: {note}", flush=True)
-    needs_torch()
-    from gptoughts.diagnostics.bench.figures import keep
-    from gptoughts.diagnostics.bench.step import bench_step
-    from gptoughts.diagnostics.bench.table import step_table
-
-    path = _target(out)
-    run = bench_step(setting, rounds, steps, _command(), _progress)
-    print(step_table(run))
-    if path is not None:
-        keep(path, run, SAME_MEASUREMENT)
-        _print_kept(path)
-    return 0
-
-
-def data(source: str, tokenizer: str, out: str | None) -> int:
-    """Measure batches and tokenizing; print the figures and write JSON to `out`."""
-    needs_torch()
-    from gptoughts.diagnostics.bench.data import bench_batches, bench_tokenize
-    from gptoughts.diagnostics.bench.figures import keep, machine_figures
-    from gptoughts.hardware.machine import probe
-
-    here, path = machine_figures(probe()), _target(out)
-    measures = (("batches", bench_batches), ("tokenize", partial(bench_tokenize, source, tokenizer)))
-    for what, measure in measures:
-        figures = measure()
-        print(what, *(f"  {name:<34} {value}" for name, value in figures.items()), sep="\n", flush=True)
-        if path is not None:
-            keep(path, {"what": what, "command": _command(), "machine": here, **figures}, ("what",))
-    if path is not None:
-        _print_kept(path)
-    return 0
 
 
 def layers(
@@ -117,7 +69,7 @@ def parity(
 
     named = [slot.strip().replace("-", "_") for slot in slots.split(",")] if slots else []
     path = _target(out)
-    run = bench_parity(setting, ask, steps, seeds, named, _command(), _progress)
+    run = bench_parity(setting, ask, steps=steps, seeds=seeds, named=named, command=_command(), say=_progress)
     print(parity_text(run))
     if path is not None:
         runs = keep(path, run, (*SAME_MEASUREMENT, "in_question"))

@@ -189,20 +189,6 @@ def _eval() -> click.Command:
 
 
 def _bench() -> click.Command:
-    as_json = option("--to", "out", metavar="FILE", help="write JSON to FILE")
-    step = [
-        *recipe_options(),
-        option("--rounds", type=click.IntRange(2), default=7, help="paired rounds"),
-        option("--steps", type=click.IntRange(1), default=10, help="steps per round and variant"),
-        as_json,
-    ]
-    data = [
-        option("--source", default="python-stdlib", metavar="PATH", help="text to tokenize"),
-        option(
-            "--tokenizer", default="bpe", metavar="NAME", help="bpe (trained on the text), gpt2, or a folder with its files"
-        ),
-        as_json,
-    ]
     gemm = [
         option("--largest", type=click.IntRange(64), metavar="N", help="largest matrices, N x N; default: limited by time"),
         option("--to", "--out", "out", metavar="FILE", help="write JSON and a Markdown table next to it"),
@@ -210,13 +196,6 @@ def _bench() -> click.Command:
     return group(
         "bench",
         "Run benchmarks: interleaved variants, medians and spread.",
-        recipe_command(
-            "step",
-            "bench.step",
-            "Compare our training loop with a bare PyTorch loop of the same settings and with float32 eager.",
-            step,
-        ),
-        command("data", "bench.data", "Measure tokenizing and batches.", data),
         *_bench_plan(),
         command(
             "gemm",

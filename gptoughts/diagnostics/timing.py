@@ -1,4 +1,4 @@
-"""How long a piece of work takes on a device, where single calls are too short for the clock."""
+"""Time calls that are too short for the clock."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ MOST_CALLS = 1000
 
 
 def timed(work: Callable[[], Any], device: torch.device, seconds: float, repetitions: int) -> list[float]:
-    """Seconds of one call of `work`, `repetitions` times, each the mean over as many calls as take about `seconds`.
+    """Return seconds per call of `work` for each repetition, the mean over as many calls as take about `seconds`.
 
-    It is called before the clock starts, so that memory is there and kernels are loaded. A GPU is waited for before and after
-    a repetition, not between its calls.
+    Warm-up calls come first. A GPU is synchronized before and after a repetition, not between its calls.
     """
     work()
     calls = max(1, min(MOST_CALLS, round(seconds / max(_seconds(work, 1, device), 1e-7))))

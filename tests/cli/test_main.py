@@ -202,7 +202,7 @@ def test_profiles_are_listed_where_none_matches(
 def test_help(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = said("", capsys)
     assert code == 0 and out.startswith("Usage: gptoughts") and all(noun in out for noun in ("recipe", "profile", "run"))
-    for line in ("train --help", "plan -h", "bench step --help"):
+    for line in ("train --help", "plan -h", "bench layers --help"):
         code, out, _ = said(line, capsys)
         assert code == 0 and "--model.depth int" in out and "--layer.attention NAME" in out and "Recipe, [optim]" in out
     assert said("bench", capsys)[0] == said("eval", capsys)[0] == 0

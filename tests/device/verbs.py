@@ -19,15 +19,15 @@ def offers(*words: str) -> bool:
 
 
 def bench_step(kept: Kept, deadline: Deadline, tiny: bool) -> int:
-    """`gptoughts bench step` on GPT-2 124M: ours beside a bare PyTorch loop."""
+    """Run `python -m benchmarks.step` on GPT-2 124M: ours and a plain PyTorch loop."""
     fields = {**stages.GPT2, "data.tokenizer": "bytes", "train.global_batch": "32", "train.steps": "5000"}
     fields |= {**stages.TINY, "model.kv_heads": "none"} if tiny else {}
     layers = {"precision": "bf16", **({"compile": "eager"} if tiny else {})}
     path = folder() / "bench-step.json"
     path.unlink(missing_ok=True)
-    words = ["bench", "step", "gpt2-124m", *flags(fields, layers), "--rounds", "3" if tiny else "7"]
+    words = ["gpt2-124m", *flags(fields, layers), "--rounds", "3" if tiny else "7"]
     words += ["--steps", "2" if tiny else "8", "--to", str(path)]
-    return _kept(kept, deadline, "bench-step", words, path, 30 if tiny else 100)
+    return _kept(kept, deadline, "bench-step", words, path, 30 if tiny else 100, module="benchmarks.step")
 
 
 def bench_gemm(kept: Kept, deadline: Deadline, tiny: bool) -> int:
@@ -56,15 +56,17 @@ def bench_layers(kept: Kept, deadline: Deadline, tiny: bool) -> int:
     return missing
 
 
-def _kept(kept: Kept, deadline: Deadline, name: str, words: list[str], path: Any, seconds: float) -> int:
-    """Run the verb within the time; keep its JSON, or its words where it writes none. 1 where it gave nothing."""
+def _kept(
+    kept: Kept, deadline: Deadline, name: str, words: list[str], path: Any, seconds: float, *, module: str = "gptoughts"
+) -> int:
+    """Run the command within the time; keep its JSON, or its output if it writes none. Return 1 if it failed."""
     if kept.holds(name):
         return 0
     if not deadline.allows(seconds):
         print(f"{name}: not begun, {deadline.left():.0f} s left", flush=True)
         return 1
     print(f"--- {name}", flush=True)
-    command = [sys.executable, "-m", "gptoughts", *words]
+    command = [sys.executable, "-m", module, *words]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=deadline.left())
     except subprocess.TimeoutExpired as error:

@@ -18,11 +18,11 @@ from gptoughts.api import decide
 from gptoughts.cli.main import main
 from gptoughts.console import bytes_in_words
 from gptoughts.diagnostics.bench.children import (
-    Child,
-    ChildFailed,
     NoRoom,
-    Told,
+    Result,
     Turns,
+    Variant,
+    VariantFailed,
     _add_losses,
     _refuse_crowding,
     _roomy,
@@ -85,7 +85,7 @@ def test_options_travel_with_their_layer(fields: dict[str, str]) -> None:
 
 
 def test_nothing_to_take_away(fields: dict[str, str]) -> None:
-    with pytest.raises(LayerError, match="every slot of this plan has its baseline"):
+    with pytest.raises(LayerError, match="bench layers: every slot of this plan has its baseline"):
         bench_layers(*asked(fields), 1, 1, "")
 
 
@@ -93,7 +93,7 @@ def test_ranks_are_sent_away(fields: dict[str, str], monkeypatch: pytest.MonkeyP
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     setting, ask = asked(fields, parallel="ddp")
-    with pytest.raises(ConfigError, match="without torchrun"):
+    with pytest.raises(ConfigError, match="not under torchrun"):
         job_of(setting, ask, setting.plan)
 
 
@@ -176,11 +176,11 @@ def test_an_ablation_from_the_command_line(fields: dict[str, str], tmp_path: Pat
     assert run["variants"]["baseline"]["evidence"] == {}
     assert set(run["gains"]) == {"attention"} and run["gains"]["attention"]["alone"]["median"] > 0
     assert run["mfu_formula"].startswith("MFU n/a") and run["command"] and len(run["load_averages"]) == 3
-    for word in ("plan without sdpa", "all together, measured", "MFU n/a", "loss diff."):
+    for word in ("plan without sdpa", "plan / baseline, measured", "MFU n/a", "loss diff."):
         assert word in said.out
     assert "round 2 of 2" in said.err
     table = out.with_suffix(".md").read_text(encoding="utf-8")
-    assert "| baseline |" in table and "baseline with sdpa: is the same as plan" in table and "(layers.png)" in table
+    assert "| baseline |" in table and "baseline with sdpa: same as plan" in table and "(layers.png)" in table
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -190,11 +190,11 @@ def test_an_inactive_layer_is_marked_and_not_counted(fields: dict[str, str], tmp
     assert "step_ms" in run["variants"]["baseline"] and "step_ms" not in run["variants"]["plan"]
     assert run["whole"]["measured"] is None and run["gains"]["matmul"]["alone"] is None
     for text in (layers_text(run), layers_markdown([run], "x.png")):
-        assert "not counted" in text and "idle: does nothing" in text and "One of the two ends" in text
+        assert "not counted" in text and "idle: does nothing" in text and "plan / baseline: n/a" in text
 
 
 def test_each_round_can_start_anew(fields: dict[str, str]) -> None:
-    told, how = measure({"one": job(fields)}, 2, 1, lambda text: None, Turns.APART)
+    told, how = measure({"one": job(fields)}, 2, 1, lambda text: None, turns=Turns.APART)
     assert how is Turns.APART and len(told["one"].seconds) == 2
     assert len(told["one"].losses) == 4, "of the last start: two warm steps, the watched one, and one that counts"
 
@@ -204,30 +204,30 @@ def test_a_users_mistake_is_told_as_one(fields: dict[str, str]) -> None:
         measure({"one": job({**fields, "data.path": "/nowhere/text.txt"})}, 1, 1, lambda text: None)
 
 
-def test_a_killed_process_ran_out_of_memory_and_others_go_on(fields: dict[str, str], tmp_path: Path) -> None:
-    child = Child(job(fields), tmp_path / "log")
-    assert child.start()["evidence"]
-    os.kill(child._process.pid, signal.SIGKILL)
-    with pytest.raises(ChildFailed) as failed:
-        child.run(1)
+def test_a_killed_process_ran_out_of_memory_and_others_go_on(fields: dict[str, str]) -> None:
+    child = Variant(job(fields))
+    assert child.request(child.job.to_json())["evidence"]
+    os.kill(child.process.pid, signal.SIGKILL)
+    with pytest.raises(VariantFailed) as failed:
+        child.request({"steps": 1})
     assert failed.value.kind == OUT_OF_MEMORY
     child.close()
 
 
-def test_a_process_that_dies_leaves_its_last_words(fields: dict[str, str], tmp_path: Path) -> None:
-    child = Child(Job("quickstart", "auto", {}, {}, ""), tmp_path / "log")
-    with pytest.raises(ChildFailed) as failed:
-        child._asked({"not": "a job"})
-    assert "left with 1" in str(failed.value) and "TypeError" in str(failed.value)
+def test_a_process_that_dies_leaves_its_last_words() -> None:
+    child = Variant(Job("quickstart", "auto", {}, {}, ""))
+    with pytest.raises(VariantFailed) as failed:
+        child.request({"not": "a job"})
+    assert "exit code 1" in str(failed.value) and "TypeError" in str(failed.value)
     child.close()
 
 
-def test_a_plan_that_changed_is_noticed(fields: dict[str, str], tmp_path: Path) -> None:
+def test_a_plan_that_changed_is_noticed(fields: dict[str, str]) -> None:
     setting, ask = asked(fields)
     made = job_of(setting, ask, setting.plan)
-    child = Child(Job(**{**made.to_json(), "digest": "another"}), tmp_path / "log")
-    with pytest.raises(ChildFailed, match="the plan changed between two looks"):
-        child.start()
+    child = Variant(Job(**{**made.to_json(), "digest": "another"}))
+    with pytest.raises(VariantFailed, match="bench: the plan changed between parent and child"):
+        child.request(child.job.to_json())
     child.close()
 
 
@@ -261,10 +261,10 @@ def test_ctrl_c_ends_the_processes(fields: dict[str, str]) -> None:
 
 
 def test_room_is_asked_for_before_the_next_process() -> None:
-    def told(held: int | None, free: int | None) -> Told:
-        return Told(ready={"held_bytes": held, "free_bytes": free})
+    def told(held: int | None, free: int | None) -> Result:
+        return Result(ready={"held_bytes": held, "free_bytes": free})
 
-    assert _roomy([Told()]) and _roomy([told(None, None)]) and _roomy([told(100, None)])
+    assert _roomy([Result()]) and _roomy([told(None, None)]) and _roomy([told(100, None)])
     assert _roomy([told(100, 1000), told(100, 210)])
     assert not _roomy([told(100, 1000), told(60, 190)]), "the next may need what the largest needed"
 
@@ -301,35 +301,35 @@ def test_overlap_and_help_are_told_apart() -> None:
         f"{end} {one}": [2.0, 2.0] for one in "xy" for end in ("baseline with", "plan without")
     }
     said = " ".join(gains(parts, overlap)["whole"]["words"])
-    assert said.count("layers overlap") == 2 and "x gives less among the other layers than alone" in said
+    assert said.count("layers overlap") == 2 and "x gains less in the plan than alone" in said
     helping = {"baseline": [4.0, 4.0], "plan": [1.0, 1.0]} | {
         f"{end} {one}": [3.5, 3.5] for one in "xy" for end in ("baseline with", "plan without")
     }
     said = " ".join(gains(parts, helping)["whole"]["words"])
-    assert said.count("layers help each other") == 2 and "x gives more among the other layers than alone" in said
+    assert said.count("layers help each other") == 2 and "x gains more in the plan than alone" in said
 
 
 def test_a_training_that_came_to_nothing_is_not_counted() -> None:
-    told = Told(seconds=[1.0])
+    told = Result(seconds=[1.0])
     _add_losses(told, [2.0, 1.5])
     assert told.counted
     _add_losses(told, [float("nan"), 1.0])
-    assert told.failure == "its loss is not finite from step 3 on" and told.diverged and not told.counted
+    assert told.failure == "loss not finite from step 3 on" and told.diverged and not told.counted
 
 
 def test_a_variant_that_runs_out_of_memory_beside_others_is_tried_alone() -> None:
-    short = Told(failure=f"{OUT_OF_MEMORY}: no")
+    short = Result(failure=f"{OUT_OF_MEMORY}: no")
     with pytest.raises(NoRoom, match="plan ran out of memory beside 2 others"):
         _refuse_crowding("plan", short, 3, False)
     for alive, forced in ((1, False), (3, True)):
         _refuse_crowding("plan", short, alive, forced)
-    _refuse_crowding("plan", Told(failure="inactive: x"), 3, False)
+    _refuse_crowding("plan", Result(failure="inactive: x"), 3, False)
 
 
 def test_a_part_that_was_not_measured_is_named() -> None:
     found = gains({"a": "x", "b": "y"}, {"baseline": [2.0], "plan": [1.0], "baseline with x": [1.5], "plan without x": [1.5]})
     assert found["whole"]["products"]["alone"]["without"] == ["y"] and found["gains"]["b"]["alone"] is None
-    assert "without y, which could not be measured," in " ".join(found["whole"]["words"])
+    assert "without y (not measured)" in " ".join(found["whole"]["words"])
 
 
 @given(st.lists(st.floats(0.1, 10), min_size=1, max_size=60), st.integers(1, 12))

@@ -131,9 +131,9 @@ def test_a_torch_build_that_fits_or_does_not_tell(version: str) -> None:
         ({"torch": "2.13.0+cu130"}, []),
         ({"torch": "2.10"}, []),
         ({"torch": "2.10.0"}, []),
-        ({"torch": "2.9.1"}, ["torch>=2.10,<2.14 (here 2.9.1)"]),
-        ({"torch": "2.14.0"}, ["torch>=2.10,<2.14 (here 2.14.0)"]),
-        ({"torch": "nonsense"}, ["torch>=2.10,<2.14 (here nonsense)"]),
+        ({"torch": "2.9.1"}, ["torch>=2.10,<2.14 (found 2.9.1)"]),
+        ({"torch": "2.14.0"}, ["torch>=2.10,<2.14 (found 2.14.0)"]),
+        ({"torch": "nonsense"}, ["torch>=2.10,<2.14 (found nonsense)"]),
         ({}, ["torch"]),
     ],
 )
@@ -143,7 +143,7 @@ def test_versions(packages: dict[str, str], missing: list[str]) -> None:
 
 def test_an_old_torch_is_found_and_does_not_stop() -> None:
     (found,) = findings(torch("h100", "2.9.1+cu128"))
-    assert (found.weight, found.what) == ("costs", "another version is needed: torch>=2.10,<2.14 (here 2.9.1+cu128)")
+    assert (found.weight, found.what) == ("costs", "unsupported version: torch>=2.10,<2.14 (found 2.9.1+cu128)")
 
 
 def test_transformer_engine_needs_its_torch_part() -> None:
@@ -155,7 +155,7 @@ def test_transformer_engine_needs_its_torch_part() -> None:
 def test_space(tmp_path: Path) -> None:
     small = [*space_findings(tmp_path, 1 << 30), *shared_memory_findings(64 << 20)]
     assert [found.weight for found in small] == ["stops", "minor"]
-    assert "1.00 GiB free" in small[0].what and "/dev/shm holds 64 MiB" in small[1].what
+    assert "1.00 GiB free" in small[0].what and "/dev/shm: 64 MiB" in small[1].what
     assert space_findings(tmp_path, None) == space_findings(tmp_path, 1 << 40) == []
     assert list(shared_memory_findings(None)) == list(shared_memory_findings(1 << 40)) == []
     assert diagnose(box("h100"), tmp_path / "nowhere").disk_free_bytes is None
@@ -175,7 +175,7 @@ def test_findings_are_printed_worst_first_with_their_cost() -> None:
     checks = (Check("speed", ("gpu 0: fast",), tuple(found), {"gpu": 1.0}), Check("limits", ("many",)))
     diagnosis = diagnose(box("h100"), ROOT, checks, "not tried: much")
     lines = [line for line in text(diagnosis) if "/dev/shm" not in line]
-    start = lines.index("to mend, worst first")
+    start = lines.index("findings, worst first")
     assert lines[start + 1 : start + 8] == [
         "  stops  an end",
         "         type these",
@@ -249,7 +249,7 @@ def test_a_torch_that_does_not_import_stops_and_is_said_once(tmp_path: Path, mon
     machine = box("cpu-avx512-bf16", packages={"torch": "2.13.0+cpu"})
     checks = examine(machine, tmp_path)
     (stops,) = [one for check in checks for one in check.findings if one.weight == "stops"]
-    assert "torch 2.13.0+cpu is installed and does not import: OSError: libcudnn.so.9" in stops.what
+    assert "torch 2.13.0+cpu: import failed: OSError: libcudnn.so.9" in stops.what
     assert stops.mend == "pip install --force-reinstall 'torch>=2.10,<2.14' --index-url https://download.pytorch.org/whl/cpu"
     assert {"speed", "ranks"}.isdisjoint(check.name for check in checks), "they would repeat what torch said"
     assert not diagnose(machine, tmp_path, checks).ready
@@ -261,7 +261,7 @@ def test_gpus_that_torch_cannot_use_are_said_once(tmp_path: Path) -> None:
     if checks["imports"].figures["torch"]["cuda"] is not None:
         pytest.skip("torch has CUDA here, and may have GPUs")
     (told,) = checks["imports"].findings
-    assert told.what == "this torch is built without CUDA" and told.mend.endswith("cu130")
+    assert told.what == "torch is built without CUDA" and told.mend.endswith("cu130")
     assert checks["speed"].rows == ("not measured",) and "ranks" not in checks, "they would repeat what torch said"
     assert checks["speed"].findings == ()
 
@@ -291,7 +291,7 @@ def test_a_wrong_sum_is_tried_again_without_peer_to_peer(tmp_path: Path, monkeyp
     checks = {check.name: check for check in examine(machine, tmp_path)}
     assert [name for name in asked[1] if name.startswith("rank")] == [f"rank {rank} without peer-to-peer" for rank in (0, 1)]
     (found,) = checks["ranks"].findings
-    assert found.weight == "stops" and found.what.startswith("a sum over 2 ranks through NCCL is wrong")
+    assert found.weight == "stops" and found.what.startswith("all-reduce over 2 ranks (NCCL) is wrong")
     assert found.mend == ("export NCCL_P2P_DISABLE=1" if again else "NCCL_DEBUG=INFO gptoughts doctor --json")
 
 
@@ -300,7 +300,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
     (stops,) = [one for check in look(box("cpu"), tmp_path) for one in check.findings if one.weight == "stops"]
-    assert stops.what == f"{tmp_path} cannot be written" and "--run-dir" in stops.mend
+    assert stops.what == f"{tmp_path}: not writable" and "--run-dir" in stops.mend
 
 
 def test_without_torch_nothing_is_tried(

@@ -95,9 +95,9 @@ def test_every_end_of_a_job_is_an_outcome(tmp_path: Path) -> None:
         at_once=2,
     )
     assert found["fine"].figures == {"word": "a", "variable": "b", "group": True} and not found["fine"].trouble
-    assert found["raises"].trouble == "left with exit code 1: RuntimeError: cuDNN is not there"
-    assert found["crashes"].trouble == "was killed by SIGSEGV: about to fall"
-    assert found["hangs"].trouble == "did not come back in 2 s and was ended: waiting for rank 2"
+    assert found["raises"].trouble == "exit code 1: RuntimeError: cuDNN is not there"
+    assert found["crashes"].trouble == "killed by SIGSEGV: about to fall"
+    assert found["hangs"].trouble == "timed out after 2 s: waiting for rank 2"
     assert "ModuleNotFoundError" in found["missing"].trouble
     assert os.environ.get("A_VARIABLE") is None
     if sys.platform == "linux":
@@ -108,7 +108,7 @@ def test_a_dead_server_leaves_what_it_had(tmp_path: Path) -> None:
     order = [Job("first", HERE, "fine", ("a",), together="1"), Job("kill", HERE, "kills_the_server", together="2")]
     found = forks.run([*order, Job("last", HERE, "fine", ("a",), together="3")], at_once=2)
     assert found["first"].figures and not found["last"].tried
-    assert found["last"].trouble.startswith("was killed by SIGKILL")
+    assert found["last"].trouble.startswith("killed by SIGKILL")
     assert forks.run([], 1) == {}
 
 
@@ -153,11 +153,11 @@ def test_broken_packages_are_findings_with_their_own_words(broken: Machine) -> N
     engine = said["transformer-engine"]
     assert "RuntimeError: Could not find shared object file: transformer_engine" in engine.what
     assert (engine.weight, engine.costs.split(":")[0]) == ("costs", "FP8 off") and "LLMQ" in engine.source
-    assert "undefined symbol" in said["flash-attn"].what and "another torch than 2.13.0+cu130" in said["flash-attn"].what
+    assert "undefined symbol" in said["flash-attn"].what and "a different torch than 2.13.0+cu130" in said["flash-attn"].what
     assert said["flash-attn"].mend.endswith("flash-attn") and "--no-build-isolation" in said["flash-attn"].mend
-    assert "was killed by SIGSEGV: loading kernels" in said["torchao"].what
-    assert "a library that it needs" in said["bitsandbytes"].what
-    assert "did not come back in 6 s" in said["peft"].what
+    assert "killed by SIGSEGV: loading kernels" in said["torchao"].what
+    assert "shared library missing" in said["bitsandbytes"].what
+    assert "timed out after 6 s" in said["peft"].what
     assert "SystemExit: 3" in said["mpi4py"].what and said["mpi4py"].weight == "minor"
     assert check.figures["triton"]["version"] == "3.0" and "triton 3.0" in check.rows[0]
     assert all(finding.mend for finding in check.findings)
@@ -170,10 +170,7 @@ def test_a_torch_that_ends_its_process_is_one_finding_that_stops(tmp_path: Path,
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     machine = replace(probe(), packages={"torch": "2.13.0", "peft": "1.0"})
     (found,) = imports.judge(machine, forks.run(imports.jobs(machine), 2)).findings
-    assert (
-        found.weight == "stops"
-        and "torch 2.13.0 is installed and does not import: was killed by SIGSEGV: no luck" in found.what
-    )
+    assert found.weight == "stops" and "torch 2.13.0: import failed: killed by SIGSEGV: no luck" in found.what
     assert found.mend.startswith("pip install --force-reinstall 'torch")
 
 
@@ -183,7 +180,7 @@ def test_a_torch_that_ends_its_process_is_one_finding_that_stops(tmp_path: Path,
         ({"cuda": "13.0", "gpus": 1, "architectures": ["sm_80", "sm_90", "sm_120"]}, None),
         ({"cuda": "13.0", "gpus": 1, "architectures": ["sm_80", "sm_90a"]}, None),
         ({"cuda": "13.0", "gpus": 1, "architectures": ["sm_80", "sm_100"]}, "no kernels for sm 9.0"),
-        ({"cuda": "13.0", "gpus": 0, "architectures": []}, "counts no device"),
+        ({"cuda": "13.0", "gpus": 0, "architectures": []}, "CUDA reports no device"),
         (
             {"cuda": "13.0", "gpus": 0, "cuda_error": "RuntimeError: Error 803: system"},
             "torch cannot use the GPU: RuntimeError: Error 803",
@@ -242,12 +239,12 @@ def test_on_this_machine(with_torch: None, tmp_path: Path) -> None:
 
     together = ranks.judge(machine, {name: found[name] for name in ("peers", "rank 0", "rank 1")}, {})
     assert together.findings == ()
-    assert together.rows[0].startswith("2 copies between devices, all right") and "(gloo): right" in together.rows[1]
+    assert together.rows[0].startswith("2 copies between devices, all correct") and "(gloo): correct" in together.rows[1]
     assert found["rank 0"].figures and found["rank 0"].figures["bus_gb_s"] > 0
 
     hung = {"rank 0": found["rank 3"], "rank 1": found["rank 4"]}
     (finding,) = ranks.judge(machine, hung, {}).findings
-    assert "did not come back in 4 s and was ended" in finding.what and finding.weight == "minor"
+    assert "timed out after 4 s" in finding.what and finding.weight == "minor"
     (finding,) = ranks.judge(box("h100x8"), hung, {}).findings
     assert finding.weight == "stops" and "NCCL_DEBUG=INFO" in finding.mend
 
@@ -271,14 +268,14 @@ def test_copies_that_arrive_as_zeros_stop(monkeypatch: pytest.MonkeyPatch) -> No
     assert ranks.judge(machine, done("peers", **good), {}).findings == ()
     check = ranks.judge(machine, done("peers", **bad), {})
     (found,) = check.findings
-    assert found.weight == "stops" and "arrive as zeros and raise no error: 0 -> 1, 1 -> 0" in found.what
+    assert found.weight == "stops" and "return zeros without an error: 0 -> 1, 1 -> 0" in found.what
     assert found.mend == "export NCCL_P2P_DISABLE=1" and "WRONG" in check.rows[0]
     (found,) = ranks.judge(machine, done("peers", **bad), {"NCCL_P2P_DISABLE": "1"}).findings
     assert found.weight == "minor"
     (found,) = ranks.judge(machine, done("peers", **nothing), {}).findings
-    assert "arrive wrong" in found.what
+    assert "return wrong data" in found.what
     (found,) = ranks.judge(machine, {"peers": Outcome("peers", None, None, "", 60.0)}, {}).findings
-    assert "did not come back in 60 s" in found.what and found.mend == "export NCCL_P2P_DISABLE=1"
+    assert "timed out after 60 s" in found.what and found.mend == "export NCCL_P2P_DISABLE=1"
     (found,) = ranks.judge(machine, {"peers": Outcome("peers", None, 1, "RuntimeError: CUDA error", 1.0)}, {}).findings
     assert "RuntimeError: CUDA error" in found.what and "dmesg" in found.mend
 
@@ -294,15 +291,15 @@ def sums(count: int = 8, right: bool = True, rate: float = 400.0, ring: bool = T
 def test_sums_over_ranks() -> None:
     machine = box("h100x8")
     check = ranks.judge(machine, sums(), {})
-    assert check.findings == () and check.rows == ("sum over 8 ranks (nccl): right, 400.0 GB/s on the bus",)
+    assert check.findings == () and check.rows == ("all-reduce over 8 ranks (nccl): correct, 400.0 GB/s bus bandwidth",)
     for wrong in (sums(right=False), sums(ring=False)):
         (found,) = ranks.judge(machine, wrong, {}).findings
         assert found.weight == "stops" and "is wrong" in found.what
     (found,) = ranks.judge(machine, sums(right=False), {}, {f"{name} again": one for name, one in sums().items()}).findings
-    assert found.mend == "export NCCL_P2P_DISABLE=1" and "without peer-to-peer copies it is right" in found.what
+    assert found.mend == "export NCCL_P2P_DISABLE=1" and "; correct without peer-to-peer copies" in found.what
     (found,) = ranks.judge(machine, sums(rate=40.0), {}).findings
-    assert found.weight == "costs" and "moves 40 GB/s, their links 450" in found.what
-    assert ranks.judge(box("h100"), sums(1), {}).rows == ("sum over 1 rank (nccl): right",)
+    assert found.weight == "costs" and ": 40 GB/s, links 450 GB/s" in found.what
+    assert ranks.judge(box("h100"), sums(1), {}).rows == ("all-reduce over 1 rank (nccl): correct",)
     pcie = replace(machine, gpus=tuple(replace(gpu, links=("pcie",) * 7) for gpu in machine.gpus))
     assert ranks.judge(pcie, sums(rate=4.0), {}).findings == (), "there is no table for PCIe"
 
@@ -345,7 +342,7 @@ def test_speed_beside_the_table() -> None:
     assert speed.judge(machine, rates(1, 541.0, 2158.0)).findings == ()
     slow = speed.judge(machine, rates(1, 539.0, 2156.0)).findings
     assert [finding.weight for finding in slow] == ["costs", "costs"]
-    assert "772 can be had" in slow[0].what and "70% of their speed" in slow[0].costs and "torchao" in slow[0].source
+    assert "expected 772" in slow[0].what and "70% of the expected rate" in slow[0].costs and "torchao" in slow[0].source
 
 
 def test_an_unknown_part_is_not_judged() -> None:
@@ -357,7 +354,7 @@ def test_an_unknown_part_is_not_judged() -> None:
 
 def test_a_slow_gpu_among_equal_ones_is_named() -> None:
     (found,) = speed.judge(box("h100x8"), rates(8, 750.0, 3000.0, gpu3=600.0)).findings
-    assert found.what == "GPU 3 multiplies at 80% of an equal GPU of this box"
+    assert found.what == "GPU 3: matmul at 80% of an equal GPU of this machine"
     assert "CUDA_VISIBLE_DEVICES=0,1,2,4,5,6,7" in found.mend and "20% of a step" in found.costs
     assert speed.judge(box("mixed"), rates(2, 140.0, 800.0, gpu0=60.0)).findings == (), "unequal parts are not compared"
 
@@ -365,7 +362,7 @@ def test_a_slow_gpu_among_equal_ones_is_named() -> None:
 def test_a_gpu_that_fails_and_a_cpu_that_fails() -> None:
     outcome = {"speed 0": Outcome("speed 0", None, 1, "RuntimeError: CUDA error: out of memory", 1.0)}
     (found,) = speed.judge(box("h100"), outcome).findings
-    assert "GPU 0 failed" in found.what and "out of memory" in found.what
+    assert "GPU 0: matmul failed" in found.what and "out of memory" in found.what
     (found,) = speed.judge(box("cpu"), {"speed cpu": Outcome("speed cpu", None, -4, "", 1.0)}).findings
     assert "SIGILL" in found.what
     assert speed.judge(box("cpu"), {}).rows == ()
@@ -398,12 +395,12 @@ def whats(machine: Machine, tree: Path, allowed: dict[str, int | None] = FREE) -
 
 @pytest.mark.parametrize("stem", [path.stem for path in sorted((ROOT / "tests/machines").glob("*.json"))])
 def test_nothing_is_found_on_a_good_host(tree: Path, stem: str) -> None:
-    assert whats(box(stem), tree) == ([] if "c++" in box(stem).packages else ["no C++ compiler, so torch.compile cannot run"])
+    assert whats(box(stem), tree) == ([] if "c++" in box(stem).packages else ["no C++ compiler: torch.compile cannot run"])
 
 
 def test_limits(tree: Path) -> None:
     machine, low = box("h100x8"), {"files": 256, "locked": 65536}
-    assert whats(machine, tree, low) == ["256 files may be open, a large corpus has a file for every 100 M tokens"]
+    assert whats(machine, tree, low) == ["open file limit 256: a corpus has one file per 100 M tokens"]
     (tree / "sys/class/infiniband/mlx5_0").mkdir(parents=True)
     assert "InfiniBand" in whats(machine, tree, low)[0]
     check = host.check(machine, low, tree, tree)
@@ -416,7 +413,7 @@ def test_a_container_below_its_machine(tree: Path) -> None:
     (tree / "sys/fs/cgroup/cpu.max").write_text("400000 100000\n")
     (tree / "sys/fs/cgroup/memory.max").write_text(str(32 << 30))
     cores, memory = host.check(machine, FREE, tree, tree).findings
-    assert cores.what == "this container may use 4 of 26 cores" and cores.weight == "minor"
+    assert cores.what == "container limit: 4 of 26 cores" and cores.weight == "minor"
     assert "32.00 GiB of 251.66 GiB" in memory.what and "--memory=251g" in memory.mend
     assert "container: 4 cores, 32.00 GiB" in host.check(machine, FREE, tree, tree).rows[0]
 
@@ -427,11 +424,11 @@ def test_a_gpu_on_a_node_that_the_process_may_not_use(tree: Path) -> None:
     bound = replace(machine, cpu=replace(machine.cpu, numa_cores=(machine.cpu.numa_cores[0], ())))
     (what,) = whats(bound, tree)
     there = [str(gpu.index) for gpu in machine.gpus if gpu.numa_node == 1]
-    assert what == f"GPU {', '.join(there)} lies on NUMA node 1, and this process may not run on a core of it"
+    assert what == f"GPU {', '.join(there)}: on NUMA node 1, but this process is bound to other nodes"
     (found,) = host.check(bound, FREE, tree, tree).findings
     assert found.mend == "numactl --cpunodebind=1 --membind=1 gptoughts train"
     untold = replace(machine, gpus=tuple(replace(gpu, numa_node=None) for gpu in machine.gpus))
-    assert "does not tell which GPU" in whats(untold, tree)[0]
+    assert "the node of each GPU is unknown" in whats(untold, tree)[0]
 
 
 def test_no_compiler_and_no_headers(tree: Path) -> None:
@@ -473,11 +470,11 @@ def test_disk_judged(tmp_path: Path) -> None:
     def judged(**changes: Any) -> Any:
         return disk.judge(tmp_path, done("disk", **{**figures, **changes})["disk"], 1 << 40)
 
-    assert judged().findings == () and judged().rows == ("writes 500 MB/s, reads 900 MB/s (past the page cache)",)
-    assert "cannot be avoided here" in judged(cache="not avoided").rows[0]
-    assert "may have helped" in judged(cache="asked to forget", read_mb_s=None).rows[0]
+    assert judged().findings == () and judged().rows == ("writes 500 MB/s, reads 900 MB/s (page cache bypassed)",)
+    assert "(page cache included)" in judged(cache="not avoided").rows[0]
+    assert "page cache possibly included" in judged(cache="asked to forget", read_mb_s=None).rows[0]
     (slow,) = judged(write_mb_s=20.0).findings
-    assert slow.weight == "minor" and slow.costs.startswith("600 s for each checkpoint of a billion parameters")
+    assert slow.weight == "minor" and slow.costs.startswith("600 s per checkpoint of a billion parameters")
     (wrong,) = judged(wrong_blocks=1).findings
     assert wrong.weight == "stops"
 
@@ -524,7 +521,7 @@ def seen(tmp_path: Path) -> Any:
 
 def test_clocks_of_a_gpu_that_is_well(seen: Any) -> None:
     findings, rows, states = seen(gpu(A, "00000000:3B:00.0", **WELL))
-    assert findings == [] and rows == ("gpu 0: 1980 of 1980 MHz, 45 C, held down by nothing; ECC on",)
+    assert findings == [] and rows == ("gpu 0: 1980 of 1980 MHz, 45 C, throttle reasons: none; ECC on",)
     assert states[0]["used_bytes"] == 500 << 20 and states[0]["limit"] == states[0]["usual_limit"] == 700.0
 
 
@@ -536,13 +533,13 @@ def test_everything_that_holds_a_gpu_down(seen: Any) -> None:
     findings, rows, _ = seen(gpu(B, "00000000:5E:00.0", **WELL) + gpu(A, "00000000:3B:00.0", **{**WELL, **ill}))
     text = "\n".join(f"{one.what} | {one.costs} | {one.mend}" for one in findings)
     for words in (
-        "GPU 1 is slowed down by heat at 91 C | it ran at 1200 of 1980 MHz",
-        "braked by its power supply",
-        "held at clocks that somebody set",
-        "may draw 700 W, usual are 750 W | it ran at 1200 of 1980 MHz | sudo nvidia-smi -i 1 -pl 750",
-        "3 memory errors that ECC could not correct",
-        "connected by 8 of 16 PCIe lanes | copies to and from the host at 50% of their rate",
-        "other processes hold 20.00 GiB of GPU 1",
+        "GPU 1: thermal throttling at 91 C | clock 1200 of 1980 MHz",
+        "GPU 1: power brake or hardware slowdown",
+        "application clocks are set below the maximum",
+        "power limit 700 W, default 750 W | clock 1200 of 1980 MHz | sudo nvidia-smi -i 1 -pl 750",
+        "3 uncorrectable ECC errors",
+        "8 of 16 PCIe lanes | copies to and from the host at 50% of their rate",
+        "GPU 1: other processes use 20.00 GiB",
         "CUDA_VISIBLE_DEVICES=0",
         "sudo nvidia-smi -pm 1",
     ):
@@ -550,16 +547,16 @@ def test_everything_that_holds_a_gpu_down(seen: Any) -> None:
     assert not any("GPU 0" in one.what for one in findings)
     assert (
         rows[1]
-        == "gpu 1: 1200 of 1980 MHz, 91 C, held down by application clocks, power cap, heat (hardware), power brake; ECC on"
+        == "gpu 1: 1200 of 1980 MHz, 91 C, throttle reasons: application clocks, power cap, heat (hardware), power brake; ECC on"
     )
     assert worst_first(findings)[-1].weight == "minor"
 
 
 def test_what_nvml_does_not_tell_is_unknown(seen: Any) -> None:
     findings, rows, _ = seen(gpu(A, "00000000:3B:00.0"))
-    assert findings == [] and rows == ("gpu 0: n/a of n/a MHz, n/a, held down by n/a; ECC n/a",)
+    assert findings == [] and rows == ("gpu 0: n/a of n/a MHz, n/a, throttle reasons: n/a; ECC n/a",)
     findings, rows, _ = seen(gpu(A, "00000000:3B:00.0", reasons=0x20, clock=900))
-    assert [(one.what, one.costs) for one in findings] == [("GPU 0 is slowed down by heat", "n/a")]
+    assert [(one.what, one.costs) for one in findings] == [("GPU 0: thermal throttling", "n/a")]
 
 
 def test_a_watch_keeps_the_worst(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -575,6 +572,6 @@ def test_a_watch_keeps_the_worst(monkeypatch: pytest.MonkeyPatch) -> None:
     watch()
     watch()
     check = watch.check()
-    assert check.rows == ("gpu 0: 1100 of 1980 MHz, 90 C, held down by heat (software); ECC n/a",)
+    assert check.rows == ("gpu 0: 1100 of 1980 MHz, 90 C, throttle reasons: heat (software); ECC n/a",)
     (found,) = check.findings  # what we used ourselves is nobody else's
-    assert found.costs == "it ran at 1100 of 1980 MHz"
+    assert found.costs == "clock 1100 of 1980 MHz"

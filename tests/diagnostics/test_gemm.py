@@ -50,7 +50,7 @@ def test_figures_are_whole(here: Machine) -> None:
 
 def test_a_size_that_would_take_too_long_is_left_out(here: Machine) -> None:
     run = bench_gemm(here, "", effort=replace(QUICK, most_seconds=0.0))
-    assert list(run["products"]["fp32"]["sizes"]) == ["32"] and run["products"]["fp32"]["why"].startswith("64 left out")
+    assert list(run["products"]["fp32"]["sizes"]) == ["32"] and run["products"]["fp32"]["why"].startswith("64 skipped")
 
 
 def test_the_largest_size_can_be_named(here: Machine) -> None:

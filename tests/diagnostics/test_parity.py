@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptoughts.cli.main import main
-from gptoughts.diagnostics.bench.children import Told, Turns
+from gptoughts.diagnostics.bench.children import Result, Turns
 from gptoughts.diagnostics.bench.parity import LEAST_LIMIT, _demand, bench_parity, in_question, reference_of, verdict
 from gptoughts.diagnostics.bench.parity_table import parity_markdown, parity_text
 from gptoughts.diagnostics.bench.picture import draw_parity
@@ -44,9 +44,9 @@ def test_fp16_is_compared_with_bf16_beside_the_same_attention(fields: dict[str, 
 
 def test_what_cannot_be_asked(fields: dict[str, str]) -> None:
     setting, _ = asked(fields)
-    with pytest.raises(ConfigError, match="no layer of this plan changes numbers"):
+    with pytest.raises(ConfigError, match="no layer of this plan changes numerics"):
         in_question(setting)
-    with pytest.raises(ConfigError, match="no layer of this plan changes numbers"):
+    with pytest.raises(ConfigError, match="no layer of this plan changes numerics"):
         in_question(setting, ["precision"])
     with pytest.raises(ConfigError, match="did you mean 'precision'"):
         in_question(setting, ["precison"])
@@ -82,7 +82,7 @@ def test_a_loss_that_is_not_finite_does_not_pass() -> None:
 
 def test_the_same_training_passes_and_is_drawn(fields: dict[str, str], tmp_path: Path) -> None:
     """Torch's own attention, in processes of their own, one of them from other first weights."""
-    run = bench_parity(*asked(fields, attention="sdpa"), 9, 1, [], "typed", turns=Turns.IN_A_ROW)
+    run = bench_parity(*asked(fields, attention="sdpa"), steps=9, seeds=1, named=[], command="typed", turns=Turns.IN_A_ROW)
     run = json.loads(json.dumps(run))
     assert run["passed"] and abs(run["difference"]) < 1e-3 and run["seed_noise"] > 0
     assert run["in_question"] == {"attention": "sdpa"} and run["reference"] == {"attention": "math"}
@@ -95,7 +95,7 @@ def test_the_same_training_passes_and_is_drawn(fields: dict[str, str], tmp_path:
             row["steps"] * row["step_seconds"], rel=1e-2
         )
     for text in (parity_text(run), parity_markdown([run], "x.png")):
-        assert "passed" in text and "NOT" not in text and "noise of seeds" in text and "attention sdpa against math" in text
+        assert "passed" in text and "NOT" not in text and "seed noise" in text and "attention sdpa against math" in text
     draw_parity(run, tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 
@@ -125,7 +125,7 @@ def test_a_plan_that_comes_to_nothing_leaves_with_1(
     out = tmp_path / "parity.json"
     failed_verdict(fields, out, "nowhere")
     said = capsys.readouterr().out
-    assert "NOT passed" in said and "difference of the smoothed loss: not finite" in said
+    assert "NOT passed" in said and "smoothed loss, plan - reference: not finite" in said
     (run,) = json.loads(out.read_text(encoding="utf-8"), parse_constant=pytest.fail)["runs"]
     assert run["difference"] is run["final_losses"]["plan"] is None and run["final_losses"]["reference"] > 0
     assert out.with_suffix(".png").exists()
@@ -133,5 +133,5 @@ def test_a_plan_that_comes_to_nothing_leaves_with_1(
 
 def test_a_layer_that_is_not_active_has_no_parity() -> None:
     with pytest.raises(LayerError, match="plan: inactive: matmul=idle"):
-        _demand({"plan": Told(failure="inactive: matmul=idle"), "reference": Told(seconds=[1.0])})
-    _demand({"reference": Told(seconds=[1.0])})
+        _demand({"plan": Result(failure="inactive: matmul=idle"), "reference": Result(seconds=[1.0])})
+    _demand({"reference": Result(seconds=[1.0])})

@@ -1,22 +1,14 @@
-"""Encode texts in several processes, in order.
-
-Workers are plain child processes with their own pipes, so they work in a notebook and in a script without a main guard, and
-exit when the parent is killed.
-"""
+"""Tokenize texts in several child processes; results come in order."""
 
 from __future__ import annotations
 
-import json
 import os
 import queue
 import signal
-import struct
-import subprocess
-import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -25,8 +17,9 @@ import numpy as np
 
 from gptoughts.data.tokenizers.tokenizer import Tokenizer
 from gptoughts.errors import DataError
+from gptoughts.processes import Child, ChildDied, receive, send
 
-COMMAND = "from gptoughts.data.text.workers import serve; serve()"
+SERVE = (__name__, "serve")
 
 
 @dataclass(frozen=True)
@@ -119,68 +112,37 @@ def named(task: list[Piece], call: Any, *arguments: Any) -> Encoded:
     return Encoded(task, tokens, lengths)
 
 
-class Workers:
-    """Pool of child processes with the tokenizer; each is used by one thread at a time."""
+class Workers(ExitStack):
+    """Child processes with a loaded tokenizer each; one thread at a time talks to one of them."""
 
     def __init__(self, saved: Path, count: int) -> None:
-        # One thread per process. sys.path is passed on, so that a checkout works without installation.
+        # One thread each: the processes are the parallelism.
         environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
-        environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
-        self.children = [
-            subprocess.Popen(
-                [sys.executable, "-c", COMMAND, str(saved)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                env=environment,
-            )
-            for _ in range(count)
-        ]
+        super().__init__()
+        self.idle: queue.SimpleQueue[Child] = queue.SimpleQueue()
+        for _ in range(count):
+            self.idle.put(self.enter_context(Child(*SERVE, str(saved), environment=environment)))
         self.dtype = Tokenizer.load(saved).dtype
-        self.idle: queue.SimpleQueue[subprocess.Popen[bytes]] = queue.SimpleQueue()
-        for child in self.children:
-            self.idle.put(child)
 
     def encode(self, texts: Sequence[str], firsts: Sequence[bool]) -> tuple[np.ndarray, list[int]]:
-        """Run `encode` in one of the children. Raises WorkerDied where the child exited."""
+        """Run `encode` in one of the children. Raises WorkerDied if the child exits."""
         child = self.idle.get()
-        assert child.stdin is not None and child.stdout is not None
         try:
             raw = [text.encode("utf-8") for text in texts]
-            send(child.stdin, {"sizes": [len(part) for part in raw], "firsts": list(firsts)}, b"".join(raw))
-            head, body = receive(child.stdout)
-        except (BrokenPipeError, EOFError):
-            code = child.wait()
-            raise WorkerDied(
-                f"processes: a tokenizing process exited with code {code} (-9: out of memory?)",
-                fix="run again with fewer processes; it continues from here",
-            ) from None
+            head, body = child.ask({"sizes": [len(part) for part in raw], "firsts": list(firsts)}, b"".join(raw))
+        except ChildDied as error:
+            memory = " (out of memory?)" if error.code == -signal.SIGKILL else ""
+            raise WorkerDied(f"tokenizing process: {error}{memory}", fix="run again with fewer --processes") from None
         finally:
             self.idle.put(child)
         if "error" in head:
             raise BadPiece(head["piece"], head["error"])
         return np.frombuffer(body, dtype=self.dtype), head["lengths"]
 
-    def __enter__(self) -> Workers:
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        for child in self.children:
-            child.kill()
-        for child in self.children:
-            child.wait()
-            for pipe in (child.stdin, child.stdout):
-                if pipe is not None:
-                    # Closing flushes unsent bytes of an abandoned task.
-                    with suppress(BrokenPipeError):
-                        pipe.close()
-
-
-def serve() -> None:
-    """Run a worker: load the tokenizer, answer requests on standard input until it closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent handles it.
-    tokenizer = Tokenizer.load(Path(sys.argv[1]))
-    requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # Output that a library prints must not mix with the answers.
+def serve(requests: IO[bytes], answers: IO[bytes], saved: str) -> None:
+    """Load the tokenizer and answer requests until the parent closes the pipe or dies."""
+    tokenizer = Tokenizer.load(Path(saved))
     try:
         while True:
             head, body = receive(requests)
@@ -191,29 +153,8 @@ def serve() -> None:
             try:
                 tokens, lengths = encode(tokenizer, texts, head["firsts"])
             except BadPiece as error:
-                send(answers, {"error": str(error), "piece": error.index}, b"")
+                send(answers, {"error": str(error), "piece": error.index})
             else:
                 send(answers, {"lengths": lengths}, tokens.data)
     except (EOFError, BrokenPipeError):
-        os._exit(0)  # The parent has exited or finished; a normal exit would report a broken pipe.
-
-
-def send(pipe: IO[bytes], head: dict[str, Any], body: Any) -> None:
-    """Send one frame: two lengths (uint64), a JSON head, raw bytes."""
-    raw = json.dumps(head).encode()
-    view = memoryview(body).cast("B") if len(body) else b""
-    pipe.write(struct.pack("<QQ", len(raw), len(view)) + raw)
-    pipe.write(view)
-    pipe.flush()
-
-
-def receive(pipe: IO[bytes]) -> tuple[dict[str, Any], bytes]:
-    """Receive one frame. Raises EOFError where the pipe ends."""
-    lengths = pipe.read(16)
-    if len(lengths) < 16:
-        raise EOFError
-    head_length, body_length = struct.unpack("<QQ", lengths)
-    head, body = pipe.read(head_length), pipe.read(body_length)
-    if len(head) < head_length or len(body) < body_length:
-        raise EOFError
-    return json.loads(head), body
+        os._exit(0)  # the parent is done or gone; a normal exit would report the broken pipe

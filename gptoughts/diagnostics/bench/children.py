@@ -1,50 +1,45 @@
-"""Variants in processes of their own, taking turns: started one after another, then each told to run some steps, in another order each round.
+"""Measure variants in child processes that take turns; every round runs all of them in a different order.
 
-A shared machine drifts by more than the differences that are looked for, so a round holds every variant once, and only ratios within a
-round are compared. Where all of them do not fit into memory together, each round starts every variant anew.
+The speed of a shared machine drifts by more than the differences of interest: a round holds every variant once, and only ratios within a
+round are compared. If the variants do not fit into memory together, each round starts every variant again.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from enum import StrEnum
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any
 
 from gptoughts import errors
+from gptoughts.diagnostics.bench import variant
 from gptoughts.diagnostics.bench.variant import OUT_OF_MEMORY, Job
+from gptoughts.planning.environment import GUARD
+from gptoughts.processes import Child, ChildDied
 
 Say = Callable[[str], None]
 
 ROOM = 2.0
-"""Free memory that the next process must find, as a multiple of the most that one has taken so far: others need some, too, and a system
-that runs out kills whom it likes."""
-GRACE_SECONDS = 20
-ROOT = Path(__file__).resolve().parents[3]
-PROGRAM = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from gptoughts.diagnostics.bench.variant import main; main()"
-USERS_MISTAKES = ("ConfigError", "DataError", "CheckpointError", "PlanError", "RunError")
+"""Free memory required for the next process, as a multiple of the largest so far. The margin is for other programs: when a system runs
+out of memory, it may kill any process."""
+USER_ERRORS = ("ConfigError", "DataError", "CheckpointError", "PlanError", "RunError")
 
 
 class Turns(StrEnum):
     """How processes share the machine."""
 
-    TOGETHER = "all alive, taking turns"
-    APART = "one at a time, started again each round"
-    IN_A_ROW = "one after the other, each from its first step to its last"
+    TOGETHER = "interleaved, all alive"
+    APART = "interleaved, one at a time, restarted each round"
+    IN_A_ROW = "one after the other, all steps at once"
 
 
-class ChildFailed(Exception):
-    """A variant that could not go on: what kind of error, and its words."""
+class VariantFailed(Exception):
+    """A variant that cannot continue: kind of error and message."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(f"{kind}: {message}" if message else kind)
@@ -56,8 +51,8 @@ class NoRoom(Exception):
 
 
 @dataclass
-class Told:
-    """What one variant told: how it started, seconds per step of every round, the loss of every step, its most memory."""
+class Result:
+    """Figures of one variant: its `ready` answer, seconds per step of every round, loss of every step, peak memory."""
 
     ready: dict[str, Any] = field(default_factory=dict)
     start_seconds: float | None = None
@@ -66,220 +61,165 @@ class Told:
     peak_bytes: int | None = None
     clock_mhz: list[int] = field(default_factory=list)
     failure: str = ""
-    """Why it is not counted; empty where it is."""
+    """Why the variant is not counted; empty if it is."""
     diverged: bool = False
-    """Whether that is because its loss was no number any more."""
+    """Whether the failure is a loss that is not finite."""
 
     @property
     def counted(self) -> bool:
-        """Whether its figures mean what its name says."""
+        """Return whether the figures are valid."""
         return not self.failure and bool(self.seconds)
 
 
-class Child:
-    """One process. It leads a group of its own, so that what it started can be ended with it."""
+class Variant(Child):
+    """The child process of one job: the first request is the job, each further one `{"steps": n}`."""
 
-    def __init__(self, job: Job, log: Path) -> None:
-        self._log = log
-        with log.open("w", encoding="utf-8") as errors_of:
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", PROGRAM], env=environment_of(job), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                stderr=errors_of, text=True, encoding="utf-8", start_new_session=True,
-            )  # fmt: skip
-        self._job = job
+    def __init__(self, job: Job) -> None:
+        super().__init__(variant.__name__, "serve", environment=environment_of(job))
+        self.job = job
 
-    def start(self) -> dict[str, Any]:
-        """Hand over the job; what the variant tells when it is warm and was watched. Raises ChildFailed."""
-        found: dict[str, Any] = self._asked(self._job.to_json())["ready"]
-        return found
-
-    def run(self, steps: int) -> dict[str, Any]:
-        """So many more steps: seconds, losses, most memory. Raises ChildFailed."""
-        found: dict[str, Any] = self._asked({"steps": steps})["ran"]
-        return found
-
-    def _asked(self, message: Mapping[str, Any]) -> dict[str, Any]:
-        assert self._process.stdin is not None and self._process.stdout is not None
-        with suppress(BrokenPipeError):  # it has gone; its last words, read now, say why
-            self._process.stdin.write(json.dumps(message) + "\n")
-            self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        if not line:
-            raise ChildFailed(*self._how_it_died())
-        answer: dict[str, Any] = json.loads(line)
-        if "failed" in answer:
-            raise ChildFailed(answer["failed"]["kind"], answer["failed"]["message"])
-        return answer
-
-    def _how_it_died(self) -> tuple[str, str]:
-        code = self._process.wait()
-        if code == -signal.SIGKILL:
-            return OUT_OF_MEMORY, "the process was killed, as systems do when memory runs out"
-        tail = [line for line in self._log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()][-3:]
-        return f"left with {code}", " / ".join(tail)
-
-    def close(self) -> None:
-        """Let it end by itself: its input closes, and it undoes its layers. What still lives after a while is killed."""
-        assert self._process.stdin is not None and self._process.stdout is not None
-        with suppress(BrokenPipeError):  # it has gone already
-            self._process.stdin.close()
+    def request(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the answer to `message`. Raises VariantFailed."""
         try:
-            self._process.wait(GRACE_SECONDS)
-        except subprocess.TimeoutExpired:
-            self.kill()
-        self._process.stdout.close()
-
-    def kill(self) -> None:
-        """End it and what it started, now."""
-        if self._process.poll() is None:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+            answer: dict[str, Any] = self.ask(message)[0]
+        except ChildDied as error:
+            if error.code == -signal.SIGKILL:
+                raise VariantFailed(OUT_OF_MEMORY, "killed by SIGKILL") from None
+            raise VariantFailed(str(error), "") from None
+        if "failed" in answer:
+            raise VariantFailed(answer["failed"]["kind"], answer["failed"]["message"])
+        return answer
 
 
 def environment_of(job: Job) -> dict[str, str]:
-    """The variables of a variant's process: ours, less what gptoughts itself had set here for another plan, with those of its plan."""
-    from gptoughts.planning.environment import GUARD
-
+    """Return the variables of a variant's process: this process's, without those gptoughts set for another plan, plus the plan's."""
     ours = os.environ.get(GUARD, "").partition(":")[2].split(",")
     return {**{name: value for name, value in os.environ.items() if name not in (GUARD, *ours)}, **job.environment}
 
 
-@contextmanager
-def _processes() -> Iterator[dict[str, Child]]:
-    """A table for children: on leaving they are closed, after an error or Ctrl-C killed."""
-    children: dict[str, Child] = {}
-    try:
-        yield children
-    except BaseException:
-        for child in children.values():
-            child.kill()
-        raise
-    finally:
-        for child in children.values():
-            child.close()
-
-
 def measure(
-    jobs: Mapping[str, Job], rounds: int, steps: int, say: Say, turns: Turns | None = None, otherwise: Turns = Turns.APART
-) -> tuple[dict[str, Told], Turns]:
-    """Run every job `rounds` times `steps` steps. `turns` None takes them together where they fit, and `otherwise` where not.
+    jobs: Mapping[str, Job], rounds: int, steps: int, say: Say, *, turns: Turns | None = None, otherwise: Turns = Turns.APART
+) -> tuple[dict[str, Result], Turns]:
+    """Run every job for `rounds` times `steps` steps. `turns` None interleaves them if they fit into memory, else uses `otherwise`.
 
-    Raises the user's own mistake (a missing text, sizes that do not fit) where the first variant meets it; what later ones meet is
-    their own, and stands in their `failure`.
+    Raises an error of the user (missing text, invalid sizes) if the first variant meets it; errors of later variants are in their
+    `failure`.
     """
-    with TemporaryDirectory(prefix="gptoughts-bench-") as folder:
-        if turns in (None, Turns.TOGETHER):
-            try:
-                return _together(jobs, rounds, steps, say, Path(folder), turns is Turns.TOGETHER), Turns.TOGETHER
-            except NoRoom as error:
-                say(f"{error}: {otherwise}")
-                turns = otherwise
-        assert turns is not None
-        if turns is Turns.APART:
-            return _apart(jobs, rounds, steps, say, Path(folder)), turns
-        told: dict[str, Told] = {}
-        for name, job in jobs.items():
-            told |= _together({name: job}, rounds, steps, lambda text, name=name: say(f"{name}, {text}"), Path(folder), True)  # type: ignore[misc]
-        return told, turns
+    if turns in (None, Turns.TOGETHER):
+        try:
+            return _together(jobs, rounds, steps, say, turns is Turns.TOGETHER), Turns.TOGETHER
+        except NoRoom as error:
+            say(f"{error}: {otherwise}")
+            turns = otherwise
+    assert turns is not None
+    if turns is Turns.APART:
+        return _apart(jobs, rounds, steps, say), turns
+    results: dict[str, Result] = {}
+    for name, job in jobs.items():
+        results |= _together({name: job}, rounds, steps, lambda text, name=name: say(f"{name}, {text}"), True)  # type: ignore[misc]
+    return results, turns
 
 
 def order(names: list[str], number: int) -> list[str]:
-    """The order of a round: rotated by its number, every other round backwards."""
+    """Return the order of a round: rotated by its number, every other round reversed."""
     first = number % len(names) if names else 0
     turned = names[first:] + names[:first]
     return turned if number % 2 == 0 else turned[::-1]
 
 
-def _together(jobs: Mapping[str, Job], rounds: int, steps: int, say: Say, folder: Path, forced: bool) -> dict[str, Told]:
-    told = {name: Told() for name in jobs}
-    with _processes() as children:
+def _together(jobs: Mapping[str, Job], rounds: int, steps: int, say: Say, forced: bool) -> dict[str, Result]:
+    results = {name: Result() for name in jobs}
+    children: dict[str, Variant] = {}
+
+    def drop_failed(name: str) -> None:
+        """Close a failed variant. Raises NoRoom if it ran out of memory beside others: alone it may fit."""
+        result = results[name]
+        _refuse_crowding(name, result, len(children), forced)
+        if result.failure:
+            say(f"  {name} not counted: {result.failure}")
+            children.pop(name).close()
+
+    with ExitStack() as stack:
         for number, (name, job) in enumerate(jobs.items()):
-            if not forced and not _roomy(told.values()):
-                raise NoRoom(f"no room for {len(jobs)} processes at once after {number}")
+            if not forced and not _roomy(results.values()):
+                raise NoRoom(f"no memory for {len(jobs)} processes at once, {number} started")
             say(f"starting {number + 1} of {len(jobs)}: {name}")
-            children[name] = Child(job, folder / f"{number}.log")
-            _start(children[name], told[name], not any(one.ready for one in told.values()))
-            _refuse_crowding(name, told[name], len(children), forced)
-            if told[name].failure:
-                say(f"  {name} is not counted: {told[name].failure}")
-                children.pop(name).close()
+            children[name] = stack.enter_context(Variant(job))
+            _start(children[name], results[name], not any(one.ready for one in results.values()))
+            drop_failed(name)
         for number in range(rounds):
             say(f"round {number + 1} of {rounds}")
             for name in order(list(children), number):
-                _run(children[name], told[name], steps)
-                _refuse_crowding(name, told[name], len(children), forced)
-                if told[name].failure:
-                    say(f"  {name} is not counted: {told[name].failure}")
-                    children.pop(name).close()
-    return told
+                _run(children[name], results[name], steps)
+                drop_failed(name)
+    return results
 
 
-def _refuse_crowding(name: str, told: Told, alive: int, forced: bool) -> None:
-    """Raises NoRoom where a variant ran out of memory beside others: alone it may fit."""
-    if told.failure.startswith(OUT_OF_MEMORY) and alive > 1 and not forced:
+def _refuse_crowding(name: str, result: Result, alive: int, forced: bool) -> None:
+    if result.failure.startswith(OUT_OF_MEMORY) and alive > 1 and not forced:
         raise NoRoom(f"{name} ran out of memory beside {alive - 1} others")
 
 
-def _apart(jobs: Mapping[str, Job], rounds: int, steps: int, say: Say, folder: Path) -> dict[str, Told]:
-    told = {name: Told() for name in jobs}
+def _apart(jobs: Mapping[str, Job], rounds: int, steps: int, say: Say) -> dict[str, Result]:
+    results = {name: Result() for name in jobs}
     for number in range(rounds):
-        alive = [name for name in jobs if not told[name].failure]
+        alive = [name for name in jobs if not results[name].failure]
         for place, name in enumerate(order(alive, number)):
+            result = results[name]
             say(f"round {number + 1} of {rounds}, {place + 1} of {len(alive)}: {name}")
-            with _processes() as children:
-                children[name] = Child(jobs[name], folder / "one.log")
-                told[name].losses = []  # each start trains the same steps
-                _start(children[name], told[name], not any(one.ready for one in told.values()))
-                if not told[name].failure:
-                    _run(children[name], told[name], steps)
-            if told[name].failure:
-                say(f"  {name} is not counted: {told[name].failure}")
-    return told
+            with Variant(jobs[name]) as child:
+                result.losses = []  # each start trains the same steps
+                _start(child, result, not any(one.ready for one in results.values()))
+                if not result.failure:
+                    _run(child, result, steps)
+            if result.failure:
+                say(f"  {name} not counted: {result.failure}")
+    return results
 
 
-def _roomy(told: Iterable[Told]) -> bool:
-    """Whether one more process would fit, as far as those before it tell."""
-    ready = [one.ready for one in told if one.ready]
+def _roomy(results: Iterable[Result]) -> bool:
+    """Return whether one more process fits into memory, judged by the earlier ones."""
+    ready = [one.ready for one in results if one.ready]
     held = [one["held_bytes"] for one in ready if one["held_bytes"] is not None]
     free = ready[-1]["free_bytes"] if ready else None
     return free is None or not held or free >= ROOM * max(held)
 
 
-def _start(child: Child, told: Told, first: bool) -> None:
+def _start(child: Variant, result: Result, first: bool) -> None:
     began = perf_counter()
     try:
-        told.ready = child.start()
-    except ChildFailed as error:
-        if first and error.kind in USERS_MISTAKES:
+        result.ready = child.request(child.job.to_json())
+    except VariantFailed as error:
+        if first and error.kind in USER_ERRORS:
             raise getattr(errors, error.kind)(error.message) from None
-        told.failure = str(error)
+        result.failure = str(error)
         return
-    if told.start_seconds is None:
-        told.start_seconds = perf_counter() - began
-    _add_losses(told, told.ready["losses"])
-    told.peak_bytes = told.peak_bytes or told.ready["peak_bytes"]
-    idle = [line for line in told.ready["evidence"] if line["status"] == "inactive"]
-    if idle:
-        told.diverged = False  # what was not active says nothing of the layer
-        told.failure = "inactive: " + "; ".join(f"{line['slot']}={line['layer']}: {line['proof']}" for line in idle)
+    if result.start_seconds is None:
+        result.start_seconds = perf_counter() - began
+    _add_losses(result, result.ready["losses"])
+    result.peak_bytes = result.peak_bytes or result.ready["peak_bytes"]
+    inactive = [line for line in result.ready["evidence"] if line["status"] == "inactive"]
+    if inactive:
+        result.diverged = False  # the loss says nothing about a layer that is not active
+        result.failure = "inactive: " + "; ".join(f"{line['slot']}={line['layer']}: {line['proof']}" for line in inactive)
 
 
-def _run(child: Child, told: Told, steps: int) -> None:
+def _run(child: Variant, result: Result, steps: int) -> None:
     try:
-        ran = child.run(steps)
-    except ChildFailed as error:
-        told.failure = str(error)
+        ran = child.request({"steps": steps})
+    except VariantFailed as error:
+        result.failure = str(error)
         return
-    told.seconds.append(ran["seconds"] / ran["steps"])
-    _add_losses(told, ran["losses"])
+    result.seconds.append(ran["seconds"] / ran["steps"])
+    _add_losses(result, ran["losses"])
     if ran["peak_bytes"] is not None:
-        told.peak_bytes = ran["peak_bytes"]
-    told.clock_mhz += [ran["clock_mhz"]] if ran["clock_mhz"] else []
+        result.peak_bytes = ran["peak_bytes"]
+    result.clock_mhz += [ran["clock_mhz"]] if ran["clock_mhz"] else []
 
 
-def _add_losses(told: Told, losses: list[float]) -> None:
-    """Keep the losses; a training that has come to nothing is not counted, however fast it is."""
-    told.losses += losses
-    wrong = next((step for step, loss in enumerate(told.losses, 1) if not math.isfinite(loss)), None)
-    if wrong is not None and not told.failure:
-        told.failure, told.diverged = f"its loss is not finite from step {wrong} on", True
+def _add_losses(result: Result, losses: list[float]) -> None:
+    """Append the losses; a variant with a loss that is not finite is not counted."""
+    result.losses += losses
+    wrong = next((step for step, loss in enumerate(result.losses, 1) if not math.isfinite(loss)), None)
+    if wrong is not None and not result.failure:
+        result.failure, result.diverged = f"loss not finite from step {wrong} on", True

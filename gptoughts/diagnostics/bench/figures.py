@@ -1,4 +1,4 @@
-"""Spread of repeated measurements, the machine they were taken on, and the file that keeps them."""
+"""Statistics of repeated measurements, the machine record, and the JSON file of runs."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from gptoughts.hardware.machine import Machine
 
 
 def spread(values: Sequence[float], digits: int = 4) -> dict[str, float]:
-    """Median, least, greatest and the two quartiles; of a single value that value."""
+    """Return median, min, max and quartiles; for a single value, that value."""
     lower, _, upper = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else (values[0],) * 3
     found = {"median": statistics.median(values), "min": min(values), "max": max(values), "q1": lower, "q3": upper}
     return {name: round(value, digits) for name, value in found.items()}
 
 
 def paired(above: Sequence[float], below: Sequence[float]) -> dict[str, float]:
-    """Spread of the ratio of two things measured in the same rounds."""
+    """Return the spread of ratios within rounds."""
     return spread([one / other for one, other in zip(above, below, strict=True)])
 
 
 def machine_figures(machine: Machine, threads: int | None = None) -> dict[str, Any]:
-    """What has to be known about a machine to read a speed taken on it. `threads` are torch's here unless another process's are given."""
+    """Return the machine record of a measurement. `threads` defaults to torch's threads in this process."""
     if threads is None:
         import torch
 
@@ -49,7 +49,7 @@ def machine_figures(machine: Machine, threads: int | None = None) -> dict[str, A
 
 
 def runs_in(path: Path) -> list[dict[str, Any]]:
-    """The runs that the file holds, none where there is no file. Raises ConfigError where it is something else."""
+    """Return the runs in the file, none if it does not exist. Raises ConfigError for other contents."""
     if not path.exists():
         return []
     try:
@@ -57,12 +57,12 @@ def runs_in(path: Path) -> list[dict[str, Any]]:
     except (ValueError, KeyError, TypeError, OSError):
         runs = None
     if not isinstance(runs, list):
-        raise ConfigError(f"--to {path}: not a file of measurements; name another")
+        raise ConfigError(f"--to {path}: not a file of measurements")
     return runs
 
 
 def refuse_unwritable(path: Path) -> None:
-    """Raises ConfigError where the file could not take figures: before an hour of measuring, not after it."""
+    """Raise ConfigError if the file cannot be written: before measuring, not after."""
     runs_in(path)
     part = path.with_name(path.name + ".part")
     try:
@@ -70,13 +70,13 @@ def refuse_unwritable(path: Path) -> None:
         part.touch()
         part.unlink()
     except OSError as error:
-        raise ConfigError(f"--to {path}: cannot be written ({error.strerror}); name another") from None
+        raise ConfigError(f"--to {path}: cannot be written ({error.strerror})") from None
 
 
 def keep(path: Path, run: dict[str, Any], key: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Put `run` into the file's list of runs, in the place of the one with the same values under `key`. Returns the list.
+    """Add `run` to the file, replacing the run with the same values under `key`. Returns all runs.
 
-    Raises ConfigError where the file is something else than a list of runs, or cannot be written.
+    Raises ConfigError if the file is not a list of runs or cannot be written.
     """
     runs = [other for other in runs_in(path) if any(other.get(name) != run.get(name) for name in key)] + [run]
     try:
@@ -85,5 +85,5 @@ def keep(path: Path, run: dict[str, Any], key: tuple[str, ...]) -> list[dict[str
         part.write_text(json.dumps({"runs": runs}, indent=1) + "\n", encoding="utf-8")
         part.replace(path)
     except OSError as error:
-        raise ConfigError(f"--to {path}: cannot be written ({error.strerror}); name another") from None
+        raise ConfigError(f"--to {path}: cannot be written ({error.strerror})") from None
     return runs

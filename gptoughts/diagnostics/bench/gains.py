@@ -1,7 +1,7 @@
-"""Gains of single layers, their product, the gain of all together, and why the two differ: computed from the rounds, told in words.
+"""Compute the gains of single layers, their product, the gain of the whole plan, and the interaction of layers.
 
-The product is that of medians. A single disturbed round of an end would enter every factor of a product of that round; how far medians can
-be trusted is told by drawing the rounds again, with replacement, and looking where nine of ten results lie.
+Products are of medians: one disturbed round of plan or baseline would enter every factor of a product within rounds. Ranges are the 5th
+to 95th percentile over bootstrap resamples of the rounds.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ BASELINE, PLAN = "baseline", "plan"
 
 
 def without(layer: str) -> str:
-    """The name of the plan without `layer`."""
+    """Return the name of the plan without `layer`."""
     return f"{PLAN} without {layer}"
 
 
 def with_(layer: str) -> str:
-    """The name of the baseline with `layer`."""
+    """Return the name of the baseline with `layer`."""
     return f"{BASELINE} with {layer}"
 
 
@@ -32,13 +32,13 @@ Pair = tuple[str, str]
 
 DRAWS = 300
 EXACT = 1e-3
-"""Ranges that come as near as this meet: figures are rounded."""
+"""Tolerance for overlapping ranges: figures are rounded."""
 
 
 def gains(parts: Mapping[str, str], seconds: Seconds) -> dict[str, Any]:
-    """`gains`: per slot what its layer gives alone and in the plan. `whole`: both ends, the two products, and words.
+    """Return `gains` (per slot, alone and in the plan) and `whole` (plan / baseline, both products, summary lines).
 
-    `seconds` are seconds per step of each round by variant; a gain is a ratio of speeds within a round: above 1 the layer is faster.
+    `seconds` are seconds per step of each round by variant; a gain is a ratio of speeds within a round, above 1 if the layer is faster.
     """
     rows = {}
     pairs: dict[str, list[Pair]] = {"alone": [], "in_plan": []}
@@ -67,19 +67,19 @@ def _known(seconds: Seconds, pair: Pair) -> bool:
 
 
 def _ratio(seconds: Seconds, pair: Pair) -> dict[str, float] | None:
-    """The speed of the second over that of the first."""
+    """Return speed of the second / speed of the first."""
     return paired(seconds[pair[0]], seconds[pair[1]]) if _known(seconds, pair) else None
 
 
 def _interaction(seconds: Seconds, alone: Pair, beside: Pair) -> dict[str, float] | None:
-    """The gain in the plan over the gain alone."""
+    """Return gain in the plan / gain alone."""
     if not (_known(seconds, alone) and _known(seconds, beside)):
         return None
     return _drawn(seconds, [alone, beside], lambda rounds: _middle(seconds, beside, rounds) / _middle(seconds, alone, rounds))
 
 
 def _ranged(seconds: Seconds, pairs: Sequence[Pair]) -> dict[str, float] | None:
-    """The product of the pairs' median gains."""
+    """Return the product of the pairs' median gains."""
     if not pairs:
         return None
     return _drawn(seconds, pairs, lambda rounds: math.prod(_middle(seconds, pair, rounds) for pair in pairs))
@@ -91,7 +91,7 @@ def _middle(seconds: Seconds, pair: Pair, rounds: Sequence[int]) -> float:
 
 
 def _drawn(seconds: Seconds, pairs: Sequence[Pair], figure: Callable[[Sequence[int]], float]) -> dict[str, float]:
-    """A figure of the rounds as they were, and where nine of ten lie when rounds are drawn again. The draws are always the same."""
+    """Return a figure of all rounds with its 5th to 95th percentile over resampled rounds, with a fixed seed."""
     count, generator = min(len(seconds[name]) for pair in pairs for name in pair), random.Random(0)
     results = [figure(generator.choices(range(count), k=count)) for _ in range(DRAWS if count > 1 else 2)]
     ends = quantiles(results, n=20, method="inclusive")
@@ -99,47 +99,47 @@ def _drawn(seconds: Seconds, pairs: Sequence[Pair], figure: Callable[[Sequence[i
 
 
 def _words(rows: Mapping[str, Mapping[str, Any]], whole: dict[str, float] | None, products: Mapping[str, Any]) -> list[str]:
-    """Sentences about these figures; each says only what they show."""
+    """Summarize the figures in lines."""
     if whole is None:
-        return ["One of the two ends was not measured, so there is no whole to compare the parts with."]
-    words = [f"The whole plan is {_told(whole)} times the baseline."]
-    for how, said in (("alone", "added alone to the baseline"), ("in_plan", "taken alone out of the plan")):
+        return ["plan / baseline: n/a, one of them was not measured"]
+    words = [f"plan / baseline: {_ranged_text(whole)}"]
+    for how, said in (("alone", "alone"), ("in_plan", "in the plan")):
         product, missing = products[how]["product"], products[how]["without"]
         if product is None:
             continue
-        left = f", without {', '.join(missing)}, which could not be measured," if missing else ""
-        words.append(f"The gains of layers {said}{left} multiply to {_told(product)}: {_verdict(how, whole, product)}.")
+        left = f" without {', '.join(missing)} (not measured)" if missing else ""
+        words.append(f"product of gains {said}{left}: {_ranged_text(product)}, {_verdict(how, whole, product)}")
     words += list(_partners(rows))
-    return [*words, "Ranges in brackets hold nine of ten results when the rounds are drawn again."]
+    return [*words, "ranges: 5th to 95th percentile over resampled rounds"]
 
 
-def _told(figure: Mapping[str, float]) -> str:
+def _ranged_text(figure: Mapping[str, float]) -> str:
     return f"{figure['value']:.2f} ({figure['low']:.2f} to {figure['high']:.2f})"
 
 
 def _verdict(how: str, whole: Mapping[str, float], product: Mapping[str, float]) -> str:
-    """Why a product is not the whole: what overlaps is counted twice from below and lost from above, and the reverse."""
+    """Compare a product of gains with the whole plan: overlapping layers count twice alone and not at all in the plan."""
     if product["low"] <= whole["high"] * (1 + EXACT) and whole["low"] <= product["high"] * (1 + EXACT):
-        return "these rounds cannot tell that from the whole"
+        return "equal to the whole within the ranges"
     more = product["value"] > whole["value"]
     if how == "alone":
         return (
-            "more than the whole, because layers overlap: two that save the same time save it once"
+            "above the whole: layers overlap (they save the same time)"
             if more
-            else "less than the whole, because layers help each other: a step that one has shortened leaves the next a larger share"
+            else "below the whole: layers help each other (in a shorter step the same saving is a larger share)"
         )
     return (
-        "more than the whole, because layers help each other: taking one away costs what it gave the others, too"
+        "above the whole: layers help each other (removing one also reduces the gain of others)"
         if more
-        else "less than the whole, because layers overlap: what one no longer saves, another still does"
+        else "below the whole: layers overlap (another layer still saves the time)"
     )
 
 
 def _partners(rows: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    """The layers whose gain depends on the company, as far as the rounds can tell."""
+    """Yield a line per layer whose gain in the plan differs from its gain alone."""
     for row in rows.values():
         found = row["interaction"]
         if found is None or (found["low"] <= 1 + EXACT and found["high"] >= 1 - EXACT):
             continue
         how = "more" if found["value"] > 1 else "less"
-        yield f"{row['layer']} gives {how} among the other layers than alone: its gain there is {_told(found)} times its gain on the baseline."
+        yield f"{row['layer']} gains {how} in the plan than alone: {_ranged_text(found)} times"

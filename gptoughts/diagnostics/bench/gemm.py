@@ -1,7 +1,7 @@
-"""What this machine reaches where nothing stands in its way: matrix products by type of number and size, and copies.
+"""Measure the peak rates of this machine: matmul by dtype and size, and memory copies.
 
-A product of n x n matrices is 2 n^3 operations. Sizes double until one product takes longer than it may or does not fit, so a slow type
-of number stays small and a fast one reaches its ceiling. Every figure is a median over repetitions, of products long enough to be timed.
+An n x n matmul is 2 n^3 operations. Sizes double until one matmul takes too long or does not fit, so that slow dtypes stop early and fast
+ones reach their peak. Every figure is a median over repetitions.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from gptoughts.models.torch_internals import scaled_matmul
 Say = Callable[[str], None]
 
 LEAST_CAPABILITY = {"tf32": (8, 0), "bf16": (8, 0), "fp8": (8, 9)}
-"""Before these a GPU has no such units."""
+"""Minimum compute capability by dtype."""
 NOT_ON_CPUS = ("tf32", "fp8")
-"""A CPU only emulates them."""
+"""Emulated on CPUs."""
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is measured: sizes, and seconds that one product, one timing, and all of a size may take."""
+    """Measurement effort: sizes, maximum seconds of one matmul, seconds per timing, repetitions, bytes per copy."""
 
     sizes: tuple[int, ...]
     most_seconds: float
@@ -44,12 +44,12 @@ class Effort:
 
 
 def device_for(machine: Machine) -> torch.device:
-    """The first GPU, or the CPU."""
+    """Return the first GPU, or the CPU."""
     return torch.device("cuda" if machine.gpus and torch.cuda.is_available() else "cpu")
 
 
 def effort_for(machine: Machine, largest: int | None = None) -> Effort:
-    """A minute or two, less with a smaller `largest` size. Copies are larger than the caches of most machines."""
+    """Return an effort of one or two minutes, less with a smaller `largest` size. Copies exceed the caches of most machines."""
     full = _full_effort(device_for(machine), machine)
     sizes = tuple(size for size in full.sizes if largest is None or size <= largest)
     return replace(full, sizes=sizes or (largest or full.sizes[0],))
@@ -63,12 +63,12 @@ def _full_effort(device: torch.device, machine: Machine) -> Effort:
 
 
 def bench_gemm(machine: Machine, command: str, say: Say = lambda text: None, effort: Effort | None = None) -> dict[str, Any]:
-    """All figures as plain data."""
+    """Return all figures as plain data."""
     device, effort = device_for(machine), effort or effort_for(machine)
     began = time.perf_counter()
     products: dict[str, Any] = {}
     for dtype in ("fp32", "tf32", "bf16", "fp16", "fp8"):
-        say(f"products in {dtype}")
+        say(f"matmul {dtype}")
         products[dtype] = _products(dtype, device, effort)
     say("copies")
     copies = _copies(device, effort)
@@ -84,28 +84,28 @@ def bench_gemm(machine: Machine, command: str, say: Say = lambda text: None, eff
 
 
 def ceilings_of(run: Mapping[str, Any]) -> Ceilings:
-    """The best median of every type of number and kind of copy."""
+    """Return the best median of every dtype and kind of copy."""
     best = {dtype: row["best_tflops"] for dtype, row in run["products"].items() if row["best_tflops"] is not None}
     speeds = {name: row["gb_per_second"]["median"] for name, row in run["copies"].items() if "gb_per_second" in row}
     return Ceilings(best, speeds, run["measured"], None if "clock_mhz" in run["machine"] else run["machine"]["threads"])
 
 
 def _products(dtype: str, device: torch.device, effort: Effort) -> dict[str, Any]:
-    """Sizes with their TFLOP/s, the best median, and why larger sizes, or all of them, are not there."""
+    """Return TFLOP/s by size, the best median, and why sizes are missing."""
     rows: dict[str, Any] = {"sizes": {}, "best_tflops": None, "why": ""}
     least = LEAST_CAPABILITY.get(dtype)
     if least and (dtype in NOT_ON_CPUS if device.type == "cpu" else torch.cuda.get_device_capability(device) < least):
         return {**rows, "why": f"needs a GPU of compute capability {least[0]}.{least[1]}"}
     seconds = 0.0
     for size in effort.sizes:
-        if 8 * seconds > effort.most_seconds:  # twice the size is eight times the work
-            rows["why"] = f"{size} left out: one product would take {8 * seconds:.1f} s"
+        if 8 * seconds > effort.most_seconds:  # doubling the size is 8 times the work
+            rows["why"] = f"{size} skipped: one matmul would take {8 * seconds:.1f} s"
             break
         try:
             with _arithmetic(dtype):
                 product = _product(dtype, size, device)
                 times = timed(product, device, effort.timing_seconds, effort.repetitions)
-        except (RuntimeError, AttributeError) as error:  # out of memory, and what has no kernel here, are RuntimeErrors, too
+        except (RuntimeError, AttributeError) as error:  # out of memory and missing kernels are RuntimeErrors
             rows["why"] = f"{size}: {str(error).splitlines()[0][:200]}"
             break
         seconds = spread(times, 9)["median"]
@@ -126,7 +126,7 @@ def _arithmetic(dtype: str) -> Iterator[None]:
 
 
 def _product(dtype: str, size: int, device: torch.device) -> Callable[[], Any]:
-    """One product of two matrices of ordinary size and sign, into memory that is there already where torch allows it."""
+    """Return a matmul of two random normal matrices, into preallocated memory if torch supports it."""
     made = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
     left, right = (torch.randn(size, size, device=device).to(made[dtype]) for _ in range(2))
     if dtype != "fp8":
@@ -138,7 +138,7 @@ def _product(dtype: str, size: int, device: torch.device) -> Callable[[], Any]:
 
 
 def _copies(device: torch.device, effort: Effort) -> dict[str, Any]:
-    """GB/s (10^9) of every kind of copy. On one memory what is read and what is written both count; across the bus what travels."""
+    """Measure GB/s (10^9) of every kind of copy: bytes read plus written within one memory, bytes transferred across the bus."""
     count = effort.copy_bytes // 4
     works: dict[str, tuple[Callable[[], Any], int]] = {}
     source, target = torch.ones(count, device=device), torch.empty(count, device=device)
@@ -148,7 +148,7 @@ def _copies(device: torch.device, effort: Effort) -> dict[str, Any]:
         pinned = torch.ones(count, pin_memory=True)
         works["host to device, pinned"] = (lambda: target.copy_(pinned, non_blocking=True), 1)
         works["device to host, pinned"] = (lambda: pinned.copy_(source, non_blocking=True), 1)
-    target.copy_(source)  # its pages are there before the clock starts
+    target.copy_(source)  # touch its pages before timing
     return {name: _copied(work, 4 * count * passes, device, effort) for name, (work, passes) in works.items()}
 
 
@@ -164,15 +164,15 @@ def _copied(work: Callable[[], Tensor], moved: int, device: torch.device, effort
 
 
 def gemm_text(run: Mapping[str, Any]) -> str:
-    """For a terminal."""
+    """Return the tables as text."""
     return "\n".join(
         [*_head(run), "", *aligned(_rows(run)), "", *aligned(_copy_rows(run)), *(f"  {line}" for line in _why(run))]
     )
 
 
 def gemm_markdown(runs: list[dict[str, Any]]) -> str:
-    """Every run of a file, for docs/measurements."""
-    lines = ["# What products and copies reach", "", "Made by `gptoughts bench gemm`; docs/bench.md says how to read it.", ""]
+    """Return all runs of a file as Markdown."""
+    lines = ["# Matmul and copy rates", "", "Made by `gptoughts bench gemm`; docs/bench.md says how to read it.", ""]
     for run in runs:
         lines += [f"## {run['machine']['label']}", "", *(f"{line}  " for line in _head(run)[1:]), ""]
         lines += [*markdown(_rows(run)), "", *markdown(_copy_rows(run)), "", *(f"- {line}" for line in _why(run)), ""]
@@ -185,7 +185,7 @@ def _head(run: Mapping[str, Any]) -> list[str]:
     power = f"power limit {watts:g} W, " if watts else ""
     clock = f", clock {machine['clock_mhz']} MHz after the measurement" if machine.get("clock_mhz") else ""
     return [
-        f"products and copies on {machine['label']}",
+        f"matmul and copies on {machine['label']}",
         f"{power}torch {machine['torch']}, {machine['threads']} threads, load {machine['load_average']}{clock}; {run['measured']}",
     ]
 
@@ -200,7 +200,7 @@ def _rows(run: Mapping[str, Any]) -> list[Row]:
 
 
 def _beside(found: float | None, promised: float | None) -> tuple[str, str, str]:
-    """Measured, promised, and the share."""
+    """Return measured rate, data sheet, and their ratio."""
     return (
         "n/a" if found is None else f"{found:.4g}",
         "n/a" if promised is None else f"{promised:g}",
@@ -221,5 +221,5 @@ def _copy_rows(run: Mapping[str, Any]) -> list[Row]:
 
 
 def _why(run: Mapping[str, Any]) -> list[str]:
-    """What is not in the tables, and why."""
+    """Return missing entries of the tables, with the reason."""
     return [f"{name}: {row['why']}" for name, row in [*run["products"].items(), *run["copies"].items()] if row.get("why")]

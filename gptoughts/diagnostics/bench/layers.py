@@ -1,4 +1,4 @@
-"""What each layer of a plan gives: the plan without it, and the baseline with it, each variant in a process of its own, taking turns."""
+"""Ablate a plan: measure the plan without each layer and the baseline with each layer, in interleaved child processes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gptoughts.api import ResolvedRun
-from gptoughts.diagnostics.bench.children import Say, Told, Turns, measure
+from gptoughts.diagnostics.bench.children import Result, Say, Turns, measure
 from gptoughts.diagnostics.bench.curves import mean_difference
 from gptoughts.diagnostics.bench.figures import machine_figures, spread
 from gptoughts.diagnostics.bench.gains import BASELINE, PLAN, gains, with_, without
@@ -23,16 +23,16 @@ from gptoughts.planning.resolve import Plan
 
 @dataclass
 class Variants:
-    """What will be measured, by name, and what not, with the reason. Two names for the same layers are measured once."""
+    """Variants by name, and left-out ones with the reason. Names with the same layers are measured once."""
 
     plans: dict[str, Plan] = field(default_factory=dict)
     same_as: dict[str, str] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     parts: dict[str, str] = field(default_factory=dict)
-    """Slot -> the plan's layer, where that is not the baseline."""
+    """Slot -> the plan's layer, if it is not the baseline."""
 
     def add(self, name: str, make: Callable[[], Plan]) -> None:
-        """One more; one that cannot be is kept with the reason."""
+        """Add a variant; if it has no valid plan, keep the reason."""
         try:
             plan = make()
         except PlanError as error:
@@ -46,9 +46,9 @@ class Variants:
 
 
 def variants_of(setting: ResolvedRun, ask: Ask) -> Variants:
-    """Both ends, and for every slot in which they differ the plan without its layer and the baseline with it.
+    """Return plan and baseline, and for every slot in which they differ the plan without the layer and the baseline with it.
 
-    Raises PlanError where the baseline itself cannot run here.
+    Raises PlanError if plan or baseline cannot run on this machine.
     """
     whole, nothing = layers_of(setting.plan), baseline_of(setting)
     found = Variants()
@@ -64,7 +64,7 @@ def variants_of(setting: ResolvedRun, ask: Ask) -> Variants:
         adding(with_(layer), with_slot(nothing, slot, whole))
     for end in (BASELINE, PLAN):
         if end in found.left_out:
-            raise PlanError(f"the {end} cannot run on {setting.machine.label()}: {found.left_out[end]}")
+            raise PlanError(f"bench layers: the {end} cannot run on {setting.machine.label()}: {found.left_out[end]}")
     return found
 
 
@@ -75,44 +75,48 @@ def bench_layers(
     steps: int,
     command: str,
     say: Say = lambda text: None,
+    *,
     turns: Turns | None = None,
 ) -> dict[str, Any]:
-    """The ablation of the setting's plan as plain data. Nothing is asserted; `say` is told how far it is.
+    """Return the figures of the ablation as plain data; `say` receives progress lines.
 
-    Raises the user's own mistakes, and LayerError where the plan has no layer but baselines.
+    Raises errors of recipe and data, and LayerError if the plan has only baselines.
     """
     variants = variants_of(setting, ask)
     if not variants.parts:
-        raise LayerError("every slot of this plan has its baseline; there is nothing to take away\n  try: --layer.SLOT NAME")
+        raise LayerError("bench layers: every slot of this plan has its baseline", fix="--layer.SLOT NAME")
     jobs = _jobs(setting, ask, variants)
     began, load = time.perf_counter(), [round(os.getloadavg()[0], 2)]
 
-    def told_on(text: str) -> None:
+    def log_load(text: str) -> None:
         if text.startswith("round"):
             load.append(round(os.getloadavg()[0], 2))
         say(text)
 
-    told, how = measure(jobs, rounds, steps, told_on, turns)
+    results, how = measure(jobs, rounds, steps, log_load, turns=turns)
     seconds = time.perf_counter() - began
-    return _run(setting, variants, told, {
+    return _run(setting, variants, results, {
         "command": command, "rounds": rounds, "steps_per_round": steps, "processes": str(how),
         "seconds_in_all": round(seconds, 1), "load_averages": load,
     })  # fmt: skip
 
 
 def _jobs(setting: ResolvedRun, ask: Ask, variants: Variants) -> dict[str, Job]:
-    """All warm for equally long, so that step n of every variant is the same step of the same training."""
+    """Return jobs with equal warm-up, so that step n of every variant is the same step of the same training."""
     made = {name: job_of(setting, ask, plan) for name, plan in variants.plans.items()}
     warm = max(job.warmup_steps for job in made.values())
     return {name: job_of(setting, ask, plan, warm) for name, plan in variants.plans.items()}
 
 
-def _run(setting: ResolvedRun, variants: Variants, told: Mapping[str, Told], how: Mapping[str, Any]) -> dict[str, Any]:
-    ready = next((one.ready for one in told.values() if one.ready), {})
+def _run(setting: ResolvedRun, variants: Variants, results: Mapping[str, Result], how: Mapping[str, Any]) -> dict[str, Any]:
+    ready = next((one.ready for one in results.values() if one.ready), {})
     machine = machine_figures(setting.machine, ready.get("threads"))
-    machine["threads_of_variants"] = {name: one.ready.get("threads") for name, one in told.items()}
+    machine["threads_of_variants"] = {name: one.ready.get("threads") for name, one in results.items()}
     ceilings = ceilings_for(setting.machine)
-    rows = {name: _row(variants, name, one, told[BASELINE], ready, setting.machine) for name, one in told.items()}
+    rows = {
+        name: _row(variants, name, one, baseline=results[BASELINE], ready=ready, machine=setting.machine)
+        for name, one in results.items()
+    }
     return {
         "what": "bench layers",
         **how,
@@ -130,56 +134,56 @@ def _run(setting: ResolvedRun, variants: Variants, told: Mapping[str, Told], how
         "variants": rows,
         "same_as": variants.same_as,
         "left_out": variants.left_out,
-        **gains(variants.parts, _seconds(variants, told)),
+        **gains(variants.parts, _seconds(variants, results)),
     }
 
 
 MEMORY = {
-    "cuda": "most bytes that torch held allocated on the GPU during the counted steps (max_memory_allocated)",
-    "cpu": "most resident bytes of the process up to the last uncounted step, less what it held before there was a model (VmHWM - VmRSS); "
-    "the compiler's own memory is in it",
+    "cuda": "peak bytes allocated by torch on the GPU in the counted steps (max_memory_allocated)",
+    "cpu": "peak resident bytes of the process up to the last uncounted step, minus those before the model was built (VmHWM - VmRSS); "
+    "compiler memory included",
 }
 
 
-def _seconds(variants: Variants, told: Mapping[str, Told]) -> dict[str, list[float]]:
-    """Seconds per step and round of what counts, under every name."""
-    counted = {name: one.seconds for name, one in told.items() if one.counted}
+def _seconds(variants: Variants, results: Mapping[str, Result]) -> dict[str, list[float]]:
+    """Return seconds per step and round of counted variants, under every name."""
+    counted = {name: one.seconds for name, one in results.items() if one.counted}
     twins = {name: counted[twin] for name, twin in variants.same_as.items() if twin in counted}
     return counted | twins
 
 
 def _row(
-    variants: Variants, name: str, told: Told, baseline: Told, ready: Mapping[str, Any], machine: Machine
+    variants: Variants, name: str, result: Result, *, baseline: Result, ready: Mapping[str, Any], machine: Machine
 ) -> dict[str, Any]:
     plan = variants.plans[name]
     row: dict[str, Any] = {
         "layers": {slot: plan.layers[slot] for slot in variants.parts},
         "environment": dict(plan.environment),
-        "start_seconds": None if told.start_seconds is None else round(told.start_seconds, 2),
-        "first_step_seconds": round(told.ready["first_step_seconds"], 2) if told.ready else None,
+        "start_seconds": None if result.start_seconds is None else round(result.start_seconds, 2),
+        "first_step_seconds": round(result.ready["first_step_seconds"], 2) if result.ready else None,
         "evidence": {
             line["slot"]: f"{line['status']}: {line['proof']}"
-            for line in told.ready.get("evidence", ())
+            for line in result.ready.get("evidence", ())
             if line["slot"] in variants.parts and line["proof"] != "baseline"
         },
-        "failure": told.failure,
+        "failure": result.failure,
     }
-    if not told.counted:
+    if not result.counted:
         return row
-    milliseconds = spread([1000 * value for value in told.seconds], 3)
+    milliseconds = spread([1000 * value for value in result.seconds], 3)
     speed = ready["tokens_per_step"] / (milliseconds["median"] / 1000)
     per_token = ready["mfu_per_token_per_second"]
-    difference = mean_difference(told.losses, baseline.losses)
+    difference = mean_difference(result.losses, baseline.losses)
     return row | {
         "step_ms": milliseconds,
-        "rounds_ms": [round(1000 * value, 3) for value in told.seconds],
+        "rounds_ms": [round(1000 * value, 3) for value in result.seconds],
         "tokens_per_second": round(speed, 1),
         "mfu": None if per_token is None else per_token * speed,
         "share_of_gemm": reached(ready["flops_per_token"], machine, World(), plan.gemm_dtype)[0](speed),
         "gemm_dtype": plan.gemm_dtype,
-        "peak_bytes": told.peak_bytes,
-        "clock_mhz": spread(told.clock_mhz, 0) if told.clock_mhz else None,
-        "last_loss": round(told.losses[-1], 5),
-        "loss_steps": len(told.losses),
+        "peak_bytes": result.peak_bytes,
+        "clock_mhz": spread(result.clock_mhz, 0) if result.clock_mhz else None,
+        "last_loss": round(result.losses[-1], 5),
+        "loss_steps": len(result.losses),
         "loss_difference": difference,
     }

@@ -1,4 +1,4 @@
-"""The figures of `bench layers` for a terminal and as Markdown: one row per variant, one per layer, and what the sum of parts is."""
+"""Format the figures of `bench layers` as text and Markdown: variants, gains of layers, summary."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ HEAD = ("variant", "ms/step", "q1 - q3", "tok/s", "MFU", "of GEMM", "peak", "sta
 
 
 def layers_text(run: Mapping[str, Any]) -> str:
-    """For a terminal."""
+    """Return the tables as text."""
     parts = [*_head(run), "", *aligned([HEAD, *_rows(run)]), *_notes(run), "", *aligned(list(_gains(run))), ""]
     return "\n".join([*parts, *run["whole"]["words"], "", *_foot(run), "", *_evidence(run)])
 
 
 def layers_markdown(runs: Sequence[Mapping[str, Any]], picture: str) -> str:
-    """Every run of a file, for docs/measurements."""
-    lines = ["# What each layer gives", "", "Made by `gptoughts bench layers`; docs/bench.md says how to read it.", ""]
+    """Return all runs of a file as Markdown."""
+    lines = ["# Speed of each layer", "", "Made by `gptoughts bench layers`; docs/bench.md says how to read it.", ""]
     lines += [f"![tokens per second of every variant]({picture})", ""]
     for run in runs:
         lines += [f"## {run['recipe']}", "", *(f"{line}  " for line in _head(run)), "", f"`{run['command']}`", ""]
         lines += [*markdown([HEAD, *_rows(run)]), ""]
         lines += [*(f"- {line.strip()}" for line in _notes(run)), ""] if _notes(run) else []
-        lines += ["### Gains", "", *markdown(list(_gains(run))), "", "### The sum of the parts", ""]
+        lines += ["### Gains", "", *markdown(list(_gains(run))), "", "### Summary", ""]
         lines += [*(f"- {line}" for line in run["whole"]["words"]), "", *(f"{line}  " for line in _foot(run)), ""]
         lines += ["### Evidence", "", *(f"- {line.strip()}" for line in _evidence(run)[1:]), ""]
     return "\n".join(lines).rstrip() + "\n"
@@ -69,20 +69,20 @@ def _rows(run: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
 
 
 def _notes(run: Mapping[str, Any]) -> list[str]:
-    """What is not in the table, and why."""
+    """Return the variants that are not in the table, with the reason."""
     lines = [f"  {name}: not counted, {row['failure']}" for name, row in run["variants"].items() if row["failure"]]
-    lines += [f"  {name}: is the same as {twin}" for name, twin in run["same_as"].items()]
-    return lines + [f"  {name}: cannot be, {why}" for name, why in run["left_out"].items()]
+    lines += [f"  {name}: same as {twin}" for name, twin in run["same_as"].items()]
+    return lines + [f"  {name}: cannot run, {why}" for name, why in run["left_out"].items()]
 
 
 def _gains(run: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
-    yield ("layer", "alone", "q1 - q3", "in the plan", "q1 - q3", "in the plan / alone", "9 of 10")
+    yield ("layer", "alone", "q1 - q3", "in the plan", "q1 - q3", "in the plan / alone", "5 % - 95 %")
     for slot, row in run["gains"].items():
         yield (f"{slot}={row['layer']}", *ratio(row["alone"]), *ratio(row["in_plan"]), *_ranged(row["interaction"]))
     whole, products = run["whole"]["measured"], run["whole"]["products"]
     alone, beside = products["alone"]["product"], products["in_plan"]["product"]
     yield ("product of the medians", _ranged(alone)[0], "", _ranged(beside)[0], "", "", "")
-    yield ("all together, measured", *ratio(whole), *ratio(whole), "", "")
+    yield ("plan / baseline, measured", *ratio(whole), *ratio(whole), "", "")
 
 
 def _ranged(found: Mapping[str, float] | None) -> tuple[str, str]:
@@ -91,29 +91,29 @@ def _ranged(found: Mapping[str, float] | None) -> tuple[str, str]:
 
 def _foot(run: Mapping[str, Any]) -> list[str]:
     lines = [
-        "alone: speed of the baseline with the layer / the baseline; in the plan: the plan / the plan without it; paired by round",
-        "loss diff.: mean distance of the smoothed loss from the baseline's over the same steps of the same data and seed",
+        "alone: speed of the baseline with the layer / baseline; in the plan: plan / plan without the layer; paired by round",
+        "loss diff.: mean relative distance of the smoothed loss from the baseline's, same steps, data and seed",
         f"peak: {run['memory']}",
-        "start s: until the first counted step, compilation included; the first to compile fills the caches of the others",
+        "start s: until the first counted step, compilation included; the first variant to compile fills the cache of the others",
         run["mfu_formula"],
     ]
     ceilings = run["gemm_ceilings"]
     lines.append(
-        "of GEMM: not measured here; gptoughts bench gemm does"
+        "of GEMM: n/a. Try: gptoughts bench gemm"
         if ceilings is None
-        else "of GEMM: the model's operations per second / the products measured here: "
+        else "of GEMM: the model's FLOP/s / matmul rate measured on this machine: "
         + ", ".join(f"{name} {value:.4g} TFLOP/s" for name, value in ceilings["tflops"].items())
     )
     clocks = [row["clock_mhz"] for row in run["variants"].values() if row.get("clock_mhz")]
     if clocks:
         low, high = min(clock["min"] for clock in clocks), max(clock["max"] for clock in clocks)
-        lines.append(f"clock of the GPU after each round: {low:.0f} to {high:.0f} MHz")
+        lines.append(f"GPU clock after each round: {low:.0f} to {high:.0f} MHz")
     return lines
 
 
 def _evidence(run: Mapping[str, Any]) -> list[str]:
     lines = ["evidence of the watched steps"]
     for name, row in run["variants"].items():
-        told = [f"{slot} {text.removeprefix('active: ')}" for slot, text in row["evidence"].items()]
-        lines.append(f"  {name}: {'; '.join(told) or 'no layer of the plan'}")
+        found = [f"{slot} {text.removeprefix('active: ')}" for slot, text in row["evidence"].items()]
+        lines.append(f"  {name}: {'; '.join(found) or 'no layer of the plan'}")
     return lines

@@ -1,7 +1,7 @@
-"""Does a plan in low precision learn as its reference does? The same data and seed, so many steps, and the noise of other first weights.
+"""Compare the loss of a plan with its reference: same data and seed, plus the noise of other initial weights.
 
-The gate: the smoothed loss of the plan lies within the larger of 0.5 % and twice the noise of seeds of the reference's. Speed alone says
-little of a layer that changes arithmetic, so the tokens and seconds to an equal loss are told, too.
+Pass: the final smoothed losses differ by at most the larger of 0.5 % and twice the standard deviation over seeds. Tokens and seconds to an
+equal loss are reported as well, because speed alone says little about a layer that changes arithmetic.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gptoughts.api import ResolvedRun
-from gptoughts.diagnostics.bench.children import Say, Told, Turns, measure
+from gptoughts.diagnostics.bench.children import Result, Say, Turns, measure
 from gptoughts.diagnostics.bench.curves import first_below, mean_difference, smoothed, window_of
 from gptoughts.diagnostics.bench.figures import machine_figures
 from gptoughts.diagnostics.bench.gains import PLAN
@@ -24,23 +24,23 @@ from gptoughts.planning.resolve import Plan
 
 REFERENCE = "reference"
 LEAST_LIMIT = 0.005
-"""Share of the loss that is always allowed; proposed with the source of the gate in docs/bench.md."""
+"""Minimum limit as a share of the loss; its source is in docs/bench.md."""
 ROUNDS = 10
-"""Turns that plan and reference take, so that both meet the same busy minutes."""
+"""Rounds of plan and reference, so that both see the same machine load."""
 
 REFERENCES: dict[str, tuple[str, ...]] = {"precision": ("bf16", "fp32"), "optimizer": ("fused", "plain")}
-"""Slots with another reference than their baseline: what a layer in question is compared with, the first that can run here."""
+"""Slots whose reference is not the baseline: candidates in order, the first that can run is used."""
 
 
 def in_question(setting: ResolvedRun, named: Sequence[str] = ()) -> dict[str, str]:
-    """Slot -> layer whose arithmetic is asked about: the named slots, else precision and optimizer, else every slot, as far as their
-    layer changes numbers and is no reference itself.
+    """Return slot -> layer to compare: the named slots, else precision and optimizer, else every slot, restricted to layers that change
+    numerics and are no reference.
 
-    Raises ConfigError for slots that do not exist, and where nothing is left to ask.
+    Raises ConfigError for unknown slots, and if no layer remains.
     """
     catalog, layers = setting.extensions.catalog, setting.plan.layers
     wrong = [
-        f"--slots {slot}: no such slot{nearest(slot, SLOTS)}; slots: {', '.join(SLOTS)}" for slot in named if slot not in SLOTS
+        f"--slots: no slot {slot!r}{nearest(slot, SLOTS)}; slots: {', '.join(SLOTS)}" for slot in named if slot not in SLOTS
     ]
     if wrong:
         raise ConfigError("\n".join(wrong))
@@ -55,14 +55,14 @@ def in_question(setting: ResolvedRun, named: Sequence[str] = ()) -> dict[str, st
         found = {slot: layer for slot, layer in changing.items() if slot in REFERENCES} or changing
     if not found:
         raise ConfigError(
-            "no layer of this plan changes numbers against its reference\n  try: --layer.precision fp16, --layer.optimizer 8bit, or "
-            "--slots precision to compare bf16 with fp32"
+            "bench parity: no layer of this plan changes numerics against its reference",
+            fix="--layer.precision fp16, --layer.optimizer 8bit, or --slots precision (bf16 against fp32)",
         )
     return found
 
 
 def reference_of(setting: ResolvedRun, ask: Ask, asked: Mapping[str, str]) -> Plan:
-    """The plan with a reference in every slot in question. Raises PlanError with what stands against each."""
+    """Return the plan with the reference in every compared slot. Raises PlanError with the reason per candidate."""
     layers, nothing = layers_of(setting.plan), baseline_of(setting)
     for slot, layer in asked.items():
         names = REFERENCES.get(slot, (nothing[slot],))
@@ -82,14 +82,14 @@ def _first_that_runs(setting: ResolvedRun, ask: Ask, layers: Layers, slot: str, 
             refused.append(f"{name}: {why_not(error)}")
         else:
             return made
-    raise PlanError(f"{slot}={layers[slot]} has no reference that runs here\n  " + "\n  ".join(refused))
+    raise PlanError(f"{slot}={layers[slot]}: no reference can run on this machine\n  " + "\n  ".join(refused))
 
 
 def bench_parity(
-    setting: ResolvedRun, ask: Ask, steps: int, seeds: int, named: Sequence[str], command: str, say: Say = lambda text: None,
+    setting: ResolvedRun, ask: Ask, *, steps: int, seeds: int, named: Sequence[str], command: str, say: Say = lambda text: None,
     turns: Turns | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """The gate's figures as plain data, `passed` among them. Raises LayerError where a training could not be measured."""
+    """Return the figures as plain data, `passed` among them. Raises LayerError if a training could not be measured."""
     asked = in_question(setting, named)
     plan, reference = plan_of(setting, ask, layers_of(setting.plan)), reference_of(setting, ask, asked)
     drawn = _other_seeds(setting, seeds)
@@ -98,13 +98,13 @@ def bench_parity(
     per_round = max(1, math.ceil((steps - warm - 1) / rounds))
     ends = {PLAN: job_of(setting, ask, plan, warm), REFERENCE: job_of(setting, ask, reference, warm)}
     load = [round(os.getloadavg()[0], 2)]
-    told, how = measure(ends, rounds, per_round, say, turns, Turns.IN_A_ROW)
+    results, how = measure(ends, rounds, per_round, say, turns=turns, otherwise=Turns.IN_A_ROW)
     others = {_named(seed): job_of(setting, ask, reference, warm, seed) for seed in drawn}
-    told |= measure(others, 1, rounds * per_round, say, Turns.IN_A_ROW)[0]  # not timed, so they need not take turns
+    results |= measure(others, 1, rounds * per_round, say, turns=Turns.IN_A_ROW)[0]  # not timed: no interleaving
     load.append(round(os.getloadavg()[0], 2))
-    _demand(told)
-    curves = {name: one.losses[:steps] for name, one in told.items()}
-    head = told[PLAN].ready
+    _demand(results)
+    curves = {name: one.losses[:steps] for name, one in results.items()}
+    head = results[PLAN].ready
     return {
         "what": "bench parity",
         "command": command,
@@ -122,7 +122,7 @@ def bench_parity(
         "processes": str(how),
         "evidence": {line["slot"]: line["proof"] for line in head["evidence"] if line["slot"] in asked},
         **verdict(curves),
-        **_race(told, curves, head["tokens_per_step"]),
+        **_race(results, curves, head["tokens_per_step"]),
         "losses": {name: [_finite(value) for value in curve] for name, curve in curves.items()},
     }
 
@@ -132,26 +132,26 @@ def _named(seed: int) -> str:
 
 
 def _other_seeds(setting: ResolvedRun, count: int) -> list[int]:
-    """Seeds for other first weights; none where all weights are read from a file."""
+    """Return seeds for other initial weights; none if all weights are read from a file."""
     recipe = setting.resolved.recipe
     if recipe.model.path and recipe.adapter.kind == "none":
         return []
     return [recipe.seed + number for number in range(1, count + 1)]
 
 
-def _demand(told: Mapping[str, Told]) -> None:
-    """A plan whose loss is no number any more was measured: it does not pass."""
+def _demand(results: Mapping[str, Result]) -> None:
+    """Raise LayerError for trainings that failed. A diverged plan counts as measured: it does not pass."""
     failed = [
-        f"  {name}: {one.failure or 'nothing was run'}"
-        for name, one in told.items()
+        f"  {name}: {one.failure or 'no steps'}"
+        for name, one in results.items()
         if not one.counted and not (name == PLAN and one.diverged)
     ]
     if failed:
-        raise LayerError("a training of the comparison could not be measured\n" + "\n".join(failed))
+        raise LayerError("bench parity: a training could not be measured\n" + "\n".join(failed))
 
 
 def verdict(curves: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    """The difference at the end, the noise of seeds, the limit, and whether the plan passes. A loss that is not finite does not."""
+    """Return final difference, seed noise, limit, and whether the plan passes. A loss that is not finite does not pass."""
     window = window_of(len(curves[REFERENCE]))
     finals = {name: smoothed(curve, window)[-1] for name, curve in curves.items()}
     reference = finals[REFERENCE]
@@ -171,23 +171,23 @@ def verdict(curves: Mapping[str, Sequence[float]]) -> dict[str, Any]:
 
 
 def _finite(value: float) -> float | None:
-    """Rounded; None for what is no number and could not stand in JSON."""
+    """Return the value rounded; None if not finite, which JSON cannot hold."""
     return round(value, 5) if math.isfinite(value) else None
 
 
-def _race(told: Mapping[str, Told], losses: Mapping[str, Sequence[float]], tokens_per_step: int) -> dict[str, Any]:
-    """Tokens and seconds until each has reached the loss that the worse of both ended with, at each one's own median step."""
+def _race(results: Mapping[str, Result], losses: Mapping[str, Sequence[float]], tokens_per_step: int) -> dict[str, Any]:
+    """Return tokens and seconds until each reaches the higher of the two final losses, at its median seconds per step."""
     curves = {name: smoothed(losses[name], window_of(len(losses[name]))) for name in (PLAN, REFERENCE)}
     level = max(curve[-1] for curve in curves.values())
     race: dict[str, Any] = {}
     for name, curve in curves.items():
         steps = first_below(curve, level)
-        seconds = statistics.median(told[name].seconds or [math.nan])
+        seconds = statistics.median(results[name].seconds or [math.nan])
         race[name] = {
-            "step_seconds": round(seconds, 6) if told[name].seconds else None,
+            "step_seconds": round(seconds, 6) if results[name].seconds else None,
             "steps": steps,
             "tokens": None if steps is None else steps * tokens_per_step,
             "seconds": None if steps is None else round(steps * seconds, 6),
-            "first_step_seconds": round(told[name].ready["first_step_seconds"], 2),
+            "first_step_seconds": round(results[name].ready["first_step_seconds"], 2),
         }
     return {"equal_loss": level if math.isfinite(level) else None, "to_equal_loss": race}

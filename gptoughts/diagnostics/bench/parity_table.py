@@ -1,4 +1,4 @@
-"""The figures of `bench parity` for a terminal and as Markdown."""
+"""Format the figures of `bench parity` as text and Markdown."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from gptoughts.diagnostics.bench.text import Row, aligned, markdown
 
 
 def parity_text(run: Mapping[str, Any]) -> str:
-    """For a terminal: the verdict last."""
+    """Return the tables as text, the verdict last."""
     return "\n".join([*_head(run), "", *aligned(_finals(run)), "", *aligned(_race(run)), "", *_verdict(run)])
 
 
 def parity_markdown(runs: Sequence[Mapping[str, Any]], picture: str) -> str:
-    """Every run of a file; the picture is of the last."""
+    """Return all runs of a file as Markdown; the picture shows the last."""
     lines = [
-        "# Does low precision learn as its reference does?",
+        "# Loss parity of low precision and its reference",
         "",
         "Made by `gptoughts bench parity`; docs/bench.md says how to read it.",
         "",
@@ -51,8 +51,8 @@ def _head(run: Mapping[str, Any]) -> list[str]:
         f"{run['recipe']}: {parameters} parameters, {run['steps']} steps of {run['tokens_per_step']} tokens, smoothed over {run['window']}",
         f"on {machine['label']}; torch {machine['torch']}, {machine['threads']} threads, "
         f"load {min(run['load_averages'])} to {max(run['load_averages'])}",
-        f"in question: {_pairs(run)}; the plan has {kept}",
-        *(f"seen: {slot}: {proof}" for slot, proof in run["evidence"].items()),
+        f"compared: {_pairs(run)}; plan: {kept}",
+        *(f"evidence: {slot}: {proof}" for slot, proof in run["evidence"].items()),
     ]  # fmt: skip
 
 
@@ -70,7 +70,7 @@ def _finals(run: Mapping[str, Any]) -> list[Row]:
 def _race(run: Mapping[str, Any]) -> list[Row]:
     level = run["equal_loss"]
     rows: list[Row] = [
-        (f"to a loss of {'n/a' if level is None else f'{level:.4f}'}", "steps", "tokens", "seconds", "s/step", "first step s")
+        (f"to loss {'n/a' if level is None else f'{level:.4f}'}", "steps", "tokens", "seconds", "s/step", "first step s")
     ]
     for name, row in run["to_equal_loss"].items():
         reached = [count(row["steps"]), count(row["tokens"]), f"{row['seconds']:.1f}"] if row["steps"] else ["n/a"] * 3
@@ -89,14 +89,14 @@ def _verdict(run: Mapping[str, Any]) -> list[str]:
     difference, noise, mean = run["difference"], run["seed_noise"], run["mean_difference"]
     others = len(run["seeds"]) - 1
     return [
-        f"difference of the smoothed loss: {'not finite' if difference is None else f'{100 * difference:+.3f} %'}"
-        + ("" if mean is None else f"; on the way {100 * mean:.3f} % on average"),
-        f"noise of seeds: {'n/a' if noise is None else f'{100 * noise:.3f} %'} "
+        f"smoothed loss, plan - reference: {'not finite' if difference is None else f'{100 * difference:+.3f} %'}"
+        + ("" if mean is None else f"; mean over all steps {100 * mean:.3f} %"),
+        f"seed noise: {'n/a' if noise is None else f'{100 * noise:.3f} %'} "
         + (
-            f"(standard deviation over {others + 1} first weights of the reference)"
+            f"(standard deviation over {others + 1} initial weights of the reference)"
             if noise is not None
-            else "(no other first weights)"
+            else "(no other initial weights)"
         ),
-        f"limit: {100 * run['limit']:.3f} %, the larger of 0.5 % and twice the noise",
+        f"limit: {100 * run['limit']:.3f} %, the larger of 0.5 % and twice the seed noise",
         "passed" if run["passed"] else "NOT passed",
     ]

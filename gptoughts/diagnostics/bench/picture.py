@@ -1,4 +1,4 @@
-"""Pictures of measurements: bars with their spread for layers, curves of the loss for parity."""
+"""Draw bench figures: bars with spread for layers, loss curves for parity."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BASELINE_COLOUR, PLAN_COLOUR, BAR_COLOUR = "#9aa0a6", "#1a73e8", "#7baaf7"
-EDGES = {BASELINE: BASELINE_COLOUR, PLAN: PLAN_COLOUR}
+BASELINE_COLOR, PLAN_COLOR, BAR_COLOR = "#9aa0a6", "#1a73e8", "#7baaf7"
+EDGES = {BASELINE: BASELINE_COLOR, PLAN: PLAN_COLOR}
 
 
 def draw_layers(runs: Sequence[Mapping[str, Any]], picture: Path) -> None:
-    """Two panels per run: tokens per second of the plan without each layer, and of the baseline with each. Whiskers are quartiles."""
+    """Draw two panels per run: tokens per second of the plan without each layer and of the baseline with each, with quartiles."""
     most = max(len(run["parts"]) for run in runs) + 2
     figure, rows = _figure(len(runs), 2, (12, 0.42 * most * len(runs) + 1.2 * len(runs)))
     for run, (left, right) in zip(runs, rows, strict=True):
@@ -39,13 +39,13 @@ def _bars(axes: Axes, run: Mapping[str, Any], names: Sequence[str], end: str) ->
     for place, name in enumerate(names):
         row = run["variants"].get(run["same_as"].get(name, name), {})
         if "step_ms" not in row:
-            why = "not counted" if name not in run["left_out"] else "cannot be"
+            why = "not counted" if name not in run["left_out"] else "cannot run"
             axes.text(0, place, f" {why}", va="center", fontsize=8, color="#b3261e")
             continue
         times = row["step_ms"]
         speed, low, high = tokens / times["median"], tokens / times["q3"], tokens / times["q1"]
         axes.barh(
-            place, speed, color=EDGES.get(name, BAR_COLOUR), height=0.7,
+            place, speed, color=EDGES.get(name, BAR_COLOR), height=0.7,
             xerr=[[speed - low], [high - speed]], error_kw={"elinewidth": 1, "capsize": 3, "ecolor": "#3c4043"},
         )  # fmt: skip
     ends = run["variants"].get(end, {})
@@ -60,7 +60,7 @@ def _bars(axes: Axes, run: Mapping[str, Any], names: Sequence[str], end: str) ->
 
 
 def draw_parity(run: Mapping[str, Any], picture: Path) -> None:
-    """The smoothed loss of the plan, the reference and the reference's other seeds; below, the plan's distance and the limit."""
+    """Draw the smoothed losses of plan, reference and other seeds; below, plan - reference and the limit."""
     figure, rows = _figure(2, 1, (9, 6.5))
     (above,), (below,) = rows
     per_step = run["tokens_per_step"]
@@ -70,14 +70,14 @@ def draw_parity(run: Mapping[str, Any], picture: Path) -> None:
     }
     for name, curve in curves.items():
         tokens = [per_step * step for step in range(1, len(curve) + 1)]
-        known = {"plan": (PLAN_COLOUR, 1.8), "reference": ("#3c4043", 1.4)}
-        color, width = known.get(name, (BASELINE_COLOUR, 0.8))
+        known = {"plan": (PLAN_COLOR, 1.8), "reference": ("#3c4043", 1.4)}
+        color, width = known.get(name, (BASELINE_COLOR, 0.8))
         above.plot(tokens, curve, color=color, linewidth=width, label=name)
     above.set(ylabel="loss, smoothed (nats per token)", title=f"{run['recipe']}: {', '.join(run['in_question'].values())}")
     above.legend(fontsize=8)
     pairs = zip(curves.get("plan", []), curves.get("reference", []), strict=False)
     distance = [100 * (one - other) / other for one, other in pairs]
-    below.plot([per_step * step for step in range(1, len(distance) + 1)], distance, color=PLAN_COLOUR, linewidth=1.4)
+    below.plot([per_step * step for step in range(1, len(distance) + 1)], distance, color=PLAN_COLOR, linewidth=1.4)
     for sign in (1, -1):
         below.axhline(sign * 100 * run["limit"], color="#b3261e", linewidth=1, linestyle="--")
     below.set(xlabel="tokens", ylabel="plan - reference, %")

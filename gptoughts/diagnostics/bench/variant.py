@@ -1,13 +1,11 @@
-"""One variant in a process of its own: `children.py` starts it, sends it lines of JSON and reads its answers.
+"""The child process of one bench variant: it builds an engine and trains steps on request. `children.py` is its parent.
 
-Allocator, compiler and autotuner leak from one variant into the next, and variables count only before torch is loaded. So every variant is
-born with its own environment, builds its own engine, and then runs so many steps whenever it is told. Started by bench, never by a person.
+Allocator, compiler and autotuner state leaks between variants of one process, and environment variables only take effect before torch is
+imported: every variant has its own process and environment.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -16,6 +14,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from gptoughts.api import decide
 from gptoughts.errors import GptoughtsError, LayerError
+from gptoughts.processes import receive, send
 
 if TYPE_CHECKING:
     from gptoughts.diagnostics.bench.training import Training
@@ -25,7 +24,7 @@ OUT_OF_MEMORY = "out of memory"
 
 @dataclass(frozen=True)
 class Job:
-    """What a variant is: words as on the command line, every slot's layer among them, and the plan that must come of them."""
+    """A variant as command line options with a layer for every slot, and the digest of the resulting plan."""
 
     recipe: str | None
     profile: str
@@ -34,57 +33,57 @@ class Job:
     digest: str
     plugins: tuple[str, ...] = ()
     warmup_steps: int = 2
-    """Steps before anything is counted: the first compiles, the second is the first with optimizer state."""
+    """Uncounted steps: the first compiles, the second is the first with optimizer state."""
     weights_seed: int | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
-    """Variables of the plan, which the process is started with."""
+    """Environment variables of the plan."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
+        """Return the job as JSON values."""
         return asdict(self)
 
 
-def main() -> None:
-    """Serve until the other end closes. Whatever is printed on the way goes to standard error; answers have a channel of their own."""
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
+def serve(requests: IO[bytes], answers: IO[bytes]) -> None:
+    """Receive a job, answer when it is warm, then train the requested steps until the parent closes the pipe."""
     began = perf_counter()
-    job = Job(**json.loads(sys.stdin.readline()))
-    answer = _failure(lambda: _serve(job, answers, began))
-    if answer is not None:
-        _say(answers, answer)
+    job = Job(**receive(requests)[0])
+    failure = _failure(lambda: _train(job, requests, answers, began))
+    if failure is not None:
+        send(answers, failure)
         sys.exit(1)
 
 
-def _serve(job: Job, answers: IO[str], began: float) -> None:
+def _train(job: Job, requests: IO[bytes], answers: IO[bytes], began: float) -> None:
     setting = decide(job.recipe, job.profile, job.fields, job.layers, job.plugins)
     if setting.plan.digest() != job.digest:
-        raise LayerError(f"the plan changed between two looks at this machine:\n{setting.plan.table()}")
+        raise LayerError(f"bench: the plan changed between parent and child:\n{setting.plan.table()}")
     from gptoughts.diagnostics.bench.training import opened_training
 
     with opened_training(setting, job.weights_seed) as training:
-        _say(answers, {"ready": _ready(job, training, began)})
-        for line in sys.stdin:
-            steps = json.loads(line)["steps"]
+        send(answers, _ready(job, training, began))
+        while True:
+            try:
+                steps = receive(requests)[0]["steps"]
+            except EOFError:
+                return
             seconds = training.steps(steps)
             losses = training.losses.taken()
             peak, clock = training.peak_bytes(), clock_mhz()
-            ran = {"seconds": seconds, "steps": steps, "losses": losses, "peak_bytes": peak, "clock_mhz": clock}
-            _say(answers, {"ran": ran})
+            send(answers, {"seconds": seconds, "steps": steps, "losses": losses, "peak_bytes": peak, "clock_mhz": clock})
 
 
 def _ready(job: Job, training: Training, began: float) -> dict[str, Any]:
-    """Warm up, watch a step, and tell what was seen and what it took."""
+    """Warm up and run the watched step; return evidence, seconds and memory."""
     import torch
 
     first = training.steps(1)
     training.steps(job.warmup_steps - 1)
-    peak = training.peak_bytes()  # before the profiler, whose records would count
+    peak = training.peak_bytes()  # before the profiler, whose records take memory
     seen = training.watched()
     if training.engine.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(training.engine.device)
     else:
-        training.bytes_before = None  # a high-water mark cannot be taken back
+        training.bytes_before = None  # VmHWM cannot be reset
     return {
         "evidence": [line.to_json() for line in seen],
         "first_step_seconds": first,
@@ -101,20 +100,20 @@ def _ready(job: Job, training: Training, began: float) -> dict[str, Any]:
 
 
 def clock_mhz() -> int | None:
-    """Clock of the GPU's multiprocessors right now; None on a CPU, or where NVML does not tell."""
+    """Return the current SM clock of the GPU; None on a CPU or if NVML does not report it."""
     import torch
 
     if not torch.cuda.is_available():
         return None
     try:
         return torch.cuda.clock_rate()
-    except Exception as error:  # no NVML package, or a part that does not tell, each with an error class of its own
+    except Exception as error:  # no NVML package or no clock on this GPU: error classes differ
         print(f"clock: not read ({type(error).__name__}: {error})", file=sys.stderr)
         return None
 
 
 def _failure(work: Callable[[], None]) -> dict[str, Any] | None:
-    """Run `work`. What went wrong, as the other end is told it; None where nothing did."""
+    """Run `work`; return its error as a message for the parent, None if there was none."""
     try:
         work()
     except GptoughtsError as error:
@@ -130,12 +129,3 @@ def _failure(work: Callable[[], None]) -> dict[str, Any] | None:
         kind = OUT_OF_MEMORY if full else type(error).__name__
         return {"failed": {"kind": kind, "message": lines[0][:300] if lines else ""}}
     return None
-
-
-def _say(answers: IO[str], what: dict[str, Any]) -> None:
-    answers.write(json.dumps(what) + "\n")
-    answers.flush()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""Plans that differ from a plan in one slot, made as the command line would make them, for processes that are yet to start."""
+"""Make plans that differ from a given plan in one slot, and the jobs of their child processes."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from gptoughts.planning.profile import pick
 from gptoughts.planning.resolve import Plan, resolve
 
 Layers = dict[str, Any]
-"""Slots and their options as on the command line, one layer for every slot."""
+"""Layers and their options as on the command line, one layer for every slot."""
 
 
 @dataclass(frozen=True)
 class Ask:
-    """The words that a setting was decided from; a process of its own decides it again from them."""
+    """The arguments of `decide`, from which a child process resolves the same run again."""
 
     recipe: str | None
     profile: str
@@ -31,7 +31,7 @@ class Ask:
 
 
 def layers_of(plan: Plan) -> Layers:
-    """What would have to be typed to get exactly the layers of `plan`."""
+    """Return the command line layers and options of `plan`."""
     typed: Layers = {}
     for choice in plan.choices:
         typed[choice.slot] = choice.layer
@@ -40,19 +40,19 @@ def layers_of(plan: Plan) -> Layers:
 
 
 def with_slot(layers: Layers, slot: str, other: Layers) -> Layers:
-    """`layers` with the layer that `other` has in `slot`, and its options."""
+    """Return `layers` with the layer and options of `other` in `slot`."""
     kept = {key: value for key, value in layers.items() if key.partition(".")[0] != slot}
     return {**kept, **{key: value for key, value in other.items() if key.partition(".")[0] == slot}}
 
 
 def baseline_of(setting: ResolvedRun) -> Layers:
-    """The slots' baselines."""
+    """Return the baseline layer of every slot."""
     catalog = setting.extensions.catalog.values()
     return {slot: next(layer.name for layer in catalog if layer.slot == slot and layer.baseline) for slot in SLOTS}
 
 
 def plan_of(setting: ResolvedRun, ask: Ask, layers: Layers) -> Plan:
-    """The plan with these layers in a process that starts fresh. Raises PlanError where they cannot stand together here."""
+    """Resolve these layers as a fresh process would. Raises PlanError if they cannot be combined on this machine."""
     recipe, here = setting.resolved.recipe, setting.machine
     made = resolve(
         pick(ask.profile, here), here, spec_for(recipe), recipe, setting.world, setting.extensions.catalog, layers, None,
@@ -62,15 +62,19 @@ def plan_of(setting: ResolvedRun, ask: Ask, layers: Layers) -> Plan:
 
 
 def why_not(error: PlanError) -> str:
-    """The reasons of a PlanError in one line, without the ways out, which belong to whoever wrote the command."""
-    lines = [line.strip().partition("    (")[0] for line in str(error).splitlines()[1:] if not line.strip().startswith("try:")]
+    """Return the reasons of a PlanError in one line, without the suggested fixes."""
+    lines = [
+        line.strip().partition("    (")[0]
+        for line in str(error).splitlines()[1:]
+        if not line.strip().lower().startswith("try:")
+    ]
     return "; ".join(" ".join(line.split()) for line in lines) or str(error)
 
 
 def job_of(setting: ResolvedRun, ask: Ask, plan: Plan, least_warm: int = 2, weights_seed: int | None = None) -> Job:
-    """The process that trains under `plan`, warm for as long as its layers ask and at least `least_warm` steps."""
+    """Return the job that trains `plan`, with the warm-up steps that its layers require and at least `least_warm`."""
     if setting.world.world_size > 1:
-        raise ConfigError("bench compares single processes; start it without torchrun")
+        raise ConfigError("bench: runs in one process, not under torchrun")
     warm = max(setting.extensions.catalog[choice.layer].warmup_steps for choice in plan.choices)
     return Job(
         recipe=ask.recipe,

@@ -1,4 +1,4 @@
-"""What NVML says of GPUs at work: why a clock is lowered, power limits, heat, memory errors, the PCIe link, who else is there."""
+"""Read NVML while GPUs work: throttle reasons, power limits, temperature, ECC errors, the PCIe link, other processes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gptoughts.diagnostics.doctor.finding import UNKNOWN, Check, Finding
 from gptoughts.hardware.machine import Machine
 from gptoughts.hardware.nvml import opened
 
-# Bits of nvmlDeviceGetCurrentClocksEventReasons that slow training, in NVML's order. An idle clock is none.
+# Bits of nvmlDeviceGetCurrentClocksEventReasons that slow training, in NVML's order. Idle is not among them.
 REASONS = {
     0x2: "application clocks",
     0x4: "power cap",
@@ -21,14 +21,14 @@ REASONS = {
     0x40: "heat (hardware)",
     0x80: "power brake",
 }
-# Below this somebody's desktop or the driver's own context holds the memory; above it a process computes.
+# Below this a desktop or the driver's context uses the memory; above it a compute process.
 FOREIGN_BYTES = GIB
 EVERY_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
 class State:
-    """One GPU at one moment; None is what NVML does not tell. Clocks in MHz, limits in watts."""
+    """Snapshot of one GPU; None if NVML does not report a value. Clocks in MHz, limits in watts."""
 
     index: int
     reasons: tuple[str, ...] | None = None
@@ -47,7 +47,7 @@ class State:
 
 
 class Watch:
-    """Reads the states of the machine's GPUs again and again, and keeps the worst of each."""
+    """Worst state of each GPU over repeated reads."""
 
     def __init__(self, machine: Machine) -> None:
         self.machine, self.seen = machine, 0.0
@@ -55,7 +55,7 @@ class Watch:
         self.worst = {state.index: state for state in self.before}
 
     def __call__(self) -> None:
-        """Look once more."""
+        """Read the states again, at most every EVERY_SECONDS."""
         if not self.machine.gpus or monotonic() - self.seen < EVERY_SECONDS:
             return
         self.seen = monotonic()
@@ -66,19 +66,19 @@ class Watch:
                 tuple(word for word in REASONS.values() if word in both) if known.reasons or state.reasons else state.reasons
             )
             hottest = max((one for one in (known.celsius, state.celsius) if one is not None), default=None)
-            # The clock that something holds down, else the highest: an idle clock says nothing.
+            # The throttled clock if there is one, else the highest: an idle clock is not meaningful.
             faster = max(known, state, key=lambda one: one.clock or 0)
             lowered = state if state.reasons else known if known.reasons else faster
             self.worst[state.index] = replace(lowered, reasons=reasons, celsius=hottest)
 
     def check(self) -> Check:
-        """The judgment on what was seen, with the memory that was in use before anything of ours ran."""
+        """Return the check of the worst states, with the memory used before our own processes started."""
         used = {state.index: state.used_bytes for state in self.before}
         return judge(self.machine, [replace(state, used_bytes=used.get(state.index)) for state in self.worst.values()])
 
 
 def read_states(machine: Machine) -> list[State]:
-    """The states of the machine's whole GPUs; empty where there is none or NVML fails. MIG instances have no clocks of their own."""
+    """Return the states of whole GPUs; empty without GPUs or NVML. MIG instances have no clocks of their own."""
     wanted = {gpu.uuid: gpu.index for gpu in machine.gpus if gpu.uuid and not gpu.mig}
     if not wanted:
         return []
@@ -90,7 +90,7 @@ def read_states(machine: Machine) -> list[State]:
                 index = wanted.get(nvml.nvmlDeviceGetUUID(handle))
                 if index is not None:
                     found.append(_state(nvml, handle, index))
-    except Exception as error:  # a driver that breaks its own contract: what was read so far counts
+    except Exception as error:  # driver error: keep the states read so far
         read = {state.index for state in found}
         found += [State(index, note=f"NVML failed: {error}") for index in wanted.values() if index not in read]
     return sorted(found, key=lambda state: state.index)
@@ -100,7 +100,7 @@ def _state(nvml: Any, handle: Any, index: int) -> State:
     def ask(call: Callable[..., Any], *arguments: Any) -> Any:
         try:
             return call(handle, *arguments)
-        except nvml.NVMLError:  # not supported on this part or by this driver: unknown
+        except nvml.NVMLError:  # not supported by this GPU or driver
             return None
 
     bits = ask(nvml.nvmlDeviceGetCurrentClocksThrottleReasons)
@@ -128,13 +128,13 @@ def _state(nvml: Any, handle: Any, index: int) -> State:
 
 
 def judge(machine: Machine, states: Iterable[State]) -> Check:
-    """Findings per GPU; one row for all."""
+    """Return one row and the findings of each GPU."""
     seen = list(states)
     if not seen:
         return Check("clocks")
     findings = [finding for state in seen for finding in _findings(state, machine)]
     if any(state.persistent is False for state in seen):
-        what = "persistence mode is off: the driver is loaded anew for every first process"
+        what = "persistence mode is off: the driver loads again for each first process"
         findings.append(Finding(what, "sudo nvidia-smi -pm 1", "minor", "seconds at each start, not measured"))
     return Check("clocks", tuple(_rows(seen)), tuple(findings), {"gpus": [asdict(state) for state in seen]})
 
@@ -144,30 +144,26 @@ def _rows(states: list[State]) -> Iterator[str]:
         if state.note:
             yield f"gpu {state.index}: {state.note}"
             continue
-        held = UNKNOWN if state.reasons is None else ", ".join(state.reasons) or "nothing"
+        held = UNKNOWN if state.reasons is None else ", ".join(state.reasons) or "none"
         heat = UNKNOWN if state.celsius is None else f"{state.celsius} C"
         ecc = UNKNOWN if state.ecc is None else "on" if state.ecc else "off"
-        yield f"gpu {state.index}: {state.clock or UNKNOWN} of {state.most_clock or UNKNOWN} MHz, {heat}, held down by {held}; ECC {ecc}"
+        yield f"gpu {state.index}: {state.clock or UNKNOWN} of {state.most_clock or UNKNOWN} MHz, {heat}, throttle reasons: {held}; ECC {ecc}"
 
 
 def _findings(state: State, machine: Machine) -> Iterator[Finding]:
     gpu, reasons = f"GPU {state.index}", state.reasons or ()
     look = f"nvidia-smi -i {state.index} -q -d PERFORMANCE,POWER,TEMPERATURE,CLOCK"
-    costs = f"it ran at {state.clock} of {state.most_clock} MHz" if state.clock and state.most_clock else UNKNOWN
+    costs = f"clock {state.clock} of {state.most_clock} MHz" if state.clock and state.most_clock else UNKNOWN
     if "heat (software)" in reasons or "heat (hardware)" in reasons:
         heat = f" at {state.celsius} C" if state.celsius is not None else ""
-        yield Finding(
-            f"{gpu} is slowed down by heat{heat}", f"clear the air flow; {look}", "costs", costs, "NVML, while it computed"
-        )
+        yield Finding(f"{gpu}: thermal throttling{heat}", f"check the cooling; {look}", "costs", costs, "NVML, under load")
     if "power brake" in reasons or "hardware slowdown" in reasons:
-        yield Finding(
-            f"{gpu} is braked by its power supply or hardware", f"check the power cables; {look}", "costs", costs, "NVML"
-        )
+        yield Finding(f"{gpu}: power brake or hardware slowdown", f"check the power cables; {look}", "costs", costs, "NVML")
     if "application clocks" in reasons and (state.clock or 0) < (state.most_clock or 0):
         mend = f"sudo nvidia-smi -i {state.index} -rac && sudo nvidia-smi -i {state.index} -rgc"
-        yield Finding(f"{gpu} is held at clocks that somebody set", mend, "costs", costs, "NVML")
+        yield Finding(f"{gpu}: application clocks are set below the maximum", mend, "costs", costs, "NVML")
     if state.limit and state.usual_limit and state.limit < state.usual_limit - 1:
-        what = f"{gpu} may draw {state.limit:.0f} W, usual are {state.usual_limit:.0f} W"
+        what = f"{gpu}: power limit {state.limit:.0f} W, default {state.usual_limit:.0f} W"
         yield Finding(
             what,
             f"sudo nvidia-smi -i {state.index} -pl {state.usual_limit:.0f}",
@@ -175,21 +171,21 @@ def _findings(state: State, machine: Machine) -> Iterator[Finding]:
             costs if "power cap" in reasons else UNKNOWN,
         )
     if state.uncorrected:
-        what = f"{gpu} counts {state.uncorrected} memory errors that ECC could not correct since the driver was loaded"
-        mend = f"sudo nvidia-smi -i {state.index} -r; if they come back the card is broken"
-        yield Finding(what, mend, "costs", "a run that stops or learns from wrong numbers")
+        what = f"{gpu}: {state.uncorrected} uncorrectable ECC errors since the driver was loaded"
+        mend = f"sudo nvidia-smi -i {state.index} -r; if errors return, replace the card"
+        yield Finding(what, mend, "costs", "aborted runs or wrong numbers")
     if state.link_width and state.most_link_width and state.link_width < state.most_link_width:
-        what = f"{gpu} is connected by {state.link_width} of {state.most_link_width} PCIe lanes"
+        what = f"{gpu}: {state.link_width} of {state.most_link_width} PCIe lanes"
         lost = f"copies to and from the host at {state.link_width / state.most_link_width:.0%} of their rate"
-        yield Finding(what, "put the card into a full slot, or reseat it", "costs", lost, "arithmetic")
+        yield Finding(what, "reseat the card, or use a full-width slot", "costs", lost, "arithmetic")
     if state.used_bytes is not None and state.used_bytes > FOREIGN_BYTES:
         free = [other.index for other in machine.gpus if other.index != state.index]
         mend = f"nvidia-smi -i {state.index}" + (
             f"; or leave it out: CUDA_VISIBLE_DEVICES={','.join(map(str, free))}" if free else ""
         )
         yield Finding(
-            f"other processes hold {bytes_in_words(state.used_bytes)} of {gpu}",
+            f"{gpu}: other processes use {bytes_in_words(state.used_bytes)}",
             mend,
             "costs",
-            "that memory, and a share of the time",
+            "that memory and a share of compute time",
         )

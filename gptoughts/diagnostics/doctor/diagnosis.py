@@ -1,4 +1,4 @@
-"""The whole diagnosis: what metadata tells at once, and what only trying shows."""
+"""Collect all checks of the machine into one diagnosis."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from gptoughts.errors import GptoughtsError
 from gptoughts.hardware.machine import Machine
 from gptoughts.hardware.peak_flops import peaks
 
-# A small run writes tokens, two checkpoints and records; below this it would end in a full disk.
+# A small run writes tokens, two checkpoints and logs.
 LEAST_DISK_BYTES = 2 * GIB
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Everything that doctor prints; findings are worst first. `left_out` says what was not tried and why."""
+    """Everything that doctor prints; findings are worst first. `left_out` names the checks that did not run, and why."""
 
     machine: Machine
     extras: dict[str, list[str]]
@@ -37,17 +37,17 @@ class Diagnosis:
 
     @property
     def ready(self) -> bool:
-        """Whether training can start."""
+        """Return whether training can start."""
         return not any(finding.weight == "stops" for finding in self.findings)
 
     @property
     def next_line(self) -> str:
-        """What to do now."""
+        """Return the next command for the user."""
         worst = [finding for finding in self.findings if finding.weight != "minor"]
         return f"next: {worst[0].mend}" if worst else "next: gptoughts train"
 
     def to_json(self) -> dict[str, Any]:
-        """The same as plain dicts, lists, strings and numbers."""
+        """Return the diagnosis as JSON values."""
         found = [peaks(gpu.name, gpu.memory_bytes) for gpu in self.machine.gpus]
         return {
             "machine": self.machine.to_json(),
@@ -66,7 +66,7 @@ class Diagnosis:
 
 
 def diagnose(machine: Machine, folder: Path, checks: tuple[Check, ...] = (), left_out: str = "") -> Diagnosis:
-    """Findings on `machine` by what its record says, with the disk of `folder`, and those of `checks`."""
+    """Return the diagnosis of a machine record and the disk of `folder`, with the findings of `checks`."""
     from gptoughts.planning.profile import pick
 
     extras = {name: lacking(requirements, machine.packages) for name, requirements in EXTRAS.items()}
@@ -88,25 +88,25 @@ def diagnose(machine: Machine, folder: Path, checks: tuple[Check, ...] = (), lef
 
 
 def look(machine: Machine, folder: Path) -> tuple[Check, ...]:
-    """The checks that take no time: limits and the GPUs' states as they stand."""
+    """Run the checks that take no time: process limits and GPU states."""
     return (_host(machine), clocks.Watch(machine).check(), *_writable(folder))
 
 
 def examine(machine: Machine, folder: Path) -> tuple[Check, ...]:
-    """The checks that try things, in processes of their own: about ten seconds on an idle box, bounded on a broken one."""
+    """Run all checks, in child processes: about ten seconds on an idle machine; every job has a deadline."""
     if "torch" not in machine.packages:
         return look(machine, folder)
     watch = clocks.Watch(machine)
     environment = dict(os.environ)
     with tempfile.TemporaryDirectory() as meeting:
         at_once = max(1, machine.cpu.usable_cores)
-        # Imports first, as many at once as there are cores; what is measured after them runs alone on the box.
+        # Imports first, one per core; the measurements after them run alone.
         jobs = [*imports.jobs(machine), *disk.jobs(folder), *speed.jobs(machine), *ranks.jobs(machine, meeting)]
         tried = forks.run(jobs, at_once, watch)
         packages, done = imports.judge(machine, tried), {name: one for name, one in tried.items() if one.tried}
         first = tried["import torch"]
         if first.trouble or (machine.gpus and not (first.figures or {}).get("gpus")):
-            done = {name: one for name, one in done.items() if name == "disk"}  # the others would repeat what torch said
+            done = {name: one for name, one in done.items() if name == "disk"}  # the others would repeat the error of torch
         together = ranks.judge(machine, _of_ranks(done), environment)
         if len(machine.gpus) > 1 and together.findings:
             again = forks.run(ranks.jobs(machine, meeting, ranks.NO_P2P, " without peer-to-peer"), at_once)
@@ -118,11 +118,11 @@ def examine(machine: Machine, folder: Path) -> tuple[Check, ...]:
 
 
 def _cut_short(tried: dict[str, forks.Outcome]) -> Check:
-    """Where the process that runs the checks was ended from outside, most often for memory."""
+    """Return a finding if the process that runs the checks died, usually out of memory."""
     missed = [one for one in tried.values() if not one.tried]
     if not missed or tried["import torch"].trouble:
         return Check("checks")
-    what = f"{len(missed)} checks were not tried: the process that runs them {missed[0].trouble}"
+    what = f"{len(missed)} checks not run, their process: {missed[0].trouble}"
     return Check("checks", (), (Finding(what, "gptoughts doctor --quick", "minor"),))
 
 
@@ -138,15 +138,15 @@ def _host(machine: Machine) -> Check:
 
 
 def _writable(folder: Path) -> tuple[Check, ...]:
-    """Whether a run could write here, without trying."""
+    """Return a finding if the folder is not writable, without writing."""
     if not folder.is_dir() or os.access(folder, os.W_OK):
         return ()
-    finding = Finding(f"{folder} cannot be written", "gptoughts train --run-dir FOLDER_ON_ANOTHER_DISK", "stops")
+    finding = Finding(f"{folder}: not writable", "gptoughts train --run-dir FOLDER_ON_ANOTHER_DISK", "stops")
     return (Check("disk", (), (finding,)),)
 
 
 def space_findings(folder: Path, disk_free_bytes: int | None) -> list[Finding]:
-    """A disk that is nearly full."""
+    """Return a finding if the disk is nearly full."""
     if disk_free_bytes is None or disk_free_bytes >= LEAST_DISK_BYTES:
         return []
     what = f"{bytes_in_words(disk_free_bytes)} free in {folder}, a run needs {bytes_in_words(LEAST_DISK_BYTES)}"
@@ -154,7 +154,7 @@ def space_findings(folder: Path, disk_free_bytes: int | None) -> list[Finding]:
 
 
 def _usage(folder: Path) -> tuple[int, int] | None:
-    """Total and free bytes of the file system that holds `folder`."""
+    """Return total and free bytes of the file system of `folder`."""
     try:
         usage = shutil.disk_usage(folder)
     except OSError:

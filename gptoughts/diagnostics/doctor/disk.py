@@ -1,4 +1,4 @@
-"""How fast the disk of a run's folder writes and reads: one bounded file without a name, gone when the process is."""
+"""Measure the disk of the run folder with one unnamed file of bounded size, which disappears with the process."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ SIZE_BYTES, BLOCK_BYTES = 256 << 20, 4 << 20
 MOST_SECONDS = 3.0
 # Weights and two moments in float32.
 BYTES_PER_PARAMETER = 12
-# At this rate a checkpoint of a billion parameters takes two minutes, and the run waits for it.
+# At this rate a checkpoint of a billion parameters takes two minutes, in which training waits.
 LEAST_WRITE_MB_S = 100.0
 
 
 def jobs(folder: Path) -> list[Job]:
-    """One job, alone."""
+    """Return the job; it runs alone."""
     return [Job("disk", __name__, "child", (str(folder),), 30.0, "disk")]
 
 
 def child(folder: str) -> dict[str, Any]:
-    """Write up to 256 MB into `folder` and read them back past the page cache: MB/s, and `cache` says how it was avoided."""
+    """Write up to 256 MB into `folder` and read them back, bypassing the page cache; return MB/s and `cache`, the method."""
     import tempfile
 
     try:
@@ -34,12 +34,12 @@ def child(folder: str) -> dict[str, Any]:
 
 
 def _rates(number: int) -> dict[str, Any]:
-    """Rates of the open file `number`."""
+    """Measure the open file `number`."""
     import mmap
     import os
     from time import perf_counter
 
-    block = mmap.mmap(-1, BLOCK_BYTES)  # whole pages, as O_DIRECT wants them
+    block = mmap.mmap(-1, BLOCK_BYTES)  # O_DIRECT requires whole pages
     block.write(os.urandom(BLOCK_BYTES))
     into = mmap.mmap(-1, BLOCK_BYTES)
     written, began = 0, perf_counter()
@@ -61,7 +61,7 @@ def _rates(number: int) -> dict[str, Any]:
 
 
 def _past_the_cache(number: int) -> str:
-    """Keep the page cache out of the reads that follow: `avoided`, `asked to forget`, or `not avoided`."""
+    """Bypass the page cache for the following reads: `avoided`, `asked to forget`, or `not avoided`."""
     import fcntl
     import os
 
@@ -69,7 +69,7 @@ def _past_the_cache(number: int) -> str:
         try:
             fcntl.fcntl(number, fcntl.F_SETFL, fcntl.fcntl(number, fcntl.F_GETFL) | os.O_DIRECT)
             return "avoided"
-        except OSError:  # memory file systems and some network ones have none
+        except OSError:  # not supported by memory and some network file systems
             pass
     if hasattr(fcntl, "F_NOCACHE"):
         fcntl.fcntl(number, fcntl.F_NOCACHE, 1)
@@ -81,26 +81,26 @@ def _past_the_cache(number: int) -> str:
 
 
 def judge(folder: Path, outcome: Outcome | None, free_bytes: int | None) -> Check:
-    """Rates of `folder`, and whether a run can write there at all."""
+    """Return the rates of `folder`, and findings if it is slow, wrong or not writable."""
     if outcome is None:
         return Check("disk")
     elsewhere = "gptoughts train --run-dir FOLDER_ON_ANOTHER_DISK"
     if outcome.trouble:
-        what = f"{folder} cannot be written: {outcome.trouble}"
+        what = f"{folder}: not writable: {outcome.trouble}"
         return Check("disk", (), (Finding(what, elsewhere, "stops"),), {"error": outcome.trouble})
     figures, findings = outcome.figures or {}, []
     write, read = figures["write_mb_s"], figures["read_mb_s"]
     if figures["wrong_blocks"]:
-        findings.append(Finding(f"{folder} gives back other bytes than were written", elsewhere, "stops", "wrong checkpoints"))
+        findings.append(Finding(f"{folder}: bytes read differ from bytes written", elsewhere, "stops", "wrong checkpoints"))
     if write < LEAST_WRITE_MB_S:
         seconds = BYTES_PER_PARAMETER * 1e9 / 1e6 / write
-        lost = f"{seconds:.0f} s for each checkpoint of a billion parameters, in which training waits"
+        lost = f"{seconds:.0f} s per checkpoint of a billion parameters"
         findings.append(
-            Finding(f"{folder} takes {write:.0f} MB/s", elsewhere, "minor", lost, "arithmetic: 12 bytes a parameter")
+            Finding(f"{folder}: writes {write:.0f} MB/s", elsewhere, "minor", lost, "arithmetic: 12 bytes per parameter")
         )
     reads = "n/a" if read is None else f"{read:,.0f} MB/s"
-    how = {"avoided": "past the page cache", "asked to forget": "the page cache may have helped"}.get(
-        figures["cache"], "from the page cache, which cannot be avoided here"
+    how = {"avoided": "page cache bypassed", "asked to forget": "page cache possibly included"}.get(
+        figures["cache"], "page cache included"
     )
     note = "" if free_bytes is None or free_bytes > GIB else ", nearly full"
     return Check("disk", (f"writes {write:,.0f} MB/s, reads {reads} ({how}){note}",), tuple(findings), figures)

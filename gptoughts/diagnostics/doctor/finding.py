@@ -1,4 +1,4 @@
-"""What a check says: figures, rows to print, and findings, each with its cost and the line that mends it."""
+"""Result types of checks: figures, rows to print, and findings with their cost and fix."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any, Literal
 
 Weight = Literal["stops", "costs", "minor"]
 WEIGHTS: tuple[Weight, ...] = ("stops", "costs", "minor")
-"""Worst first: training cannot start or would be wrong; it is slower than it could be; a note."""
+"""Worst first: training cannot start or would be wrong; training is slower; a note."""
 UNKNOWN = "n/a"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that is not as it should be, and what to type. It `stops` training, `costs` speed, or is `minor`.
+    """A problem (`what`) and its fix (`mend`). It `stops` training, `costs` speed, or is `minor`.
 
-    `costs` says what is lost in words, `n/a` where nobody has measured it; `source` says who has.
+    `costs` describes the effect, `n/a` if it was never measured; `source` names the measurement.
     """
 
     what: str
@@ -28,7 +28,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at. `rows` are printed beside `name`, `figures` go into the JSON as they are."""
+    """Result of one check. `rows` are printed beside `name`, `figures` go into the JSON unchanged."""
 
     name: str
     rows: tuple[str, ...] = ()
@@ -36,10 +36,10 @@ class Check:
     figures: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain dicts, lists, strings and numbers."""
+        """Return the check as JSON values."""
         return asdict(self)
 
 
 def worst_first(findings: Iterable[Finding]) -> list[Finding]:
-    """By weight; in the order of the checks within one."""
+    """Sort by weight, stable within a weight."""
     return sorted(findings, key=lambda finding: WEIGHTS.index(finding.weight))

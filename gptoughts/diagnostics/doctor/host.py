@@ -1,4 +1,4 @@
-"""The host around the GPU: NUMA nodes, limits of the process and of its container, shared memory, the compiler that torch.compile needs."""
+"""Check the host: NUMA nodes, limits of process and container, shared memory, the compiler for torch.compile."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from gptoughts.diagnostics.doctor.finding import Check, Finding
 from gptoughts.hardware.cpu import cgroup_cpu_quota, cgroup_memory_limit
 from gptoughts.hardware.machine import Machine
 
-# NCCL and worker processes pass data through /dev/shm; containers give it 64 MiB unless told otherwise.
+# NCCL and worker processes pass data through /dev/shm; containers have 64 MiB by default.
 LEAST_SHM_BYTES = GIB
-# RDMA pins its buffers; NCCL's own documentation asks for no limit. Below this the first communicator can fail.
+# RDMA pins its buffers; NCCL's documentation recommends no limit. Below this the first communicator can fail.
 LEAST_LOCKED_BYTES = 64 << 20
-# A shard stays open while it is mapped: 1,024 files are 100 billion tokens at 100 million a shard.
+# A shard stays open while it is mapped: 1,024 files are 100 billion tokens at 100 million per shard.
 LEAST_FILES = 1024
 COMPILE_COSTS = "eager instead of compiled: 1.01x to 1.53x in bf16, 1.00x to 1.39x in float32 on a CPU"
 COMPILE_SOURCE = "docs/measurements/cpu/widths.json"
@@ -23,7 +23,7 @@ GPU_COMPILE_SOURCE = "published, torchtitan"
 
 
 def own_limits() -> dict[str, int | None]:
-    """Open files and locked memory in bytes that this process may have; None is no limit."""
+    """Return the limits of open files and of locked memory in bytes of this process; None is no limit."""
     import resource
 
     def soft(which: int) -> int | None:
@@ -34,7 +34,7 @@ def own_limits() -> dict[str, int | None]:
 
 
 def check(machine: Machine, allowed: Mapping[str, int | None], root: Path, headers: Path | None) -> Check:
-    """Findings on the host; `root` is where /proc and /sys lie, `headers` the folder of Python.h, None where it is not known."""
+    """Check the host. `root` holds /proc and /sys; `headers` is the folder of Python.h, None if unknown."""
     quota, limit = cgroup_cpu_quota(root), cgroup_memory_limit(root)
     total = _total_memory(root)
     findings = [
@@ -56,7 +56,7 @@ def check(machine: Machine, allowed: Mapping[str, int | None], root: Path, heade
 
 
 def _total_memory(root: Path) -> int | None:
-    """RAM of the machine, whatever the container allows."""
+    """Return the RAM of the machine in bytes, regardless of container limits."""
     try:
         text = (root / "proc/meminfo").read_text(encoding="utf-8")
     except OSError:
@@ -67,7 +67,7 @@ def _total_memory(root: Path) -> int | None:
 
 
 def _numa_findings(machine: Machine) -> Iterator[Finding]:
-    """A process that may not run on the node of its GPU crosses the link between sockets with every copy."""
+    """Yield findings for GPUs on NUMA nodes that this process is not allowed to run on: every copy crosses sockets."""
     if machine.cpu.numa_nodes < 2:
         return
     cores = machine.cpu.numa_cores
@@ -75,56 +75,54 @@ def _numa_findings(machine: Machine) -> Iterator[Finding]:
         if node < len(cores) and cores[node]:
             continue
         gpus = ", ".join(str(gpu.index) for gpu in machine.gpus if gpu.numa_node == node)
-        what = f"GPU {gpus} lies on NUMA node {node}, and this process may not run on a core of it"
+        what = f"GPU {gpus}: on NUMA node {node}, but this process is bound to other nodes"
         mend = f"numactl --cpunodebind={node} --membind={node} gptoughts train"
         yield Finding(what, mend, "costs")
     if machine.gpus and all(gpu.numa_node is None and not gpu.mig for gpu in machine.gpus):
-        what = f"{machine.cpu.numa_nodes} NUMA nodes, and the system does not tell which GPU lies on which"
-        yield Finding(what, "numactl --cpunodebind=N --membind=N gptoughts train; nvidia-smi topo -m tells N", "minor")
+        what = f"{machine.cpu.numa_nodes} NUMA nodes, the node of each GPU is unknown"
+        yield Finding(what, "numactl --cpunodebind=N --membind=N gptoughts train; nvidia-smi topo -m shows N", "minor")
 
 
 def _limit_findings(machine: Machine, allowed: Mapping[str, int | None], root: Path) -> Iterator[Finding]:
     locked, files = allowed["locked"], allowed["files"]
     rdma = root / "sys/class/infiniband"
     if machine.gpus and locked is not None and locked < LEAST_LOCKED_BYTES and rdma.is_dir() and any(rdma.iterdir()):
-        what = f"only {bytes_in_words(locked)} of memory may be locked, and NCCL over InfiniBand locks its buffers"
+        what = f"locked memory limit {bytes_in_words(locked)}: NCCL over InfiniBand locks its buffers"
         yield Finding(
             what,
             "ulimit -l unlimited, or docker run --ulimit memlock=-1",
             "costs",
-            "NCCL fails or goes without RDMA",
+            "NCCL fails or runs without RDMA",
             "NCCL user guide",
         )
     if files is not None and files < LEAST_FILES:
-        yield Finding(
-            f"{files} files may be open, a large corpus has a file for every 100 M tokens", "ulimit -n 65536", "minor"
-        )
+        yield Finding(f"open file limit {files}: a corpus has one file per 100 M tokens", "ulimit -n 65536", "minor")
 
 
 def _container_findings(machine: Machine, quota: float | None, limit: int | None, total: int | None) -> Iterator[Finding]:
     if quota is not None and quota < machine.cpu.logical_cores:
-        what = f"this container may use {quota:g} of {machine.cpu.logical_cores} cores"
+        what = f"container limit: {quota:g} of {machine.cpu.logical_cores} cores"
         yield Finding(what, f"docker run --cpus={machine.cpu.logical_cores} ...", "minor")
     if limit is not None and total is not None and limit < total:
-        what = f"this container may use {bytes_in_words(limit)} of {bytes_in_words(total)} memory, and the page cache of the shards counts"
+        what = f"container limit: {bytes_in_words(limit)} of {bytes_in_words(total)} memory, page cache included"
         yield Finding(what, f"docker run --memory={total >> 30}g ...", "minor")
 
 
 def _compiler_findings(machine: Machine, headers: Path | None) -> Iterator[Finding]:
-    """torch.compile builds with a compiler at run time: C++ for a CPU, C for what Triton starts kernels with."""
+    """Yield findings if torch.compile cannot build: C++ for CPU kernels, C for Triton's launchers."""
     if machine.system != "linux":
         return
     costs = (GPU_COMPILE_COSTS, GPU_COMPILE_SOURCE) if machine.gpus else (COMPILE_COSTS, COMPILE_SOURCE)
     if "c++" not in machine.packages:
-        yield Finding("no C++ compiler, so torch.compile cannot run", "apt-get install g++", "costs", *costs)
+        yield Finding("no C++ compiler: torch.compile cannot run", "apt-get install g++", "costs", *costs)
     elif headers is not None and not (headers / "Python.h").is_file():
         package = f"python{'.'.join(machine.python.split('.')[:2])}-dev"
-        what = f"Python's headers are not in {headers}, so what torch.compile builds does not"
+        what = f"Python.h: not in {headers}, torch.compile cannot build"
         yield Finding(what, f"apt-get install {package}", "costs", *costs)
 
 
 def shared_memory_findings(shm_bytes: int | None) -> Iterator[Finding]:
-    """/dev/shm where it is smaller than several ranks want."""
+    """Yield a finding if /dev/shm is too small for several ranks."""
     if shm_bytes is not None and shm_bytes < LEAST_SHM_BYTES:
-        what = f"/dev/shm holds {bytes_in_words(shm_bytes)}, several ranks want {bytes_in_words(LEAST_SHM_BYTES)}"
+        what = f"/dev/shm: {bytes_in_words(shm_bytes)}, several ranks need {bytes_in_words(LEAST_SHM_BYTES)}"
         yield Finding(what, "docker run --shm-size=8g ..., or mount -o remount,size=8g /dev/shm", "minor")

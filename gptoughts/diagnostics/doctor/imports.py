@@ -1,7 +1,7 @@
-"""Every installed vendor package imported for real, each in a process of its own.
+"""Import every installed vendor package, each in a child process.
 
-Metadata says that a package is installed, not that it works: a broken Transformer Engine raises RuntimeError, a flash-attn built for
-another torch an undefined symbol, and either may end the process that imports it.
+Package metadata does not show whether a package works: a broken Transformer Engine raises RuntimeError, flash-attn built for a different
+torch fails with an undefined symbol, and either can crash the process.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from gptoughts.diagnostics.doctor.finding import UNKNOWN, Check, Finding, Weight
 from gptoughts.diagnostics.doctor.forks import Job, Outcome
-from gptoughts.diagnostics.doctor.packages import cuda_of_build, wheels
+from gptoughts.diagnostics.doctor.packages import LOST, cuda_of_build, wheels
 from gptoughts.hardware.machine import Machine
 
 IMPORT_SECONDS = 60.0
@@ -21,7 +21,7 @@ REBUILD = "pip install --force-reinstall --no-deps --no-build-isolation --no-cac
 
 @dataclass(frozen=True)
 class Vendor:
-    """A module to import where `distribution` is installed, and what is lost with it."""
+    """A module to import if `distribution` is installed, its fix, and the cost of losing it."""
 
     module: str
     distribution: str
@@ -50,7 +50,7 @@ VENDORS = (
     ),
     Vendor(
         "liger_kernel.transformers", "liger-kernel", "pip install --force-reinstall --no-deps liger-kernel", "costs",
-        "fused loss off: 27.6 GB against 5.8 GB at 32k tokens and 128k words, A100", "published, Liger benchmark data",
+        "fused loss off: 27.6 GB against 5.8 GB at 32k tokens and 128k vocabulary, A100", "published, Liger benchmark data",
     ),
     Vendor("bitsandbytes", "bitsandbytes", "pip install --force-reinstall --no-deps bitsandbytes"),
     Vendor("deepspeed", "deepspeed", "DS_BUILD_OPS=0 pip install --force-reinstall --no-deps deepspeed"),
@@ -65,7 +65,7 @@ VENDORS = (
 
 
 def jobs(machine: Machine) -> list[Job]:
-    """One import per installed package; torch comes first, without the others."""
+    """Return one import job per installed package; torch runs first, alone."""
     return [
         Job(f"import {vendor.distribution}", __name__, "child", (vendor.module, vendor.distribution), IMPORT_SECONDS, group)
         for vendor in VENDORS
@@ -75,23 +75,23 @@ def jobs(machine: Machine) -> list[Job]:
 
 
 def child(module: str, distribution: str) -> dict[str, Any]:
-    """Import `module` in this process: its version and how long it took, or its own words of why not."""
+    """Import `module` in this process; return its version and seconds, or its error."""
     from importlib import import_module, metadata
     from time import perf_counter
 
     began = perf_counter()
     try:
         found = import_module(module)
-    except BaseException as error:  # whatever a package raises when it is imported is what the user must read
+    except BaseException as error:  # imports can raise anything, even SystemExit
         return {"error": _one_line(error)}
     version = getattr(found, "__version__", None) or metadata.version(distribution)
     figures: dict[str, Any] = {"version": str(version)}
-    # torch was there before the fork, so its seconds are not known here.
+    # torch was imported before the fork: no seconds.
     return figures | (_cuda() if module == "torch" else {"seconds": round(perf_counter() - began, 2)})
 
 
 def _cuda() -> dict[str, Any]:
-    """What torch says of the GPUs. It starts CUDA, so this process must not fork afterwards."""
+    """Return torch's view of the GPUs. Initializes CUDA, so this process must not fork afterwards."""
     import torch
 
     figures: dict[str, Any] = {"cuda": torch.version.cuda, "gpus": 0, "architectures": []}
@@ -110,7 +110,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def judge(machine: Machine, outcomes: dict[str, Outcome]) -> Check:
-    """What was imported, what was not and why."""
+    """Return versions of imported packages and a finding per failed import."""
     words: list[str] = []
     findings: list[Finding] = []
     figures: dict[str, Any] = {}
@@ -119,7 +119,7 @@ def judge(machine: Machine, outcomes: dict[str, Outcome]) -> Check:
         if outcome is None:
             continue
         if not outcome.tried and vendor.module != "torch":
-            words.append(f"{vendor.distribution} not tried")
+            words.append(f"{vendor.distribution} not run")
         elif outcome.trouble:
             words.append(f"{vendor.distribution} broken")
             findings.append(_broken(vendor, outcome, machine))
@@ -135,55 +135,55 @@ def judge(machine: Machine, outcomes: dict[str, Outcome]) -> Check:
 def _broken(vendor: Vendor, outcome: Outcome, machine: Machine) -> Finding:
     trouble, hint = outcome.trouble, ""
     if "undefined symbol" in trouble:
-        hint = f" (built for another torch than {machine.packages.get('torch', UNKNOWN)})"
+        hint = f" (built for a different torch than {machine.packages.get('torch', UNKNOWN)})"
     elif "cannot open shared object file" in trouble:
-        hint = " (a library that it needs is not on this machine)"
+        hint = " (shared library missing)"
     mend = vendor.mend
     if vendor.module == "torch" and machine.system == "linux":
         mend += f" --index-url https://download.pytorch.org/whl/{wheels(machine) if machine.driver else 'cpu'}"
-    what = f"{vendor.distribution} {machine.packages.get(vendor.distribution, '')} is installed and does not import"
+    what = f"{vendor.distribution} {machine.packages.get(vendor.distribution, '')}: import failed"
     return Finding(f"{what}: {trouble}{hint}", mend, vendor.weight, vendor.costs, vendor.source)
 
 
 def _gpu_findings(machine: Machine, figures: dict[str, Any]) -> Iterator[Finding]:
-    """NVML sees a GPU; does torch, and has it kernels for it? A CPU build whose version says so is told already."""
+    """Yield findings if torch cannot use the GPUs that NVML lists. CPU builds named so are reported by `torch_findings`."""
     if not machine.gpus:
         return
     mend = f"pip install --force-reinstall 'torch>=2.10,<2.14' --index-url https://download.pytorch.org/whl/{wheels(machine)}"
     if figures.get("cuda") is None:
         if "+cpu" not in machine.packages.get("torch", ""):
-            yield Finding("this torch is built without CUDA", mend, "costs", "the whole GPU")
+            yield Finding("torch is built without CUDA", mend, "costs", LOST)
         return
     if figures.get("cuda_error") or not figures.get("gpus"):
-        why = figures.get("cuda_error") or "CUDA starts and counts no device"
+        why = figures.get("cuda_error") or "CUDA reports no device"
         build = cuda_of_build(machine.packages.get("torch", ""))
         newer = build is not None and machine.cuda is not None and build[0] > int(machine.cuda.split(".")[0])
         yield Finding(
             f"torch cannot use the GPU: {why}",
             mend if newer else "nvidia-smi && dmesg | grep -i nvrm",
             "costs",
-            "the whole GPU",
+            LOST,
         )
         return
     known = figures.get("architectures", [])
     for capability in sorted({gpu.compute_capability for gpu in machine.gpus if gpu.compute_capability}):
         if known and not any(_runs_on(name, capability) for name in known):
             words = f"torch {machine.packages.get('torch', UNKNOWN)} has no kernels for sm {capability[0]}.{capability[1]}"
-            yield Finding(f"{words} (it has {', '.join(known)})", mend, "costs", "the whole GPU")
+            yield Finding(f"{words} (built for {', '.join(known)})", mend, "costs", LOST)
 
 
 def _runs_on(name: str, capability: tuple[int, int]) -> bool:
-    """Whether kernels called `sm_90a` run there: on their major number, from their minor on; `compute_90` is translated for later parts."""
+    """Return whether kernels named `sm_90a` run there: same major, equal or higher minor; `compute_90` is compiled for later GPUs."""
     kind, _, number = name.partition("_")
     digits = number.rstrip("af")
     if not digits.isdigit():
-        return True  # a name that we cannot read is no ground to complain
+        return True  # unknown name format: assume that it runs
     least = int(digits[:-1]), int(digits[-1])
     return capability >= least and (kind == "compute" or capability[0] == least[0])
 
 
 def _wrapped(words: list[str]) -> tuple[str, ...]:
-    """Words joined by commas, in rows of at most 100 characters."""
+    """Join words by commas, in rows of at most 100 characters."""
     rows = [""]
     for word in words:
         if rows[-1] and len(rows[-1]) + len(word) + 2 > 100:

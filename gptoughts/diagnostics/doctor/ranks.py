@@ -1,7 +1,7 @@
-"""Copies between devices checked for their content, and a sum over ranks checked for its value; both with their rates.
+"""Check copies between devices and an all-reduce over ranks: correct values and rates.
 
-On some boxes a copy from one GPU to another returns zeros, without any error (NVIDIA/nccl-tests issue 117, RTX 4090). A GPU-less
-machine runs the same code over gloo with two processes.
+On some machines a copy from one GPU to another returns zeros without an error (NVIDIA/nccl-tests issue 117, RTX 4090). Without a GPU
+the same code runs over gloo with two processes.
 """
 
 from __future__ import annotations
@@ -15,27 +15,27 @@ from gptoughts.diagnostics.doctor.forks import Job, Outcome
 from gptoughts.hardware.machine import Machine
 
 GPU_BYTES, CPU_BYTES = 256 << 20, 16 << 20
-# Eight GPUs have 56 pairs, and each is compared on the host.
+# Eight GPUs have 56 pairs, each compared on the host.
 PAIR_BYTES = 64 << 20
 SUM_SECONDS = 60.0
 PEER_SECONDS = 60.0
 NO_P2P = {"NCCL_P2P_DISABLE": "1"}
 GLOO = "GLOO_SOCKET_IFNAME"
 NO_P2P_LINE = "export NCCL_P2P_DISABLE=1"
-# Per link and direction: NVLink 2 to 4 move 25 GB/s, NVLink 5 moves 50 (NVIDIA's architecture papers).
+# Per link and direction: 25 GB/s for NVLink 2 to 4, 50 for NVLink 5 (NVIDIA's architecture papers).
 LINK_GB_S, LINK_GB_S_BLACKWELL = 25.0, 50.0
 LEAST_SHARE = 0.5
 
 
 def jobs(machine: Machine, folder: str, environment: dict[str, str] | None = None, tag: str = "") -> list[Job]:
-    """Copies between all pairs of GPUs in one process, then a rank per GPU; two ranks on a CPU.
+    """Return jobs for copies between all pairs of GPUs (one process), then one rank per GPU; two ranks on a CPU.
 
-    `folder` is empty and new: ranks meet in a file there, so nothing listens on a port before they know each other.
+    `folder` is empty and new: it holds the FileStore of the ranks, so that the rendezvous needs no port.
     """
     names = [f"cuda:{gpu.index}" for gpu in machine.gpus] or ["cpu", "cpu"]
     own = environment or {}
     found = [Job(f"peers{tag}", __name__, "peers", (names,), PEER_SECONDS, f"peers{tag}", own)] if len(names) > 1 else []
-    # On one machine gloo needs no name server to find itself.
+    # On one machine gloo works without name resolution.
     alone = {"GLOO_SOCKET_IFNAME": "lo"} if machine.system == "linux" and GLOO not in os.environ else {}
     meeting = f"{folder}/ranks{tag}"
     return found + [
@@ -45,7 +45,7 @@ def jobs(machine: Machine, folder: str, environment: dict[str, str] | None = Non
 
 
 def peers(names: list[str], copy: Callable[[Any, Any], Any] | None = None) -> dict[str, Any]:
-    """Copy a pattern between every two of the devices `names`, both ways, and look at what arrived: GB/s and whether it is right."""
+    """Copy a pattern between every two devices in both directions; return GB/s and whether it arrived intact."""
     import torch
 
     pairs = []
@@ -55,7 +55,7 @@ def peers(names: list[str], copy: Callable[[Any, Any], Any] | None = None) -> di
                 continue
             source, target = torch.device(source_name), torch.device(target_name)
             size = PAIR_BYTES if source.type == "cuda" else CPU_BYTES
-            # A pattern of its own for each pair, so that bytes that were left lying there cannot pass for it.
+            # A different pattern per pair, so that stale memory is not mistaken for it.
             sent = (torch.arange(size // 4, dtype=torch.int32, device=source) * 7 + number * 1000 + other).contiguous()
             into = torch.full((size // 4,), -1, dtype=torch.int32, device=target)
             send = copy or (lambda there, here: there.copy_(here))
@@ -69,7 +69,7 @@ def peers(names: list[str], copy: Callable[[Any, Any], Any] | None = None) -> di
 
 
 def child(rank: int, world_size: int, name: str, meeting: str) -> dict[str, Any]:
-    """One rank: sum a pattern over all ranks and pass one on in a ring; whether both are right, and the bus rate of the sum."""
+    """Run one rank: all-reduce a pattern and pass one on in a ring; return whether both are correct, and the bus bandwidth."""
     from datetime import timedelta
 
     import torch
@@ -87,19 +87,19 @@ def child(rank: int, world_size: int, name: str, meeting: str) -> dict[str, Any]
         pattern = (torch.arange(size // 4, device=device) % 251).float()
         mine = pattern * (rank + 1)
         dist.all_reduce(mine)
-        # Whole numbers below 2^24, so every order of adding gives these very bits.
+        # Integers below 2^24: exact in any summation order.
         right = bool(torch.equal(mine, pattern * (world_size * (world_size + 1) // 2)))
         seconds = _timed(lambda: dist.all_reduce(mine), [device])
         ring = _ring(dist, torch, rank, world_size, pattern[: 1 << 20])
     finally:
         dist.destroy_process_group()
-    # The rate on the wire that NVIDIA's nccl-tests prints: a ring moves 2 (n-1)/n of the bytes.
+    # Bus bandwidth as defined by NVIDIA's nccl-tests: a ring moves 2 (n-1)/n of the bytes.
     moved = 2 * (world_size - 1) / world_size * size / 1e9
     return {"backend": backend, "right": right, "ring": ring, "bus_gb_s": moved / seconds}
 
 
 def _ring(dist: Any, torch: Any, rank: int, world_size: int, pattern: Any) -> bool:
-    """Pass one's own pattern to the next rank; whether the neighbor's arrived."""
+    """Send this rank's pattern to the next rank; return whether the previous rank's arrived intact."""
     if world_size == 1:
         return True
     before, behind = (rank - 1) % world_size, (rank + 1) % world_size
@@ -111,7 +111,7 @@ def _ring(dist: Any, torch: Any, rank: int, world_size: int, pattern: Any) -> bo
 
 
 def _timed(work: Callable[[], Any], devices: list[Any]) -> float:
-    """Least seconds of three calls, after a warm one."""
+    """Return the minimum seconds of three calls, after one warm-up."""
     from time import perf_counter
 
     import torch
@@ -134,7 +134,7 @@ def _timed(work: Callable[[], Any], devices: list[Any]) -> float:
 def judge(
     machine: Machine, outcomes: dict[str, Outcome], environment: dict[str, str], mended: dict[str, Outcome] | None = None
 ) -> Check:
-    """Findings on copies and sums. `mended` are the outcomes of a second try without peer-to-peer, where there was one."""
+    """Return findings on copies and all-reduce. `mended` are the outcomes of a second try without peer-to-peer, if any."""
     findings = [*_peer_findings(machine, outcomes.get("peers"), environment), *_sum_findings(machine, outcomes, mended)]
     rows = [row for row in (_peer_row(outcomes.get("peers")), _sum_row(outcomes)) if row]
     figures = {name: outcome.figures or {"error": outcome.trouble} for name, outcome in outcomes.items()}
@@ -150,7 +150,7 @@ def _peer_row(outcome: Outcome | None) -> str:
         return ""
     rates = [pair["gb_s"] for pair in outcome.figures["pairs"]]
     wrong = sum(not pair["right"] for pair in outcome.figures["pairs"])
-    words = f"{len(rates)} copies between devices, {f'{wrong} WRONG' if wrong else 'all right'}"
+    words = f"{len(rates)} copies between devices, {f'{wrong} WRONG' if wrong else 'all correct'}"
     return f"{words}, {min(rates):,.1f} to {max(rates):,.1f} GB/s"
 
 
@@ -160,10 +160,10 @@ def _sum_row(outcomes: dict[str, Outcome]) -> str:
     if not ranks:
         return ""
     if len(figures) < len(ranks):
-        return f"sum over {len(ranks)} ranks: not measured"
-    state = "right" if all(one["right"] and one["ring"] for one in figures) else "WRONG"
-    rate = f", {min(one['bus_gb_s'] for one in figures):,.1f} GB/s on the bus" if len(ranks) > 1 else ""
-    return f"sum over {len(ranks)} {'rank' if len(ranks) == 1 else 'ranks'} ({figures[0]['backend']}): {state}{rate}"
+        return f"all-reduce over {len(ranks)} ranks: not measured"
+    state = "correct" if all(one["right"] and one["ring"] for one in figures) else "WRONG"
+    rate = f", {min(one['bus_gb_s'] for one in figures):,.1f} GB/s bus bandwidth" if len(ranks) > 1 else ""
+    return f"all-reduce over {len(ranks)} {'rank' if len(ranks) == 1 else 'ranks'} ({figures[0]['backend']}): {state}{rate}"
 
 
 def _peer_findings(machine: Machine, outcome: Outcome | None, environment: dict[str, str]) -> Iterator[Finding]:
@@ -182,13 +182,13 @@ def _peer_findings(machine: Machine, outcome: Outcome | None, environment: dict[
     if not wrong:
         return
     pairs = ", ".join(f"{pair['from']} -> {pair['to']}" for pair in wrong[:4]) + (", ..." if len(wrong) > 4 else "")
-    what = f"copies between GPUs arrive {'as zeros' if all(pair['zeros'] for pair in wrong) else 'wrong'} and raise no error: {pairs}"
+    what = f"copies between GPUs return {'zeros' if all(pair['zeros'] for pair in wrong) else 'wrong data'} without an error: {pairs}"
     if off:
         yield Finding(
-            f"{what}; NCCL_P2P_DISABLE=1 keeps NCCL from them",
+            f"{what}; NCCL_P2P_DISABLE=1 is set, NCCL avoids them",
             "keep NCCL_P2P_DISABLE=1",
             "minor",
-            "sums go through the host",
+            "all-reduce goes through host memory",
             source,
         )
     else:
@@ -209,17 +209,17 @@ def _sum_findings(machine: Machine, outcomes: dict[str, Outcome], mended: dict[s
         else "ip link set lo up"
     )
     mend = NO_P2P_LINE if several and _is_right(mended) else mend
-    proven = "; without peer-to-peer copies it is right" if several and _is_right(mended) else ""
+    proven = "; correct without peer-to-peer copies" if several and _is_right(mended) else ""
     troubled = {name: outcome for name, outcome in ranks.items() if outcome.trouble}
     if troubled:
         name, outcome = next(iter(troubled.items()))
-        what = f"a sum over {len(ranks)} ranks through {backend} failed, {name} {outcome.trouble}{proven}"
+        what = f"all-reduce over {len(ranks)} ranks ({backend}) failed: {name}: {outcome.trouble}{proven}"
         yield Finding(what, mend, "stops" if several else "minor", "training on several ranks")
         return
     figures = [outcome.figures or {} for outcome in ranks.values()]
     if not all(one["right"] and one["ring"] for one in figures):
         yield Finding(
-            f"a sum over {len(ranks)} ranks through {backend} is wrong{proven}",
+            f"all-reduce over {len(ranks)} ranks ({backend}) is wrong{proven}",
             mend,
             "stops",
             "wrong gradients on several ranks",
@@ -229,20 +229,20 @@ def _sum_findings(machine: Machine, outcomes: dict[str, Outcome], mended: dict[s
 
 
 def _slow_links(machine: Machine, rate: float) -> Iterator[Finding]:
-    """Where every GPU has the same NVLinks to the others, the sum must come near them; over PCIe there is no table."""
+    """Compare the all-reduce with the NVLinks if every GPU has the same ones; PCIe is not in the table."""
     links = {link for gpu in machine.gpus for link in gpu.links}
     if len(links) != 1 or not (link := links.pop()).startswith("nvlink x"):
         return
     each = LINK_GB_S_BLACKWELL if (machine.min_capability() or (0, 0)) >= (10, 0) else LINK_GB_S
     possible = int(link.removeprefix("nvlink x")) * each
-    # GPUs that are joined without a switch split their links among the others.
+    # GPUs connected without a switch split their links among the others.
     if rate < LEAST_SHARE * possible:
-        what = f"a sum over {len(machine.gpus)} GPUs moves {rate:,.0f} GB/s, their links {possible:,.0f}"
+        what = f"all-reduce over {len(machine.gpus)} GPUs: {rate:,.0f} GB/s, links {possible:,.0f} GB/s"
         yield Finding(
             what,
             "NCCL_DEBUG=INFO gptoughts doctor --json; nvidia-smi nvlink -s",
             "costs",
-            f"{rate / possible:.0%} of the links",
+            f"{rate / possible:.0%} of the link rate",
             "NVIDIA's link rates",
         )
 

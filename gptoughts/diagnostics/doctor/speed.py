@@ -1,4 +1,4 @@
-"""What the hardware reaches in a second: matrix products and copies, beside the data sheet where the part is in the table."""
+"""Measure matmul and copy rates of each device and compare them with the data sheet."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from gptoughts.diagnostics.doctor.forks import Job, Outcome
 from gptoughts.hardware.machine import Gpu, Machine
 from gptoughts.hardware.peak_flops import peaks
 
-# A product large enough to fill every GPU of the table, and small enough for a CPU's second.
+# A matmul that fills every GPU of the table; on a CPU one that takes less than a second.
 GPU_SIZE, CPU_SIZE = 8192, 1024
 GPU_COPY_BYTES, CPU_COPY_BYTES = 1 << 30, 1 << 27
-# Their median is taken: one hiccup of a shared machine is no verdict on it.
+# The median is used: other programs disturb single measurements.
 REPETITIONS = 5
-# What a healthy H100 reaches of its data sheet (torchao, testing/training/roofline_utils.py); used for every part.
+# Achievable share of the data sheet on an H100 (torchao, testing/training/roofline_utils.py); used for every GPU.
 REACHED_GEMM, REACHED_COPY = 0.78, 0.92
 LEAST_SHARE = 0.7
-# All ranks wait for the slowest GPU. Equal parts differ by a few per cent from chip to chip.
+# All ranks wait for the slowest GPU. Equal models differ by a few per cent from chip to chip.
 LEAST_OF_FASTEST = 0.9
-SOURCE = "data sheet times what an H100 reaches of it by torchao's roofline"
+SOURCE = "data sheet times the share of an H100 in torchao's roofline"
 
 
 def jobs(machine: Machine) -> list[Job]:
-    """One after the other, alone: neighbors would share the clock of the CPU and the power of the box."""
+    """Return one job per device; they run alone, because concurrent jobs share CPU clock and power."""
     if not machine.gpus:
         return [Job("speed cpu", __name__, "child", ("cpu", 0.4), 30.0, "speed cpu")]
-    # Eight GPUs share the patience that one may have for itself.
+    # Less time each on machines with many GPUs.
     seconds = 1.0 if len(machine.gpus) <= 2 else 0.5
     return [
         Job(f"speed {gpu.index}", __name__, "child", (f"cuda:{gpu.index}", seconds), 45.0, f"speed {gpu.index}")
@@ -37,7 +37,7 @@ def jobs(machine: Machine) -> list[Job]:
 
 
 def child(name: str, seconds: float) -> dict[str, Any]:
-    """Measure the device called `name`, for `seconds` a kind: TFLOP/s by type, GB/s of a copy (read and written bytes)."""
+    """Measure device `name` for `seconds` per kind: TFLOP/s by dtype, GB/s of a copy (bytes read plus written)."""
     import torch
 
     from gptoughts.diagnostics.timing import timed
@@ -52,7 +52,7 @@ def child(name: str, seconds: float) -> dict[str, Any]:
     half = torch.bfloat16 if not on_gpu or torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
     figures: dict[str, Any] = {"threads": torch.get_num_threads(), "size": size, "tflops": {}}
     for kind in (half,) if on_gpu else (torch.float32, half):
-        one, other = (torch.randn(size, size, device=device, dtype=kind) for _ in range(2))  # zeros would draw less power
+        one, other = (torch.randn(size, size, device=device, dtype=kind) for _ in range(2))  # zeros draw less power
         into = torch.empty_like(one)
         product = seconds_of(lambda a=one, b=other, c=into: torch.mm(a, b, out=c))  # type: ignore[misc]
         figures["tflops"][str(kind).removeprefix("torch.")] = 2 * size**3 / product / 1e12
@@ -69,13 +69,13 @@ def child(name: str, seconds: float) -> dict[str, Any]:
 
 
 def judge(machine: Machine, outcomes: dict[str, Outcome]) -> Check:
-    """Figures per device; on a GPU of the table, judged."""
+    """Return figures per device, and findings for GPUs of the peak table."""
     if not machine.gpus:
         outcome = outcomes.get("speed cpu")
         if outcome is None:
             return Check("speed")
         if outcome.trouble:
-            what = f"a matrix product on the CPU did not end well: {outcome.trouble}"
+            what = f"matmul on the CPU failed: {outcome.trouble}"
             return Check("speed", ("not measured",), (Finding(what, "python -m gptoughts doctor --json", "costs"),))
         return Check("speed", (_cpu_row(outcome.figures or {}),), (), {"cpu": outcome.figures})
     rows, findings, figures = [], [], {}
@@ -95,7 +95,7 @@ def judge(machine: Machine, outcomes: dict[str, Outcome]) -> Check:
 
 def _failed(gpu: Gpu, outcome: Outcome) -> Finding:
     mend = f"nvidia-smi -i {gpu.index}; dmesg | grep -i -e nvrm -e xid"
-    return Finding(f"a matrix product on GPU {gpu.index} failed: {outcome.trouble}", mend, "costs", "the whole GPU")
+    return Finding(f"GPU {gpu.index}: matmul failed: {outcome.trouble}", mend, "costs", "the GPU is not used")
 
 
 def _cpu_row(figures: dict[str, Any]) -> str:
@@ -117,7 +117,7 @@ def _gpu_row(gpu: Gpu, figures: dict[str, Any]) -> str:
 
 
 def _peak(gpu: Gpu) -> float | None:
-    """The dense peak of the type that was measured: bf16, or fp16 before Ampere."""
+    """Return the dense peak of the measured dtype: bf16, or fp16 before Ampere."""
     known = peaks(gpu.name, gpu.memory_bytes)
     return (known.bf16_tflops or known.fp16_tflops) if known else None
 
@@ -126,26 +126,24 @@ def _gpu_findings(gpu: Gpu, figures: dict[str, Any]) -> Iterator[Finding]:
     known, peak = peaks(gpu.name, gpu.memory_bytes), _peak(gpu)
     if known is None:
         return
-    reset = (
-        f"sudo nvidia-smi -i {gpu.index} -rgc -rmc; nvidia-smi -i {gpu.index} -q -d PERFORMANCE,POWER shows what holds it down"
-    )
+    reset = f"sudo nvidia-smi -i {gpu.index} -rgc -rmc; nvidia-smi -i {gpu.index} -q -d PERFORMANCE,POWER shows the throttle reasons"
     rate = next(iter(figures["tflops"].values()))
     for what, reached, achievable, unit in (
-        ("matrix products", rate, peak and peak * REACHED_GEMM, "TFLOP/s"),
-        ("copies in its memory", figures["copy_gb_s"], known.bandwidth_gb_s and known.bandwidth_gb_s * REACHED_COPY, "GB/s"),
+        ("matmul", rate, peak and peak * REACHED_GEMM, "TFLOP/s"),
+        ("memory copy", figures["copy_gb_s"], known.bandwidth_gb_s and known.bandwidth_gb_s * REACHED_COPY, "GB/s"),
     ):
         if achievable and reached < LEAST_SHARE * achievable:
-            words = f"GPU {gpu.index}: {what} run at {reached:,.0f} {unit}, {achievable:,.0f} can be had"
-            yield Finding(words, reset, "costs", f"{what} at {reached / achievable:.0%} of their speed", SOURCE)
+            words = f"GPU {gpu.index}: {what} {reached:,.0f} {unit}, expected {achievable:,.0f}"
+            yield Finding(words, reset, "costs", f"{what} at {reached / achievable:.0%} of the expected rate", SOURCE)
 
 
 def _stragglers(machine: Machine, figures: dict[str, Any]) -> Iterator[Finding]:
-    """A GPU that is slower than an equal one beside it holds every rank back."""
+    """Yield a finding for each GPU slower than an equal one: it delays every rank."""
     rates = {gpu: next(iter(figures[str(gpu.index)]["tflops"].values())) for gpu in machine.gpus if str(gpu.index) in figures}
     for gpu, rate in rates.items():
         fastest = max(other for twin, other in rates.items() if twin.name == gpu.name)
         if rate < LEAST_OF_FASTEST * fastest:
-            what = f"GPU {gpu.index} multiplies at {rate / fastest:.0%} of an equal GPU of this box"
+            what = f"GPU {gpu.index}: matmul at {rate / fastest:.0%} of an equal GPU of this machine"
             free = ",".join(str(one.index) for one in machine.gpus if one is not gpu)
             mend = f"nvidia-smi -i {gpu.index} -q -d PERFORMANCE; or leave it out: CUDA_VISIBLE_DEVICES={free}"
             yield Finding(

@@ -1,4 +1,4 @@
-"""The diagnosis as lines for a person: what is here, then what to mend, worst first."""
+"""Format the diagnosis as text: the machine, then the findings, worst first."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gptoughts.hardware.peak_flops import GpuPeaks, peaks
 
 
 def text(diagnosis: Diagnosis) -> list[str]:
-    """The lines that `gptoughts doctor` prints."""
+    """Return the lines that `gptoughts doctor` prints."""
     machine = diagnosis.machine
     rows = [
         ("system", f"{machine.system}, Python {machine.python}"),
@@ -30,7 +30,7 @@ def text(diagnosis: Diagnosis) -> list[str]:
         ("disk", f"{bytes_in_words(diagnosis.disk_free_bytes)} free in {diagnosis.folder}"),
         *(("", words) for _, words in _check_rows(diagnosis, "disk")),
         *([("/dev/shm", bytes_in_words(diagnosis.shm_bytes))] if machine.system == "linux" else []),
-        ("profile", f"auto takes {diagnosis.profile}" if diagnosis.profile else "none"),
+        ("profile", f"auto selects {diagnosis.profile}" if diagnosis.profile else "none"),
     ]
     lines = [f"{name:<10}{words}".rstrip() for name, words in rows]
     lines += ["", "extras"]
@@ -42,14 +42,14 @@ def text(diagnosis: Diagnosis) -> list[str]:
     if diagnosis.left_out:
         lines += ["", diagnosis.left_out]
     if diagnosis.findings:
-        lines += ["", "to mend, worst first"]
+        lines += ["", "findings, worst first"]
         for finding in diagnosis.findings:
             lines += _finding_lines(finding)
     return [*lines, "", diagnosis.next_line]
 
 
 def _check_rows(diagnosis: Diagnosis, name: str) -> Iterator[tuple[str, str]]:
-    """The rows of one check, its name beside the first."""
+    """Yield the rows of one check, its name beside the first."""
     for check in diagnosis.checks:
         if check.name == name:
             yield from ((name if number == 0 else "", words) for number, words in enumerate(check.rows))
@@ -79,13 +79,13 @@ def _gpu_rows(machine: Machine) -> Iterator[tuple[str, str]]:
 
 
 def _last_of_its_kind(gpu: Gpu, machine: Machine) -> bool:
-    """Peaks are printed once for a run of equal GPUs."""
+    """Return whether the next GPU is of another model: peaks are printed once for equal GPUs."""
     return gpu.index + 1 >= len(machine.gpus) or machine.gpus[gpu.index + 1].name != gpu.name
 
 
 def _peak_words(found: GpuPeaks | None) -> list[str]:
     if found is None:
-        return ["peaks n/a: this part is not in the table, so MFU is n/a"]
+        return ["peaks n/a: GPU not in the table, MFU n/a"]
     kinds = {"bf16": found.bf16_tflops, "fp16": found.fp16_tflops, "fp8": found.fp8_tflops, "tf32": found.tf32_tflops}
     rates = ", ".join(f"{kind} {'n/a' if rate is None else f'{rate:,.4g}'}" for kind, rate in kinds.items())
     bandwidth = "n/a" if found.bandwidth_gb_s is None else f"{found.bandwidth_gb_s:,.0f}"
@@ -97,5 +97,5 @@ def _torch_words(machine: Machine) -> str:
     if version is None:
         return "missing"
     build = cuda_of_build(version)
-    kind = "CPU build" if "+cpu" in version else f"CUDA {build[0]}.{build[1]} build" if build else "build not told"
+    kind = "CPU build" if "+cpu" in version else f"CUDA {build[0]}.{build[1]} build" if build else "unknown build"
     return f"{version} ({kind})"

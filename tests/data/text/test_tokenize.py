@@ -339,13 +339,21 @@ def test_a_second_process_waits_for_the_first(tmp_path: Path) -> None:
     assert (tmp_path / "o" / "index.json").exists()
 
 
+def dies(*_: object) -> None:
+    """A worker that is killed, as for want of memory."""
+    print("about to die", flush=True)
+    os.kill(os.getpid(), 9)
+
+
 def test_a_dead_worker_is_an_error_and_the_work_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from gptoughts.data.text import workers
 
     write_corpus(tmp_path / "c.jsonl", 40)
     with monkeypatch.context() as patch:
-        patch.setattr(workers, "COMMAND", "import os; os.kill(os.getpid(), 9)")
-        with pytest.raises(DataError, match=r"a tokenizing process exited with code -9 .*\n  Try: run again with fewer"):
+        patch.setattr(workers, "SERVE", (__name__, "dies"))
+        with pytest.raises(
+            DataError, match=r"tokenizing process: killed by SIGKILL: about to die \(out of memory\?\)\.\n  Try: run again"
+        ):
             tokenize(str(tmp_path / "c.jsonl"), "bytes", tmp_path / "o", processes=2)
     tokenize(str(tmp_path / "c.jsonl"), "bytes", tmp_path / "o", processes=2)
     Shards.open(tmp_path / "o").verify_hashes()

@@ -1,9 +1,9 @@
-"""What a first step costs where nothing is compiled yet, and where an earlier start has kept its graphs; every start a process of its own.
+"""Measure compilation at start: the first step with an empty compile cache and with a filled one, each in a fresh process.
 
-    python -m gptoughts.diagnostics.bench.start quickstart --to docs/measurements/cpu/compile.json
+    python -m benchmarks.start quickstart --to docs/measurements/cpu/compile.json
 
-Cold starts get an empty cache folder, warm ones the folder of the cold one before them. Processor seconds (of the process and the
-compilers that it starts) are told beside the clock's, because a shared machine stretches the clock. Each has one compute thread.
+A warm start reuses the cache folder of the cold start before it. CPU seconds (of the process and the compilers it starts) are reported
+beside wall-clock seconds, which depend on the machine's load. Every process has one compute thread.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 
 import click
 
+from benchmarks import front
 from gptoughts.diagnostics.bench.figures import machine_figures, spread
 from gptoughts.errors import LayerError, RunError
 from gptoughts.hardware.machine import probe
@@ -28,11 +29,11 @@ from gptoughts.hardware.machine import probe
 LAYERS = ("compile-blocks", "compile-model")
 CLOCKS = ("clock_seconds", "processor_seconds")
 GOAL = 0.2
-"""A warm start should take at most this share of a cold one."""
+"""Goal for warm / cold."""
 
 
 def measure(recipe: str, rounds: int, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """Cold and warm first steps of every compiled layer, taking turns; what is known is given to `keep` after every pair."""
+    """Measure cold and warm first steps of every compile layer, interleaved; `keep` receives the figures after every pair."""
     starts: dict[str, list[dict[str, Any]]] = {}
     found: dict[str, Any] = {}
     for _ in range(rounds):
@@ -50,7 +51,7 @@ def _found(recipe: str, rounds: int, starts: dict[str, list[dict[str, Any]]]) ->
     layers = [layer for layer in LAYERS if f"{layer} warm" in medians]
     return {
         "what": "seconds of the first step less those of the second, cold and warm, each in a fresh process",
-        "command": f"python -m gptoughts.diagnostics.bench.start {recipe} --rounds {rounds}",
+        "command": f"python -m benchmarks.start {recipe} --rounds {rounds}",
         "machine": machine_figures(probe(), 1),
         "goal": f"warm <= {GOAL:.0%} of cold",
         "warm_share_of_cold": {
@@ -65,7 +66,7 @@ def _found(recipe: str, rounds: int, starts: dict[str, list[dict[str, Any]]]) ->
 
 
 def _started(recipe: str, layer: str, folder: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "gptoughts.diagnostics.bench.start", recipe, "--one", layer]
+    command = [sys.executable, "-m", "benchmarks.start", recipe, "--one", layer]
     ran = subprocess.run(
         command,
         env={**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_CACHE_DIR": folder},
@@ -74,7 +75,7 @@ def _started(recipe: str, layer: str, folder: str) -> dict[str, Any]:
         check=False,
     )
     if ran.returncode:
-        raise RunError(f"{' '.join(command)} failed:\n{ran.stderr[-2000:]}")
+        raise RunError(f"{' '.join(command)}: exit code {ran.returncode}\n{ran.stderr[-2000:]}")
     found: dict[str, Any] = json.loads(ran.stdout.strip().splitlines()[-1])
     return found
 
@@ -85,7 +86,7 @@ def _processor_seconds() -> float:
 
 
 def one(recipe: str, layer: str) -> dict[str, Any]:
-    """The first step of this process, less the second, and where its processor seconds went."""
+    """Return first step minus second step of this process, and where its CPU seconds went."""
     from gptoughts.api import decide
     from gptoughts.diagnostics.bench.training import opened_training
     from gptoughts.layers.support.compile import newest
@@ -100,7 +101,7 @@ def one(recipe: str, layer: str) -> dict[str, Any]:
             took.append((perf_counter() - began, _processor_seconds() - processor))
         made = newest()
         if made is None or not made.figures["made"] + made.figures["cached"]:
-            raise LayerError(f"compile={layer}: two steps made no graph, so there is no start to measure")
+            raise LayerError(f"compile={layer}: no graph was compiled in two steps")
         parts = sorted(compile_seconds().items(), key=lambda row: -row[1])
         return {
             "clock_seconds": took[0][0] - took[1][0],
@@ -113,10 +114,10 @@ def one(recipe: str, layer: str) -> dict[str, Any]:
 @click.command()
 @click.argument("recipe", default="quickstart")
 @click.option("--rounds", default=3, type=click.IntRange(1), help="cold and warm starts of each layer")
-@click.option("--one", "layer", help="one start in this process, as JSON")
+@click.option("--one", "layer", help="measure one start in this process, print JSON")
 @click.option("--to", "out", metavar="FILE", help="write JSON to FILE")
-def main(recipe: str, rounds: int, layer: str | None, out: str | None) -> None:
-    """Print how long cold and warm starts take."""
+def _command(recipe: str, rounds: int, layer: str | None, out: str | None) -> None:
+    """Measure cold and warm starts."""
     if layer:
         print(json.dumps(one(recipe, layer)))
         return
@@ -127,6 +128,11 @@ def main(recipe: str, rounds: int, layer: str | None, out: str | None) -> None:
 
     found = measure(recipe, rounds, keep)
     print(json.dumps(found["warm_share_of_cold"], indent=1))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run `python -m benchmarks.start`."""
+    front.run(_command, "benchmarks.start", arguments)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The figures of `bench step` as a person reads them."""
+"""Format the figures of `benchmarks.step` as a text table."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from gptoughts.console import count, share
 
 
 def step_table(run: Mapping[str, Any]) -> str:
-    """Variants, ratios, and what they were taken on."""
+    """Return variants, ratios, machine and settings as text."""
     return "\n".join([*_head(run), "", *_variants(run), "", *_ratios(run), "", *_foot(run)])
 
 
@@ -24,7 +24,7 @@ def _head(run: Mapping[str, Any]) -> list[str]:
         f"ours: profile {run['profile']}, {layers}",
     ]
     if run["only_ours"]:
-        lines.append(f"not in the plain loop: {', '.join(run['only_ours'])}")
+        lines.append(f"only in ours: {', '.join(run['only_ours'])}")
     return lines
 
 
@@ -49,8 +49,8 @@ def _foot(run: Mapping[str, Any]) -> list[str]:
     outside = run["outside_verbs"]
     losses = ", ".join(f"{name} {loss:.4f}" for name, loss in run["losses"].items())
     return [
-        f"outside the verbs: {1e6 * outside['seconds_per_step']:.0f} us per step over {outside['steps']} steps, "
+        f"outside the engine: {1e6 * outside['seconds_per_step']:.0f} us per step over {outside['steps']} steps, "
         f"{100 * outside['share_of_step']:.3f} % of ours",
-        f"last loss read: {losses}",
+        f"last logged loss: {losses}",
         run["mfu_formula"],
     ]

@@ -1,8 +1,10 @@
-"""What a training step costs: our loop, a bare PyTorch loop with the same settings, ours again, and float32 eager, taking turns.
+"""Measure a training step: our loop, a plain PyTorch loop with the same settings, ours again, and float32 eager.
 
-Speeds of a shared machine drift by more than the differences that are looked for. So every variant keeps its own model, all are
-warm, each round runs all of them in a rotated order, and only ratios within a round are compared. "Ours again" against "ours" is
-the same thing twice: how far it is from 1 is how far any other ratio can be trusted.
+    python -m benchmarks.step bench-10m --rounds 8 --to docs/measurements/cpu/step.json
+
+The speed of a shared machine drifts by more than the differences of interest. Every variant keeps its own warm model, each round runs
+all variants in rotated order, and only ratios within a round are compared. "Ours again / ours" compares equal code: its distance from 1
+is the error of the other ratios.
 """
 
 from __future__ import annotations
@@ -15,30 +17,37 @@ from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any
 
+import click
 import torch
 
-from gptoughts.api import ResolvedRun
+from benchmarks import front
+from benchmarks.outside import outside_verbs
+from benchmarks.plain import Settings, plain_loop
+from benchmarks.table import step_table
+from gptoughts.api import ResolvedRun, decide
+from gptoughts.cli.options import CONTEXT, RecipeCommand, option, recipe_options, split_flags
+from gptoughts.cli.train import put_environment_in_place
 from gptoughts.config.loader import Recipe
 from gptoughts.console import SilentConsole
 from gptoughts.data.corpus import opened
 from gptoughts.diagnostics.bench.figures import machine_figures, paired, spread
-from gptoughts.diagnostics.bench.outside import outside_verbs
-from gptoughts.diagnostics.bench.plain import Settings, plain_loop
 from gptoughts.engine.distributed.ranks import Ranks
 from gptoughts.engine.engine import Engine
 from gptoughts.engine.from_recipe import initial_weights, model_bundle
 from gptoughts.engine.objectives.base import NextToken
 from gptoughts.engine.run_length import RunLength
-from gptoughts.engine.trainer import Progress, advance, train
+from gptoughts.engine.trainer import Progress, train
 from gptoughts.errors import ConfigError
 from gptoughts.models.sources import meta_model
 from gptoughts.planning.resolve import Plan
-from gptoughts.run import evidence as prove
 from gptoughts.run.build import build_engine
 from gptoughts.run.callbacks import Log
-from gptoughts.run.run import select_device
-from gptoughts.run.throughput import utilization
+from gptoughts.run.evidence import LayerEvidence, demand, judge, warmup_steps
+from gptoughts.run.session import select_device
+from gptoughts.run.step_trace import watch
+from gptoughts.run.throughput import Throughput, utilization
 from gptoughts.run.tracking.jsonl import Jsonl
+from gptoughts.run.tracking.sink import RunInfo, Sink, Sinks
 
 OURS, PLAIN, AGAIN, FP32 = "ours", "plain", "ours again", "fp32 eager"
 SHARED = {
@@ -57,27 +66,30 @@ SHARED = {
 }
 SHARED |= {"torch-kernels", "full-ce", "keep", "resident", "single", "plain", "fused", "with-weights", "after-clip", "direct"}
 SHARED |= {"prefetch", "whole", "fixed"}
-"""Layers that the bare loop has too, or that both have because they belong to the process."""
+"""Layers that the plain loop has too, or that both share because they belong to the process."""
 
 Run = Callable[[int], float]
-"""Trains for so many more steps; returns the last loss read."""
+"""Train for a number of steps and return the last logged loss."""
+SAME_MEASUREMENT = ("what", "recipe", "plan", "model")
+"""A run in the output file with the same values under these keys is replaced."""
 
 
 class Subject:
-    """The recipe's data and sizes, opened once for all variants. Raises ConfigError for what a bare loop cannot do."""
+    """The recipe's data and model spec, opened once for all variants. Raises ConfigError if the plain loop cannot train it."""
 
     def __init__(self, setting: ResolvedRun) -> None:
         self.setting, self.recipe = setting, setting.resolved.recipe
         if setting.world.world_size > 1:
-            raise ConfigError("bench step runs in one process; start it without torchrun")
+            raise ConfigError("benchmarks.step: runs in one process, not under torchrun")
         if self.recipe.objective != "next-token":
-            raise ConfigError(f"bench step compares next-token training; the recipe's objective is {self.recipe.objective!r}")
+            raise ConfigError("objective: benchmarks.step trains next-token only", found=repr(self.recipe.objective))
         if self.recipe.optim.name != "adamw" or self.recipe.model.family == "hf" or self.recipe.adapter.kind != "none":
             raise ConfigError(
-                "bench step compares AdamW on native models; leave optim.name, model.path, model.config and adapter.kind out"
+                "benchmarks.step: AdamW on native models only",
+                fix="remove optim.name, model.path, model.config and adapter.kind",
             )
         if self.recipe.data.format != "text":
-            raise ConfigError(f"bench step reads text; the recipe's data.format is {self.recipe.data.format!r}")
+            raise ConfigError("data.format: benchmarks.step reads text only", found=repr(self.recipe.data.format))
         self.corpus = opened(self.recipe)
         self.parts = model_bundle(
             self.recipe, self.corpus.tokenizer, setting.extensions.families, setting.extensions.objectives
@@ -89,21 +101,21 @@ class Subject:
 
     @property
     def tokens_per_step(self) -> int:
-        """Labels of one update."""
+        """Return the number of labels per update."""
         return self.recipe.train.global_batch * self.recipe.data.sequence_length
 
     def batches(self, recipe: Recipe) -> Iterator[Any]:
-        """The recipe's batches from the start, for one variant."""
+        """Return the recipe's batches from the start, for one variant."""
         return self.corpus.train(recipe, 0, 1, None, self.rows)
 
-    def settled(self) -> None:
+    def synchronize(self) -> None:
         """Wait for the device."""
         if self.ranks.device.type == "cuda":
             torch.cuda.synchronize(self.ranks.device)
 
     @contextmanager
     def engine(self, recipe: Recipe, plan: Plan) -> Iterator[Engine]:
-        """An engine of its own with the plan's layers."""
+        """Build an engine with the plan's layers."""
         model = meta_model(recipe, self.parts.family, self.rows)
         source = initial_weights(recipe, self.parts, model, self.ranks.device)
         catalog = self.setting.extensions.catalog
@@ -113,18 +125,15 @@ class Subject:
             yield engine
 
 
-class _LastLoss:
-    """A sink that keeps the newest loss."""
+class _LastLoss(Sink):
+    """Keeps the last logged loss."""
 
     def __init__(self) -> None:
         self.value = float("nan")
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """Keep it."""
+        """Keep the loss."""
         self.value = values["train/loss"]
-
-    def close(self) -> None:
-        """Nothing to close."""
 
 
 class Ours:
@@ -133,43 +142,42 @@ class Ours:
     def __init__(self, subject: Subject, engine: Engine, folder: Path) -> None:
         self.engine, self._subject = engine, subject
         self.progress, self.loss = Progress(), _LastLoss()
-        sinks: list[Any] = [Jsonl(folder / "metrics.jsonl", 1), self.loss]
-        self.log = Log(subject.recipe.log.every, sinks, SilentConsole(), subject.mfu[0], None, lambda _: None)
+        sinks = Sinks([Jsonl(), self.loss])
+        sinks.start(RunInfo("bench", folder))
+        self.log = Log(subject.recipe.log.every, sinks, SilentConsole(), Throughput(mfu=subject.mfu[0]))
 
     def __call__(self, steps: int) -> float:
-        """So many more steps."""
+        """Train for `steps` more steps and return the last logged loss."""
         goal, rate = self.progress.step + steps, self._subject.length.rate
         self.progress = train(
-            self.engine, self.progress, lambda now: False, rate, [self.log], pause=lambda now: now.step >= goal
+            self.engine, self.progress, lambda now: False, rate, callbacks=[self.log], pause=lambda now: now.step >= goal
         )
         return self.loss.value
 
-    def watched(self, plan: Plan) -> list[prove.LayerEvidence]:
-        """One more step, in which every planned layer must show itself. Raises LayerError where one does not."""
+    def watched(self, plan: Plan) -> list[LayerEvidence]:
+        """Run one watched step and return its evidence. Raises LayerError if a planned layer is inactive."""
         catalog = self._subject.setting.extensions.catalog
-        held: list[Any] = []
-        trace = prove.watch(self.engine, lambda: held.extend(advance(self.engine, self.progress, self._subject.length.rate)))
-        self.progress = held[0]
-        seen = prove.evidence(self.engine, plan, catalog, trace)
-        prove.demand(seen)
-        return seen
+        self.progress, _, trace = watch(self.engine, self.progress, self._subject.length.rate)
+        layers = judge(self.engine, plan, catalog, trace)
+        demand(layers)
+        return layers
 
 
 @dataclass
 class Measured:
-    """Seconds per step of every round, by variant, and what goes with them."""
+    """Seconds per step of every round by variant, last losses, evidence."""
 
     seconds: dict[str, list[float]] = field(default_factory=dict)
     losses: dict[str, float] = field(default_factory=dict)
-    evidence: list[prove.LayerEvidence] = field(default_factory=list)
+    evidence: list[LayerEvidence] = field(default_factory=list)
 
 
 def bench_step(
     setting: ResolvedRun, rounds: int, steps: int, command: str, say: Callable[[str], None] = lambda text: None
 ) -> dict[str, Any]:
-    """All figures of one recipe under one plan, as plain data. Nothing is asserted; `say` is told how far it is.
+    """Return all figures of one recipe under one plan as plain data; `say` receives progress lines.
 
-    Raises ConfigError for a recipe that a bare loop cannot train, LayerError where the plan is not what runs.
+    Raises ConfigError for a recipe that the plain loop cannot train, LayerError if a planned layer is inactive.
     """
     subject = Subject(setting)
     with ExitStack() as stack:
@@ -184,23 +192,24 @@ def bench_step(
             FP32: _in_float32(_plain(subject, Settings(settings.micro_batch))),
         }
         measured = Measured()
-        warm = 1 + prove.warmup_steps(setting.plan, setting.extensions.catalog)
+        warm = 1 + warmup_steps(setting.plan, setting.extensions.catalog)
         say("warming up: ours")
         ours(warm)
         measured.evidence = ours.watched(setting.plan)
         for name in (PLAIN, AGAIN, FP32):
             say(f"warming up: {name}")
-            variants[name](warm + 1)  # compilation, first allocations, the optimizer's state; as far as ours is
+            variants[name](warm + 1)  # compilation, first allocations, optimizer state; as many steps as ours
         for number in range(rounds):
             say(f"round {number + 1} of {rounds}")
             _take_turns(subject, variants, measured, number, steps)
-        say("outside the verbs")
-        outside = outside_verbs(subject, setting.plan, ours.engine.micro_batch)
-    return _figures(subject, measured, outside, rounds, steps, command)
+        say("framework overhead")
+        outside = outside_verbs(subject.engine, subject.recipe, setting.plan, subject.length.rate, ours.engine.micro_batch)
+    counts = {"command": command, "rounds": rounds, "steps_per_round": steps}
+    return _figures(subject, measured, outside, counts)
 
 
 def plain_settings(plan: Plan, engine: Engine) -> Settings:
-    """The bare loop's settings that say the same as the plan. FP8 has no one-line switch: there it computes in bf16."""
+    """Return the plain loop's settings equivalent to the plan. FP8 has no one-line switch: the plain loop then computes in bf16."""
     layers = plan.layers
     return Settings(
         micro_batch=engine.micro_batch or engine.recipe.train.global_batch,
@@ -216,11 +225,19 @@ def _plain(subject: Subject, settings: Settings) -> Run:
         return subject.length.rate(Progress(step=step))
 
     recipe = subject.recipe
-    return plain_loop(recipe, subject.parts.family, subject.rows, subject.batches(recipe), subject.ranks.device, settings, rate)
+    return plain_loop(
+        recipe,
+        subject.parts.family,
+        subject.rows,
+        batches=subject.batches(recipe),
+        device=subject.ranks.device,
+        settings=settings,
+        rate=rate,
+    )
 
 
 def _in_float32(run: Run) -> Run:
-    """Without TensorFloat-32, which a plan may have switched on for the whole process."""
+    """Turn TF32 off around `run`: a plan may have enabled it for the whole process."""
 
     def alone(steps: int) -> float:
         before = torch.get_float32_matmul_precision()
@@ -234,21 +251,19 @@ def _in_float32(run: Run) -> Run:
 
 
 def _take_turns(subject: Subject, variants: dict[str, Run], measured: Measured, number: int, steps: int) -> None:
-    """One round; the order is another than in the last."""
+    """Run one round of all variants in rotated order."""
     names = list(variants)
     first = number % len(names)
     for name in names[first:] + names[:first]:
-        subject.settled()
+        subject.synchronize()
         began = perf_counter()
         loss = variants[name](steps)
-        subject.settled()
+        subject.synchronize()
         measured.seconds.setdefault(name, []).append((perf_counter() - began) / steps)
         measured.losses[name] = loss
 
 
-def _figures(
-    subject: Subject, measured: Measured, outside: dict[str, Any], rounds: int, steps: int, command: str
-) -> dict[str, Any]:
+def _figures(subject: Subject, measured: Measured, outside: dict[str, Any], counts: dict[str, Any]) -> dict[str, Any]:
     seconds, tokens = measured.seconds, subject.tokens_per_step
     variants: dict[str, Any] = {}
     for name, values in ((name, seconds[name]) for name in (OURS, PLAIN, AGAIN, FP32)):
@@ -259,7 +274,7 @@ def _figures(
             "tokens_per_second": round(speed, 1),
             "mfu": subject.mfu[0](speed),
         }
-    ratios = {  # of tokens per second: above 1 the first is faster
+    ratios = {  # of tokens per second: above 1 means the first is faster
         f"{OURS} / {PLAIN}": paired(seconds[PLAIN], seconds[OURS]),
         f"{AGAIN} / {OURS}": paired(seconds[OURS], seconds[AGAIN]),
         f"{OURS} / {FP32}": paired(seconds[FP32], seconds[OURS]),
@@ -269,7 +284,7 @@ def _figures(
     step_seconds = variants[OURS]["step_ms"]["median"] / 1000
     return {
         "what": "bench step",
-        "command": command,
+        **counts,
         "machine": machine_figures(setting.machine),
         "recipe": recipe.name,
         "model": {**{key: value for key, value in vars(subject.spec).items() if value is not None}},
@@ -279,11 +294,40 @@ def _figures(
         "plan": layers,
         "only_ours": [f"{slot}={layer}" for slot, layer in layers.items() if layer not in SHARED],
         "evidence": {line.slot: line.evidence.text for line in measured.evidence if line.evidence.text != "baseline"},
-        "rounds": rounds,
-        "steps_per_round": steps,
         "variants": variants,
         "ratios_of_tokens_per_second": ratios,
         "outside_verbs": {**outside, "share_of_step": outside["seconds_per_step"] / step_seconds},
         "mfu_formula": subject.mfu[1],
         "losses": {name: round(loss, 4) for name, loss in measured.losses.items()},
     }
+
+
+def _main(
+    recipe: str | None, profile: str, plugin: tuple[str, ...], rounds: int, steps: int, out: str | None, **flags: Any
+) -> None:
+    fields, layers, _ = split_flags(flags)
+    setting = decide(recipe, profile, fields, layers, plugin)
+    for note in put_environment_in_place(setting):
+        print(f"note: {note}", flush=True)
+    path = front.target(out)
+    run = bench_step(setting, rounds, steps, front.typed("benchmarks.step"), front.progress)
+    print(step_table(run))
+    front.write(path, run, SAME_MEASUREMENT)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run `python -m benchmarks.step`."""
+    own: list[click.Parameter] = [
+        *recipe_options(),
+        option("--rounds", type=click.IntRange(2), default=7, help="paired rounds"),
+        option("--steps", type=click.IntRange(1), default=10, help="steps per round and variant"),
+        option("--to", "out", metavar="FILE", help="write JSON to FILE"),
+    ]
+    text = "Compare our loop with a plain PyTorch loop of the same settings and with float32 eager, interleaved."
+    front.run(
+        RecipeCommand("step", params=own, callback=_main, help=text, context_settings=CONTEXT), "benchmarks.step", arguments
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,6 @@
-"""The loop that one writes without a framework, on the same model, batches and settings: what ours is compared with.
+"""A plain PyTorch training loop on the same model, batches and settings: the reference of `benchmarks.step`.
 
-It is meant to be fast as well as short: whatever a careful user of plain PyTorch switches on with one line is switched on.
+Every optimization that plain PyTorch offers in one line is on.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from gptoughts.models.family import Family, initialize
 
 @dataclass(frozen=True)
 class Settings:
-    """What a bare loop can be told. `autocast` None computes in float32."""
+    """Options of the plain loop. `autocast` None computes in float32."""
 
     micro_batch: int
     autocast: torch.dtype | None = None
@@ -32,7 +32,7 @@ class Settings:
 def sdpa(
     query: Tensor, key: Tensor, value: Tensor, causal: bool, mask: Tensor | None = None, scale: float | None = None
 ) -> Tensor:
-    """Torch's own attention."""
+    """Call torch's scaled_dot_product_attention."""
     grouped = query.shape[1] != key.shape[1]
     causal = causal and mask is None
     return functional.scaled_dot_product_attention(query, key, value, mask, is_causal=causal, scale=scale, enable_gqa=grouped)
@@ -42,12 +42,13 @@ def plain_loop(
     recipe: Recipe,
     family: Family,
     rows: int,
+    *,
     batches: Iterator[Any],
     device: torch.device,
     settings: Settings,
     rate: Callable[[int], float],
 ) -> Callable[[int], float]:
-    """A function that trains the recipe's model for so many more steps and returns the last loss that it read."""
+    """Return a function `run(steps)` that trains the recipe's model and returns the last logged loss."""
     with device:
         model = family.build(recipe.model, rows, recipe.data.sequence_length)
     initialize(model, family, recipe.model, recipe.seed)

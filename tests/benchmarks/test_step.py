@@ -1,4 +1,4 @@
-"""`gptoughts bench`: what is compared is the same training, the figures are whole, and a file of them is updated, never lost."""
+"""`python -m benchmarks.step`: both loops train alike, and the figures are complete."""
 
 from __future__ import annotations
 
@@ -9,13 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.outside import put_clock_on
+from benchmarks.plain import Settings, plain_loop
+from benchmarks.step import AGAIN, FP32, OURS, PLAIN, Subject, bench_step, main, plain_settings
+from benchmarks.table import step_table
 from gptoughts.api import decide
-from gptoughts.cli.main import main
-from gptoughts.diagnostics.bench.figures import keep, paired, spread
-from gptoughts.diagnostics.bench.outside import put_clock_on
-from gptoughts.diagnostics.bench.plain import Settings, plain_loop
-from gptoughts.diagnostics.bench.step import AGAIN, FP32, OURS, PLAIN, Subject, bench_step, plain_settings
-from gptoughts.diagnostics.bench.table import step_table
 from gptoughts.engine.trainer import Progress, train
 from gptoughts.errors import ConfigError
 from tests.support.bench_settings import fields_in
@@ -54,8 +52,8 @@ def test_plain_loop_is_the_same_training(fields: dict[str, str], layers: dict[st
         train(engine, Progress(), lambda now: now.step >= 4, subject.length.rate, [Losses()])
     rate = subject.length.rate
     run = plain_loop(
-        subject.recipe, subject.parts.family, subject.rows, subject.batches(subject.recipe), torch.device("cpu"), settings,
-        lambda step: rate(Progress(step=step)),
+        subject.recipe, subject.parts.family, subject.rows, batches=subject.batches(subject.recipe),
+        device=torch.device("cpu"), settings=settings, rate=lambda step: rate(Progress(step=step)),
     )  # fmt: skip
     assert [run(1) for _ in range(4)] == pytest.approx(losses, abs=1e-5)
 
@@ -68,7 +66,7 @@ def test_settings_of_the_plain_loop_follow_the_plan(fields: dict[str, str]) -> N
 
 
 def test_figures_are_whole(fields: dict[str, str]) -> None:
-    run = bench_step(setting_of(fields), rounds=4, steps=2, command="gptoughts bench step")
+    run = bench_step(setting_of(fields), rounds=4, steps=2, command="typed")
     assert set(run["variants"]) == {OURS, PLAIN, AGAIN, FP32}
     for row in run["variants"].values():
         times = row["step_ms"]
@@ -80,7 +78,7 @@ def test_figures_are_whole(fields: dict[str, str]) -> None:
     assert run["losses"][OURS] == run["losses"][AGAIN] == pytest.approx(run["losses"][PLAIN], abs=1e-3)
     assert run["machine"]["threads"] == torch.get_num_threads()
     table = step_table(json.loads(json.dumps(run)))
-    for word in ("ours / plain", "outside the verbs", "fp32 eager"):
+    for word in ("ours / plain", "outside the engine", "fp32 eager"):
         assert word in table
 
 
@@ -93,28 +91,8 @@ def test_clock_sees_the_verbs(fields: dict[str, str]) -> None:
     assert clock.seconds > 0
 
 
-def test_spread_and_pairs() -> None:
-    assert spread([4.0, 1.0, 3.0, 2.0, 5.0]) == {"median": 3.0, "min": 1.0, "max": 5.0, "q1": 2.0, "q3": 4.0}
-    assert paired([2.0, 9.0, 2.0], [1.0, 3.0, 2.0])["median"] == 2.0
-
-
-def test_a_file_keeps_other_runs_and_replaces_its_own(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "step.json"
-    for run in ({"recipe": "a", "figure": 1}, {"recipe": "b", "figure": 2}, {"recipe": "a", "figure": 3}):
-        keep(path, run, ("recipe",))
-    assert json.loads(path.read_text())["runs"] == [{"recipe": "b", "figure": 2}, {"recipe": "a", "figure": 3}]
-
-
-def test_a_file_of_something_else_is_not_overwritten(tmp_path: Path) -> None:
-    path = tmp_path / "notes.txt"
-    path.write_text("mine", encoding="utf-8")
-    with pytest.raises(ConfigError, match="not a file of measurements"):
-        keep(path, {}, ("recipe",))
-    assert path.read_text(encoding="utf-8") == "mine"
-
-
 def test_what_a_bare_loop_cannot_do_is_said(fields: dict[str, str]) -> None:
-    with pytest.raises(ConfigError, match="objective"):
+    with pytest.raises(ConfigError, match=r"objective: benchmarks\.step trains next-token only"):
         Subject(setting_of({**fields, "objective": "another"}))
 
 
@@ -123,21 +101,7 @@ def test_command_prints_the_table_and_keeps_the_figures(
 ) -> None:
     flags = [word for key, value in fields.items() for word in (f"--{key}", value)]
     out = tmp_path / "step.json"
-    with pytest.raises(SystemExit) as left:
-        main(["bench", "step", *flags, "--layer.host", "system", "--rounds", "2", "--steps", "1", "--to", str(out)])
-    assert left.value.code == 0
+    main([*flags, "--layer.host", "system", "--rounds", "2", "--steps", "1", "--to", str(out)])
     printed = capsys.readouterr().out
-    assert "ours / plain" in printed and f"kept in {out}" in printed
+    assert "ours / plain" in printed and f"written: {out}" in printed
     assert json.loads(out.read_text(encoding="utf-8"))["runs"][0]["recipe"] == "quickstart"
-
-
-def test_data_measures_any_text_without_a_network(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from gptoughts.cli.bench import data
-
-    text = tmp_path / "text.txt"
-    text.write_text("".join(f"line {number} of a text that is measured\n" for number in range(4000)), encoding="utf-8")
-    assert data(str(text), "bpe", str(tmp_path / "data.json")) == 0
-    said = capsys.readouterr().out
-    assert "mtok_per_second" in said
-    assert "one_process_to_tiktoken" in said
-    assert [run["what"] for run in json.loads((tmp_path / "data.json").read_text())["runs"]] == ["batches", "tokenize"]

@@ -1,4 +1,7 @@
-"""Measures the data room: batches from warm pages, and tokenizing beside raw tiktoken on the same text. Nothing is asserted."""
+"""Measure the data pipeline: batches from warm pages, and tokenizing against raw tiktoken on the same text.
+
+python -m benchmarks.data --to docs/measurements/cpu/data.json
+"""
 
 from __future__ import annotations
 
@@ -8,26 +11,31 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 
+from benchmarks import front
 from gptoughts.data.batches import Batches
 from gptoughts.data.text.shards import Shards
 from gptoughts.data.text.sources import Document, Source, open_source
 from gptoughts.data.text.tokenize import tokenize
 from gptoughts.data.tokenizers.tokenizer import JsonTokenizer, build_tokenizer
+from gptoughts.diagnostics.bench.figures import machine_figures
 from gptoughts.errors import DataError
+from gptoughts.hardware.machine import probe
 
 
 def bench_batches(
     sequence_length: int = 1024, global_batch: int = 64, tokens: int = 100_000_000, rounds: int = 7, shards: int = 1
 ) -> dict[str, Any]:
-    """Shuffled uint16 batches from memory-mapped shards whose pages are warm: median and spread in Mtok/s, one process."""
+    """Measure shuffled uint16 batches from memory-mapped shards with warm pages: median and range in Mtok/s, one process."""
     with tempfile.TemporaryDirectory() as folder:
         rng = np.random.default_rng(0)
-        # Bytes read as text: one token a byte, so the corpus has the size that is asked for.
+        # One token per byte, so the corpus has exactly `tokens` tokens.
         text = rng.integers(97, 123, tokens, dtype=np.uint8).tobytes().decode("ascii")
         documents = [Document("random letters", text)]
         source = Source("random letters", (), lambda _: iter(documents))
@@ -35,7 +43,7 @@ def bench_batches(
         del source
         stream = Shards.open(folder).split("train")
         for array in stream.arrays:
-            np.bincount(array[::2048])  # One token of each page.
+            np.bincount(array[::2048])  # touch one token of each page
         batches = iter(Batches(stream, sequence_length, global_batch, seed=1))
         count = max(1, 200_000_000 // (sequence_length * global_batch))
         rates = []
@@ -49,18 +57,16 @@ def bench_batches(
 
 
 def bench_tokenize(source: str = "python-stdlib", tokenizer: str = "gpt2", repeat: int = 4, rounds: int = 5) -> dict[str, Any]:
-    """Whole tokenizing runs, from documents in memory to synced shards, in turns with raw tiktoken's `encode_ordinary`.
+    """Measure whole tokenizing runs, from documents in memory to synced shards, interleaved with tiktoken's `encode_ordinary`.
 
     The corpus is `source`, `repeat` times. `tokenizer` is gpt2, bpe (4096 ids) or a file or folder that tiktoken can run.
-    Ratios are medians over rounds of ours divided by tiktoken's in the same round; the start of processes is included. CPU
-    seconds are those of all processes together, which tell on a busy machine what the wall clock cannot.
+    Ratios are medians over rounds of ours / tiktoken within a round; process start is included. CPU seconds are the sum over
+    all processes, independent of the machine's load.
     """
     original = open_source(source)
     built = build_tokenizer(tokenizer, original, 4096)
     if not isinstance(built, JsonTokenizer) or built.encoding is None:
-        raise DataError(
-            f"tokenizer {tokenizer!r}: tiktoken cannot run it, so there is nothing to compare with; give gpt2 or bpe"
-        )
+        raise DataError("--tokenizer: not supported by tiktoken", found=repr(tokenizer), fix="--tokenizer gpt2")
     documents = list(original.documents()) * repeat
     texts = [document.text for document in documents]
     corpus = Source(f"{source} x {repeat}", (), lambda _: iter(documents))
@@ -104,7 +110,7 @@ def bench_tokenize(source: str = "python-stdlib", tokenizer: str = "gpt2", repea
 def run_of(
     name: str, encoding: Any, texts: list[str], corpus: Source, tokenizer: JsonTokenizer, folder: Path
 ) -> Callable[[], None]:
-    """One thing to time."""
+    """Return the function to time."""
     if name == "tiktoken":
 
         def raw() -> None:
@@ -120,7 +126,7 @@ def run_of(
 
 
 def timed(call: Callable[[], None]) -> tuple[float, float]:
-    """Seconds that `call` takes, by the clock and of CPU with its child processes; garbage of what ran before is collected."""
+    """Return wall-clock and CPU seconds of `call`, child processes included. Runs the garbage collector first."""
     gc.collect()
     before, begun = os.times(), time.perf_counter()
     call()
@@ -129,9 +135,34 @@ def timed(call: Callable[[], None]) -> tuple[float, float]:
 
 
 def spread(name: str, values: list[float]) -> dict[str, float]:
-    """Median, least and greatest under three keys."""
+    """Return median, minimum and maximum under three keys."""
     return {
         name: round(statistics.median(values), 3),
         f"{name}_min": round(min(values), 3),
         f"{name}_max": round(max(values), 3),
     }
+
+
+@click.command()
+@click.option("--source", default="python-stdlib", show_default=True, metavar="PATH", help="text to tokenize")
+@click.option(
+    "--tokenizer", default="bpe", show_default=True, metavar="NAME", help="bpe (trained on the text), gpt2 or a folder"
+)
+@click.option("--to", "out", metavar="FILE", help="write JSON to FILE")
+def _command(source: str, tokenizer: str, out: str | None) -> None:
+    """Measure tokenizing and batches."""
+    machine, path = machine_figures(probe()), front.target(out)
+    for what, measure in (("batches", bench_batches), ("tokenize", partial(bench_tokenize, source, tokenizer))):
+        figures = measure()
+        print(what, *(f"  {name:<34} {value}" for name, value in figures.items()), sep="\n", flush=True)
+        run = {"what": what, "command": front.typed("benchmarks.data"), "machine": machine, **figures}
+        front.write(path, run, ("what",))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run `python -m benchmarks.data`."""
+    front.run(_command, "benchmarks.data", arguments)
+
+
+if __name__ == "__main__":
+    main()

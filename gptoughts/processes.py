@@ -1,0 +1,152 @@
+"""Child processes: start a function of ours in a fresh Python, exchange messages over pipes, end it with everything it started.
+
+A child leads its own process group. Its requests come from standard input, which ends when the parent closes it or dies: children
+exit then, so none is orphaned.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from importlib import import_module
+from pathlib import Path
+from typing import IO, Any, Self
+
+ROOT = str(Path(__file__).resolve().parents[1])
+"""The folder that holds the package."""
+POLL_SECONDS = 0.02
+GRACE_SECONDS = 20.0
+TAIL_BYTES = 20_000
+PROGRAM = "import json, sys; sys.path[:0] = json.loads(sys.argv[1])[0]; from gptoughts.processes import run_child; run_child()"
+
+
+class ChildDied(Exception):
+    """A child exited instead of answering. `code` is its exit code, negative for a signal."""
+
+    def __init__(self, code: int, output: str) -> None:
+        super().__init__(f"{exit_text(code)}: {output}" if output else exit_text(code))
+        self.code = code
+
+
+class Child:
+    """A Python process that calls `module.function(requests, answers, *arguments)`: pipes for `receive` and `send`, then JSON values.
+
+    `paths` come first on its sys.path (default: the parent's sys.path); it does not add the current folder, where a torch.py would
+    shadow torch. Its output goes to a temporary file, for error messages. As a context manager: closed, after an exception killed.
+    """
+
+    def __init__(
+        self, module: str, function: str, *arguments: Any,
+        environment: Mapping[str, str] | None = None, paths: Sequence[str] | None = None,
+    ) -> None:  # fmt: skip
+        found = [*(path or os.getcwd() for path in sys.path), ROOT] if paths is None else list(paths)
+        self._log, self._tail = tempfile.TemporaryFile(), b""  # noqa: SIM115 - closed by close()
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", "-c", PROGRAM, json.dumps([found, module, function, arguments])],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, env=environment, start_new_session=True,
+        )  # fmt: skip
+
+    def ask(self, message: Any, body: Any = b"") -> tuple[Any, bytes]:
+        """Send a request and return the answer. Raises ChildDied."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        try:
+            with suppress(BrokenPipeError):  # it exited: an answer may still be in the pipe
+                send(self.process.stdin, message, body)
+            return receive(self.process.stdout)
+        except EOFError:
+            raise ChildDied(self.process.wait(), self.output(3)) from None
+
+    def wait(self, seconds: float, meanwhile: Callable[[], None] | None = None) -> int | None:
+        """Return the exit code, None if the child still runs after `seconds`. `meanwhile` is called every 20 ms."""
+        deadline = time.monotonic() + seconds
+        while self.process.poll() is None and time.monotonic() < deadline:
+            if meanwhile is not None:
+                meanwhile()
+            time.sleep(POLL_SECONDS)
+        return self.process.returncode
+
+    def output(self, lines: int = 1) -> str:
+        """Return the last non-empty lines that the child printed, joined by ` / `."""
+        if not self._log.closed:  # read without a seek, which would move the child's position, too
+            self._tail = os.pread(self._log.fileno(), TAIL_BYTES, max(0, os.fstat(self._log.fileno()).st_size - TAIL_BYTES))
+        return last_lines(self._tail.decode("utf-8", "replace"), lines)
+
+    def close(self, grace: float = GRACE_SECONDS) -> None:
+        """Close the child's input, so that it exits by itself; after `grace` seconds kill it and every process it started."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        if grace == 0 and self.process.poll() is None:
+            kill_group(self.process.pid)
+        with suppress(BrokenPipeError):  # unsent bytes of an exited child
+            self.process.stdin.close()
+        try:
+            self.process.wait(grace or None)
+        except subprocess.TimeoutExpired:
+            kill_group(self.process.pid)
+            self.process.wait()
+        self.process.stdout.close()
+        self.output()
+        self._log.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self.close(GRACE_SECONDS if kind is None else 0)
+
+
+def run_child() -> None:
+    """Entry point of a child. Standard output is redirected to standard error: print() must not write between two answers."""
+    _, module, function, arguments = json.loads(sys.argv[1])
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    getattr(import_module(module), function)(sys.stdin.buffer, answers, *arguments)
+
+
+def send(pipe: IO[bytes], message: Any, body: Any = b"") -> None:
+    """Write one message: a line of JSON with the message and the size of its body, then the bytes of the body."""
+    view = memoryview(body).cast("B") if len(body) else b""
+    pipe.write(json.dumps([message, len(view)]).encode() + b"\n")
+    pipe.write(view)
+    pipe.flush()
+
+
+def receive(pipe: IO[bytes]) -> tuple[Any, bytes]:
+    """Read the next message and its body. Raises EOFError at the end of the pipe."""
+    line = pipe.readline()
+    if not line.endswith(b"\n"):
+        raise EOFError
+    message, size = json.loads(line)
+    body = pipe.read(size)
+    if len(body) < size:
+        raise EOFError
+    return message, body
+
+
+def kill_group(pid: int) -> None:
+    """Kill the process group that `pid` leads, or `pid` alone if it leads none yet."""
+    try:
+        os.killpg(pid, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def exit_text(code: int) -> str:
+    """Return `exit code 1` or `killed by SIGSEGV`."""
+    if code >= 0:
+        return f"exit code {code}"
+    known = {number.value for number in signal.Signals}
+    return f"killed by {signal.Signals(-code).name if -code in known else f'signal {-code}'}"
+
+
+def last_lines(text: str, lines: int = 1) -> str:
+    """Return the last non-empty lines joined by ` / `, each cut to 300 characters."""
+    found = [line.strip()[:300] for line in text.splitlines() if line.strip()]
+    return " / ".join(found[-lines:])
