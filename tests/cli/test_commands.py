@@ -57,7 +57,7 @@ def test_a_run_says_where_things_are_and_what_was_reached(place: Path) -> None:
     }
     rows = [json.loads(line) for line in (place / "out" / "words" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "train/loss" in row] == [1, 10, 20, 30]
-    assert [row["step"] for row in rows if "eval/val_loss" in row] == [15, 30]
+    assert [row["step"] for row in rows if "eval/loss" in row] == [15, 30]
     evidence = json.loads((place / "out" / "words" / "evidence.json").read_text())
     assert all(line["status"] == "active" for line in evidence["layers"])
     assert json.loads((place / "checkpoints" / "words" / "best").read_text())["checkpoint"] == "step-000030"
@@ -104,7 +104,7 @@ def test_perplexity_over_a_whole_split_and_over_other_text(place: Path) -> None:
     assert ran.returncode == 0, ran.stderr
     found = json.loads(ran.stdout)
     rows = [json.loads(line) for line in (place / "out" / "words" / "metrics.jsonl").read_text().splitlines()]
-    logged = [row["eval/val_loss"] for row in rows if "eval/val_loss" in row][-1]
+    logged = [row["eval/loss"] for row in rows if "eval/loss" in row][-1]
     assert found["loss"] == pytest.approx(logged, rel=1e-3)
     assert found["perplexity"] == pytest.approx(math.exp(found["loss"]))
     (place / "other.txt").write_text("the dog and the cat sat on the mat\n" * 40, encoding="utf-8")

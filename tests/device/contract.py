@@ -201,14 +201,14 @@ def profile_row(family: str) -> dict[str, Any]:
     from gptoughts.config.model_spec import spec_for
     from gptoughts.planning.profile import pick
     from gptoughts.planning.resolve import resolve
-    from gptoughts.run import evidence as prove
+    from gptoughts.run import evidence
 
     recipe, here, variables = engines().recipe_of(family), probe(), dict(os.environ)
     torch._dynamo.reset()
     plan = resolve(pick("auto", here), here, spec_for(recipe), recipe, World(), CATALOG, {}, variables, variables)
     with engine_of(recipe, plan) as engine:
-        trace = engines().watched(engine, 1 + prove.warmup_steps(plan, CATALOG))
-        lines = [line.to_json() for line in prove.evidence(engine, plan, CATALOG, trace)]
+        trace = engines().watched(engine, 1 + evidence.warmup_steps(plan, CATALOG))
+        lines = [line.to_json() for line in evidence.judge(engine, plan, CATALOG, trace)]
     wrong = [f"{line['slot']}={line['layer']}: {line['proof']}" for line in lines if line["status"] != "active"]
     return {
         "status": "active" if not wrong else "inactive", "passed": not wrong, "wrong": wrong, "profile": plan.profile,

@@ -17,15 +17,16 @@ from gptoughts.console import SilentConsole
 from gptoughts.engine.distributed.ranks import Ranks
 from gptoughts.engine.engine import Engine
 from gptoughts.engine.objectives.base import NextToken
-from gptoughts.engine.trainer import Progress, advance, train
+from gptoughts.engine.trainer import Progress, train
 from gptoughts.hardware.machine import World
 from gptoughts.layers import CATALOG
 from gptoughts.models.family import Family, family_of
 from gptoughts.models.sources import meta_model
-from gptoughts.run import evidence as prove
+from gptoughts.run import evidence, step_trace
 from gptoughts.run.build import build_engine
 from gptoughts.run.callbacks import Log
-from gptoughts.run.throughput import utilization
+from gptoughts.run.throughput import Throughput, utilization
+from gptoughts.run.tracking.sink import Sink
 from tests.device.serving import Channel, served, settle, timed
 from tests.device.text import windows
 
@@ -61,8 +62,8 @@ class Quick:
         return []
 
 
-class Losses:
-    """A sink that keeps every loss."""
+class Losses(Sink):
+    """Keeps every loss."""
 
     def __init__(self) -> None:
         self.values: list[float] = []
@@ -70,9 +71,6 @@ class Losses:
     def log(self, step: int, values: Any) -> None:
         """Keep it."""
         self.values.append(round(float(values["train/loss"]), 5))
-
-    def close(self) -> None:
-        """Nothing to close."""
 
 
 def family_for(setting: ResolvedRun) -> Family:
@@ -118,8 +116,7 @@ class Loop:
         self.setting, self.engine = setting, engine
         self.progress, self.losses = Progress(), Losses()
         self.rate = setting.resolved.recipe.optim.learning_rate
-        log_every: Any = [self.losses]
-        self.log = Log(every, log_every, SilentConsole(), lambda speed: None, None, lambda _: None)
+        self.log = Log(every, self.losses, SilentConsole(), Throughput())
 
     def schedule(self, progress: Progress) -> float:
         """A short warm-up, then the recipe's rate."""
@@ -129,15 +126,18 @@ class Loop:
         """So many more updates."""
         goal = self.progress.step + steps
         self.progress = train(
-            self.engine, self.progress, lambda now: False, self.schedule, [self.log], pause=lambda now: now.step >= goal
+            self.engine,
+            self.progress,
+            lambda now: False,
+            self.schedule,
+            callbacks=[self.log],
+            pause=lambda now: now.step >= goal,
         )
 
     def watched(self) -> tuple[list[dict[str, Any]], Any]:
         """One more update under the profiler: what every layer saw of itself, and what was seen at all."""
-        held: list[Any] = []
-        trace = prove.watch(self.engine, lambda: held.extend(advance(self.engine, self.progress, self.schedule)))
-        self.progress = held[0]
-        seen = prove.evidence(self.engine, self.setting.plan, CATALOG, trace)
+        self.progress, _, trace = step_trace.watch(self.engine, self.progress, self.schedule)
+        seen = evidence.judge(self.engine, self.setting.plan, CATALOG, trace)
         return [line.to_json() for line in seen if line.evidence.text != "baseline"], trace
 
 
@@ -152,10 +152,10 @@ def body(job: dict[str, Any], channel: Channel) -> None:
     recipe = setting.resolved.recipe
     with engine_of(setting, device) as engine:
         loop = Loop(setting, engine, recipe.log.every)
-        loop.run(1 + prove.warmup_steps(setting.plan, CATALOG))
+        loop.run(1 + evidence.warmup_steps(setting.plan, CATALOG))
         settle(device.type)
-        evidence, trace = loop.watched()
-        channel.say({"ready": {**described(setting, engine), "evidence": evidence, "kernels": top(trace.kernels)}})
+        layers, trace = loop.watched()
+        channel.say({"ready": {**described(setting, engine), "evidence": layers, "kernels": top(trace.kernels)}})
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
         while steps := channel.heard():

@@ -142,7 +142,7 @@ def read(place: Path) -> dict[str, Any]:
         "mfu": median(shares) if shares else None,
         "data_wait": median(row.get("perf/data_wait", 0.0) for row in settled),
         "losses": [row["train/loss"] for row in logged],
-        "val_losses": [row["eval/val_loss"] for row in rows if "eval/val_loss" in row],
+        "val_losses": [row["eval/loss"] for row in rows if "eval/loss" in row],
         "evidence": json.loads((place / "evidence.json").read_text(encoding="utf-8"))["layers"],
         "plan": json.loads((place / "plan.json").read_text(encoding="utf-8"))["choices"],
     }

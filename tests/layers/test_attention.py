@@ -36,7 +36,7 @@ from gptoughts.models.gpt.attention import document_mask, math_attention
 from gptoughts.models.gpt.masks import BLOCK, Documents, block_mask, lengths
 from gptoughts.planning.evidence import Operator, Status, StepTrace
 from gptoughts.planning.layer import Case, Kind
-from gptoughts.run import evidence as prove
+from gptoughts.run import step_trace
 from tests.support.engines import BATCH, LENGTH, NEEDS_INDUCTOR, ROWS, engine_of, plan_of, recipe_of, steps, watched
 
 TRACES = Path(__file__).parents[1] / "traces"
@@ -576,9 +576,9 @@ def test_a_broken_package_is_quoted(version: str, files: dict[str, str], wanted:
 def seen(*kinds: str, blocks: int | None = None) -> StepTrace:
     """A sight made of one block's trace per kind, as `prove` reads it."""
     steps = json.loads((TRACES / "attention-kernels.json").read_text(encoding="utf-8"))["steps"]
-    trace = prove._Trace()
+    trace = step_trace.ProfilerTotals()
     for kind in kinds:
-        prove._read([_event(event) for event in steps[kind]["traceEvents"]], trace)
+        step_trace.add_events([_event(event) for event in steps[kind]["traceEvents"]], trace)
     return StepTrace(
         operators={name: Operator(name, calls, dict(trace.dtypes[name])) for name, calls in trace.calls.items()},
         kernels=dict(trace.kernels), regions=trace.regions, micro_batches=1, blocks=blocks or len(kinds), updated=True,

@@ -23,7 +23,7 @@ from gptoughts.layers import CATALOG
 from gptoughts.layers.support import compile as compiling
 from gptoughts.planning.evidence import Operator, Status, StepTrace
 from gptoughts.planning.layer import Case, Kind
-from gptoughts.run import evidence as prove
+from gptoughts.run import step_trace
 from tests.support.engines import NEEDS_INDUCTOR, engine_of, plan_of, random_batches, recipe_of, steps, watched
 
 TRACES = Path(__file__).parents[1] / "traces"
@@ -130,7 +130,7 @@ def test_the_watched_step_holds_the_causes_and_later_ones_are_said(
         assert len(said) == 1
         assert said[0].startswith("note: compiled again by update 3: ")
         assert "a forward without gradients" in said[0]
-        again = prove.watch(engine, lambda: steps(engine, 1) and None)
+        again = step_trace.trace_step(engine, lambda: steps(engine, 1) and None)
         assert len(again.recompiles) == 1
 
 
@@ -343,8 +343,8 @@ def counted_as(skips: int = 0, why: str = "") -> Iterator[None]:
 def sight_of(trace: str) -> StepTrace:
     """A sight made of the events of a chrome trace under tests/traces, as `prove` reads them."""
     events = json.loads((TRACES / trace).read_text(encoding="utf-8"))["traceEvents"]
-    seen = prove._Trace()
-    prove._read([_event(event) for event in events if event.get("ph") == "X"], seen)
+    seen = step_trace.ProfilerTotals()
+    step_trace.add_events([_event(event) for event in events if event.get("ph") == "X"], seen)
     return StepTrace(
         operators={name: Operator(name, calls, dict(seen.dtypes[name])) for name, calls in seen.calls.items()},
         kernels=dict(seen.kernels), regions=seen.regions, micro_batches=2, blocks=3, updated=True, weights_moved=True,

@@ -69,7 +69,7 @@ def refusals(layer: Layer, family: str) -> list[str]:
 def applicable() -> list[Any]:
     rows = [(layer, family) for layer in OPTIMISATIONS for family in FAMILIES_UNDER_TEST if layer.name not in TWO_RANKS]
     return [
-        pytest.param(layer, family, id=f"{layer.name}-{family}", call_counts=call_counts(layer.name))
+        pytest.param(layer, family, id=f"{layer.name}-{family}", marks=call_counts(layer.name))
         for layer, family in rows
         if not refusals(layer, family)
     ]
@@ -81,7 +81,7 @@ def call_counts(name: str) -> list[pytest.MarkDecorator]:
 
 def named(name: str) -> Any:
     """The name of a layer as a parameter, skipped where the layer cannot work."""
-    return pytest.param(name, call_counts=call_counts(name))
+    return pytest.param(name, marks=call_counts(name))
 
 
 def test_every_slot_has_a_baseline_and_names_are_unique_keys() -> None:
@@ -260,14 +260,14 @@ def test_the_proof_says_no_on_an_engine_without_the_layer(layer: Layer, monkeypa
 
 def test_a_planned_layer_that_was_not_seen_stops_the_run() -> None:
     from gptoughts.errors import LayerError
-    from gptoughts.run import evidence as prove
+    from gptoughts.run import evidence
 
     recipe = recipe_of("modern")
     plan = plan_of(recipe, {"attention": "sdpa"})
     with engine_of(recipe, plan_of(recipe)) as engine:
-        seen = prove.evidence(engine, plan, CATALOG, watched(engine))
+        seen = evidence.judge(engine, plan, CATALOG, watched(engine))
         with pytest.raises(LayerError, match=r"attention=sdpa: 0 fused attentions in 3 block forwards, 0 fell back"):
-            prove.demand(seen)
+            evidence.demand(seen)
 
 
 TOLERANCE = {

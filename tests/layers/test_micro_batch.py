@@ -11,7 +11,7 @@ from gptoughts.errors import PlanError, RunError
 from gptoughts.layers import CATALOG
 from gptoughts.layers.microbatch_fit import divisors
 from gptoughts.layers.support.micro_batch_search import Trial, _largest
-from gptoughts.run import evidence as prove
+from gptoughts.run import evidence
 from tests.support import engines
 from tests.support.engines import engine_of, plan_of, random_batches, recipe_of, steps, watched
 
@@ -60,8 +60,8 @@ def test_layers_that_count_themselves_still_do(more: dict[str, Any]) -> None:
     recipe = recipe_of("modern")
     plan = plan_of(recipe, {**more, "attention": "sdpa", "microbatch": "fit"})
     with engine_of(recipe, plan) as engine:
-        seen = prove.evidence(engine, plan, CATALOG, watched(engine))
-    assert not prove.failures(seen), [line.evidence.text for line in prove.failures(seen)]
+        seen = evidence.judge(engine, plan, CATALOG, watched(engine))
+    assert not evidence.failures(seen), [line.evidence.text for line in evidence.failures(seen)]
 
 
 def test_no_room_for_the_optimizers_state_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -134,7 +134,7 @@ def test_an_operator_that_autocast_sends_on_is_counted_once_with_what_it_compute
     """GPT-2's projections in transformers call torch.addmm, which the profiler sees before and after autocast."""
     from types import SimpleNamespace as Engine
 
-    from gptoughts.run import evidence as prove
+    from gptoughts.run import step_trace
 
     x, weight, bias = torch.randn(4, 8), torch.randn(8, 8), torch.randn(8)
 
@@ -142,7 +142,7 @@ def test_an_operator_that_autocast_sends_on_is_counted_once_with_what_it_compute
         with torch.autocast("cpu", dtype=torch.bfloat16):
             torch.addmm(bias, x, weight)
 
-    with prove._profiled(Engine(device=torch.device("cpu"))) as trace:  # type: ignore[arg-type]
+    with step_trace.profiled(Engine(device=torch.device("cpu"))) as trace:  # type: ignore[arg-type]
         product()
     assert trace.calls["aten::addmm"] == 1
     kept = {dtypes[1:3]: count for dtypes, count in trace.dtypes["aten::addmm"].items() if count}

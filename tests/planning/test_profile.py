@@ -90,12 +90,9 @@ def test_extends_finds_a_file_beside_the_profile_and_never_itself(tmp_path: Path
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ('name = "m"
-extends = "none"', "extends 'none': profile 'none': no such profile"),
-        ('name = "m"
-extends = "a100-bf16"', "which itself extends 'ampere'. Only one level is supported"),
-        ('name = "m"
-extends = "mine.toml"', "no such file"),
+        ('name = "m"\nextends = "none"', "extends 'none': profile 'none': no such profile"),
+        ('name = "m"\nextends = "a100-bf16"', "which itself extends 'ampere'. Only one level is supported"),
+        ('name = "m"\nextends = "mine.toml"', "no such file"),
         ("note = 1", "note: input should be a valid string. Found 1"),
         ("slot = 3", "slot: no such key (did you mean 'slots'?)"),
         ("slots = 3", "slots: must be a table. Found 3"),

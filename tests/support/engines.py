@@ -29,7 +29,7 @@ from gptoughts.models.sources import Initialization, meta_model
 from gptoughts.planning.layer import StepTrace
 from gptoughts.planning.profile import Match, Profile
 from gptoughts.planning.resolve import Plan, resolve
-from gptoughts.run import evidence as prove
+from gptoughts.run import step_trace
 from gptoughts.run.build import build_engine
 from tests.models.hf.hf_configs import write_config
 
@@ -175,4 +175,4 @@ def watched(engine: Engine, warm: int = 1) -> StepTrace:
     def one() -> None:
         steps(engine, 1)
 
-    return prove.watch(engine, one)
+    return step_trace.trace_step(engine, one)
