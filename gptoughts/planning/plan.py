@@ -40,11 +40,9 @@ class Plan:
 
     @property
     def gemm_dtype(self) -> str:
-        """The type of number of its matrix products, as `gptoughts bench gemm` names it. FP8 is held against bf16, as in MFU."""
-        precision, matmul = self.layers.get("precision", "fp32"), self.choice("matmul")
-        if precision != "fp32":
-            return precision if precision == "fp16" else "bf16"
-        return str(matmul.options["units"]) if matmul.layer == "tf32" else "fp32"
+        """Return the dtype of the matmuls, as `gptoughts bench gemm` names it. FP8 counts as bf16, as in MFU."""
+        matmul = self.choice("matmul")
+        return str(self.choice("precision").compute_dtype or matmul.compute_dtype or matmul.options.get("units", "fp32"))
 
     def digest(self) -> str:
         """A hash of what ranks and a resumed run must share: layers, options, environment; nothing that is one rank's own."""

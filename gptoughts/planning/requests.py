@@ -92,7 +92,9 @@ def _not_here(slot: str, layer: str, catalog: Catalog) -> str:
     fitting = [one.name for one in _of(slot, catalog)]
     if layer in fitting:
         return ""
-    elsewhere = f"; {layer} belongs to slot {catalog[layer].slot}" if layer in catalog else nearest(layer, fitting)
+    renamed = [one.name for one in _of(slot, catalog) if layer in one.former_names]
+    close = f" (did you mean {renamed[0]!r}?)" if renamed else nearest(layer, fitting)
+    elsewhere = f"; {layer} belongs to slot {catalog[layer].slot}" if layer in catalog else close
     return f"no layer {layer!r} for this slot{elsewhere}; layers: {', '.join(fitting)}"
 
 

@@ -53,6 +53,7 @@ def resolve(
         environment=environment or {},
         micro_batch=wants["microbatch"][0].options,
         wishes={slot: rows[0].layer for slot, rows in wants.items()},
+        compiles=catalog[wants["compile"][0].layer].compiles,
     )
     _one_gpu_per_rank(case)
     struck: dict[tuple[str, str], Reason] = {}
@@ -120,7 +121,8 @@ def _try(
         want, reasons = (paying or able)[0]
         before = judged[: judged.index((want, reasons))]
         over = tuple((other.layer, tuple(why)) for other, why in before)
-        tried.choices[slot] = Choice(slot, want.layer, dict(want.options), want.origin, over, tuple(reasons))
+        dtype = catalog[want.layer].compute_dtype
+        tried.choices[slot] = Choice(slot, want.layer, dict(want.options), want.origin, over, tuple(reasons), dtype)
         budget = catalog[want.layer].memory(here, want.options, budget) if budget else None
     return tried
 

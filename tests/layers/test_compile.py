@@ -69,7 +69,7 @@ def compile_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def graphs_of(blocks: list[nn.Module]) -> compiling.Compilations:
-    with compiling.counted() as made:
+    with compiling.count_compilations() as made:
         for block in blocks:
             block.compile(backend="aot_eager", fullgraph=True, dynamic=False)
             block(torch.ones(2, 4)).sum().backward()
@@ -92,7 +92,7 @@ def test_blocks_that_are_alike_make_no_second_graph() -> None:
 
 def test_a_forward_without_gradients_is_told_in_words() -> None:
     block = Alike()
-    with compiling.counted() as made:
+    with compiling.count_compilations() as made:
         block.compile(backend="aot_eager", fullgraph=True, dynamic=False)
         block(torch.ones(2, 4))
         with torch.no_grad():
@@ -104,7 +104,7 @@ def test_a_forward_without_gradients_is_told_in_words() -> None:
 
 def test_a_count_sees_neither_what_was_before_it_nor_what_comes_after() -> None:
     graphs_of([Numbered(0), Numbered(1)])
-    with compiling.counted() as made:
+    with compiling.count_compilations() as made:
         assert compiling.newest() is made
         assert compiling.recompiles() == ()
     assert compiling.newest() is None
@@ -177,9 +177,9 @@ def test_a_part_that_the_compiler_passes_over_is_told() -> None:
     """Torch's own modules are not compiled when they stand alone."""
     block = nn.Linear(4, 4)
     block.compile(backend="aot_eager", fullgraph=True, dynamic=False)
-    with pytest.raises(LayerError, match="compile=compile-blocks: the compiler failed"), compiling.told("compile-blocks"):
+    with pytest.raises(LayerError, match="compile=compile-blocks: the compiler failed"), compiling.compiler_errors("compile-blocks"):
         block(torch.ones(2, 4))
-    with pytest.raises(RuntimeError, match="something else"), compiling.told("compile-blocks"):
+    with pytest.raises(RuntimeError, match="something else"), compiling.compiler_errors("compile-blocks"):
         raise RuntimeError("something else")
 
 
@@ -203,7 +203,7 @@ class Marking(nn.Module):
 
 def graphs_of_marks(mark: Any) -> list[str]:
     model = Marking(mark)
-    with compiling.counted() as made:
+    with compiling.count_compilations() as made:
         model.compile(backend="aot_eager", fullgraph=True, dynamic=False)
         for _ in range(4):
             model(torch.ones(2))
@@ -231,13 +231,13 @@ def test_a_mark_is_told_from_a_graph_and_makes_no_second_one() -> None:
 
 def test_graphs_are_kept_in_a_folder_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     environment = {"XDG_CACHE_HOME": str(tmp_path)}
-    with compiling.kept("own", environment):
+    with compiling.cached_graphs("own", environment):
         folder = Path(environment["TORCHINDUCTOR_CACHE_DIR"])
         assert folder == tmp_path / "gptoughts" / "compiled"
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert environment == {"XDG_CACHE_HOME": str(tmp_path)}
     folder.chmod(0o777)
-    with compiling.kept("own", environment):
+    with compiling.cached_graphs("own", environment):
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
 
 
@@ -245,10 +245,10 @@ def test_the_users_folder_wins_and_torchs_default_does_not(tmp_path: Path) -> No
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
     mine = {"XDG_CACHE_HOME": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": "/mine"}
-    with compiling.kept("own", mine):
+    with compiling.cached_graphs("own", mine):
         assert mine["TORCHINDUCTOR_CACHE_DIR"] == "/mine"
     torchs = {"XDG_CACHE_HOME": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": default_cache_dir()}
-    with compiling.kept("own", torchs):
+    with compiling.cached_graphs("own", torchs):
         assert torchs["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "gptoughts" / "compiled")
     assert torchs["TORCHINDUCTOR_CACHE_DIR"] == default_cache_dir()
 
@@ -257,25 +257,25 @@ def test_the_cache_can_be_off_or_torchs() -> None:
     from torch._inductor import config
 
     environment: dict[str, str] = {}
-    with compiling.kept("torch", environment):
+    with compiling.cached_graphs("torch", environment):
         assert environment == {} and not config.force_disable_caches
-    with compiling.kept("off", environment):
+    with compiling.cached_graphs("off", environment):
         assert config.force_disable_caches
     assert not config.force_disable_caches
 
 
 def test_a_folder_of_somebody_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     environment = {"XDG_CACHE_HOME": str(tmp_path)}
-    with compiling.kept("own", environment):
+    with compiling.cached_graphs("own", environment):
         pass
     monkeypatch.setattr(os, "geteuid", lambda: 12345)
-    with pytest.raises(LayerError, match="not to you"), compiling.kept("own", environment):
+    with pytest.raises(LayerError, match="not to you"), compiling.cached_graphs("own", environment):
         pass
 
 
 def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
     (tmp_path / "gptoughts").write_text("a file", encoding="utf-8")
-    with pytest.raises(LayerError, match="cannot be kept"), compiling.kept("own", {"XDG_CACHE_HOME": str(tmp_path)}):
+    with pytest.raises(LayerError, match="cannot be kept"), compiling.cached_graphs("own", {"XDG_CACHE_HOME": str(tmp_path)}):
         pass
 
 
@@ -286,7 +286,7 @@ def test_a_second_start_reads_its_graphs(tmp_path: Path, monkeypatch: pytest.Mon
     figures = []
     for _ in range(2):
         torch._dynamo.reset()
-        with compiling.kept("own"), compiling.counted() as made:
+        with compiling.cached_graphs("own"), compiling.count_compilations() as made:
             model = Marking(lambda: None)  # one kernel without a backward: the C++ compiler takes seconds for each
             model.compile(fullgraph=True, dynamic=False)
             model(torch.ones(2))
@@ -334,7 +334,7 @@ def test_one_graph_clashes_with_what_python_does_inside(layer: str) -> None:
 def counted_as(skips: int = 0, why: str = "") -> Iterator[None]:
     from torch._dynamo.utils import counters
 
-    with compiling.counted() as made:
+    with compiling.count_compilations() as made:
         counters["inductor"]["cudagraph_skips"] += skips
         made.skipped += [why] if why else []
         yield

@@ -69,19 +69,19 @@ def refusals(layer: Layer, family: str) -> list[str]:
 def applicable() -> list[Any]:
     rows = [(layer, family) for layer in OPTIMISATIONS for family in FAMILIES_UNDER_TEST if layer.name not in TWO_RANKS]
     return [
-        pytest.param(layer, family, id=f"{layer.name}-{family}", call_counts=call_counts(layer.name))
+        pytest.param(layer, family, id=f"{layer.name}-{family}", marks=pytest_marks(layer.name))
         for layer, family in rows
         if not refusals(layer, family)
     ]
 
 
-def call_counts(name: str) -> list[pytest.MarkDecorator]:
+def pytest_marks(name: str) -> list[pytest.MarkDecorator]:
     return [NEEDS_INDUCTOR] if name in ("compile-blocks", "compile-model") else []
 
 
 def named(name: str) -> Any:
     """The name of a layer as a parameter, skipped where the layer cannot work."""
-    return pytest.param(name, call_counts=call_counts(name))
+    return pytest.param(name, marks=pytest_marks(name))
 
 
 def test_every_slot_has_a_baseline_and_names_are_unique_keys() -> None:
