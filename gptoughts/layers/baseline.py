@@ -74,7 +74,7 @@ def _all_updated(engine: Engine, trace: StepTrace, options: Options) -> Evidence
     known, given = covered(engine.optimizer) if engine.optimizer else (0, 0)
     fused = trace.calls("_fused_adam")
     if not trace.weights_moved:
-        return inactive(f"{name}: no weight changed in the watched step")
+        return inactive(f"no weight changed in the watched step of {name}")
     if not known or fused:
         return inactive(f"{name}: state of {known} of {given} parameters, {fused} fused updates", known=known, fused=fused)
     return active(f"{name}: state of {known} of {given} parameters, weights changed", known=known)

@@ -48,7 +48,8 @@ SCALINGS = {
     "blockwise": "Float8BlockScaling",
     "mxfp8": "MXFP8BlockScaling",
 }
-# Multiples that cuBLAS requires for every dimension of an FP8 matmul, and sizes of the blocks that share a scale (TE: assert_dim_for_fp8_exec, is_quantizable).
+# Multiples that cuBLAS requires for every dimension of an FP8 matmul, and block sizes of scales
+# (TE: assert_dim_for_fp8_exec, is_quantizable).
 MULTIPLES = {"delayed": 16, "current": 16, "blockwise": 128, "mxfp8": 32}
 CAPABILITIES = {"blockwise": ((9, 0), (12, 0)), "mxfp8": ((10, 0), (12, 0))}
 PRODUCTS = 2  # FP8 kernels required per projection and step: the forward, and at least one of two in the backward

@@ -7,10 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from gptoughts.errors import PlanError, RunError
+from gptoughts.config.model_spec import spec_for
+from gptoughts.errors import ConfigError, PlanError, RunError
+from gptoughts.hardware.machine import World, probe
 from gptoughts.layers import CATALOG
 from gptoughts.layers.microbatch_auto import divisors
 from gptoughts.layers.support.micro_batch_search import Trial, _largest
+from gptoughts.planning.profile import LayerRequest, Match, Profile
+from gptoughts.planning.resolve import resolve
 from gptoughts.run import evidence as prove
 from tests.support import engines
 from tests.support.engines import engine_of, plan_of, random_batches, recipe_of, steps, watched
@@ -71,7 +75,10 @@ def test_no_room_for_the_optimizers_state_is_one_message(monkeypatch: pytest.Mon
     recipe = recipe_of("modern")
     plan = plan_of(recipe, {"microbatch": "auto"})
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
-    with pytest.raises(RunError, match="microbatch=auto: one forward of 1 sequences"), engine_of(recipe, plan):
+    with (
+        pytest.raises(RunError, match="microbatch=auto: a step with 1 sequences per forward ran out of memory"),
+        engine_of(recipe, plan),
+    ):
         pass
 
 
@@ -95,7 +102,7 @@ def test_it_stays_within_the_memory_that_it_is_given(monkeypatch: pytest.MonkeyP
 def test_too_little_memory_for_one_sequence_is_one_message() -> None:
     recipe = recipe_of("modern")
     plan = plan_of(recipe, {"microbatch": "auto", "microbatch.memory_gib": 1e-6})
-    told = r"microbatch=auto: one forward of 1 sequences holds [0-9]+ MiB, there are 1 KiB\n  try: gptoughts plan"
+    told = r"microbatch=auto: a step with 1 sequences per forward takes [0-9]+ MiB, available 1 KiB.\n  Try: gptoughts plan"
     with pytest.raises(RunError, match=told), engine_of(recipe, plan):
         pass
 
@@ -105,6 +112,17 @@ def test_a_backward_that_updates_cannot_be_tried() -> None:
     recipe = recipe.model_copy(update={"optim": recipe.optim.model_copy(update={"clip_norm": 0.0})})
     with pytest.raises(PlanError, match="in-backward and auto clash"):
         plan_of(recipe, {"microbatch": "auto", "update": "in-backward"})
+
+
+def test_the_former_name_is_an_error_that_names_the_new_one() -> None:
+    recipe = recipe_of("modern")
+    with pytest.raises(ConfigError, match=r"--layer.microbatch: no layer 'fit' for this slot \(did you mean 'auto'\?\)"):
+        plan_of(recipe, {"microbatch": "fit"})
+    profile = Profile("mine", "", False, Match(), {"microbatch": (LayerRequest("fit", {}, "mine.toml"),)}, "mine.toml")
+    with pytest.raises(
+        ConfigError, match=r"mine.toml: slots.microbatch: no layer 'fit' for this slot \(did you mean 'auto'\?\)"
+    ):
+        resolve(profile, probe(), spec_for(recipe), recipe, World(), CATALOG)
 
 
 def test_sizes_cut_the_share_evenly() -> None:
