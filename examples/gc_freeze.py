@@ -1,8 +1,8 @@
-"""No garbage collection while training: everything alive after the first update is set aside, and the collector is switched off.
+"""No garbage collection during training: objects alive after the first update are frozen, and the collector is disabled.
 
-A collection walks every Python object of the process to find cycles; a training step makes none. It hurts where your own code makes
-reference cycles that hold tensors: with the collector off they are never freed.
-Idea: karpathy/nanochat, scripts/base_train.py; Python's documentation of the module gc.
+A collection traverses every Python object to find reference cycles; a training step creates none. It hurts where your own code creates
+cycles that hold tensors: they are never freed.
+Source: karpathy/nanochat, scripts/base_train.py; Python's documentation of the module gc.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from gptoughts.planning.layer import Case, Engine, Evidence, Layer, Options, Rea
 
 
 def unmet(case: Case, options: Options) -> Iterator[Reason]:
-    """It acts after the first update, so there must be a second."""
+    """At least two steps: it takes effect after the first update."""
     if case.recipe.train.steps == 1:
-        yield unsupported("needs a second step: it acts after the first", remedy="--train.steps 2")
+        yield unsupported("needs at least 2 steps: it takes effect after the first", remedy="--train.steps 2")
 
 
 class Collections:
-    """Counts the collections that Python begins, from the moment when it is put among gc's callbacks."""
+    """Counter of collections, for `gc.callbacks`."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -34,7 +34,7 @@ class Collections:
 
 @contextmanager
 def apply(engine: Engine, options: Options) -> Iterator[None]:
-    """Wrap `step`: once an update was made, set aside what lives and switch the collector off."""
+    """Wrap `step`: after the first update, freeze live objects and disable the collector."""
     collections, was_enabled = Collections(), gc.isenabled()
 
     def step_and_freeze(step: Callable[[], bool]) -> bool:
@@ -59,13 +59,13 @@ def apply(engine: Engine, options: Options) -> Iterator[None]:
 
 
 def verify(engine: Engine, trace: StepTrace, options: Options) -> Evidence:
-    """The collector is off, objects are set aside, and none of the steps since then began a collection."""
+    """Require a disabled collector, frozen objects, and no collection since the first update."""
     counter = next((one for one in gc.callbacks if isinstance(one, Collections)), None)
     if gc.isenabled() or counter is None or gc.get_freeze_count() == 0:
-        return inactive(f"the collector is {'on' if gc.isenabled() else 'off'}, {gc.get_freeze_count()} objects set aside")
+        return inactive(f"the collector is {'on' if gc.isenabled() else 'off'}, {gc.get_freeze_count()} objects frozen")
     if counter.count:
         return inactive(f"{counter.count} collections since the first update", collections=counter.count)
-    return active(f"no collection since the first update, {gc.get_freeze_count()} objects set aside", collections=0)
+    return active(f"no collection since the first update, {gc.get_freeze_count()} objects frozen", collections=0)
 
 
 LAYER = Layer(
@@ -80,6 +80,6 @@ LAYER = Layer(
 )
 
 CONTROL = replace(LAYER, name="gc-control", apply=lambda engine, options: nullcontext())
-"""The same layer with its work left out: `verify` must say no."""
+"""Negative control: the same layer without its effect; `verify` must return inactive."""
 
 LAYERS = [LAYER, CONTROL]

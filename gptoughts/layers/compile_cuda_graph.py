@@ -1,21 +1,20 @@
-"""The whole model compiled and recorded as CUDA graphs: a forward is one launch and a backward another, with no wait for Python between.
+"""The whole model compiled and recorded as CUDA graphs: one launch per forward and one per backward, without launch overhead between.
 
-It pays where kernels are so short that the host cannot launch them fast enough: small models, small micro-batches. It hurts in memory:
-a graph keeps a pool of its own for all that it computes, and gradients lie beside it, not in it. Every shape is recorded again, and
-validation has its own. Recording takes the first three steps.
+It helps where kernels are too short for the host to launch them fast enough: small models, small micro-batches. It hurts memory: each
+graph keeps a private pool for its intermediates, and gradients are allocated outside it. Every shape is recorded separately, validation
+included. Recording takes the first three steps.
 Sources: torch's notes on CUDAGraph Trees; `torch.compile(mode="reduce-overhead")`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from gptoughts.layers.support.compile import CACHE, lacking
+from gptoughts.layers.support.compile import CACHE, unmet_by_compiler
 from gptoughts.models.torch_internals import undo_compile
 from gptoughts.planning.layer import (
-    Budget,
     Case,
     Engine,
     Evidence,
@@ -34,30 +33,21 @@ LAUNCH = "cudaGraphLaunch"
 
 
 def unmet(case: Case, options: Options) -> Iterator[Reason]:
-    """One process, and a model whose tensors live no longer than its forward."""
+    """One process, no state kept between forwards, and the compiler's requirements."""
     spec = case.spec
     if case.world.world_size > 1:
-        yield unsupported(
-            "gradients are exchanged by hooks between kernels, and a recorded graph has no place for them; takes one process"
-        )
+        yield unsupported("needs one process: gradient exchange runs in hooks, which a recorded graph does not contain")
     if spec.experts:
-        yield unsupported(
-            "the balance of experts is kept from one forward to the next, and a replayed graph writes over what it gave before"
-        )
+        yield unsupported("expert load statistics are kept across forwards, and a replayed graph overwrites its outputs")
     if case.recipe.adapter.kind != "none" and case.recipe.adapter.base != "full":
-        yield unsupported("four-bit weights are unpacked by kernels that the compiler does not see")
-    yield slower("never compared with compiled blocks, so it is taken by name only", "no measurement")
-    yield from lacking(case)
-
-
-def memory(case: Case, options: Options, budget: Budget) -> Budget:
-    """What is cheap is computed again in the backward."""
-    return budget.compiled()
+        yield unsupported("4-bit weights are unpacked by kernels that the compiler cannot trace")
+    yield slower("not compared with compiled blocks; request it by name", "no measurement")
+    yield from unmet_by_compiler(case)
 
 
 @contextmanager
 def apply(engine: Engine, options: Options) -> Iterator[None]:
-    """Compile the model in place for recording, and say where every micro-batch begins: what the last one gave may be written over."""
+    """Compile the model in place, and mark the begin of every micro-batch, after which earlier outputs may be overwritten."""
     import torch
 
     from gptoughts.console import note
@@ -68,20 +58,19 @@ def apply(engine: Engine, options: Options) -> Iterator[None]:
         torch.compiler.cudagraph_mark_step_begin()
         yield
 
-    with compiled(engine, LAYER.name, options["cache"], note):
-        undo = [engine.wrap_context(verb, begun) for verb in ("forward_context", "eval_context")]
-        undo.append(engine.wrap("backward", lambda inner, loss: _outside_the_pool(engine, inner, loss)))
+    with compiled(engine, LAYER.name, options["cache"], note), ExitStack() as stack:
+        for hook in ("forward_context", "eval_context"):
+            stack.callback(engine.wrap_context(hook, begun))
+        stack.callback(engine.wrap("backward", lambda inner, loss: _outside_the_pool(engine, inner, loss)))
         engine.bare.compile(fullgraph=True, dynamic=False, mode="reduce-overhead")
         try:
             yield
         finally:
             undo_compile(engine.bare)
-            for back in undo:
-                back()
 
 
 def _outside_the_pool(engine: Any, inner: Callable[[Any], None], loss: Any) -> None:
-    """Gradients are added into tensors of our own. Autograd would keep the graph's own tensors, which the next replay writes over."""
+    """Accumulate gradients into tensors outside the graph's pool. Autograd would keep pool tensors, which the next replay overwrites."""
     import torch
 
     for parameter in engine.parameters():
@@ -91,7 +80,7 @@ def _outside_the_pool(engine: Any, inner: Callable[[Any], None], loss: Any) -> N
 
 
 def verify(engine: Engine, trace: StepTrace, options: Options) -> Evidence:
-    """Every micro-batch launched at least one recorded graph, and torch left no graph out. What it left out it names."""
+    """Require at least one graph launch per micro-batch, and no graph that torch skipped; skipped graphs are listed with the reason."""
     from gptoughts.layers.support.compile import newest
 
     made, launches = newest(), trace.operators[LAUNCH].calls if LAUNCH in trace.operators else 0
@@ -100,7 +89,7 @@ def verify(engine: Engine, trace: StepTrace, options: Options) -> Evidence:
     text = f"{launches} launches of recorded graphs in {trace.micro_batches} micro-batches"
     figures = {"launches": launches, "compiled": trace.regions, **(made.figures if made else {})}
     if made is not None and figures.get("skips"):
-        why = made.skipped[-1] if made.skipped else "torch did not say why; TORCH_LOGS=cudagraphs does"
+        why = made.skipped[-1] if made.skipped else "no reason given; see TORCH_LOGS=cudagraphs"
         return inactive(f"{text}; {figures['skips']} graphs not recorded: {why}", **figures)
     if not trace.kernels and not launches:
         return unproven("the profiler saw no kernel and no launch", **figures)
@@ -114,16 +103,17 @@ LAYER = Layer(
     card=__doc__ or "",
     apply=apply,
     verify=verify,
-    memory=memory,
+    memory=lambda case, options, budget: budget.compiled(),
     unmet=unmet,
     needs_gpu=True,
     wraps=("forward_context", "eval_context", "backward", "step"),
     options={"cache": CACHE},
+    compiles=True,
     clashes={
-        "fp8-te": "Transformer Engine keeps its modules out of Dynamo's graphs, and the whole model must be one",
-        "offload-activations": "copies to the host are issued by Python during the forward, and a replayed graph runs none",
-        "in-backward": "a recorded backward runs no Python, and updates would come after it",
-        "state-on-cpu": "weights come back from the host every step, and a replay must find nothing else changed by Python",
+        "fp8-te": "Transformer Engine disables Dynamo for its modules, and the whole model must be one graph",
+        "offload-activations": "copies to the host are issued from Python, which a replayed graph does not run",
+        "in-backward": "updates are Python hooks, which a recorded backward does not run",
+        "state-on-cpu": "weights are copied back from the host every step, outside the recorded graph",
     },
     changes_numerics=True,
     warmup_steps=3,

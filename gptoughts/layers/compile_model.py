@@ -1,9 +1,9 @@
-"""The whole model compiled as one graph, embedding, head and loss included: fusions across the borders of blocks, one call a forward.
+"""The whole model compiled as one graph, embedding, head and loss included: fusion across block boundaries, one call per forward.
 
-It hurts where compilation does: equal blocks do not share one graph here, so its time grows with depth. With four blocks it took 1.35
-times what `compile-blocks` took (docs/measurements/cpu/compile.json). Data parallelism gets every gradient at the graph's end and can
-exchange none of them during the backward. A forward that is not one graph is an error, not a slow path. Validation, and every other
-shape, has a graph of its own.
+It hurts in compile time: blocks do not share a graph, so it grows with depth. With four blocks it took 1.35 times as long as
+`compile-blocks` (docs/measurements/cpu/compile.json). With data parallelism all gradients are ready only at the end of the graph, so none
+is exchanged during the backward. A forward that is not one graph is an error, not a slow path. Validation, and every other shape, has
+its own graph.
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from gptoughts.layers.support.compile import CACHE, lacking
+from gptoughts.layers.support.compile import CACHE, unmet_by_compiler
 from gptoughts.models.torch_internals import undo_compile
 from gptoughts.planning.layer import (
-    Budget,
     Case,
     Engine,
     Evidence,
@@ -28,7 +27,7 @@ from gptoughts.planning.layer import (
     unproven,
 )
 
-# Operators that exist only where Python calls them: in a graph they are taken apart, or are part of a kernel.
+# Operators that exist only when called from Python: a graph decomposes or fuses them.
 OF_PYTHON = (
     "aten::linear",
     "aten::embedding",
@@ -40,25 +39,20 @@ WHILE_COMPILING = "entire_frame_compile"
 
 
 def unmet(case: Case, options: Options) -> Iterator[Reason]:
-    """As for blocks; a model of one's own may be one graph or not, and is tried where it is asked for by name."""
+    """The compiler's requirements; a custom model may or may not be one graph, so it must be requested by name."""
     if case.spec.family is None:
-        yield slower("whether a model of your own is one graph is not known before it is tried", "no measurement")
+        yield slower("a custom model may not compile to one graph", "no measurement")
     if case.world.world_size > 1:
         yield slower(
-            "one graph has no gradient before its end, so none is exchanged during the backward",
+            "gradients are ready only at the end of the graph, so none is exchanged during the backward",
             "torch's notes on DDPOptimizer",
         )
-    yield from lacking(case)
-
-
-def memory(case: Case, options: Options, budget: Budget) -> Budget:
-    """What is cheap is computed again in the backward."""
-    return budget.compiled()
+    yield from unmet_by_compiler(case)
 
 
 @contextmanager
 def apply(engine: Engine, options: Options) -> Iterator[None]:
-    """Compile the model in place, which keeps parameter names as they are."""
+    """Compile the model in place, which keeps parameter names."""
     from gptoughts.console import note
     from gptoughts.layers.support.compile import compiled
 
@@ -71,17 +65,17 @@ def apply(engine: Engine, options: Options) -> Iterator[None]:
 
 
 def verify(engine: Engine, trace: StepTrace, options: Options) -> Evidence:
-    """One compiled call a micro-batch, and none of the operators of a model ran outside."""
+    """Require one compiled call per micro-batch, and no model operator outside of it."""
     from gptoughts.layers.support.compile import newest
 
     made, outside = newest(), sum(trace.operators[name].calls for name in OF_PYTHON if name in trace.operators)
-    seen = f"{trace.regions} compiled calls in {trace.micro_batches} micro-batches, {outside} operators of the model outside"
+    seen = f"{trace.regions} compiled calls in {trace.micro_batches} micro-batches, {outside} model operators outside"
     text = f"{seen}; {made.words()}" if made else seen
     figures = {"compiled": trace.regions, "outside": outside, **(made.figures if made else {})}
     if trace.regions < trace.micro_batches:
         return inactive(text, **figures)
     if outside and WHILE_COMPILING in trace.operators:
-        return unproven(f"{text}; the watched step compiled, and what that tries out is among its operators", **figures)
+        return unproven(f"{text}; the watched step compiled, and its operators include those of tracing", **figures)
     return (inactive if outside else active)(text, **figures)
 
 
@@ -91,14 +85,15 @@ LAYER = Layer(
     card=__doc__ or "",
     apply=apply,
     verify=verify,
-    memory=memory,
+    memory=lambda case, options, budget: budget.compiled(),
     unmet=unmet,
     wraps=("forward_context", "eval_context", "backward", "step"),
     options={"cache": CACHE},
+    compiles=True,
     clashes={
-        "fp8-te": "Transformer Engine keeps its modules out of Dynamo's graphs, and the whole model must be one",
-        "offload-activations": "its hooks see nothing of what one graph saves for its backward",
-        "in-backward": "one graph has all gradients at once, which updating them in the backward is there to avoid",
+        "fp8-te": "Transformer Engine disables Dynamo for its modules, and the whole model must be one graph",
+        "offload-activations": "its hooks do not see tensors that a graph saves for its backward",
+        "in-backward": "one graph returns all gradients at once, which updates in the backward are meant to avoid",
     },
     changes_numerics=True,
     warmup_steps=1,

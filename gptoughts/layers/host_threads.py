@@ -1,13 +1,13 @@
 """One compute thread per usable core and rank, on the cores and memory of the rank's NUMA node; no garbage collection inside steps.
 
-Several ranks on one box otherwise start as many threads each as the box has cores, and fight. It hurts on a box shared with other
-jobs: with more threads than free cores a step can take several times as long; lower `threads` there.
-Bound memory is allocated on the node of the cores first (Linux `set_mempolicy`, preferred, never strict).
+Without it each rank on a machine starts as many threads as the machine has cores, and they compete. It hurts on a machine shared with
+other jobs: with more threads than free cores a step can take several times as long; lower `threads` there.
+Memory is allocated on the NUMA node of the cores first (Linux `set_mempolicy`, preferred, not strict).
 
-Python's garbage collection is paused from the first update on, and runs between updates only, every `collect_every`; what lives by then is
-not walked again. Collections otherwise come when they like and walk every object: pauses of about half a second (karpathy/nanochat,
-scripts/base_train.py). It hurts where your own code makes reference cycles that hold tensors: they are freed that much later; lower
-`collect_every` there.
+Python's garbage collection is paused from the first update on and runs only between updates, every `collect_every`; objects alive at
+the first update are frozen (`gc.freeze`). Otherwise a collection can start at any time and traverses every object: pauses of about half
+a second (karpathy/nanochat, scripts/base_train.py). It hurts where your own code creates reference cycles that hold tensors: they are
+freed later; lower `collect_every` there.
 """
 
 from __future__ import annotations
@@ -41,27 +41,27 @@ INSIDE = "threads: collections"
 
 
 def threads_per_rank(case: Case, options: Options) -> int:
-    """The asked number, or an even share of the usable cores; beside a GPU, which does the work, no more than 8."""
+    """Return the requested number, or an even share of the usable cores; with a GPU at most 8."""
     share = max(1, case.machine.cpu.usable_cores // case.world.local_world_size)
     return options["threads"] or (min(share, MOST_BESIDE_A_GPU) if case.on_gpu else share)
 
 
 def unmet(case: Case, options: Options) -> Iterator[Reason]:
-    """More threads than cores cannot help."""
+    """No more threads than usable cores."""
     cores = case.machine.cpu.usable_cores
     if options["threads"] and options["threads"] > cores:
-        yield unsupported(f"{options['threads']} threads asked for on {cores} usable cores")
+        yield unsupported(f"{options['threads']} threads requested, {cores} usable cores")
 
 
 def environment(case: Case, options: Options) -> Mapping[str, str]:
-    """OpenMP reads its number of threads once, when torch is loaded."""
+    """Return the thread count, which OpenMP reads once when torch is loaded, and the NUMA node."""
     variables = {"OMP_NUM_THREADS": str(threads_per_rank(case, options))}
     node = _node(case)
     return variables | ({"GPTOUGHTS_NUMA_NODE": str(node)} if node is not None else {})
 
 
 def _node(case: Case) -> int | None:
-    """NUMA node of this rank's GPU, or an even spread of ranks over nodes; None on a box with one node."""
+    """Return the NUMA node of this rank's GPU, or spread ranks evenly over nodes; None on a machine with one node."""
     nodes = case.machine.cpu.numa_nodes
     if nodes < 2:
         return None
@@ -73,7 +73,7 @@ def _node(case: Case) -> int | None:
 
 @contextmanager
 def apply(engine: Engine, options: Options) -> Iterator[None]:
-    """Set torch's threads to what the environment says, bind to the NUMA node that it names, and keep the collector out of steps."""
+    """Set torch's threads and NUMA node from the environment, and keep garbage collection out of steps."""
     import torch
 
     before = torch.get_num_threads()
@@ -88,14 +88,14 @@ def apply(engine: Engine, options: Options) -> Iterator[None]:
 
 
 class _Collector:
-    """Python's garbage collector, off from the first update on, and run by us between two updates."""
+    """Garbage collector that is disabled from the first update on and run between updates."""
 
     def __init__(self, engine: Engine, every: int) -> None:
         self.engine, self.every, self.updates, self.ours = engine, every, 0, False
 
     @contextmanager
     def taken(self) -> Iterator[None]:
-        """Wrap `step`; on leaving, the collector is as it was found and owns every object again."""
+        """Wrap `step`; on exit restore the collector and unfreeze all objects."""
         was_enabled = gc.isenabled()
         undo = self.engine.wrap("step", self.step)
         gc.callbacks.append(self.count)
@@ -110,7 +110,7 @@ class _Collector:
                 gc.enable()
 
     def step(self, inner: Callable[[], bool]) -> bool:
-        """Set aside what lives after the first update; collect after each so many."""
+        """Freeze live objects after the first update; collect after every `every` updates."""
         updated = inner()
         self.updates += updated
         if updated and (self.updates == 1 or self.updates % self.every == 0):
@@ -123,7 +123,7 @@ class _Collector:
         return updated
 
     def count(self, phase: str, info: Mapping[str, int]) -> None:
-        """Called by Python around every collection; those that we did not ask for are marked."""
+        """Count collections that this layer did not start. Called by Python around every collection."""
         if phase == "start" and not self.ours:
             self.engine.counters.call_counts[INSIDE] += 1
 
@@ -155,7 +155,7 @@ def _cores_of(node: int) -> set[int]:
 
 
 def _prefer_memory_of(nodes: int) -> bool:
-    """Prefer memory of the nodes in the bit mask, or of any where it is 0. False where containers forbid the call."""
+    """Prefer memory of the nodes in the bit mask, or of any node for 0. Return False where containers forbid the call."""
     if _SET_MEMPOLICY is None:
         return False
     mask = ctypes.c_ulong(nodes)
@@ -172,30 +172,28 @@ def _memory_is_preferred(node: int) -> bool:
 
 
 def verify(engine: Engine, trace: StepTrace, options: Options) -> Evidence:
-    """Torch computes with the asked number of threads, on cores of the asked node, and no collection began inside the step."""
+    """Require the requested threads, cores of the requested node, and no garbage collection inside the step."""
     import torch
 
     threads = torch.get_num_threads()
     if threads != _asked():
-        return inactive(f"{_told(threads)}, asked for {_asked()}", threads=threads)
+        return inactive(f"{_threads(threads)}, requested {_asked()}", threads=threads)
     node = os.environ.get("GPTOUGHTS_NUMA_NODE")
     if node is not None and hasattr(os, "sched_getaffinity") and not os.sched_getaffinity(0) <= _cores_of(int(node)):
         return inactive(f"runs on cores outside NUMA node {node}", threads=threads)
     collections, frozen = trace.call_counts.get(INSIDE, 0), gc.get_freeze_count()
     figures = {"threads": threads, "collections": collections, "frozen_objects": frozen}
     if collections or gc.isenabled() or not frozen:
-        state = "on" if gc.isenabled() else "paused" if frozen else "off, but was not told to pass over what lives (gc.freeze)"
+        state = "on" if gc.isenabled() else "paused" if frozen else "off, and no object is frozen (gc.freeze)"
         return inactive(f"garbage collections in the step: {collections}; the collector is {state}", **figures)
     kept = ", garbage collection paused, none in the step"
     if node is None:
-        return active(f"{_told(threads)}{kept}", **figures)
-    memory = (
-        "memory preferred there" if _memory_is_preferred(int(node)) else "memory not bound: set_mempolicy is not permitted here"
-    )
-    return active(f"{_told(threads)} on NUMA node {node}, {memory}{kept}", **figures)
+        return active(f"{_threads(threads)}{kept}", **figures)
+    memory = "memory preferred there" if _memory_is_preferred(int(node)) else "memory not bound: set_mempolicy is not permitted"
+    return active(f"{_threads(threads)} on NUMA node {node}, {memory}{kept}", **figures)
 
 
-def _told(threads: int) -> str:
+def _threads(threads: int) -> str:
     return f"{threads} thread" if threads == 1 else f"{threads} threads"
 
 
@@ -209,8 +207,8 @@ LAYER = Layer(
     environment=environment,
     wraps=("step",),
     options={
-        "threads": Option(None, "threads per rank; an even share of the usable cores if not set", int),
-        "collect_every": Option(COLLECT_EVERY, "updates between two garbage collections; 1 collects after each", int),
+        "threads": Option(None, "threads per rank; default an even share of the usable cores", int),
+        "collect_every": Option(COLLECT_EVERY, "updates between garbage collections; 1 collects after each", int),
     },
     warmup_steps=1,
     measured="docs/measurements/cpu/layers.json on a CPU; not measured beside a GPU",

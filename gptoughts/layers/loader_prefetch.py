@@ -1,9 +1,9 @@
-"""Batches are read and copied to the device while the step before them runs, so the GPU does not wait for data.
+"""Batches are read and copied to the device during the previous step, so the GPU does not wait for data.
 
-A thread fills a ring of pinned buffers and a side stream copies them; token ids travel as uint16 and are widened on the device.
-A buffer is written again only when the copy out of it is over, so that no batch pins memory of its own.
-It hurts on a CPU, where nothing is copied and the thread takes turns with the step. A batch that was read and not used is not lost:
-the cursor travels with its batch, and what is saved is what was consumed.
+A thread fills a ring of pinned buffers and a side stream copies them; token ids are copied as uint16 and widened on the device.
+A buffer is reused only after its copy has finished, so pinned memory stays bounded.
+It hurts on a CPU, where nothing is copied and the thread competes with the step. Batches that were read but not used are not lost:
+every batch carries its cursor, and a checkpoint saves the cursor of the last consumed batch.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from gptoughts.planning.layer import (
 
 
 def unmet(case: Case, options: Options) -> Iterator[Reason]:
-    """Needs a device to copy to before it can gain anything."""
+    """A GPU to copy to."""
     if not case.on_gpu:
-        yield slower("no copy to a device to hide; reading a batch takes microseconds", "docs/measurements/cpu/data.json")
+        yield slower("no copy to a device; reading a batch takes microseconds", "docs/measurements/cpu/data.json")
 
 
 @contextmanager
 def apply(engine: Engine, options: Options) -> Iterator[None]:
-    """Put a prefetcher before the batches; its thread ends with the block."""
+    """Wrap the batches in a prefetcher; its thread ends with the context."""
     from gptoughts.data.prefetch import Prefetcher
 
     before = engine.batches
@@ -50,17 +50,17 @@ def apply(engine: Engine, options: Options) -> Iterator[None]:
 
 
 def verify(engine: Engine, trace: StepTrace, options: Options) -> Evidence:
-    """Batches came from the thread; on a GPU a stream other than the compute stream copied them. The wait is told, not judged."""
+    """Require batches from the thread, and on a GPU a copy on a side stream. Data wait is reported, not judged."""
     served: Any = getattr(engine.batches, "served", 0)
     share = trace.data_wait_seconds / trace.step_seconds if trace.step_seconds else 0.0
     if not served:
-        return inactive("the watched batch was not read ahead")
+        return inactive("the watched batch was not prefetched")
     if engine.device.type == "cuda" and not trace.kernels:
-        return unproven(f"{served} batches read ahead; the profiler saw no kernel, so no stream can be told", served=served)
+        return unproven(f"{served} batches prefetched; the profiler saw no kernel, so streams are unknown", served=served)
     if engine.device.type == "cuda" and trace.memcpy_streams < 1:
         return inactive("no copy from host to device on a side stream in the watched step", wait=share)
     figures = {"served": served, "wait": share}
-    text = f"{served} batches read ahead, {100 * share:.1f} % of the watched step spent waiting"
+    text = f"{served} batches prefetched, {100 * share:.1f} % of the watched step waiting for data"
     if engine.device.type == "cuda":
         made = figures["pinned"] = getattr(getattr(engine.batches, "ring", None), "allocated", 0)
         text += f", through {made} pinned buffers"
@@ -74,5 +74,5 @@ LAYER = Layer(
     apply=apply,
     verify=verify,
     unmet=unmet,
-    options={"batches": Option(2, "batches to read ahead", int)},
+    options={"batches": Option(2, "batches to prefetch", int)},
 )

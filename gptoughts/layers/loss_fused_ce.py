@@ -1,11 +1,11 @@
-"""Cross-entropy a slice of the tokens at a time: the logits, vocabulary x tokens in float32, never exist as a whole.
+"""Cross-entropy over slices of tokens: the full logits, vocabulary x tokens in float32, are never materialized.
 
-It is a tool for memory, not for speed: with 128 k words it saves most of the logits' bytes for about an eighth more time in the loss;
-with few words it only costs. Losses are added in float32 whatever computes them. `implementation`: `sliced`, ours, computes the logits of a
-slice again in the backward; `liger`, Liger-Kernel's Triton kernel, computes the gradient in the forward and waits for the device twice;
-`torch`, torch 2.13's chunked `linear_cross_entropy`, gives bf16 losses for bf16 states, so there each token's is rounded before we add them
-(its own sum would be bf16, too: 1,576 where 1,567.6 is right, seen with 219 labels). Source of the figures: Liger-Kernel's published
-benchmark, A100, width 4096, vocabulary 128,256.
+It saves memory, not time: with a vocabulary of 128 k it saves most of the logits' bytes and takes about an eighth more time in the loss;
+with a small vocabulary it only costs time. Losses are summed in float32 in every implementation. `implementation`: `sliced`, ours,
+recomputes the logits of a slice in the backward; `liger`, Liger-Kernel's Triton kernel, computes the gradient in the forward and
+synchronizes with the device twice; `torch`, torch 2.13's chunked `linear_cross_entropy`, returns bf16 losses for bf16 states, so per-token
+losses are rounded before the float32 sum (its own sum is bf16 as well: 1,576 instead of 1,567.6, seen with 219 labels). Source of the
+figures: Liger-Kernel's published benchmark, A100, width 4096, vocabulary 128,256.
 """
 
 from __future__ import annotations
@@ -35,44 +35,44 @@ from gptoughts.planning.layer import (
 )
 from gptoughts.planning.memory_fit import counted, memory_of_rank
 
-# Of a rank's memory. Logits, their logarithms and their gradient count, 12 bytes a logit or more: without the logarithms that is a tenth.
+# Share of a rank's memory. Counts logits, log-probabilities and gradient, at least 12 bytes per logit: a tenth without log-probabilities.
 LOGITS_SHARE = 0.15
 
 
 def unmet(case: Case, options: Options) -> Iterator[Reason]:
-    """A family with a head of ours, and logits that weigh something."""
+    """A family with a replaceable head, and logits that take a relevant share of memory."""
     spec = case.spec
     if spec.family is None:
-        yield unsupported("needs a model of a known family; a module of your own computes its loss itself")
+        yield unsupported("needs a model of a known family; a custom module computes its own loss")
         return
     if case.recipe.objective == "question-answering":
         yield unsupported("question answering has no logits over the vocabulary")
         return
     if spec.head == "own":
-        yield unsupported(f"{spec.family} does more than one product between hidden states and logits")
+        yield unsupported(f"{spec.family} computes logits with more than one matmul")
         return
-    yield from _implementation_is_here(case, options["implementation"])
+    yield from _unavailable(case, options["implementation"])
     budget, have = counted(case), memory_of_rank(case)
     if budget is None:
-        yield slower("the vocabulary is not known before the text is read", "logits cannot be weighed")
+        yield slower("vocabulary size unknown before the data is read", "size of the logits unknown")
     elif have is not None and budget.logits < LOGITS_SHARE * have:
         yield slower(
             f"logits take {bytes_in_words(budget.logits)} of {bytes_in_words(have)}", "Liger-Kernel: time +13 % at 128 k words"
         )
 
 
-def _implementation_is_here(case: Case, name: str) -> Iterator[Reason]:
+def _unavailable(case: Case, name: str) -> Iterator[Reason]:
     packages = case.machine.packages
     if name == "torch" and case.machine.has_older("torch", (2, 13)):
         yield unsupported(
-            f"implementation = torch needs torch 2.13, here {packages['torch']}", "--layer.loss.implementation sliced"
+            f"implementation = torch needs torch 2.13, found {packages['torch']}", "--layer.loss.implementation sliced"
         )
     if name != "liger":
         return
     if "liger-kernel" not in packages:
         yield unsupported("needs the package liger-kernel, not installed", "pip install 'gptoughts[liger]'")
     elif not case.on_gpu and case.environment.get("TRITON_INTERPRET") != "1":
-        yield unsupported("Liger's kernel is Triton's and needs a GPU", "--layer.loss.implementation sliced")
+        yield unsupported("Liger's kernel is a Triton kernel and needs a GPU", "--layer.loss.implementation sliced")
 
 
 def memory(case: Case, options: Options, budget: Budget) -> Budget:
@@ -82,28 +82,31 @@ def memory(case: Case, options: Options, budget: Budget) -> Budget:
 
 @contextmanager
 def apply(engine: Engine, options: Options) -> Iterator[None]:
-    """Give the head the loss that was asked for. Raises LayerError where the model turned out to have no head to be replaced."""
+    """Replace the head's loss function. Raises LayerError if the family has no replaceable head."""
     if engine.family.head is None:
         raise LayerError(
-            f"loss=fused-ce: {engine.family.name} makes its logits itself and offers no head\n  try: --layer.loss full-ce"
+            f"loss=fused-ce: {engine.family.name} computes its own logits and has no replaceable head",
+            fix="--layer.loss full-ce",
         )
     head = engine.family.head(engine.bare)
     before = head.loss
     head.loss = LOSSES[options["implementation"]](options["tokens"], engine.counters.call_counts)
-    yield
-    head.loss = before
+    try:
+        yield
+    finally:
+        head.loss = before
 
 
 class SlicedCrossEntropy:
-    """Summed cross-entropy over slices of tokens; marks its calls, so that a step can be asked whether it ran."""
+    """Summed cross-entropy over slices of tokens. Counts its calls, as proof that it ran."""
 
     def __init__(self, tokens: int, call_counts: Counter[str]) -> None:
         self.tokens, self.mark = tokens, counting(call_counts, LAYER.name)
 
     def __call__(self, hidden, weight, labels, reduction: str = "sum"):  # type: ignore[no-untyped-def]  # torch is not known here
-        """Loss sum of hidden B T C against labels B T with the head's weight V C; labels of -100 count for nothing.
+        """Return the loss sum of hidden (B, T, C) for labels (B, T) and head weight (V, C); labels of -100 are ignored.
 
-        A scalar, or with reduction "rows" one sum per row, B.
+        A scalar, or one sum per row (B,) for reduction "rows".
         """
         import torch
         from torch.nn import functional
@@ -128,17 +131,17 @@ class SlicedCrossEntropy:
 
 
 class TorchCrossEntropy:
-    """The same by torch's `linear_cross_entropy` in chunks."""
+    """Summed cross-entropy by torch's chunked `linear_cross_entropy`."""
 
     def __init__(self, tokens: int, call_counts: Counter[str]) -> None:
         from torch.nn import functional
 
         if not hasattr(functional, "linear_cross_entropy"):
-            raise LayerError("loss=fused-ce: this torch has no linear_cross_entropy\n  try: --layer.loss.implementation sliced")
+            raise LayerError("loss=fused-ce: this torch has no linear_cross_entropy", fix="--layer.loss.implementation sliced")
         self.tokens, self.mark = tokens, counting(call_counts, LAYER.name)
 
     def __call__(self, hidden, weight, labels, reduction: str = "sum"):  # type: ignore[no-untyped-def]  # torch is not known here
-        """As `SlicedCrossEntropy`. Under autocast both factors take its dtype, which the operator does not do by itself."""
+        """Return as `SlicedCrossEntropy`. Both factors are cast to autocast's dtype, which the operator does not do."""
         import torch
         from torch.nn import LinearCrossEntropyOptions, functional
 
@@ -161,7 +164,7 @@ class TorchCrossEntropy:
 
 
 class LigerCrossEntropy:
-    """The same by Liger-Kernel, which chooses the size of its slices itself."""
+    """Summed cross-entropy by Liger-Kernel, which chooses its own slice size."""
 
     def __init__(self, tokens: int, call_counts: Counter[str]) -> None:
         from gptoughts.models.kernels.liger import fused_linear_cross_entropy
@@ -169,7 +172,7 @@ class LigerCrossEntropy:
         self.compute, self.mark = fused_linear_cross_entropy(), counting(call_counts, LAYER.name)
 
     def __call__(self, hidden, weight, labels, reduction: str = "sum"):  # type: ignore[no-untyped-def]  # torch is not known here
-        """As `SlicedCrossEntropy`."""
+        """Return as `SlicedCrossEntropy`."""
         self.mark()
         losses = self.compute(hidden.flatten(0, -2), weight, labels.long().flatten(), "sum" if reduction == "sum" else "none")
         return losses if reduction == "sum" else losses.view(labels.shape).sum(dim=-1)
@@ -179,8 +182,8 @@ LOSSES = {"sliced": SlicedCrossEntropy, "torch": TorchCrossEntropy, "liger": Lig
 
 
 def verify(engine: Engine, trace: StepTrace, options: Options) -> Evidence:
-    """Every micro-batch of the step had its loss from the slices."""
-    calls = trace.call_counts.get("fused-ce", 0)
+    """Require a sliced loss for every micro-batch."""
+    calls = trace.call_counts.get(LAYER.name, 0)
     if (
         not calls and trace.regions and in_graphs(engine.counters.call_counts, LAYER.name)
     ):  # the head is inside a compiled graph
@@ -188,19 +191,19 @@ def verify(engine: Engine, trace: StepTrace, options: Options) -> Evidence:
             f"traced into the graph that ran {trace.regions} times in {trace.micro_batches} micro-batches", calls=trace.regions
         )
     if calls < trace.micro_batches:
-        return inactive(f"{calls} of {trace.micro_batches} losses over slices, the others over all logits at once", calls=calls)
+        return inactive(f"{calls} of {trace.micro_batches} losses over slices, the others over full logits", calls=calls)
     if options["implementation"] == "liger":
-        return _liger_seen(engine, trace, calls)
+        return _liger_evidence(engine, trace, calls)
     whose = "" if options["implementation"] == "sliced" else f" by {options['implementation']}"
     return active(f"{calls} of {trace.micro_batches} losses over slices of {options['tokens']} tokens{whose}", calls=calls)
 
 
-def _liger_seen(engine: Engine, trace: StepTrace, calls: int) -> Evidence:
+def _liger_evidence(engine: Engine, trace: StepTrace, calls: int) -> Evidence:
     operator, kernels = trace.operators.get("LigerFusedLinearCrossEntropyFunction"), trace.launches("liger_cross_entropy")
     ran = operator.calls if operator else 0
     if ran < calls or (trace.kernels and kernels < calls):
-        told = f"its operator ran {ran} times, its kernel {kernels}"
-        return inactive(f"{calls} losses handed to Liger; {told}", calls=calls, kernels=kernels)
+        text = f"{calls} losses requested from Liger; its operator ran {ran} times, its kernel {kernels}"
+        return inactive(text, calls=calls, kernels=kernels)
     return active(f"{calls} of {trace.micro_batches} losses by Liger's operator", calls=calls, kernels=kernels)
 
 
@@ -213,8 +216,9 @@ LAYER = Layer(
     memory=memory,
     unmet=unmet,
     options={
-        "implementation": Option("sliced", "who computes it", str, ("sliced", "torch", "liger")),
-        "tokens": Option(2048, "tokens per slice; Liger chooses its own", int),
+        "implementation": Option("sliced", "implementation of the loss", str, ("sliced", "torch", "liger")),
+        "tokens": Option(2048, "tokens per slice; ignored by liger", int),
     },
     changes_numerics=True,
+    memory_rank=10,
 )

@@ -1,6 +1,6 @@
-"""The whole AdamW update of a parameter group in one kernel instead of a dozen per parameter.
+"""The AdamW update of a parameter group in one kernel instead of a dozen per parameter.
 
-It reads and writes each weight and moment once; results differ from the plain loop in the last bits.
+It reads and writes each weight and moment once; results differ from `plain` in the last bits.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ def unmet(case: Case, options: Options) -> Iterator[Reason]:
     """AdamW only."""
     name = case.recipe.optim.name
     if name != "adamw":
-        yield unsupported(f"torch fuses AdamW, and optim.name is {name}", "--layer.optimizer plain")
+        yield unsupported(f"torch fuses AdamW only, optim.name is {name}", "--layer.optimizer plain")
 
 
 @contextmanager
 def apply(engine: Engine, options: Options) -> Iterator[None]:
-    """Build AdamW with torch's fused implementation over the recipe's groups."""
+    """Set torch's fused AdamW over the recipe's parameter groups."""
     from gptoughts.engine.optim.factory import attached
 
     with attached(engine, "fused"):
@@ -31,13 +31,13 @@ def apply(engine: Engine, options: Options) -> Iterator[None]:
 
 
 def verify(engine: Engine, trace: StepTrace, options: Options) -> Evidence:
-    """One fused call per parameter group, no unfused update, and weights that moved."""
+    """Require one fused call per parameter group, no unfused update, and changed weights."""
     groups = len(engine.optimizer.param_groups) if engine.optimizer else 0
     fused, unfused = trace.calls(FUSED), sum(trace.operators[name].calls for name in UNFUSED if name in trace.operators)
     if fused < max(1, groups) or unfused:
         return inactive(f"{fused} fused updates for {groups} parameter groups, {unfused} unfused", fused=fused, groups=groups)
     if not trace.weights_moved:
-        return inactive(f"{fused} fused updates ran and no weight moved", fused=fused, groups=groups)
+        return inactive(f"{fused} fused updates, no weight changed", fused=fused, groups=groups)
     return active(f"{fused} fused updates for {groups} parameter groups", fused=fused, groups=groups)
 
 

@@ -1,9 +1,9 @@
-"""AdamW's moments live in host memory and the update runs on the host: the GPU is relieved of 8 bytes a trained weight.
+"""AdamW's moments in host memory, with the update on the host: saves 8 bytes of GPU memory per trained weight.
 
-Gradients travel down and weights up, 8 bytes a weight and update over PCIe, and the host's cores compute the update; both are paid once an
-update, so a large global batch hides them. Takes 16 bytes a trained weight of host memory: moments, and pinned copies of weight and
-gradient that the update works on. It hurts wherever the state would have fitted, and where few cores stand beside a large GPU. Results
-are those of the same AdamW on a CPU. What it costs in time was not measured. Source of the idea: Ren et al. 2021, ZeRO-Offload.
+Gradients are copied to the host and weights back, 8 bytes per weight and update over PCIe, and the CPU computes the update; both happen
+once per update, so a large global batch hides them. Needs 16 bytes of host memory per trained weight: moments, and pinned copies of
+weight and gradient. It hurts where the state fits on the GPU, and where few cores serve a large GPU. Results equal the same AdamW on a
+CPU. Its cost in time was not measured. Source: Ren et al. 2021, ZeRO-Offload.
 """
 
 from __future__ import annotations
@@ -29,69 +29,70 @@ from gptoughts.planning.layer import (
 )
 from gptoughts.planning.memory_fit import SOURCE, counted, room
 
-HOST_SHARE = 0.8  # of the machine's memory; the system, the data and Python's own take some too
+HOST_SHARE = 0.8  # of the machine's memory; the rest is for the system, data and Python
 
 
 def unmet(case: Case, options: Options) -> Iterator[Reason]:
-    """AdamW in float32, memory on the host, and state that would not fit the device."""
+    """AdamW, enough host memory, and state that does not fit the GPU."""
     name = case.recipe.optim.name
     if name != "adamw":
-        yield unsupported(
-            f"updates on the host with torch's AdamW, and optim.name is {name}", "--layer.optimizer-offload with-weights"
-        )
+        yield unsupported(f"the host update needs AdamW, optim.name is {name}", "--layer.optimizer-offload with-weights")
         return
     if not case.on_gpu:
-        yield slower("the state lies in host memory already", "no device to relieve")
+        yield slower("the state is in host memory already", "no GPU")
         return
     budget, host, processes = counted(case), case.machine.memory_bytes, max(1, case.world.local_world_size)
-    # The moments, and one copy of each gradient and of each weight that has one.
+    # Moments, and a copy of each gradient and of its weight.
     need = None if budget is None else (budget.optimizer + 2 * budget.gradients) * processes
     if need is not None and host is not None and need > HOST_SHARE * host:
         whose = "one process needs" if processes == 1 else f"{processes} processes need"
         yield unsupported(
-            f"{whose} {bytes_in_words(need)} of host memory, more than {HOST_SHARE:.0%} of the {bytes_in_words(host)} here"
+            f"{whose} {bytes_in_words(need)} of host memory, more than {HOST_SHARE:.0%} of {bytes_in_words(host)}"
         )
         return
     everything = room(case)
     if everything is None:
-        yield slower("not all sizes of the model are known before its data is read", "optimizer state cannot be weighed")
+        yield slower("model size unknown before the data is read", "size of the optimizer state unknown")
     elif everything.is_enough:
         yield slower(f"weights, gradients, state and activations take {everything}", SOURCE)
 
 
 def memory(case: Case, options: Options, budget: Budget) -> Budget:
-    """On a GPU the state lies with the host."""
+    """On a GPU the state is in host memory."""
     return replace(budget, optimizer=0) if case.on_gpu else budget
 
 
 @contextmanager
 def apply(engine: Engine, options: Options) -> Iterator[None]:
-    """Stand between the engine and the AdamW that the optimizer slot made."""
+    """Wrap the optimizer slot's AdamW."""
     from gptoughts.layers.support.cpu_optimizer import OnHost
 
     before = engine.optimizer
     engine.optimizer = OnHost(before, engine.counters.call_counts)
-    yield
-    engine.optimizer = before
+    try:
+        yield
+    finally:
+        engine.optimizer = before
 
 
 def verify(engine: Engine, trace: StepTrace, options: Options) -> Evidence:
-    """Every parameter with a memory was updated on the host, the moments lie there, and weights moved; on a GPU copies went both ways."""
+    """Require a host update for every parameter with state, moments in host memory, changed weights, and on a GPU copies both ways."""
     given = [parameter for group in engine.optimizer.param_groups for parameter in group["params"]] if engine.optimizer else []
     held = [engine.optimizer.state[parameter] for parameter in given if engine.optimizer.state.get(parameter)]
     moments = [state[key] for state in held for key in ("exp_avg", "exp_avg_sq") if key in state]
-    there = sum(phase.device.type == "cpu" for phase in moments)
-    done = trace.call_counts.get("state-on-cpu", 0)
+    there = sum(moment.device.type == "cpu" for moment in moments)
+    done = trace.call_counts.get(LAYER.name, 0)
     figures = {"updates": done, "parameters": len(given), "moments": there}
     if not done or done != len(held) or there < 2 * len(held):
         return inactive(
-            f"{done} of {len(given)} parameters updated on the host, {there} of {len(moments)} moments there", **figures
+            f"{done} of {len(given)} parameters updated on the host, {there} of {len(moments)} moments in host memory",
+            **figures,
         )
     if engine.device.type == "cuda" and trace.kernels and min(trace.copies.get(way, 0) for way in ("DtoH", "HtoD")) < done:
-        return inactive(f"{done} updates on the host, and fewer copies between it and the GPU", **figures)
+        return inactive(f"{done} updates on the host, fewer copies between host and GPU", **figures)
     if not trace.weights_moved:
-        return inactive(f"{done} updates on the host, and no weight moved", **figures)
-    return active(f"{done} of {len(given)} parameters updated on the host, {there} moments there", **figures)
+        return inactive(f"{done} updates on the host, no weight changed", **figures)
+    return active(f"{done} of {len(given)} parameters updated on the host, {there} moments in host memory", **figures)
 
 
 LAYER = Layer(
@@ -104,4 +105,5 @@ LAYER = Layer(
     unmet=unmet,
     needs_slots={"optimizer": ("plain", "fused")},
     changes_numerics=True,
+    memory_rank=70,
 )

@@ -1,6 +1,6 @@
-"""One copy of the model per rank, gradients averaged while the backward still runs: throughput grows with GPUs, memory stays.
+"""One copy of the model per rank, gradients averaged during the backward: throughput grows with GPUs, memory per GPU does not shrink.
 
-It hurts where the model with its optimizer state hardly fits one GPU, and over slow links. Ranks come from torchrun.
+It hurts where model and optimizer state barely fit one GPU, and over slow links. Start ranks with torchrun.
 Source: Li et al. 2020, PyTorch Distributed; `torch.nn.parallel.DistributedDataParallel`.
 """
 
@@ -27,27 +27,29 @@ from gptoughts.planning.layer import (
 
 
 def unmet(case: Case, options: Options) -> Iterator[Reason]:
-    """More than one rank, and a global batch that they can share evenly."""
+    """More than one rank, and a global batch that divides evenly among them."""
     ranks = case.world.world_size
     if ranks == 1:
-        yield unsupported("there is one process", remedy="torchrun --standalone --nproc-per-node N -m gptoughts -- train ...")
+        yield unsupported(
+            "needs more than one process", remedy="torchrun --standalone --nproc-per-node N -m gptoughts -- train ..."
+        )
     elif case.recipe.train.global_batch % ranks:
         below = case.recipe.train.global_batch // ranks * ranks
         near = f"{below} or {below + ranks}" if below else f"{ranks}"
         yield unsupported(
-            f"train.global_batch = {case.recipe.train.global_batch} cannot be shared by {ranks} ranks",
+            f"train.global_batch = {case.recipe.train.global_batch} is not divisible by {ranks} ranks",
             remedy=f"--train.global-batch {near}",
         )
 
 
 def memory(case: Case, options: Options, budget: Budget) -> Budget:
-    """Gradients lie in the buckets that ranks exchange, which stay."""
+    """Gradients stay allocated: they are views of the buckets that ranks exchange."""
     return replace(budget, accumulates=True)
 
 
 @contextmanager
 def apply(engine: Engine, options: Options) -> Iterator[None]:
-    """Wrap the real model. Buckets are views into the gradients, so that clipping and the optimizer need no copy."""
+    """Wrap the model in DistributedDataParallel. Gradients are views of the buckets, so clipping and the optimizer need no copy."""
     from torch.nn.parallel import DistributedDataParallel
 
     before = engine.model
@@ -61,18 +63,20 @@ def apply(engine: Engine, options: Options) -> Iterator[None]:
         return nullcontext() if last else wrapped.no_sync()
 
     undo = engine.wrap_context("grad_sync", only_in_last)
-    yield
-    undo()
-    engine.model = before
+    try:
+        yield
+    finally:
+        undo()
+        engine.model = before
 
 
 def verify(engine: Engine, trace: StepTrace, options: Options) -> Evidence:
-    """Ranks that started equal and stepped with equal gradients hold equal weights: their checksums are compared."""
+    """Require equal weight checksums on all ranks: ranks that start equal and apply equal gradients stay equal."""
     import torch
     import torch.distributed as dist
 
     if engine.ranks.size < 2 or not dist.is_initialized():
-        return inactive("one process: no gradient was exchanged")
+        return inactive("one process: no gradient exchange")
     mine = torch.stack([parameter.detach().double().sum() for parameter in engine.parameters()]).sum()
     least, most = mine.clone(), mine.clone()
     dist.all_reduce(least, op=dist.ReduceOp.MIN)

@@ -1,4 +1,4 @@
-"""Plugins: a Python file, named on the command line or in the call and nowhere else, that adds layers, models or objectives."""
+"""Load plugins: Python files, named on the command line or in a call, that add layers, models or objectives."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from gptoughts.errors import ConfigError, listed
+from gptoughts.errors import ConfigError, describe, listed
 from gptoughts.layers import CATALOG
 from gptoughts.planning.layer import Layer
 
 
 @dataclass(frozen=True)
 class Extensions:
-    """The shipped catalog with what plugins add, and the families and objectives that they add."""
+    """The shipped catalog extended by plugins, and the families and objectives of plugins."""
 
     catalog: dict[str, Layer]
     families: dict[str, Any] = field(default_factory=dict)
@@ -27,9 +27,9 @@ class Extensions:
 
 
 def extensions(files: Sequence[str] = ()) -> Extensions:
-    """Run each plugin file and collect its LAYERS (a list), FAMILIES and OBJECTIVES (dicts). Raises ConfigError with every problem.
+    """Execute each plugin file and collect its LAYERS (list), FAMILIES and OBJECTIVES (dicts). Raises ConfigError with every problem.
 
-    A plugin is code: it runs with your rights. Nothing is run that was not named.
+    A plugin runs with the user's rights. Only named files are executed.
     """
     found = Extensions(dict(CATALOG), {}, {})
     problems: list[str] = []
@@ -41,7 +41,7 @@ def extensions(files: Sequence[str] = ()) -> Extensions:
             continue
         for kind in ("catalog", "families", "objectives"):
             mine, theirs = getattr(found, kind), getattr(added, kind)
-            problems += [f"--plugin {file}: {name!r} is there already; take another name" for name in theirs if name in mine]
+            problems += [f"--plugin {file}: {name!r} exists already; choose another name" for name in theirs if name in mine]
             mine.update(theirs)
     if problems:
         raise listed("plugins", problems)
@@ -53,13 +53,13 @@ def _collected(module: ModuleType) -> Extensions:
     if layers is None and families is None and objectives is None:
         raise ConfigError("defines none of LAYERS, FAMILIES, OBJECTIVES")
     if not isinstance(layers or [], list | tuple) or not all(isinstance(layer, Layer) for layer in layers or []):
-        raise ConfigError(f"LAYERS is a list of gptoughts.planning.layer.Layer, here {layers!r:.80}")
+        raise ConfigError(describe("LAYERS: must be a list of gptoughts.planning.layer.Layer", f"{layers!r:.80}"))
     for name, table in (("FAMILIES", families), ("OBJECTIVES", objectives)):
         if not isinstance(table or {}, dict):
-            raise ConfigError(f"{name} is a dict of names, here {table!r:.80}")
+            raise ConfigError(describe(f"{name}: must be a dict of names", f"{table!r:.80}"))
     by_name = {layer.name: layer for layer in layers or []}
     if len(by_name) < len(layers or []):
-        raise ConfigError("two of its layers share a name")
+        raise ConfigError("LAYERS: two layers share a name")
     return Extensions(by_name, families or {}, objectives or {})
 
 
@@ -69,9 +69,9 @@ def _module(path: Path) -> ModuleType:
     name = f"gptoughts_plugin_{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
-        raise ConfigError("not a Python file, its name must end in .py")
+        raise ConfigError("not a Python file: its name must end in .py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and pickle look their module up there
+    sys.modules[name] = module  # dataclasses and pickle look up modules there
     try:
         spec.loader.exec_module(module)
     except Exception as error:

@@ -1,16 +1,16 @@
-"""Matmuls and attention in bfloat16, weights and optimizer state in float32: half the memory traffic, twice the rate or more.
+"""Matmuls and attention in bfloat16, weights and optimizer state in float32: half the memory traffic, at least twice the rate.
 
 Softmax, norms and the loss stay in float32 (torch's autocast rules). It hurts on processors without bf16 units, where it is emulated,
-and on small models, where the casts cost more than the matmuls save.
+and on small models, where casts cost more than matmuls save.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
+from gptoughts.layers.support.requirements import capability
 from gptoughts.planning.layer import (
-    Budget,
     Case,
     Engine,
     Evidence,
@@ -22,7 +22,6 @@ from gptoughts.planning.layer import (
     inactive,
     slower,
     unproven,
-    unsupported,
 )
 from gptoughts.planning.matmul_dtypes import dtypes
 
@@ -31,42 +30,35 @@ SMALLEST_CPU_WIDTH = 256
 
 
 def unmet(case: Case, options: Options) -> Iterator[Reason]:
-    """Units that multiply bf16, and on a CPU a model wide enough to fill them."""
-    least = case.machine.min_capability()
-    if case.on_gpu and (least is None or least < (8, 0)):
-        yield unsupported(f"needs compute capability 8.0, found {f'{least[0]}.{least[1]}' if least else 'unknown'}")
+    """bf16 units, and on a CPU a model wide enough to use them."""
     if case.on_gpu:
+        yield from capability(case, (8, 0))
         return
     if not set(BF16_CPU) & set(case.machine.cpu.instruction_sets):
-        yield slower("this CPU has no bf16 unit and would emulate it", "torch's documentation of CPU autocast")
+        yield slower("this CPU has no bf16 unit and emulates it", "torch's documentation of CPU autocast")
     elif case.spec.width is not None and case.spec.width < SMALLEST_CPU_WIDTH:
         yield slower(
-            f"width {case.spec.width} is below {SMALLEST_CPU_WIDTH}, where casts cost what matmuls save on a CPU",
+            f"width {case.spec.width} is below {SMALLEST_CPU_WIDTH}: on a CPU casts cost as much as matmuls save",
             "docs/measurements/cpu/widths.json",
         )
 
 
-def memory(case: Case, options: Options, budget: Budget) -> Budget:
-    """Half the bytes in matmuls, and a cast copy of the weights."""
-    return budget.half()
-
-
 @contextmanager
 def apply(engine: Engine, options: Options) -> Iterator[None]:
-    """Autocast around training and evaluation forwards. Factories, so that every step enters a fresh context."""
+    """Autocast training and evaluation forwards, with a new context for each."""
     import torch
 
     def autocast() -> torch.autocast:
         return torch.autocast(engine.device.type, dtype=torch.bfloat16)
 
-    undo = [engine.wrap_context(verb, autocast) for verb in ("forward_context", "eval_context")]
-    yield
-    for back in undo:
-        back()
+    with ExitStack() as stack:
+        for hook in ("forward_context", "eval_context"):
+            stack.callback(engine.wrap_context(hook, autocast))
+        yield
 
 
 def verify(engine: Engine, trace: StepTrace, options: Options) -> Evidence:
-    """The dtypes that went into every matmul and convolution of the watched step."""
+    """Require bf16 inputs for every matmul and convolution of the watched step."""
     low, full = dtypes(trace, "c10::BFloat16")
     if not low and not full:
         return unproven("the step ran no matmul and no convolution")
@@ -81,9 +73,11 @@ LAYER = Layer(
     card=__doc__ or "",
     apply=apply,
     verify=verify,
-    memory=memory,
+    memory=lambda case, options, budget: budget.half(),
     unmet=unmet,
     wraps=("forward_context", "eval_context"),
     changes_numerics=True,
+    tolerance=(2e-2, 0.99),
+    compute_dtype="bf16",
     measured="docs/measurements/cpu/widths.json and layers.json on a CPU; not measured on a GPU",
 )

@@ -1,6 +1,6 @@
-"""Keeps one activation per block and computes the rest again in the backward: memory falls with depth, a third more compute.
+"""Keeps one activation per block and recomputes the rest in the backward: far less activation memory, a third more compute.
 
-It buys a larger micro-batch or a longer context on a full GPU, and hurts wherever the activations would have fitted.
+It allows a larger micro-batch or a longer context on a full GPU, and hurts where activations fit anyway.
 Source: Chen et al. 2016, Training Deep Nets with Sublinear Memory Cost; `torch.utils.checkpoint`, non-reentrant.
 """
 
@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
+from gptoughts.layers.support.requirements import fixed_scales
 from gptoughts.planning.kernel_names import attention_forwards
 from gptoughts.planning.layer import (
     Budget,
@@ -30,14 +31,11 @@ from gptoughts.planning.memory_fit import SOURCE, room
 
 
 def unmet(case: Case, options: Options) -> Iterator[Reason]:
-    """Pays only where the activations of a micro-batch would not fit."""
+    """A known family, and activations that do not fit."""
     if case.spec.family is None:
-        yield unsupported("needs a model of a known family, whose blocks are known before it is built")
+        yield unsupported("needs a model of a known family, with known blocks")
         return
-    if case.takes("precision", "fp8-te") and case.option("precision", "scaling") == "delayed":
-        yield unsupported(
-            "scales from a history have moved by the time that a block runs again", "--layer.precision.scaling current"
-        )
+    yield from fixed_scales(case)
     everything = room(case)
     if everything is not None and everything.is_enough:
         yield slower(f"weights, optimizer and activations take {everything}", SOURCE)
@@ -50,7 +48,7 @@ def memory(case: Case, options: Options, budget: Budget) -> Budget:
 
 @contextmanager
 def apply(engine: Engine, options: Options) -> Iterator[None]:
-    """Run each block's forward under a checkpoint while gradients are recorded."""
+    """Checkpoint each block's forward while gradients are recorded."""
     import torch
     from torch.utils.checkpoint import checkpoint
 
@@ -63,28 +61,30 @@ def apply(engine: Engine, options: Options) -> Iterator[None]:
         return run
 
     for block in engine.blocks.values():
-        block.forward = checkpointed(block.forward)  # on the instance: the class and the parameter names stay
-    yield
-    for block in engine.blocks.values():
-        del block.forward
+        block.forward = checkpointed(block.forward)  # on the instance: class and parameter names do not change
+    try:
+        yield
+    finally:
+        for block in engine.blocks.values():
+            del block.forward
 
 
 def verify(engine: Engine, trace: StepTrace, options: Options) -> Evidence:
-    """Attention ran forward twice per block and micro-batch. Hooks cannot tell under compile, operators can."""
+    """Require two attention forwards per block and micro-batch, counted by operators, which compilation keeps."""
     once = trace.blocks * trace.micro_batches
     ran = sum(op.calls for name, op in trace.operators.items() if _forward_attention(name))
-    ran = ran or sum(attention_forwards(trace).values())  # kernels of packages are no operators of torch
-    if ran == 0:  # attention written out: the softmax over scores stands for it
+    ran = ran or sum(attention_forwards(trace).values())  # attention packages have kernels, not torch operators
+    if ran == 0:  # unfused attention: count its softmax
         ran = sum(op.calls for name, op in trace.operators.items() if name == "aten::_softmax")
     if ran == 0:
-        return unproven("no attention operator to count: written-out attention was compiled away")
+        return unproven("no attention operator to count: unfused attention was compiled away")
     if ran < 2 * once:
-        return inactive(f"attention ran forward {ran} times, recomputation makes it {2 * once}", ran=ran, expected=2 * once)
-    return active(f"attention ran forward {ran} times in {once} block forwards", ran=ran, expected=2 * once)
+        return inactive(f"{ran} attention forwards, expected {2 * once} with recomputation", ran=ran, expected=2 * once)
+    return active(f"{ran} attention forwards in {once} block forwards", ran=ran, expected=2 * once)
 
 
 def _forward_attention(name: str) -> bool:
-    # The public operator calls the backend's, whose name begins with an underscore: only that one is counted.
+    # The public operator calls the backend's, which begins with an underscore: count only that one.
     return name.startswith("aten::_scaled_dot_product_") and "backward" not in name
 
 
@@ -96,4 +96,5 @@ LAYER = Layer(
     verify=verify,
     memory=memory,
     unmet=unmet,
+    memory_rank=40,
 )

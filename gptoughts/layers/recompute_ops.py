@@ -1,10 +1,10 @@
-"""Keeps what is dear to compute again, the outputs of matmuls and attention, and computes norms, activations and rotary again.
+"""Keeps the outputs of matmuls and attention, and recomputes norms, activation functions and rotary positions in the backward.
 
-Takes about a third off the activations for a few per cent of the work, where `recompute-blocks` takes most of them for a third more (a
-tiny GPT in float32 keeps 61 % of all bytes, whole blocks 27 %, logits included: tests/layers/test_memory_layers.py). `keep = "attention"` keeps
-only attention's outputs: nearly as little memory as whole blocks (30 %), without attention's second forward. It hurts where the
-activations would have fitted, and in eager mode, where every operator of a block passes through Python. Compiled blocks are told the same
-and decide the rest themselves. The gradient is bit for bit the same. What it gains on a GPU was not measured.
+Saves about a third of the activations for a few per cent of compute, where `recompute-blocks` saves most of them for a third more (a
+tiny GPT in float32 keeps 61 % of all bytes, whole blocks 27 %, logits included: tests/layers/test_memory_layers.py). `keep = "attention"`
+keeps only attention outputs: nearly as little memory as whole blocks (30 %), without a second attention forward. It hurts where
+activations fit anyway, and in eager mode, where every operator of a block passes through Python. For compiled blocks the compiler gets
+the same policy and decides the rest. Gradients are bit-identical. Its gain on a GPU was not measured.
 Source: Korthikanti et al. 2022, Reducing Activation Recomputation in Large Transformer Models; torch's
 `create_selective_checkpoint_contexts`.
 """
@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
+from gptoughts.layers.support.requirements import fixed_scales
 from gptoughts.models.torch_internals import dispatch_mode
 from gptoughts.planning.layer import (
     Budget,
@@ -36,7 +37,7 @@ from gptoughts.planning.layer import (
 )
 from gptoughts.planning.memory_fit import SOURCE, room
 
-# By the operator's name without its overload. Products of two activations (bmm) are left out: attention written out makes T x T of them.
+# Operator names without overload. Products of two activations (bmm) are excluded: unfused attention makes T x T of them.
 PRODUCT_NAMES = ("aten::mm", "aten::addmm", "aten::_scaled_mm", "aten::_grouped_mm", "aten::_scaled_grouped_mm")
 ATTENTION_PARTS = ("scaled_dot_product", "flash_attn", "flex_attention", "varlen_attn")
 CHEAP = (
@@ -47,16 +48,13 @@ MARK, KEPT, AGAIN = "recompute-ops", "recompute-ops: kept", "recompute-ops: kept
 
 
 def unmet(case: Case, options: Options) -> Iterator[Reason]:
-    """Pays where all activations would not fit and what is kept does."""
+    """A known family, and activations that do not fit unless some are recomputed."""
     if case.spec.family is None:
-        yield unsupported("needs a model of a known family, whose blocks are known before it is built")
+        yield unsupported("needs a model of a known family, with known blocks")
         return
-    if case.takes("precision", "fp8-te") and case.option("precision", "scaling") == "delayed":
-        yield unsupported(
-            "scales from a history have moved by the time that a block runs again", "--layer.precision.scaling current"
-        )
+    yield from fixed_scales(case)
     if options["keep"] == "attention" and case.takes("attention", "math"):
-        yield unsupported("attention written out is no operator that could be kept", "--layer.attention sdpa")
+        yield unsupported("unfused attention is not one operator whose output can be kept", "--layer.attention sdpa")
         return
     everything = room(case)
     kept = room(case, lambda budget: memory(case, options, budget))
@@ -65,26 +63,28 @@ def unmet(case: Case, options: Options) -> Iterator[Reason]:
     if everything.is_enough:
         yield slower(f"weights, optimizer and activations take {everything}", SOURCE)
     elif not kept.is_enough:
-        yield slower(f"what it keeps still takes {kept}: recompute-blocks keeps less", SOURCE)
+        yield slower(f"kept activations still take {kept}: recompute-blocks keeps less", SOURCE)
 
 
 def memory(case: Case, options: Options, budget: Budget) -> Budget:
-    """What is kept are outputs of matmuls and attention, and every block's input."""
+    """Outputs of matmuls and attention, and every block's input."""
     return budget.only(budget.products if options["keep"] == "matmuls" else budget.mixed)
 
 
 @contextmanager
 def apply(engine: Engine, options: Options) -> Iterator[None]:
-    """Run each block's forward under a checkpoint that keeps the outputs of some operators."""
+    """Checkpoint each block's forward, keeping the outputs of some operators."""
     for block in engine.blocks.values():
         block.forward = _checkpointed(block.forward, options["keep"], engine.counters.call_counts)
-    yield
-    for block in engine.blocks.values():
-        del block.forward
+    try:
+        yield
+    finally:
+        for block in engine.blocks.values():
+            del block.forward
 
 
 def _checkpointed(forward: Callable[..., Any], keep: str, call_counts: Counter[str]) -> Callable[..., Any]:
-    """`forward` while gradients are recorded, counted each time that Python runs it: once as it is called, once for the backward."""
+    """Return `forward` with selective checkpointing. Counts its runs: one when called, one in the backward."""
     import torch
     from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -110,7 +110,7 @@ def _checkpointed(forward: Callable[..., Any], keep: str, call_counts: Counter[s
     def run(*arguments: Any, **keywords: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*arguments, **keywords)
-        if torch.compiler.is_compiling():  # a count that changes would compile the block again at every step
+        if torch.compiler.is_compiling():  # a changing count would recompile the block at every step
             return checkpoint(forward, *arguments, use_reentrant=False, context_fn=contexts, **keywords)
         return checkpoint(counted, *arguments, use_reentrant=False, context_fn=watched_contexts, **keywords)
 
@@ -124,9 +124,9 @@ def _both(outer: Any, inner: Any) -> Iterator[None]:
 
 
 def _counting(keep: str, call_counts: Counter[str]) -> Any:
-    """A mode that stands around that of the backward's pass and sees the operators which that one does not answer from memory.
+    """Return a dispatch mode outside that of the recomputation, which counts kept operators that run again.
 
-    The profiler cannot tell the two apart on a CPU: it records an operator before the mode that answers it.
+    The profiler cannot tell on a CPU: it records an operator before the mode that returns its saved output.
     """
 
     class Ran(dispatch_mode()):  # type: ignore[misc]
@@ -139,7 +139,7 @@ def _counting(keep: str, call_counts: Counter[str]) -> Any:
 
 @cache
 def is_kept(name: str, keep: str) -> bool:
-    """Whether the output of the operator `name` (`aten::mm.default`, or a higher-order one without a dot) is kept."""
+    """Return whether the output of operator `name` (`aten::mm.default`, or a higher-order one without a dot) is kept."""
     bare = name.partition(".")[0]
     if any(part in bare for part in ATTENTION_PARTS):
         return True
@@ -147,26 +147,24 @@ def is_kept(name: str, keep: str) -> bool:
 
 
 def verify(engine: Engine, trace: StepTrace, options: Options) -> Evidence:
-    """Every block ran twice, its cheap operators with it, and none that is kept. Of compiled blocks only that the compiler was told."""
+    """Require two runs of every block and its cheap operators, and one of kept operators; compiled blocks prove only the policy."""
     once = trace.blocks * trace.micro_batches
     ran, kept, again = (trace.call_counts.get(mark, 0) for mark in (MARK, KEPT, AGAIN))
     cheap = max((trace.operators[name].calls for name in CHEAP if name in trace.operators), default=0)
     figures = {"ran": ran, "expected": 2 * once, "kept": kept, "again": again, "cheap": cheap}
     if not ran and trace.regions >= once > 0 and engine.counters.call_counts[KEPT]:
         return unproven(
-            f"{trace.regions} compiled calls in {once} block forwards; the compiler was told to keep {options['keep']}, and only its graph "
-            "knows what it computes again",
+            f"{trace.regions} compiled calls in {once} block forwards; policy keep={options['keep']} was traced, recomputation inside "
+            "the graph is not visible",
             **figures,
         )
     if not ran or ran < 2 * once:
-        return inactive(f"blocks ran {ran} times, recomputation makes it {2 * once}", **figures)
+        return inactive(f"{ran} block runs, expected {2 * once} with recomputation", **figures)
     if kept < once or again:
-        return inactive(f"{kept} outputs kept in {once} block forwards, {again} of such operators ran again", **figures)
+        return inactive(f"{kept} outputs kept in {once} block forwards, {again} kept operators ran again", **figures)
     if cheap < 2 * once:
-        return inactive(f"no norm or activation ran twice in {once} block forwards, {cheap} at most", **figures)
-    return active(
-        f"{once} block forwards ran twice; {kept} outputs were kept, and none of their operators ran again", **figures
-    )
+        return inactive(f"no norm or activation function was recomputed: {cheap} calls in {once} block forwards", **figures)
+    return active(f"{once} block forwards ran twice; {kept} outputs kept, 0 kept operators ran again", **figures)
 
 
 LAYER = Layer(
@@ -177,9 +175,6 @@ LAYER = Layer(
     verify=verify,
     memory=memory,
     unmet=unmet,
-    options={
-        "keep": Option(
-            "matmuls", "what is not computed again; attention's outputs in either case", str, ("matmuls", "attention")
-        )
-    },
+    memory_rank=20,
+    options={"keep": Option("matmuls", "outputs that are kept; attention outputs always are", str, ("matmuls", "attention"))},
 )

@@ -1,15 +1,15 @@
-"""Each weight is updated the moment its gradient is complete and the gradient is freed: gradients never exist all at once.
+"""Each weight is updated as soon as its gradient is complete, and the gradient is freed: gradients never exist all at once.
 
-Saves the memory of all gradients, four bytes a trained weight, but for the largest. It costs what needs all gradients at one time: clipping
-by their norm, accumulation over micro-batches, fp16's skipped steps, averaging over ranks. The norm is still logged. Weights after a
-step are bit for bit those of the plain order. Llama-3.2-3B on an A100 with recomputation: 24.9 to 23.1 GiB, 7,210 to 7,309 tok/s
-(torchtune's README). Source of the idea: Lv et al. 2023, LOMO; torch's tutorial on optimizer steps in the backward.
+Saves the memory of all gradients but the largest, 4 bytes per trained weight. Excludes everything that needs all gradients at once:
+clipping by norm, accumulation over micro-batches, fp16's skipped steps, averaging over ranks. The norm is still logged. Weights after a
+step are bit-identical to those of `after-clip`. Llama-3.2-3B on an A100 with recomputation: 24.9 to 23.1 GiB, 7,210 to 7,309 tok/s
+(torchtune's README). Source: Lv et al. 2023, LOMO; torch's tutorial on optimizer steps in the backward.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -31,30 +31,31 @@ from gptoughts.planning.layer import (
 )
 from gptoughts.planning.memory_fit import SOURCE, counted, memory_of_rank
 
-MEMORY_SHARE = 0.05  # of the device; below that the gradients are not worth the order of things
-LEFT = "in-backward: gradients left"
+MEMORY_SHARE = 0.05  # of the device; smaller gradients are not worth the restrictions
+NAME = "in-backward"
+LEFT = f"{NAME}: gradients left"
 
 
 def unmet(case: Case, options: Options) -> Iterator[Reason]:
-    """One micro-batch, one process, AdamW, no clipping; and gradients that weigh something."""
+    """One micro-batch, one process, AdamW, no clipping, and gradients that take a relevant share of memory."""
     optim = case.recipe.optim
     if optim.name != "adamw":
-        yield unsupported(f"updates one weight at a time, which is written for AdamW; optim.name is {optim.name}")
+        yield unsupported(f"needs AdamW, optim.name is {optim.name}")
     if optim.clip_norm > 0:
         yield unsupported(
-            f"optim.clip_norm = {optim.clip_norm:g} needs all gradients before the first weight moves", "--optim.clip-norm 0"
+            f"optim.clip_norm = {optim.clip_norm:g} needs all gradients before the first update", "--optim.clip-norm 0"
         )
     if case.forward_sequences < case.rank_sequences:
         yield unsupported(
-            f"an update has micro-batches of {case.forward_sequences} of {case.rank_sequences} sequences, and gradients would be freed "
-            "before they are whole",
+            f"micro-batches of {case.forward_sequences} of {case.rank_sequences} sequences: gradients would be freed before they are "
+            "complete",
             "--layer.microbatch whole",
         )
     if case.world.world_size > 1:
-        yield unsupported("ranks average gradients after the backward, when these are gone", "--layer.update after-clip")
+        yield unsupported("ranks average gradients after they are freed", "--layer.update after-clip")
     budget, have = counted(case), memory_of_rank(case)
     if budget is None:
-        yield slower("not all sizes of the model are known before its data is read", "gradients cannot be weighed")
+        yield slower("model size unknown before the data is read", "size of the gradients unknown")
     elif have is not None and budget.gradients < MEMORY_SHARE * have:
         yield slower(f"gradients take {bytes_in_words(budget.gradients)} of {bytes_in_words(have)}", SOURCE)
 
@@ -66,16 +67,11 @@ def memory(case: Case, options: Options, budget: Budget) -> Budget:
 
 @contextmanager
 def apply(engine: Engine, options: Options) -> Iterator[None]:
-    """A hook on every parameter that updates it; clip tells the norm that the hooks saw, step has nothing left to do."""
+    """Update each parameter in a gradient hook; `clip` returns the norm from the hooks, `step` does nothing."""
     import torch
 
     updates, before = _Updates(engine), engine.repeatable
-    engine.repeatable = False  # a batch that is taken again would move weights twice
-    hooks = [
-        parameter.register_post_accumulate_grad_hook(updates.of(group))
-        for group in engine.optimizer.param_groups
-        for parameter in group["params"]
-    ]
+    engine.repeatable = False  # repeating a batch would update weights twice
 
     def clip() -> Any:
         norms, updates.norms = updates.norms, []
@@ -85,25 +81,25 @@ def apply(engine: Engine, options: Options) -> Iterator[None]:
         engine.counters.call_counts[LEFT] += sum(parameter.grad is not None for parameter in engine.parameters())
         return True
 
-    undo = [engine.replace("clip", clip), engine.replace("step", step), engine.wrap_context("grad_sync", _only_one)]
-    try:
+    with ExitStack() as stack:
+        stack.callback(setattr, engine, "repeatable", before)
+        for group in engine.optimizer.param_groups:
+            for parameter in group["params"]:
+                stack.callback(parameter.register_post_accumulate_grad_hook(updates.of(group)).remove)
+        stack.callback(engine.replace("clip", clip))
+        stack.callback(engine.replace("step", step))
+        stack.callback(engine.wrap_context("grad_sync", _only_one))
         yield
-    finally:
-        engine.repeatable = before
-        for back in undo:
-            back()
-        for hook in hooks:
-            hook.remove()
 
 
 class _Updates:
-    """Updates parameters one by one and keeps the norms of their gradients, on the device, until the step asks."""
+    """Update hooks, and the gradient norms they record on the device."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine, self.norms = engine, list[Any]()
 
     def of(self, group: dict[str, Any]) -> Callable[[Any], None]:
-        """The hook for parameters of `group`: once a parameter's gradient is complete, tied uses and all."""
+        """Return the hook for parameters of `group`, which runs once a gradient is complete, tied uses included."""
         import torch
 
         from gptoughts.engine.optim.param_groups import step_one
@@ -112,7 +108,7 @@ class _Updates:
             self.norms.append(torch.linalg.vector_norm(parameter.grad.detach()))
             step_one(self.engine.optimizer, group, parameter)
             parameter.grad = None
-            self.engine.counters.call_counts["in-backward"] += 1
+            self.engine.counters.call_counts[NAME] += 1
 
         return update
 
@@ -120,28 +116,28 @@ class _Updates:
 def _only_one(last: bool) -> AbstractContextManager[None]:
     if not last:
         raise LayerError(
-            "update=in-backward: this update has several micro-batches, and the first would move the weights alone\n"
-            "  try: --layer.update after-clip, or --layer.microbatch whole"
+            f"update={NAME}: several micro-batches per update, and the first alone would update the weights",
+            fix="--layer.update after-clip, or --layer.microbatch whole",
         )
     return nullcontext()
 
 
 def verify(engine: Engine, trace: StepTrace, options: Options) -> Evidence:
-    """One update per parameter during the backward, no gradient left after it, and weights that moved."""
+    """Require one update per parameter in the backward, no gradient left after it, and changed weights."""
     from gptoughts.engine.optim.factory import covered
 
     known, given = covered(engine.optimizer) if engine.optimizer else (0, 0)
-    done, left = trace.call_counts.get("in-backward", 0), trace.call_counts.get(LEFT, 0)
+    done, left = trace.call_counts.get(NAME, 0), trace.call_counts.get(LEFT, 0)
     figures = {"updates": done, "parameters": given, "left": left}
     if not done or done != known or left:
         return inactive(f"{done} updates of {given} parameters in the backward, {left} gradients left after it", **figures)
     if not trace.weights_moved:
-        return inactive(f"{done} updates in the backward, and no weight moved", **figures)
+        return inactive(f"{done} updates in the backward, no weight changed", **figures)
     return active(f"{done} updates of {given} parameters in the backward, no gradient left after it", **figures)
 
 
 LAYER = Layer(
-    name="in-backward",
+    name=NAME,
     slot="update",
     card=__doc__ or "",
     apply=apply,
@@ -150,9 +146,10 @@ LAYER = Layer(
     unmet=unmet,
     wraps=("grad_sync",),
     replaces=("clip", "step"),
+    memory_rank=50,
     clashes={
-        "ddp": "ranks average gradients after the backward, when these are gone",
-        "fp16": "its scaler may have to skip the update, and knows only when all gradients are there",
-        "fit": "it may split an update into micro-batches, and gradients would be freed before they are whole",
+        "ddp": "ranks average gradients after they are freed",
+        "fp16": "its scaler may skip an update, which it knows only after the whole backward",
+        "auto": "it may split an update into micro-batches, and gradients would be freed before they are complete",
     },
 )

@@ -153,6 +153,8 @@ class Choice:
     rejected: tuple[tuple[str, tuple[Reason, ...]], ...] = ()
     expected_slowdown: tuple[Reason, ...] = ()
     """Reasons why the layer is expected to be slower, if it was requested by name nevertheless."""
+    compute_dtype: str | None = None
+    """`Layer.compute_dtype` of the layer."""
 
 
 @dataclass(frozen=True)
@@ -170,6 +172,8 @@ class Case:
     """Options of the first request of the micro-batch slot, which is resolved last although memory depends on it."""
     wishes: Mapping[str, str] = field(default_factory=dict)
     """First requested layer of each slot; the choices of later slots are not known yet."""
+    compiles: bool = False
+    """Whether the first requested layer of the compile slot uses torch.compile."""
     budget: Budget | None = None
     """Memory of a step with the layers chosen so far and the first request of the micro-batch slot; None if sizes are unknown."""
 
@@ -243,6 +247,16 @@ class Layer:
     needs_slots: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Slot -> layers, one of which must be chosen there."""
     changes_numerics: bool = False
+    tolerance: tuple[float, float] | None = None
+    """Maximum relative loss difference and minimum gradient cosine in the numerics check; None for float32 rounding only."""
+    compute_dtype: str | None = None
+    """Dtype of its matmuls, as `gptoughts bench gemm` names it (FP8 counts as bf16, as in MFU); None if another slot or an option decides."""
+    compiles: bool = False
+    """Whether the layer uses torch.compile, after which the forward keeps less for the backward."""
+    memory_rank: int | None = None
+    """Position in the ladder of changes that make a plan fit in memory, cheapest first; None if the layer is not part of it."""
+    former_names: tuple[str, ...] = ()
+    """Earlier names, for did-you-mean errors."""
     repeatable: bool = True
     repeatable_on_gpu: bool = True
     """False if its kernels add in no fixed order, as most attention backwards do."""

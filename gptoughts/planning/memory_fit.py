@@ -15,21 +15,6 @@ Choices = Mapping[str, Choice]
 SOURCE = "docs/measurements/cpu/memory.json"
 """Measured accuracy of the expected peak."""
 
-CHANGES: tuple[tuple[str, str, Mapping[str, Any]], ...] = (
-    ("loss", "fused-ce", {}),
-    ("recompute", "recompute-ops", {}),
-    ("optimizer", "8bit", {}),
-    ("recompute", "recompute-blocks", {}),
-    ("update", "in-backward", {}),
-    ("offload", "offload-activations", {}),
-    ("optimizer_offload", "state-on-cpu", {}),
-)
-"""Slot, layer and options to try after a smaller micro-batch, cheapest first. Slowdown in torchtune's table for Llama-3.2-3B on an A100:
-chunked loss 0 %, 8-bit optimizer state 5 %, recomputed blocks 21 %; the order of the others is an estimate."""
-
-COMPILING = ("compile-blocks", "compile-model", "cuda-graph")
-"""Layers that reduce the activations kept for the backward."""
-
 
 @dataclass(frozen=True)
 class MemoryCheck:
@@ -118,7 +103,7 @@ def room(case: Case, change: Callable[[Budget], Budget] = lambda budget: budget)
     if have is None or spec.depth is None or spec.width is None or spec.sequence_length is None:
         return None
     # The compile slot is resolved later and reduces activations; whether it gets a compiling layer is not known yet.
-    compiles = case.on_gpu and "compile" not in case.chosen and case.wishes.get("compile") in COMPILING
+    compiles = case.on_gpu and "compile" not in case.chosen and case.compiles
     when = " before compilation" if compiles else ""
     if case.budget is not None:
         return Room(change(case.budget).peak, have, when)
@@ -177,29 +162,44 @@ def _kept_layers(choices: Choices, steps: list[tuple[Choice, str]], catalog: Map
     """Yield flags that keep the plan's memory-saving layers: with a smaller micro-batch the profile might drop them."""
     changed = {choice.slot for choice, _ in steps}
     if "microbatch" in changed:
-        for slot in dict.fromkeys(slot for slot, _, _ in CHANGES):
+        for slot in dict.fromkeys(layer.slot for layer in ranked(catalog)):
             name = choices[slot].layer
-            if slot not in changed and any((slot, name) == (one, other) for one, other, _ in CHANGES):
+            if slot not in changed and catalog[name].memory_rank is not None:
                 yield f"--layer.{slot.replace('_', '-')} {name}"
+
+
+def ranked(catalog: Mapping[str, Layer]) -> list[Layer]:
+    """Return the layers that save memory, cheapest first.
+
+    In tok/s of torchtune's Llama-3.2-3B on an A100, a chunked loss costs nothing, 8-bit state 5 %, recomputing blocks 21 %; the
+    order of the others is ours.
+    """
+    layers = (layer for layer in catalog.values() if layer.memory_rank is not None)
+    return sorted(layers, key=lambda layer: layer.memory_rank or 0)
 
 
 def _ladder(
     case: Case, choices: Choices, catalog: Mapping[str, Layer], taken: list[tuple[Choice, str]]
 ) -> Iterator[tuple[Choice, str]]:
-    """Yield changes, cheapest first; each later one is checked with the micro-batch in `taken`."""
-    sequences = case.forward_sequences
-    while sequences > 1 and "fixed" in catalog:
-        sequences //= 2
-        options = catalog["fixed"].read_options({"sequences": sequences}, "memory")
-        yield (
-            Choice("microbatch", "fixed", options, "memory"),
-            f"--layer.microbatch fixed --layer.microbatch.sequences {sequences}",
-        )
-    for slot, name, given in CHANGES:
-        if name not in catalog or choices[slot].layer == name:
+    """Yield the changes one at a time; each is checked with the micro-batch already `taken`."""
+    for layer in ranked(catalog):
+        flags = f"--layer.{layer.slot.replace('_', '-')} {layer.name}"
+        if layer.slot == "microbatch":
+            yield from _smaller(case, layer, flags)
             continue
-        options = catalog[name].read_options(given, "memory")
+        if choices[layer.slot].layer == layer.name:
+            continue
+        options = layer.read_options({}, "memory")
         micro_batch = next((choice.options for choice, _ in taken if choice.slot == "microbatch"), case.micro_batch)
-        reasons = catalog[name].rejections(replace(case, chosen=dict(choices), micro_batch=micro_batch), options)
+        reasons = layer.rejections(replace(case, chosen=dict(choices), micro_batch=micro_batch), options)
         if not any(reason.kind is Kind.UNSUPPORTED for reason in reasons):
-            yield Choice(slot, name, options, "memory"), f"--layer.{slot.replace('_', '-')} {name}"
+            yield Choice(layer.slot, layer.name, options, "memory", compute_dtype=layer.compute_dtype), flags
+
+
+def _smaller(case: Case, layer: Layer, flags: str) -> Iterator[tuple[Choice, str]]:
+    """Halve the micro-batch down to one sequence."""
+    sequences = case.forward_sequences
+    while sequences > 1:
+        sequences //= 2
+        options = layer.read_options({"sequences": sequences}, "memory")
+        yield Choice(layer.slot, layer.name, options, "memory"), f"{flags} --layer.microbatch.sequences {sequences}"

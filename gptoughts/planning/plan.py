@@ -40,11 +40,9 @@ class Plan:
 
     @property
     def gemm_dtype(self) -> str:
-        """Dtype of its matrix products, as named by `gptoughts bench gemm`. FP8 counts as bf16, as in MFU."""
-        precision, matmul = self.layers.get("precision", "fp32"), self.choice("matmul")
-        if precision != "fp32":
-            return precision if precision == "fp16" else "bf16"
-        return str(matmul.options["units"]) if matmul.layer == "tf32" else "fp32"
+        """Return the dtype of the matmuls, as `gptoughts bench gemm` names it. FP8 counts as bf16, as in MFU."""
+        matmul = self.choice("matmul")
+        return str(self.choice("precision").compute_dtype or matmul.compute_dtype or matmul.options.get("units", "fp32"))
 
     def digest(self) -> str:
         """Return a hash of what all ranks and a resumed run must share: layers, options, environment and world size."""

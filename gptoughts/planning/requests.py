@@ -93,7 +93,9 @@ def _not_in_slot(slot: str, layer: str, catalog: Catalog) -> str:
     known = [one.name for one in _of(slot, catalog)]
     if layer in known:
         return ""
-    elsewhere = f"; {layer} belongs to slot {catalog[layer].slot}" if layer in catalog else nearest(layer, known)
+    renamed = [one.name for one in _of(slot, catalog) if layer in one.former_names]
+    close = f" (did you mean {renamed[0]!r}?)" if renamed else nearest(layer, known)
+    elsewhere = f"; {layer} belongs to slot {catalog[layer].slot}" if layer in catalog else close
     return f"no layer {layer!r} in this slot{elsewhere}. Layers: {', '.join(known)}"
 
 

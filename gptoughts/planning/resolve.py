@@ -54,6 +54,7 @@ def resolve(
         environment=environment or {},
         micro_batch=requests["microbatch"][0].options,
         wishes={slot: rows[0].layer for slot, rows in requests.items()},
+        compiles=catalog[requests["compile"][0].layer].compiles,
     )
     _one_gpu_per_rank(case)
     ruled_out: dict[tuple[str, str], Reason] = {}
@@ -121,7 +122,8 @@ def _one_pass(
         request, reasons = (accepted or runnable)[0]
         before = checked[: checked.index((request, reasons))]
         over = tuple((other.layer, tuple(why)) for other, why in before)
-        found.choices[slot] = Choice(slot, request.layer, dict(request.options), request.origin, over, tuple(reasons))
+        dtype = catalog[request.layer].compute_dtype
+        found.choices[slot] = Choice(slot, request.layer, dict(request.options), request.origin, over, tuple(reasons), dtype)
         budget = catalog[request.layer].memory(here, request.options, budget) if budget else None
     return found
 

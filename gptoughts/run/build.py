@@ -1,4 +1,4 @@
-"""From a plan to an engine, in three moments: the process, the model's shape on meta, the real weights. Undo runs backwards."""
+"""Build the engine of a plan in three phases: process, model on meta, real weights. Layers are undone in reverse order."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from gptoughts.planning.resolve import Plan
 
 
 def seed_rngs(seed: int, rank: int, step: int) -> None:
-    """Seed torch's generators, which only dropout draws from: a pure function of the recipe's seed, the rank and the step."""
+    """Seed torch's generators, which only dropout uses, from the recipe's seed, the rank and the step."""
     digest = hashlib.sha256(f"{seed}:{rank}:{step}".encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
@@ -39,14 +39,14 @@ def build_engine(
     batches: Iterator[tuple[Any, Any]],
     source: Source,
 ) -> Iterator[Engine]:
-    """The engine of `plan`, ready to step. On leaving, every layer is undone in reverse order.
+    """Build the engine of `plan`; on exit, undo every layer in reverse order. Exceptions in the block reach the layers.
 
-    Raises LayerError naming the layer that could not be applied, RunError where `source` does not fit the model.
+    Raises LayerError for a layer that could not be applied, RunError if `source` does not match the model.
     """
     engine = Engine(model, family, objective, recipe, ranks, ranks.device, batches=batches)
     with ExitStack() as stack:
-        if recipe.model.family == "hf":  # dense models come back as they are
-            # Under an adapter the base stays as it is, its routing bias with it: an adapter's folder could not hold a moved one.
+        if recipe.model.family == "hf":  # does nothing for dense models
+            # With an adapter the routing bias is frozen like the base: an adapter folder cannot store it.
             fixed = {"bias_rate": 0.0} if recipe.adapter.kind != "none" else {}
             engine.objective, undo = balanced(engine, objective, recipe.experts.model_copy(update=fixed))
             stack.callback(undo)
@@ -61,12 +61,10 @@ def build_engine(
 
 
 def _enter(stack: ExitStack, layer: Layer, engine: Engine, options: Mapping[str, Any]) -> None:
-    applied = layer.apply(engine, options)
+    """Apply `layer` for the lifetime of `stack`. Raises LayerError if it cannot be applied."""
     try:
-        applied.__enter__()
+        stack.enter_context(layer.apply(engine, options))
     except GptoughtsError:
         raise
     except Exception as error:
-        raise LayerError(f"{layer.slot}={layer.name} could not be applied: {type(error).__name__}: {error}") from error
-    # Left as if nothing had happened inside, so that what stands below a layer's yield runs after an error, too.
-    stack.callback(applied.__exit__, None, None, None)
+        raise LayerError(f"{layer.slot}={layer.name}: could not be applied: {type(error).__name__}: {error}") from error

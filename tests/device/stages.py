@@ -82,9 +82,9 @@ def installed(layer: str) -> bool:
 
 
 def fitting(*sequences: int) -> Iterator[tuple[str, dict[str, str]]]:
-    """Layers for the micro-batch: what `fit` finds where it is there, and fixed ones; the best of them counts."""
-    if "fit" in CATALOG:
-        yield "fit", {"microbatch": "fit"}
+    """Layers for the micro-batch: the size that `auto` finds, and fixed ones; the best of them counts."""
+    if "auto" in CATALOG:
+        yield "auto", {"microbatch": "auto"}
     for count in sequences:
         yield str(count), {"microbatch": "fixed", "microbatch.sequences": str(count)}
 

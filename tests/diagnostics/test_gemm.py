@@ -15,6 +15,7 @@ from gptoughts.diagnostics.bench.gemm import Effort, bench_gemm, ceilings_of, ef
 from gptoughts.errors import ConfigError
 from gptoughts.hardware.machine import Machine, World, probe, read
 from gptoughts.hardware.measured_peaks import Ceilings, cache_file, ceilings_for, datasheet, keep_ceilings, key, reached
+from gptoughts.layers import CATALOG
 from tests.support.engines import plan_of, recipe_of
 
 MACHINES = Path(__file__).parents[1] / "machines"
@@ -141,7 +142,10 @@ def test_a_cache_that_cannot_be_written_is_told(tmp_path: Path, monkeypatch: pyt
 def test_the_ceiling_of_a_plan_is_that_of_its_products(here: Machine) -> None:
     def with_layers(**named: str) -> str:
         plan = plan_of(recipe_of("modern"))
-        changed = (replace(plan.choice(slot), layer=layer, options={"units": "bf16"}) for slot, layer in named.items())
+        changed = (
+            replace(plan.choice(slot), layer=layer, options={"units": "bf16"}, compute_dtype=CATALOG[layer].compute_dtype)
+            for slot, layer in named.items()
+        )
         kept = tuple(choice for choice in plan.choices if choice.slot not in named)
         order = {choice.slot: place for place, choice in enumerate(plan.choices)}
         return replace(plan, choices=tuple(sorted((*kept, *changed), key=lambda choice: order[choice.slot]))).gemm_dtype

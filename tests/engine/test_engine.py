@@ -128,7 +128,7 @@ def test_a_layer_that_cannot_be_applied_is_named(monkeypatch: pytest.MonkeyPatch
     recipe = recipe_of("modern")
     plan = plan_of(recipe)
     monkeypatch.setitem(CATALOG, "ieee", layer)
-    with pytest.raises(LayerError, match=r"matmul=tf32 could not be applied: OSError: libbroken.so"), engine_of(recipe, plan):
+    with pytest.raises(LayerError, match=r"matmul=tf32: could not be applied: OSError: libbroken.so"), engine_of(recipe, plan):
         pass
 
 

@@ -320,9 +320,7 @@ def test_a_backend_is_held_proven_and_let_go() -> None:
         proof = CATALOG["sdpa"].verify(engine, trace, backend(engine, "flash"))
         assert proof.status is Status.ACTIVE and proof.text == "3 flash in 3 block forwards"
         asked = CATALOG["sdpa"].verify(engine, trace, backend(engine, "cudnn"))
-        assert (
-            asked.status is Status.INACTIVE and asked.text == "cudnn was asked for, and torch ran 3 flash in 3 block forwards"
-        )
+        assert asked.status is Status.INACTIVE and asked.text == "requested cudnn, torch ran 3 flash in 3 block forwards"
     assert not engine._contexts["forward_context"]
 
 
@@ -345,7 +343,7 @@ def test_a_backend_that_cannot_run_here_is_refused_and_told(name: str) -> None:
     with (
         engine_of(recipe, plan_of(recipe)) as engine,
         CATALOG["sdpa"].apply(engine, backend(engine, name)),
-        pytest.raises(LayerError, match=f"torch's {name} attention takes no inputs of this dtype, width or mask"),
+        pytest.raises(LayerError, match=f"torch's {name} attention does not support this dtype, head width or mask"),
     ):
         steps(engine, 1)
 
@@ -393,16 +391,16 @@ FA = {"flash-attn": "2.8.3", "flash-attn-3": "3.0.0", "flash-attn-4": "4.0.0b36"
         ("flex", "t4", FA, "modern", TEXT, "needs compute capability 8.0, found 7.5"),
         ("varlen", "t4", {}, "modern", CHAT, "needs compute capability 8.0, found 7.5"),
         ("varlen", "cpu", {}, "modern", CHAT, "needs an NVIDIA GPU, found none"),
-        ("varlen", "h100", {}, "bert", TEXT, "hides padding with masks"),
+        ("varlen", "h100", {}, "bert", TEXT, "masks padding"),
         ("varlen", "h100", {}, "modern", CHAT, ""),
         ("fa2", "rtx3090", {}, "modern", CHAT, "needs the package flash-attn, not installed (pip install 'gptoughts[flash]')"),
         ("fa2", "t4", FA, "modern", CHAT, "needs compute capability 8.0"),
-        ("fa2", "h100", FA, "bert", TEXT, "which FlashAttention's functions do not take"),
+        ("fa2", "h100", FA, "bert", TEXT, "which FlashAttention does not support"),
         ("fa2", "rtx3090", FA, "modern", CHAT, ""),
         ("fa3", "h100", {}, "modern", TEXT, "needs one of the packages flash-attn-3, tokenspeed-fa3, none is installed"),
         ("fa3", "h100", {"tokenspeed-fa3": "3.0.0.post20260810"}, "modern", TEXT, "is built without the backward, for serving"),
         ("fa3", "h100", FA, "modern", TEXT, ""),
-        ("fa3", "b200x8", FA, "modern", TEXT, "written for compute capability 9.x, found 10.0"),
+        ("fa3", "b200x8", FA, "modern", TEXT, "needs compute capability 9.x, found 10.0"),
         ("fa3", "a100x8-80gb", FA, "modern", TEXT, "needs compute capability 9.0, found 8.0"),
         ("fa4", "h100", {}, "modern", TEXT, "needs the package flash-attn-4"),
         ("fa4", "b200x8", FA, "modern", TEXT, ""),
@@ -442,7 +440,7 @@ def test_wide_heads_are_refused_by_flash_attention() -> None:
     assert "heads of at most 256" in reasons("varlen", "h100", **wide)
     assert "needs heads of at most 256 and a multiple of 8, the model has 320" in reasons("fa2", "h100", FA, **wide)
     middle = {"model": {"depth": 1, "width": 320, "heads": 2, "vocab_size": ROWS}}
-    assert "its Blackwell kernels have heads of at most 128" in reasons("fa4", "b200x8", FA, **middle)
+    assert "its Blackwell kernels take heads of at most 128" in reasons("fa4", "b200x8", FA, **middle)
     assert not reasons("fa4", "h100", FA, **middle)
 
 
@@ -623,7 +621,7 @@ def test_every_implementation_is_told_by_its_kernels_and_by_no_other(kind: str) 
 def test_a_dense_mask_that_sends_flash_elsewhere_is_seen() -> None:
     proof = verdict("sdpa", seen("efficient", "efficient"), backend="flash")
     assert proof.status is Status.INACTIVE
-    assert proof.text == "flash was asked for, and torch ran 2 efficient in 2 block forwards; kernels: 2 efficient"
+    assert proof.text == "requested flash, torch ran 2 efficient in 2 block forwards; kernels: 2 efficient"
     free = verdict("sdpa", seen("flash", "efficient"))
     assert (
         free.status is Status.ACTIVE and free.text == "1 efficient, 1 flash in 2 block forwards; kernels: 1 efficient, 1 flash"

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,7 +20,7 @@ from gptoughts.hardware.machine import World, probe
 from gptoughts.layers import CATALOG
 from gptoughts.models.family import custom_family
 from gptoughts.models.sources import meta_model
-from gptoughts.planning.layer import Case, Kind, Layer, Status
+from gptoughts.planning.layer import Case, Kind, Layer, Status, active
 from tests.support.engines import (
     FAMILIES_UNDER_TEST,
     NEEDS_INDUCTOR,
@@ -69,19 +71,19 @@ def refusals(layer: Layer, family: str) -> list[str]:
 def applicable() -> list[Any]:
     rows = [(layer, family) for layer in OPTIMISATIONS for family in FAMILIES_UNDER_TEST if layer.name not in TWO_RANKS]
     return [
-        pytest.param(layer, family, id=f"{layer.name}-{family}", marks=call_counts(layer.name))
+        pytest.param(layer, family, id=f"{layer.name}-{family}", marks=pytest_marks(layer.name))
         for layer, family in rows
         if not refusals(layer, family)
     ]
 
 
-def call_counts(name: str) -> list[pytest.MarkDecorator]:
+def pytest_marks(name: str) -> list[pytest.MarkDecorator]:
     return [NEEDS_INDUCTOR] if name in ("compile-blocks", "compile-model") else []
 
 
-def named(name: str) -> Any:
-    """The name of a layer as a parameter, skipped where the layer cannot work."""
-    return pytest.param(name, marks=call_counts(name))
+def named(name: str, value: Any = None) -> Any:
+    """The name of a layer, or another value about it, as a parameter, skipped where the layer cannot work."""
+    return pytest.param(name if value is None else value, id=name, marks=pytest_marks(name))
 
 
 def test_every_slot_has_a_baseline_and_names_are_unique_keys() -> None:
@@ -203,6 +205,54 @@ def test_applied_steps_proves_itself_and_is_undone(layer: Layer, family: str) ->
         "materialize": engine._materialize,
     }
     assert engine._hooks == default
+
+
+class _Stop(Exception):
+    """An error of the training loop."""
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [named(layer.name, layer) for layer in OPTIMISATIONS if layer.name not in TWO_RANKS and not refusals(layer, "modern")],
+)
+@pytest.mark.parametrize("after_steps", [False, True], ids=["at once", "after a step"])
+def test_it_is_undone_after_an_error(layer: Layer, after_steps: bool) -> None:
+    recipe = recipe_for(layer, "modern")
+    before = pristine("modern")
+    torch._dynamo.reset()
+    with pytest.raises(_Stop), engine_of(recipe, plan_of(recipe, demanded(layer))) as engine:
+        if after_steps and layer.slot != "compile":  # a step of compiled layers takes long, and is undone in the test above
+            steps(engine, 1)
+        raise _Stop
+    assert fingerprint(engine) == before
+
+
+def test_a_layer_sees_the_error_and_only_its_finally_runs() -> None:
+    """Layers are entered as contexts, so that `except`, `finally` and code after the yield mean what they say."""
+    seen: list[object] = []
+
+    @contextmanager
+    def apply(engine: Any, options: Any) -> Iterator[None]:
+        try:
+            yield
+            seen.append("code after the yield")
+        except BaseException as error:
+            seen.append(type(error))
+            raise
+        finally:
+            seen.append("finally")
+
+    catalog = {
+        **CATALOG,
+        "threads": replace(CATALOG["threads"], apply=apply, environment=lambda *_: {}, verify=lambda *_: active("")),
+    }
+    recipe = recipe_of("modern")
+    for error in (_Stop, KeyboardInterrupt):
+        with pytest.raises(error), engine_of(recipe, plan_of(recipe, {"host": "threads"}), catalog=catalog):
+            raise error
+    with engine_of(recipe, plan_of(recipe, {"host": "threads"}), catalog=catalog):
+        pass
+    assert seen == [_Stop, "finally", KeyboardInterrupt, "finally", "code after the yield", "finally"]
 
 
 def without_block(layer: str, engine: Any) -> None:

@@ -45,7 +45,7 @@ def quantized(engine: Any) -> list[str]:
         ("modern", 12, "nothing else in the blocks"),
         ("llada", 12, "nothing else in the blocks"),
         ("llama", 21, "nothing else in the blocks"),
-        ("deepseek", 15, "9 of odd widths, 4 experts, 2 routers"),
+        ("deepseek", 15, "9 with unsupported widths, 4 experts, 2 routers"),
         ("bert", 18, "nothing else in the blocks"),
     ],
 )
@@ -192,7 +192,7 @@ KERNEL = "nvjet_sm90_qqtst_128x128_128x6_1x2_h_bz_ovscale_TNT"
     ("operator", "kernels", "regions", "status", "words"),
     [
         (GOOD, {KERNEL: 36}, 3, Status.ACTIVE, "by 36 FP8 kernels"),
-        (GOOD, {KERNEL: 36}, 0, Status.ACTIVE, "not compiled, where FP8 ran at 0.23"),
+        (GOOD, {KERNEL: 36}, 0, Status.ACTIVE, "uncompiled FP8 ran at 0.23"),
         (
             {**GOOD, (E5M2, E4M3): 23},
             {KERNEL: 36},
@@ -304,7 +304,7 @@ MANY = {"steps": 1, "global_batch": 256}
         ("h100", {"model": {"width": 776, "heads": 4}}, "tensorwise", Kind.UNSUPPORTED, "divisible by 16, the model has 776"),
         ("rtx3090", {"model": WIDE, "train": MANY}, "tensorwise", Kind.UNSUPPORTED, "needs compute capability 8.9, found 8.6"),
         ("t4", {"model": WIDE}, "tensorwise", Kind.UNSUPPORTED, "needs compute capability 8.9, found 7.5"),
-        ("cpu", {}, "tensorwise", Kind.SLOWER, "products are emulated here"),
+        ("cpu", {}, "tensorwise", Kind.SLOWER, "matmuls are emulated"),
         (
             "h100",
             {"model": {"family": "hf", "config": config_folder("gpt2")}},

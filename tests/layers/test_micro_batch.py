@@ -7,10 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from gptoughts.errors import PlanError, RunError
+from gptoughts.config.model_spec import spec_for
+from gptoughts.errors import ConfigError, PlanError, RunError
+from gptoughts.hardware.machine import World, probe
 from gptoughts.layers import CATALOG
-from gptoughts.layers.microbatch_fit import divisors
+from gptoughts.layers.microbatch_auto import divisors
 from gptoughts.layers.support.micro_batch_search import Trial, _largest
+from gptoughts.planning.profile import LayerRequest, Match, Profile
+from gptoughts.planning.resolve import resolve
 from gptoughts.run import evidence
 from tests.support import engines
 from tests.support.engines import engine_of, plan_of, random_batches, recipe_of, steps, watched
@@ -41,7 +45,7 @@ def test_the_training_is_that_of_the_same_size_by_hand(family: str, more: dict[s
     recipe = recipe_of(family)
     if family == "modern":
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"dropout": 0.2})})
-    size, losses, weights = trained(recipe, {**more, "microbatch": "fit"})
+    size, losses, weights = trained(recipe, {**more, "microbatch": "auto"})
     by_hand = trained(recipe, {**more, "microbatch": "fixed", "microbatch.sequences": size})
     assert by_hand[0] == size and losses == by_hand[1]
     assert all(torch.equal(one, other) for one, other in zip(weights, by_hand[2], strict=True))
@@ -58,7 +62,7 @@ def test_the_training_is_that_of_the_same_size_by_hand(family: str, more: dict[s
 )
 def test_layers_that_count_themselves_still_do(more: dict[str, Any]) -> None:
     recipe = recipe_of("modern")
-    plan = plan_of(recipe, {**more, "attention": "sdpa", "microbatch": "fit"})
+    plan = plan_of(recipe, {**more, "attention": "sdpa", "microbatch": "auto"})
     with engine_of(recipe, plan) as engine:
         seen = evidence.judge(engine, plan, CATALOG, watched(engine))
     assert not evidence.failures(seen), [line.evidence.text for line in evidence.failures(seen)]
@@ -69,9 +73,12 @@ def test_no_room_for_the_optimizers_state_is_one_message(monkeypatch: pytest.Mon
         torch.empty(2**46)
 
     recipe = recipe_of("modern")
-    plan = plan_of(recipe, {"microbatch": "fit"})
+    plan = plan_of(recipe, {"microbatch": "auto"})
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
-    with pytest.raises(RunError, match="microbatch=fit: one forward of 1 sequences"), engine_of(recipe, plan):
+    with (
+        pytest.raises(RunError, match="microbatch=auto: a step with 1 sequences per forward ran out of memory"),
+        engine_of(recipe, plan),
+    ):
         pass
 
 
@@ -84,18 +91,18 @@ def test_it_stays_within_the_memory_that_it_is_given(monkeypatch: pytest.MonkeyP
         with engine_of(recipe, plan_of(recipe, {"microbatch": "fixed", "microbatch.sequences": size})) as engine:
             held[size] = watched(engine).peak_bytes
     limit = (held[2] + held[16]) // 2
-    layers = {"microbatch": "fit", "microbatch.memory_gib": limit / 2**30}
+    layers = {"microbatch": "auto", "microbatch.memory_gib": limit / 2**30}
     with engine_of(recipe, plan_of(recipe, layers)) as engine:
         assert engine.micro_batch is not None and engine.micro_batch < 16
         trace = watched(engine)
-        proof = CATALOG["fit"].verify(engine, trace, {"sequences": None, "memory_gib": None})
+        proof = CATALOG["auto"].verify(engine, trace, {"sequences": None, "memory_gib": None})
     assert trace.peak_bytes <= limit * 1.02 and str(proof.status) == "active", proof.text
 
 
 def test_too_little_memory_for_one_sequence_is_one_message() -> None:
     recipe = recipe_of("modern")
-    plan = plan_of(recipe, {"microbatch": "fit", "microbatch.memory_gib": 1e-6})
-    told = r"microbatch=fit: one forward of 1 sequences holds [0-9]+ MiB, there are 1 KiB\n  try: gptoughts plan"
+    plan = plan_of(recipe, {"microbatch": "auto", "microbatch.memory_gib": 1e-6})
+    told = r"microbatch=auto: a step with 1 sequences per forward takes [0-9]+ MiB, available 1 KiB.\n  Try: gptoughts plan"
     with pytest.raises(RunError, match=told), engine_of(recipe, plan):
         pass
 
@@ -103,8 +110,19 @@ def test_too_little_memory_for_one_sequence_is_one_message() -> None:
 def test_a_backward_that_updates_cannot_be_tried() -> None:
     recipe = recipe_of("modern")
     recipe = recipe.model_copy(update={"optim": recipe.optim.model_copy(update={"clip_norm": 0.0})})
-    with pytest.raises(PlanError, match="in-backward and fit clash"):
-        plan_of(recipe, {"microbatch": "fit", "update": "in-backward"})
+    with pytest.raises(PlanError, match="in-backward and auto clash"):
+        plan_of(recipe, {"microbatch": "auto", "update": "in-backward"})
+
+
+def test_the_former_name_is_an_error_that_names_the_new_one() -> None:
+    recipe = recipe_of("modern")
+    with pytest.raises(ConfigError, match=r"--layer.microbatch: no layer 'fit' for this slot \(did you mean 'auto'\?\)"):
+        plan_of(recipe, {"microbatch": "fit"})
+    profile = Profile("mine", "", False, Match(), {"microbatch": (LayerRequest("fit", {}, "mine.toml"),)}, "mine.toml")
+    with pytest.raises(
+        ConfigError, match=r"mine.toml: slots.microbatch: no layer 'fit' for this slot \(did you mean 'auto'\?\)"
+    ):
+        resolve(profile, probe(), spec_for(recipe), recipe, World(), CATALOG)
 
 
 def test_sizes_cut_the_share_evenly() -> None:

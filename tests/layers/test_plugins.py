@@ -49,11 +49,11 @@ def test_a_plugin_adds_to_a_copy(tmp_path: Path) -> None:
     ("text", "words"),
     [
         ("x = 1", "defines none of LAYERS, FAMILIES, OBJECTIVES"),
-        ("LAYERS = 3", "LAYERS is a list of gptoughts.planning.layer.Layer, here 3"),
-        ("LAYERS = ['sdpa']", "LAYERS is a list of gptoughts.planning.layer.Layer"),
-        ("FAMILIES = ['gpt']", "FAMILIES is a dict of names"),
-        (LAYER.replace('"probe"', '"sdpa"'), "'sdpa' is there already; take another name"),
-        (LAYER + "LAYERS = LAYERS * 2", "two of its layers share a name"),
+        ("LAYERS = 3", "LAYERS: must be a list of gptoughts.planning.layer.Layer. Found 3"),
+        ("LAYERS = ['sdpa']", "LAYERS: must be a list of gptoughts.planning.layer.Layer"),
+        ("FAMILIES = ['gpt']", "FAMILIES: must be a dict of names"),
+        (LAYER.replace('"probe"', '"sdpa"'), "'sdpa' exists already; choose another name"),
+        (LAYER + "LAYERS = LAYERS * 2", "LAYERS: two layers share a name"),
         (LAYER.replace('"offload"', '"offlaod"'), "no slot 'offlaod' (did you mean 'offload'?)"),
         ("\n\n1 / 0", "ZeroDivisionError in line 3"),
         ("def (", "SyntaxError"),
@@ -72,5 +72,5 @@ def test_all_plugins_are_told_at_once(tmp_path: Path) -> None:
     good = written(tmp_path, LAYER)
     with pytest.raises(ConfigError) as caught:
         extensions([*files, good, good])
-    for words in ("none.py: no such file", "text.txt: not a Python file", "x.py: NameError", "'probe' is there already"):
+    for words in ("none.py: no such file", "text.txt: not a Python file", "x.py: NameError", "'probe' exists already"):
         assert words in str(caught.value)

@@ -230,7 +230,7 @@ def test_two_demands_that_clash_are_an_error_without_both() -> None:
 def test_scales_from_a_history_and_recomputation_are_refused_before_the_run(again: str) -> None:
     flags = {"precision": "fp8-te", "recompute": again, "loss": "full-ce"}
     assert planned("h100", recipe=WIDE, flags=flags).layers["recompute"] == again
-    with pytest.raises(PlanError, match="scales from a history have moved") as caught:
+    with pytest.raises(PlanError, match="delayed FP8 scales change") as caught:
         planned("h100", recipe=WIDE, flags={**flags, "precision.scaling": "delayed"})
     assert "--layer.precision.scaling current" in str(caught.value)
 

@@ -188,7 +188,7 @@ def test_evidence_is_written_before_an_inactive_layer_stops_the_run(tmp_path: Pa
     given = [{"x": torch.zeros(8, 6), "y": torch.zeros(8, 1)}]
     for parameter in frozen.parameters():
         nn.init.zeros_(parameter)
-    with pytest.raises(LayerError, match="optimizer=plain: no weight moved"):
+    with pytest.raises(LayerError, match="optimizer=plain: no weight changed"):
         layers = {**FP32, "optimizer": "plain"}
         gptoughts.fit(frozen, squared, given, steps=3, optim={"weight_decay": 0.0}, layers=layers, run_dir=str(tmp_path / "r"))
     lines = json.loads((tmp_path / "r" / "evidence.json").read_text())["layers"]

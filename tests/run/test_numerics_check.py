@@ -78,8 +78,10 @@ def with_broken_attention(factor: float) -> dict[str, Layer]:
                 )
 
             undo = engine.family.set_attention(engine.bare, attend)
-            yield
-            undo()
+            try:
+                yield
+            finally:
+                undo()
 
     return {**CATALOG, "sdpa": replace(sound, apply=apply)}
 
@@ -89,7 +91,8 @@ def test_a_kernel_that_is_wrong_here_stops_the_run(factor: float) -> None:
     found = compared("modern", {"attention": "sdpa"}, with_broken_attention(factor))
     with pytest.raises(
         LayerError,
-        match=r"other numbers than the baseline's(.|\n)*attention=sdpa: loss (.|\n)*try: --layer.attention math, or --numerics off",
+        match=r"Numerics check failed: these layers differ from the fp32 eager baseline beyond tolerance\n"
+        r"  attention=sdpa: loss (.|\n)*Try: --layer.attention math, or --numerics off",
     ):
         found.demand()
 
@@ -98,7 +101,7 @@ def test_what_there_is_no_time_for_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(numerics, "SECONDS", 0.0)
     found = compared("modern", {"attention": "sdpa", "precision": "bf16"})
     assert found.compared == () and found.left_out == ("attention=sdpa", "precision=bf16")
-    assert "left out for time: attention=sdpa, precision=bf16" in "\n".join(found.lines())
+    assert "skipped for time: attention=sdpa, precision=bf16" in "\n".join(found.lines())
 
 
 @pytest.mark.parametrize("family", ["modern", "llama", "deepseek", "bert"])

@@ -20,8 +20,10 @@ def _climbing(engine: Engine, options: Options) -> Iterator[None]:
         return norm
 
     undo = engine.wrap("clip", turned)
-    yield
-    undo()
+    try:
+        yield
+    finally:
+        undo()
 
 
 @contextmanager
@@ -33,8 +35,10 @@ def _broken(engine: Engine, options: Options) -> Iterator[None]:
         return norm
 
     undo = engine.wrap("clip", spoilt)
-    yield
-    undo()
+    try:
+        yield
+    finally:
+        undo()
 
 
 def _says_no(engine: Engine, trace: StepTrace, options: Options) -> Evidence:

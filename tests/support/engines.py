@@ -26,7 +26,7 @@ from gptoughts.hardware.machine import Machine, World, probe
 from gptoughts.layers import CATALOG
 from gptoughts.models.family import FAMILIES, Family
 from gptoughts.models.sources import Initialization, meta_model
-from gptoughts.planning.layer import StepTrace
+from gptoughts.planning.layer import Layer, StepTrace
 from gptoughts.planning.profile import Match, Profile
 from gptoughts.planning.resolve import Plan, resolve
 from gptoughts.run import step_trace
@@ -146,14 +146,20 @@ def _random_text(recipe: Recipe, ragged: bool, seed: int) -> Iterator[tuple[dict
 
 
 @contextmanager
-def engine_of(recipe: Recipe, plan: Plan, batches: Iterator[Any] | None = None, ranks: Ranks | None = None) -> Iterator[Engine]:
+def engine_of(
+    recipe: Recipe,
+    plan: Plan,
+    batches: Iterator[Any] | None = None,
+    ranks: Ranks | None = None,
+    catalog: Mapping[str, Layer] = CATALOG,
+) -> Iterator[Engine]:
     """The engine of `plan` on this CPU."""
     family = family_for(recipe)
     model = meta_model(recipe, family, ROWS)
     source = Initialization(family, recipe.model, recipe.seed)
     here = ranks or Ranks(World(), torch.device("cpu"))
     stream = batches or random_batches(recipe)
-    with build_engine(model, family, objective_for(recipe), recipe, plan, CATALOG, here, stream, source) as engine:
+    with build_engine(model, family, objective_for(recipe), recipe, plan, catalog, here, stream, source) as engine:
         yield engine
 
 

@@ -85,11 +85,13 @@ def attached(engine: Engine, implementation: Implementation) -> Iterator[None]:
     engine.optimizer = made
     averages = hasattr(made, "eval")
     undo = engine.wrap_context("eval_context", lambda: averaged(made)) if averages else None
-    yield
-    if undo is not None:
-        made.eval()  # type: ignore[attr-defined]
-        undo()
-    engine.optimizer = before
+    try:
+        yield
+    finally:
+        if undo is not None:
+            made.eval()  # type: ignore[attr-defined]
+            undo()
+        engine.optimizer = before
 
 
 def known_updates(recipe: Recipe) -> int | None:

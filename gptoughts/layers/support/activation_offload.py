@@ -1,7 +1,7 @@
-"""Tensors that autograd saves for the backward, kept in host memory meanwhile.
+"""Keep tensors that autograd saves for the backward in host memory.
 
-On a GPU a side stream copies them into pinned memory while the forward goes on, and fetches them again, a few ahead of the backward, which
-takes them in the opposite order. On a CPU they are copied, too, so that everything but the streams can be tested there.
+On a GPU a side stream copies them to pinned memory during the forward and prefetches them in the backward, which needs them in reverse
+order. On a CPU they are copied as well, so that everything but the streams can be tested.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ WEIGHT_FORMS = (
     "UnsafeViewBackward",
     "AliasBackward",
 )
-"""Steps from a weight to what a product saves of it: autocast's copy, turned round or flattened."""
+"""Operators between a weight and the tensor that a matmul saves of it: autocast's cast, transposed or flattened."""
 MOST_STEPS = 5
 
 
 @dataclass
 class Away:
-    """One tensor in host memory, with what it takes to have it again as it was."""
+    """One tensor in host memory, with the layout to restore it."""
 
     host: Tensor
     device: torch.device
@@ -39,17 +39,17 @@ class Away:
     stride: tuple[int, ...]
     place: int
     there: torch.cuda.Event | None = None
-    """When the copy to the host is complete."""
+    """Recorded after the copy to the host."""
     fetched: tuple[Tensor, torch.cuda.Event] | None = None
 
 
 @dataclass
 class HostActivations:
-    """Gives a context for every forward: inside it, what autograd saves of at least `least_bytes` goes to the host.
+    """Contexts for forwards, inside which saved tensors of at least `least_bytes` are offloaded.
 
-    ahead   tensors to fetch before the backward asks for them
-    marks   counts what went out, what came back, and forwards of which at least `blocks` tensors went out; remembers the largest
-            tensor that stayed because of its size alone
+    ahead         tensors to prefetch in the backward
+    call_counts   counts offloaded and restored tensors, and forwards with at least `blocks` offloaded tensors; records the largest
+                  tensor that was not offloaded because of its size alone
     """
 
     model: nn.Module
@@ -60,12 +60,12 @@ class HostActivations:
     _streams: tuple[Any, Any] | None = None
 
     def context(self) -> AbstractContextManager[None]:
-        """Around one forward."""
+        """Return the context for one forward."""
         weights = {tensor.untyped_storage().data_ptr() for tensor in (*self.model.parameters(), *self.model.buffers())}
         return _Forward(self, weights)
 
     def streams(self, device: torch.device) -> tuple[Any, Any]:
-        """One out and one back, so that neither waits for the other."""
+        """Return a stream per direction, so that neither waits for the other."""
         if self._streams is None:
             self._streams = (torch.cuda.Stream(device), torch.cuda.Stream(device))
         return self._streams
@@ -73,7 +73,7 @@ class HostActivations:
 
 @dataclass
 class _Forward(AbstractContextManager[None]):
-    """The saved tensors of one forward; it lives as long as its graph."""
+    """Saved tensors of one forward; lives as long as its autograd graph."""
 
     owner: HostActivations
     weights: set[int]
@@ -86,12 +86,12 @@ class _Forward(AbstractContextManager[None]):
 
     def __exit__(self, *error: object) -> None:
         self._hooks.__exit__(*error)
-        del self._hooks  # they hold this, which holds them: a cycle that only the collector would end
+        del self._hooks  # avoids a reference cycle, which only garbage collection would free
         self.owner.call_counts[FORWARDS] += self.count >= max(1, self.owner.blocks)
 
     def pack(self, tensor: Tensor) -> Tensor | Away:
-        """Called by autograd with what it saves."""
-        if not self._is_worth_it(tensor):
+        """Offload a tensor. Called by autograd for every saved tensor."""
+        if not self._is_large(tensor):
             return tensor
         away = Away(_room(tensor), tensor.device, tensor.size(), tensor.stride(), self.count)
         if tensor.is_cuda:
@@ -100,7 +100,7 @@ class _Forward(AbstractContextManager[None]):
             with torch.cuda.stream(out), torch.no_grad():
                 away.host.copy_(tensor.detach(), non_blocking=True)
                 away.there = out.record_event()
-            tensor.record_stream(out)  # its memory is free again once the copy is done, not before
+            tensor.record_stream(out)  # keeps its memory until the copy is done
         else:
             away.host.copy_(tensor.detach())
         self.away[self.count] = away
@@ -109,7 +109,7 @@ class _Forward(AbstractContextManager[None]):
         return away
 
     def unpack(self, held: Tensor | Away) -> Tensor:
-        """Called by autograd when the backward needs it."""
+        """Restore a tensor. Called by autograd in the backward."""
         if isinstance(held, Tensor):
             return held
         self.owner.call_counts[BACK] += 1
@@ -136,8 +136,8 @@ class _Forward(AbstractContextManager[None]):
             whole.copy_(held.host, non_blocking=True)
             return whole, back.record_event()
 
-    def _is_worth_it(self, tensor: Tensor) -> bool:
-        """Large, dense in its own way, and no weight: neither a parameter, nor a view or a cast of one."""
+    def _is_large(self, tensor: Tensor) -> bool:
+        """Return whether a tensor is large, non-overlapping, and neither a parameter nor a view or cast of one."""
         small, call_counts = tensor.nbytes < self.owner.least_bytes, self.owner.call_counts
         if small and tensor.nbytes <= call_counts[LARGEST]:
             return False
@@ -151,12 +151,12 @@ class _Forward(AbstractContextManager[None]):
         if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided:
             return False
         if any(stride == 0 and size > 1 for size, stride in zip(tensor.size(), tensor.stride(), strict=True)):
-            return False  # an expanded tensor is smaller where it is
+            return False  # an expanded tensor takes less memory on the device
         return tensor.untyped_storage().data_ptr() not in self.weights and not _comes_from_a_weight(tensor)
 
 
 def _room(tensor: Tensor) -> Tensor:
-    """Host memory with the tensor's strides: kernels choose by strides, and the backward is to be bit for bit the same."""
+    """Allocate host memory with the tensor's strides: kernels depend on strides, and gradients must be bit-identical."""
     return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, pin_memory=tensor.is_cuda)
 
 

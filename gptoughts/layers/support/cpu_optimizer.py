@@ -1,4 +1,4 @@
-"""AdamW whose moments live in host memory and whose update runs there: gradients go down, weights come back."""
+"""AdamW with moments and update in host memory: gradients are copied to the host, weights back."""
 
 from __future__ import annotations
 
@@ -17,25 +17,24 @@ MARK = "state-on-cpu"
 
 
 class OnHost(torch.optim.Optimizer):
-    """Stands for `inner`, an AdamW over the device's parameters that has not stepped yet, and lets it update copies in host memory.
+    """Wrapper of `inner`, a fresh AdamW over device parameters, that lets it update copies in host memory.
 
-    Each parameter has a float32 copy and, while it waits to be used, a gradient there; both are pinned where the device is a GPU. All gradients
-    are sent on their way before the first is waited for, so the host updates one while the next ones travel. A weight that somebody
-    else wrote since the last update is read again.
+    Each parameter has a float32 copy and a gradient buffer there, both pinned if the device is a GPU. All gradient copies are issued before
+    the first is waited for, so updates overlap with copies. A weight written elsewhere since the last update is copied again.
     """
 
     made_by = "AdamW"
-    """What is kept is AdamW's own state, under its own names."""
+    """The state is AdamW's own, under its own names."""
 
     def __init__(self, inner: torch.optim.Optimizer, call_counts: Counter[str]) -> None:
         self.inner, self.call_counts = inner, call_counts
         self._copies: dict[int, _Copy] = {}
         super().__init__(inner.param_groups, inner.defaults)
-        inner.param_groups = self.param_groups  # one list of settings: whoever changes a rate changes both
+        inner.param_groups = self.param_groups  # shared, so that a changed learning rate reaches both
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """One update of every parameter that has a gradient."""
+        """Update every parameter that has a gradient."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -55,20 +54,22 @@ class OnHost(torch.optim.Optimizer):
         return loss
 
     def stored(self, parameter: Tensor) -> dict[str, Any]:
-        """The state as it is."""
+        """Return the state of `parameter`."""
         return dict(self.state[parameter])
 
     def take(self, parameter: Tensor, values: Mapping[str, Any]) -> None:
-        """State as `stored`, or AdamW on the device, gave it."""
+        """Load the state of `parameter`, from `stored` or from AdamW on the device. Raises CheckpointError for a wrong shape."""
         wrong = [key for key in ("exp_avg", "exp_avg_sq") if key not in values or values[key].shape != parameter.shape]
         if wrong:
-            raise CheckpointError(f"the optimizer's {', '.join(wrong)} do not fit a weight of shape {tuple(parameter.shape)}")
+            raise CheckpointError(
+                f"optimizer state: {', '.join(wrong)} missing, or not of the weight's shape {tuple(parameter.shape)}"
+            )
         state = self._copy(parameter).state
         state.clear()
         state.update({key: value.cpu() if isinstance(value, Tensor) else value for key, value in values.items()})
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take a state back, or with an empty one begin anew: what lies on the host goes with what is replaced."""
+        """Load a state; an empty one resets the optimizer. Host copies are rebuilt."""
         super().load_state_dict(dict(state_dict))
         loaded = dict(self.state)
         self._copies.clear()
@@ -81,12 +82,12 @@ class OnHost(torch.optim.Optimizer):
     def _copy(self, parameter: Tensor) -> _Copy:
         if id(parameter) not in self._copies:
             copy = self._copies[id(parameter)] = _Copy(parameter)
-            self.inner.state[copy.host] = self.state[parameter] = copy.state  # one memory under both names
+            self.inner.state[copy.host] = self.state[parameter] = copy.state  # one state under both keys
         return self._copies[id(parameter)]
 
 
 class _Copy:
-    """One parameter's twin in host memory."""
+    """Host copy of one parameter."""
 
     def __init__(self, parameter: Tensor) -> None:
         self.parameter, self.pinned = parameter, parameter.is_cuda
@@ -100,7 +101,7 @@ class _Copy:
         return torch.empty_like(self.parameter, device="cpu", pin_memory=self.pinned, requires_grad=False)
 
     def fetch(self) -> torch.cuda.Event | None:
-        """Send the gradient, and a weight that is not the one sent back last, on their way. Returns what to wait for."""
+        """Start copying the gradient, and the weight if it changed on the device. Returns the event to wait for."""
         assert self.parameter.grad is not None
         if version_of(self.parameter) != self._version:
             self.host.copy_(self.parameter, non_blocking=self.pinned)
@@ -113,7 +114,7 @@ class _Copy:
         return arrived
 
     def send(self) -> None:
-        """Give the updated weight back."""
+        """Copy the updated weight to the device."""
         self.host.grad = None
         self.parameter.copy_(self.host, non_blocking=self.pinned)
         self._version = version_of(self.parameter)

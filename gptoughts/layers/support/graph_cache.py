@@ -1,6 +1,6 @@
-"""Where compiled graphs are kept for the next start. What lies in such a cache is code, so the folder is one that only its user can write.
+"""Cache folder for compiled graphs. Cached graphs are code, so only the user may write the folder.
 
-Loads no torch by itself.
+Imports no torch at module level.
 """
 
 from __future__ import annotations
@@ -16,29 +16,29 @@ from gptoughts.planning.layer import Option
 
 CACHE = Option(
     "own",
-    "where compiled graphs are kept for the next start: own (a folder that only you can write), torch (its default), off",
+    "cache for compiled graphs: own (a folder only you can write), torch (its default), off",
     choices=("own", "torch", "off"),
 )
 
 
 def cache_folder(environment: MutableMapping[str, str]) -> Path:
-    """Where graphs are kept: below XDG_CACHE_HOME, or ~/.cache."""
+    """Return the cache folder, below XDG_CACHE_HOME or ~/.cache."""
     return Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "gptoughts" / "compiled"
 
 
 @contextmanager
-def kept(cache: str, environment: MutableMapping[str, str] = os.environ) -> Iterator[None]:
-    """Let torch keep its graphs in the user's own folder while the block lasts; a TORCHINDUCTOR_CACHE_DIR that the user set wins.
+def cached_graphs(cache: str, environment: MutableMapping[str, str] = os.environ) -> Iterator[None]:
+    """Set torch's graph cache to the user's own folder inside the block, unless TORCHINDUCTOR_CACHE_DIR is set.
 
-    Torch's own default lies below /tmp under a name that anyone can guess and make first; what lies in a cache is code that is run.
-    Raises LayerError where somebody else owns the folder or can write to it.
+    Torch's default is a predictable name below /tmp that another user can create first, and cached code is executed.
+    Raises LayerError if another user owns the folder.
     """
     name = "TORCHINDUCTOR_CACHE_DIR"
     before, disabled = environment.get(name), caches_disabled()
     try:
         if cache == "off":
             disable_caches(True)
-        elif cache == "own" and before in (None, default_graph_cache()):  # torch writes its default there when it first asks
+        elif cache == "own" and before in (None, default_graph_cache()):  # torch sets its default there on first use
             environment[name] = str(_own(cache_folder(environment)))
         yield
     finally:
@@ -58,9 +58,11 @@ def _own(folder: Path) -> Path:
             return folder
     except OSError as error:
         raise LayerError(
-            f"compiled graphs cannot be kept in {folder}: {error.strerror}\n  try: another XDG_CACHE_HOME, or --layer.compile.cache torch"
+            f"{folder}: cannot cache compiled graphs: {error.strerror}",
+            fix="another XDG_CACHE_HOME, or --layer.compile.cache torch",
         ) from None
     raise LayerError(
-        f"{folder} belongs to user {state.st_uid}, not to you ({os.geteuid()}); what lies in it is code that would be run\n"
-        "  try: another XDG_CACHE_HOME, or --layer.compile.cache off"
+        f"{folder}: belongs to another user, and cached code would be executed",
+        found=f"user {state.st_uid}, you are {os.geteuid()}",
+        fix="another XDG_CACHE_HOME, or --layer.compile.cache off",
     )

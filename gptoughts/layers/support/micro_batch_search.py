@@ -1,4 +1,4 @@
-"""Trial steps before the first real one: how much memory a micro-batch of a size holds, how fast it is, and everything put back afterwards."""
+"""Measure peak memory and speed of micro-batch sizes in trial steps before step 1, and restore all state afterwards."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from gptoughts.engine.oom import ran_out, release
 from gptoughts.errors import RunError
 
 FREE_SHARE = 11 / 12
-"""Of the free memory that a trial may fill: validation, fragmentation and the update's own buffers take from the rest."""
+"""Share of free memory that a trial may use; the rest is for validation, fragmentation and buffers of the update."""
 AS_FAST = 0.97
-"""A smaller size that reaches this share of the best speed is taken: it leaves more memory."""
+"""A smaller size with this share of the best speed is preferred: it leaves more memory."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What a size held at most, and the sequences per second that it computed; no speed where memory ran out."""
+    """Peak memory and sequences per second of one size; no speed if it ran out of memory."""
 
     size: int
     peak_bytes: int
@@ -35,7 +35,7 @@ class Trial:
 
 
 class Peeked:
-    """Batches of which the first was looked at: it comes again. What else the batches can tell they still tell."""
+    """Batches whose first one is yielded again. Other attributes are those of the wrapped batches."""
 
     def __init__(self, first: Any, rest: Iterator[Any]) -> None:
         self._rest, self._chained = rest, chain([first], rest)
@@ -51,9 +51,9 @@ class Peeked:
 
 
 def search(engine: Engine, sizes: Sequence[int], memory_gib: float | None) -> int:
-    """The fastest of `sizes` whose trial stayed within memory. All ranks try the same sizes and take the same.
+    """Return the fastest of `sizes` that fits in memory. All ranks try the same sizes and choose the same.
 
-    Raises RunError where not even the smallest does.
+    Raises RunError if not even the smallest fits.
     """
     room = _room(engine, memory_gib)
     first = engine.next_batch()
@@ -73,22 +73,26 @@ def search(engine: Engine, sizes: Sequence[int], memory_gib: float | None) -> in
     fitting = [trial for trial in trials.values() if _within(trial, room)]
     if not fitting:
         least = trials[sizes[0]]
-        held = f"{'holds' if least.speed else 'or its update ran out of memory beyond'} {bytes_in_words(least.peak_bytes)}"
+        need = (
+            f"takes {bytes_in_words(least.peak_bytes)}"
+            if least.speed
+            else f"ran out of memory at {bytes_in_words(least.peak_bytes)}"
+        )
         raise RunError(
-            f"microbatch=fit: one forward of {least.size} sequences {held}, there are {bytes_in_words(room)}\n"
-            "  try: gptoughts plan, which names layers that need less"
+            f"microbatch=auto: a step with {least.size} sequences per forward {need}, available {bytes_in_words(room)}",
+            fix="gptoughts plan, which lists layers that need less memory",
         )
     best = max(trial.speed or 0.0 for trial in fitting)
     taken = min((trial for trial in fitting if (trial.speed or 0.0) >= AS_FAST * best), key=lambda trial: trial.size)
     if engine.ranks.first:
-        told = "; ".join(_told(trial, room) for trial in sorted(trials.values(), key=lambda trial: trial.size))
-        note(f"micro-batch {taken.size} of {sizes[-1]} sequences, by measuring: {told}")
+        measurements = "; ".join(_row(trial, room) for trial in sorted(trials.values(), key=lambda trial: trial.size))
+        note(f"micro-batch {taken.size} of {sizes[-1]} sequences, by measuring: {measurements}")
     return taken.size
 
 
-def _told(trial: Trial, room: int) -> str:
-    what = f"{trial.size}: {bytes_in_words(trial.peak_bytes)}"
-    return f"{what}, {trial.speed:.1f} sequences/s" if _within(trial, room) else f"{what} is too much"
+def _row(trial: Trial, room: int) -> str:
+    text = f"{trial.size}: {bytes_in_words(trial.peak_bytes)}"
+    return f"{text}, {trial.speed:.1f} sequences/s" if _within(trial, room) else f"{text}, does not fit"
 
 
 def _within(trial: Trial, room: int) -> bool:
@@ -96,7 +100,7 @@ def _within(trial: Trial, room: int) -> bool:
 
 
 def _room(engine: Engine, memory_gib: float | None) -> int:
-    """Bytes that this process may hold on its device, the least of all ranks."""
+    """Return the bytes this process may use on its device, the minimum over ranks."""
     if memory_gib is not None:
         mine = int(memory_gib * GIB)
     elif engine.device.type == "cuda":
@@ -113,7 +117,7 @@ def _room(engine: Engine, memory_gib: float | None) -> int:
 
 
 def _largest(trials: Mapping[int, Trial], sizes: Sequence[int], room: int) -> int:
-    """The largest size that a line through the trials' memory leaves in the room; the smallest where one trial failed already."""
+    """Extrapolate the trials' memory linearly to the largest size that fits; the smallest if a trial failed already."""
     known = sorted(trials.values(), key=lambda trial: trial.size)
     if len(known) < 2 or not _within(known[-1], room):
         return known[0].size
@@ -123,10 +127,10 @@ def _largest(trials: Mapping[int, Trial], sizes: Sequence[int], room: int) -> in
 
 
 def _try(engine: Engine, batch: Batch, size: int, trials: dict[int, Trial]) -> Trial:
-    """Forward and backward of `size` sequences, twice: the second, with gradients in place, is measured."""
+    """Run forward and backward of `size` sequences twice, and measure the second, with gradients allocated."""
     peak, seconds = 0, None
     try:
-        _forward_backward(engine, batch, size)  # compiles, and makes the gradients
+        _forward_backward(engine, batch, size)  # compiles, and allocates gradients
         engine.synchronize()
         with measured(engine) as highest:
             began = perf_counter()
@@ -154,8 +158,8 @@ def _forward_backward(engine: Engine, batch: Batch, size: int) -> None:
 
 
 def _allocate_state(engine: Engine, batch: Batch, size: int, trials: dict[int, Trial]) -> bool:
-    """Let the optimizer make its state, by an update with a rate of 0. Returns whether all ranks had the memory for it; else a failed
-    trial says so.
+    """Allocate optimizer state with an update at learning rate 0. Returns whether all ranks had enough memory; else adds a failed
+    trial.
     """
     assert engine.optimizer is not None
     short = False
@@ -175,7 +179,7 @@ def _allocate_state(engine: Engine, batch: Batch, size: int, trials: dict[int, T
 
 
 def _cleared(engine: Engine, peak: int) -> int:
-    """Free what a trial has left. Returns `peak`, or on a GPU, where that is 0, the most that was held: a trial that ran out tells none."""
+    """Free the memory of a trial. Returns `peak`, or on a GPU the allocator's peak if `peak` is 0, as after running out of memory."""
     for parameter in engine.parameters():
         parameter.grad = None
     if engine.device.type == "cuda":
@@ -186,7 +190,7 @@ def _cleared(engine: Engine, peak: int) -> int:
 
 @contextmanager
 def _put_back(engine: Engine) -> Iterator[None]:
-    """Weights, buffers, optimizer, random state and what layers remember are afterwards what they were."""
+    """Restore weights, buffers, optimizer, random state and layer state on exit."""
     assert engine.optimizer is not None
     kept = {
         name: tensor.detach().to("cpu", copy=True)
@@ -208,7 +212,7 @@ def _put_back(engine: Engine) -> Iterator[None]:
         engine.optimizer.load_state_dict(optimizer)
         for name, extra in engine.extras.items():
             extra.load_state_dict(extras[name])
-        call_counts = engine.counters.call_counts  # layers hold this very object
+        call_counts = engine.counters.call_counts  # layers hold a reference to this object
         call_counts.clear()
         call_counts.update(counters.call_counts)
         vars(engine.counters).update({**vars(counters), "call_counts": call_counts})

@@ -1,7 +1,7 @@
-"""Transformer Engine's modules over a model's own parameters. The only file that imports the package.
+"""Transformer Engine modules that share a model's parameters. The only file that imports the package.
 
-Written against its sources, 2.4 to 2.20: constructors and parameters of Linear, LayerNormLinear and LayerNormMLP, the keys of `fp8_meta`, and
-what `set_extra_state` does before it copies a history.
+Written against its sources, 2.4 to 2.20: constructors and parameters of Linear, LayerNormLinear and LayerNormMLP, the keys of `fp8_meta`,
+and the preparation in `set_extra_state` before it copies a history.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from gptoughts.models.patching import pass_through, reroute, share
 
 
 def transformer_engine() -> tuple[Any, Any]:
-    """Transformer Engine and its recipes. Raises LayerError with its own error where it is installed and broken."""
+    """Import Transformer Engine and its recipes. Raises LayerError with its error if the installation is broken."""
     try:
         import transformer_engine.common.recipe as recipes
         import transformer_engine.pytorch as te
     except (ImportError, RuntimeError, OSError, AssertionError, AttributeError) as error:  # its own checks are assertions
         raise LayerError(
-            f"precision fp8-te: transformer_engine is installed and does not import: {type(error).__name__}: {error}"
+            f"precision=fp8-te: transformer_engine is installed but fails to import: {type(error).__name__}: {error}"
         ) from error
     return te, recipes
 
 
 class Fused:
-    """The Transformer Engine modules of a model, and the scale history that a checkpoint must hold."""
+    """Transformer Engine modules of a model, and the scale history for checkpoints."""
 
     def __init__(self, te: Any, recipe: Any, sites: list[Site], total: int, device_type: str) -> None:
         self.te, self.recipe, self.sites, self.total, self.device_type = te, recipe, sites, total, device_type
@@ -39,7 +39,7 @@ class Fused:
         self._in_forward = self._in_evaluation = False
 
     def install(self) -> list[Any]:
-        """Reroute forwards. Returns the undos."""
+        """Reroute forwards. Returns the undo functions."""
         undo = []
         for site, module in zip(self.sites, self.modules, strict=True):
             undo.append(reroute(site.at, self._also_when_recomputed(module)))
@@ -48,15 +48,15 @@ class Fused:
         return undo
 
     def _also_when_recomputed(self, module: Any) -> Callable[[Any], Any]:
-        """`module`, in FP8 also where a backward calls it again, outside of every context of a forward."""
+        """Return `module` with FP8 enabled also when a backward recomputes it, outside of the forward's contexts."""
 
         def forward(hidden: Any) -> Any:
             if self._in_forward or self._in_evaluation or not torch.is_grad_enabled():
                 return module(hidden)
             if self.recipe.delayed():
                 raise LayerError(
-                    "precision fp8-te: delayed scaling has moved its scales by the time that a block is recomputed\n"
-                    "  try: --layer.precision.scaling current, or --layer.recompute keep"
+                    "precision=fp8-te: delayed scales change before a block is recomputed",
+                    fix="--layer.precision.scaling current, or --layer.recompute keep",
                 )
             with self.quantized():
                 return module(hidden)
@@ -64,14 +64,14 @@ class Fused:
         return forward
 
     def quantized(self) -> AbstractContextManager[Any]:
-        """Transformer Engine's own context; older versions have it under another name and with other words."""
+        """Return Transformer Engine's FP8 context; older versions use another name and other arguments."""
         if hasattr(self.te, "autocast"):
             return self.te.autocast(enabled=True, recipe=self.recipe)
         return self.te.fp8_autocast(enabled=True, fp8_recipe=self.recipe)
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """Around a training forward."""
+        """Enter FP8 for a training forward."""
         self._in_forward = True
         try:
             with _bf16(self.device_type), self.quantized():
@@ -81,7 +81,7 @@ class Fused:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Around a forward without gradients: bf16, and nothing enters the history."""
+        """Enter bf16 for a forward without gradients; the history does not change."""
         self._in_evaluation = True
         try:
             with _bf16(self.device_type):
@@ -90,13 +90,13 @@ class Fused:
             self._in_evaluation = False
 
     def relink(self, materialize: Any, source: Any) -> None:
-        """After parameters have values, compute with those very parameters."""
+        """Materialize the parameters, then share them with the modules."""
         materialize(source)
         for site, module in zip(self.sites, self.modules, strict=True):
             share(module, _parameters(site))
 
     def state_dict(self) -> dict[str, Any]:
-        """Scales and amax histories, as tensors: Transformer Engine's own extra state would be a pickle."""
+        """Return scales and amax histories as tensors; Transformer Engine's own extra state is a pickle."""
         state = {}
         for site, module in zip(self.sites, self.modules, strict=True):
             for key in ("scaling_fwd", "scaling_bwd"):
@@ -107,12 +107,12 @@ class Fused:
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take the history back, into tensors that Transformer Engine would otherwise make in the first forward.
+        """Load the history into tensors that Transformer Engine otherwise creates in the first forward.
 
-        Inside its context, because modules ask there which recipe is meant while they make their quantizers; without gradients, because
-        leaving the context would move the scales.
+        Inside its FP8 context, from which modules read the recipe when they create quantizers; without gradients, because leaving the
+        context would update the scales.
         """
-        if not state:  # as before the first step
+        if not state:  # reset to the state before the first step
             for name, kept in self.state_dict().items():
                 kept.fill_(1.0 if name.endswith(".scale") else 0.0)
             return
@@ -142,7 +142,7 @@ def _module(te: Any, site: Site) -> Any:
 
 
 def _parameters(site: Site) -> dict[str, Any]:
-    """Transformer Engine's names for the parameters of a site."""
+    """Return the parameters of a site under Transformer Engine's names."""
     first, last = site.linears[0], site.linears[-1]
     shared: dict[str, Any] = {}
     if site.norm is not None:

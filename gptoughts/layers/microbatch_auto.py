@@ -1,10 +1,9 @@
-"""The micro-batch is found by measuring on this very machine before step 1: a fast one that fits, nothing to guess or to try by hand.
+"""Micro-batch size measured on this machine before step 1: the fastest that fits in memory, without manual tuning.
 
-Two small sizes are run forward and backward with gradients and optimizer state in place; a line through their highest memory says what the
-largest fitting size should be, which is then run, and the half of it; the smallest that reaches 97 % of the best speed is taken. Weights,
-optimizer and random state are put back: the training is that of `fixed` with the same size. It costs a few forwards, under compilation
-as many graphs. The size is a divisor of the rank's share, so that all forwards have one shape; a run that goes on keeps the size that it
-had.
+Two small sizes run forward and backward with gradients and optimizer state allocated; linear extrapolation of their peak memory predicts
+the largest size that fits, which is then run along with half of it; the smallest that reaches 97 % of the best speed is used. Weights,
+optimizer and random state are restored: training equals `fixed` with the same size. It costs a few forwards, and with compilation as
+many graphs. The size divides the rank's share, so all forwards have one shape; a resumed run keeps its size.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from gptoughts.console import bytes_in_words
-from gptoughts.planning.layer import (  # fmt: skip
+from gptoughts.planning.layer import (
     Budget,
     Case,
     Engine,
@@ -32,16 +31,14 @@ from gptoughts.planning.memory_model import Verdict, verdict
 
 
 def unmet(case: Case, options: Options) -> Iterator[Reason]:
-    """Memory to stay within."""
+    """A positive memory limit."""
     limit = options["memory_gib"]
     if limit is not None and limit <= 0:
-        yield unsupported(
-            f"memory_gib = {limit:g} leaves no memory at all", "--layer.microbatch.memory-gib with a number above 0"
-        )
+        yield unsupported(f"memory_gib = {limit:g}: must be above 0", "--layer.microbatch.memory-gib 8")
 
 
 def memory(case: Case, options: Options, budget: Budget) -> Budget:
-    """What the largest size would hold that is expected to fit."""
+    """The largest size expected to fit."""
     share, room = case.rank_sequences, memory_of_rank(case)
     sizes = divisors(share, options["sequences"])
     tried = [budget.per_forward(size, share) for size in sizes]
@@ -50,47 +47,50 @@ def memory(case: Case, options: Options, budget: Budget) -> Budget:
 
 
 def divisors(share: int, most: int | None) -> list[int]:
-    """Sizes that cut a rank's share into equal forwards, the smallest first."""
+    """Return the divisors of a rank's share up to `most`, smallest first."""
     return [size for size in range(1, min(share, most or share) + 1) if share % size == 0]
 
 
 @contextmanager
 def apply(engine: Engine, options: Options) -> Iterator[None]:
-    """Find the size and tell the engine."""
+    """Search for the size and set it on the engine."""
     from gptoughts.layers.support.micro_batch_search import search
 
     share = engine.recipe.train.global_batch // engine.ranks.size
     before = engine.micro_batch
     engine.micro_batch = search(engine, divisors(share, options["sequences"]), options["memory_gib"])
-    engine.counters.call_counts["fit"] += 1
-    yield
-    del engine.counters.call_counts["fit"]
-    engine.micro_batch = before
+    engine.counters.call_counts[LAYER.name] += 1
+    try:
+        yield
+    finally:
+        del engine.counters.call_counts[LAYER.name]
+        engine.micro_batch = before
 
 
 def verify(engine: Engine, trace: StepTrace, options: Options) -> Evidence:
-    """The step had as many forwards as the share has slices of the size that was found, and held no more than was there."""
-    if not engine.counters.call_counts["fit"] or not engine.micro_batch:
-        return inactive("no micro-batch was searched for")
+    """Require that a size was searched, and one forward per slice of that size."""
+    if not engine.counters.call_counts[LAYER.name] or not engine.micro_batch:
+        return inactive("no micro-batch size was searched")
     wanted = engine.recipe.train.global_batch // engine.ranks.size // engine.micro_batch
     figures = {"forwards": trace.micro_batches, "expected": wanted, "sequences": engine.micro_batch}
     if trace.micro_batches != wanted:
         return inactive(f"{trace.micro_batches} forwards in the step, {wanted} planned", **figures)
-    held = f", {bytes_in_words(trace.peak_bytes)} at most" if trace.peak_bytes else ""
-    less = f", made smaller from {engine.reduced_from} when memory ran out" if engine.reduced_from else ""
+    held = f", peak {bytes_in_words(trace.peak_bytes)}" if trace.peak_bytes else ""
+    less = f", reduced from {engine.reduced_from} after running out of memory" if engine.reduced_from else ""
     return active(f"{wanted} forwards of {engine.micro_batch} sequences{held}{less}", **figures)
 
 
 LAYER = Layer(
-    name="fit",
+    name="auto",
     slot="microbatch",
     card=__doc__ or "",
     apply=apply,
     verify=verify,
     memory=memory,
     unmet=unmet,
+    former_names=("fit",),
     options={
-        "sequences": Option(None, "most sequences per forward to try", int),
-        "memory_gib": Option(None, "memory to stay within, in GiB; without it what is free, less a twelfth", float),
+        "sequences": Option(None, "maximum sequences per forward to try", int),
+        "memory_gib": Option(None, "memory limit in GiB; default 11/12 of the free memory", float),
     },
 )
