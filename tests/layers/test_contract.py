@@ -34,7 +34,7 @@ from tests.support.engines import (
     watched,
 )
 
-OPTIONS = {
+OPTIONS: dict[str, dict[str, Any]] = {
     "microbatch": {"microbatch.sequences": 2}, "host": {"host.threads": 1}, "loss": {"loss.tokens": 32},
     "offload": {"offload.least_bytes": 1024}, "compile": {"compile.cache": "torch"},
     "matmul": {"matmul.units": "bf16"},
@@ -358,7 +358,9 @@ def gradient(
         inner = engine._hooks["clip"]
 
         def clip() -> torch.Tensor:
-            taken.append(torch.cat([parameter.grad.flatten().clone() for parameter in engine.parameters()]))
+            taken.append(
+                torch.cat([parameter.grad.flatten().clone() for parameter in engine.parameters() if parameter.grad is not None])
+            )
             return inner()
 
         engine.replace("clip", clip)
