@@ -5,10 +5,13 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+TEMPORARY = ".tmp"
+"""Part of the name of files that are being written; a kill can leave one."""
 
 
 def cache_dir(*parts: str, environment: Mapping[str, str] = os.environ) -> Path:
@@ -18,13 +21,14 @@ def cache_dir(*parts: str, environment: Mapping[str, str] = os.environ) -> Path:
 
 
 @contextmanager
-def replacing(path: Path, durable: bool = False) -> Iterator[Path]:
+def replacing(path: Path, durable: bool = False, shared: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside `path` that replaces it when the block succeeds, and is removed when the block fails.
 
-    The temporary name keeps the suffix and holds the process id, so that processes that write the same file do not collide.
+    The temporary name is `name.tmp.suffix`; `shared` adds the process id, for files that several processes may write at once.
     `durable` syncs file and folder, so that the file survives a power loss.
     """
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
+    process = f".{os.getpid()}" if shared else ""
+    temporary = path.with_name(f"{path.stem}{process}{TEMPORARY}{path.suffix}")
     try:
         yield temporary
         if durable:
@@ -38,15 +42,15 @@ def replacing(path: Path, durable: bool = False) -> Iterator[Path]:
         sync_folder(path.parent)
 
 
-def write_text(path: Path, text: str, durable: bool = False) -> None:
+def write_text(path: Path, text: str, durable: bool = False, shared: bool = False) -> None:
     """Write a UTF-8 file atomically. Raises OSError."""
-    with replacing(path, durable) as temporary:
+    with replacing(path, durable, shared) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, value: Any, durable: bool = False) -> None:
+def write_json(path: Path, value: Any, durable: bool = False, shared: bool = False) -> None:
     """Write indented JSON atomically, with a final newline. Raises OSError."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n", durable)
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n", durable, shared)
 
 
 def sync(file: IO[Any]) -> None:
@@ -64,18 +68,6 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-@contextmanager
-def locked(descriptor: int, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Hold an exclusive lock on an open file or folder; call `waiting` once if another process holds it, then wait."""
-    if not try_lock(descriptor):
-        waiting()
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-    try:
-        yield
-    finally:
-        fcntl.flock(descriptor, fcntl.LOCK_UN)
-
-
 def try_lock(descriptor: int) -> bool:
     """Lock an open file or folder exclusively, until it is closed. Returns False if another process holds the lock."""
     try:
@@ -83,3 +75,8 @@ def try_lock(descriptor: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def wait_for_lock(descriptor: int) -> None:
+    """Lock an open file or folder exclusively, until it is closed; waits for the process that holds the lock."""
+    fcntl.flock(descriptor, fcntl.LOCK_EX)

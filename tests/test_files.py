@@ -43,33 +43,27 @@ def test_a_write_into_a_missing_folder_is_an_os_error(tmp_path: Path) -> None:
 
 
 def _hold(path: str, taken: object, release: object) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    with files.locked(descriptor):
-        taken.set()  # type: ignore[attr-defined]
-        release.wait()  # type: ignore[attr-defined]
+    files.wait_for_lock(os.open(path, os.O_RDONLY))
+    taken.set()  # type: ignore[attr-defined]
+    release.wait()  # type: ignore[attr-defined]
 
 
-def test_a_lock_is_exclusive_and_ends_with_its_block(tmp_path: Path) -> None:
+def test_a_lock_is_exclusive_until_its_process_ends(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     taken, release = context.Event(), context.Event()
     other = context.Process(target=_hold, args=(str(tmp_path), taken, release))
     other.start()
+    descriptor = os.open(tmp_path, os.O_RDONLY)
     try:
         assert taken.wait(60)
-        descriptor, waited = os.open(tmp_path, os.O_RDONLY), []
         assert not files.try_lock(descriptor)
-
-        def waiting() -> None:
-            waited.append(1)
-            release.set()
-
-        with files.locked(descriptor, waiting):
-            assert waited == [1]
+        release.set()
+        files.wait_for_lock(descriptor)
         assert files.try_lock(descriptor)
-        os.close(descriptor)
     finally:
         release.set()
         other.join(60)
+        os.close(descriptor)
     assert other.exitcode == 0
 
 

@@ -35,7 +35,7 @@ def layers(
     from gptoughts.diagnostics.bench.layers import bench_layers
     from gptoughts.diagnostics.bench.layers_table import layers_markdown, layers_text
     from gptoughts.diagnostics.bench.picture import draw_layers
-    from gptoughts.diagnostics.bench.text import write_text
+    from gptoughts.files import write_text
 
     path = _target(out)
     run = bench_layers(setting, ask, rounds, steps, _command(), _progress)
@@ -65,7 +65,7 @@ def parity(
     from gptoughts.diagnostics.bench.parity import bench_parity
     from gptoughts.diagnostics.bench.parity_table import parity_markdown, parity_text
     from gptoughts.diagnostics.bench.picture import draw_parity
-    from gptoughts.diagnostics.bench.text import write_text
+    from gptoughts.files import write_text
 
     named = [slot.strip().replace("-", "_") for slot in slots.split(",")] if slots else []
     path = _target(out)
@@ -84,7 +84,7 @@ def gemm(largest: int | None, out: str | None) -> int:
     needs_torch()
     from gptoughts.diagnostics.bench.figures import keep
     from gptoughts.diagnostics.bench.gemm import bench_gemm, ceilings_of, effort_for, gemm_markdown, gemm_text
-    from gptoughts.diagnostics.bench.text import write_text
+    from gptoughts.files import write_text
     from gptoughts.hardware.machine import probe
     from gptoughts.hardware.measured_peaks import keep_ceilings
 

@@ -5,7 +5,6 @@ Only a hub name that is not cached needs the network. Imports no torch.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import importlib.util
 import json
@@ -19,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from gptoughts.errors import ConfigError
+from gptoughts.files import cache_dir, wait_for_lock
 
 PACKAGE = "package:"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -101,7 +101,7 @@ def _in_package(name: str) -> Path:
 
 def models_cache() -> Path:
     """Return the folder of converted models."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "gptoughts" / "models"
+    return cache_dir("models")
 
 
 def _converted(gguf: Path) -> Path:
@@ -132,7 +132,7 @@ def _locked(lock: Path) -> Iterator[None]:
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
         with lock.open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            wait_for_lock(file.fileno())
             yield
     except OSError as error:
         raise ConfigError(

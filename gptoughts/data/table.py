@@ -17,8 +17,8 @@ import numpy as np
 from gptoughts.data.batches import IGNORED, ORDER_CHUNK, Batch, Cursor, rank_rows
 from gptoughts.data.order import permuted
 from gptoughts.data.text.shards import INDEX, sha256_of
-from gptoughts.data.text.writer import sync, sync_folder, write_json
 from gptoughts.errors import DataError
+from gptoughts.files import TEMPORARY, sync, sync_folder, write_json
 
 FORMAT, VERSION = "gptoughts-table", 1
 PLAIN_KINDS = "biuf"  # bool, int and float dtypes, which need no pickle
@@ -130,14 +130,14 @@ class Table:
 
     def save(self, folder: Path) -> None:
         """Write the table to `folder` atomically; the folder must not exist."""
-        temporary = folder.with_name(folder.name + ".tmp")
+        temporary = folder.with_name(folder.name + TEMPORARY)
         shutil.rmtree(temporary, ignore_errors=True)
         try:
             temporary.mkdir(parents=True)
             entries = {name: write_array(temporary / f"{name}.npy", array) for name, array in self.arrays.items()}
             content = {"format": FORMAT, "version": VERSION, "rows": len(self), "fingerprint": self.fingerprint}
             content |= {"padding": self.padding, "facts": self.stats, "arrays": entries}
-            write_json(temporary / INDEX, content)
+            write_json(temporary / INDEX, content, durable=True)
             os.rename(temporary, folder)
             sync_folder(folder.parent)
         except OSError as error:

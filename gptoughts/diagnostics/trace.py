@@ -23,6 +23,7 @@ from gptoughts.console import share as in_per_cent
 from gptoughts.diagnostics.bench.training import opened_training
 from gptoughts.engine.trainer import advance
 from gptoughts.errors import DataError, RunError
+from gptoughts.files import replacing
 from gptoughts.run.memory_snapshot import history, memory_report
 
 STEP, WAITING, CLIPPING = "step", "data wait", "clipping"
@@ -166,9 +167,8 @@ def recorded(device: torch.device, file: Path) -> Iterator[None]:
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     with profile(activities=activities) as profiler:
         yield
-    temporary = file.with_name(f"part-{file.name}")  # torch compresses if the name ends in .gz
-    profiler.export_chrome_trace(str(temporary))
-    temporary.replace(file)
+    with replacing(file) as temporary:  # which keeps the suffix .gz, for which torch compresses
+        profiler.export_chrome_trace(str(temporary))
 
 
 def step_named(number: int) -> Any:
@@ -318,6 +318,5 @@ def draw(summary: Summary, picture: Path, title: str) -> None:
         axes.text(lengths[place], place, f" {in_per_cent(part.seconds / summary.seconds)}", va="center", fontsize=9)
     axes.set(xlabel="ms per step", title=title, xlim=(0, 1.15 * max(lengths)))
     axes.grid(axis="x", alpha=0.3)
-    temporary = picture.with_suffix(".tmp.png")
-    figure.savefig(temporary, dpi=120)
-    temporary.replace(picture)
+    with replacing(picture) as temporary:
+        figure.savefig(temporary, dpi=120)

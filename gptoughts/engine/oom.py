@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from gptoughts.errors import RunError
+from gptoughts.files import write_json
 
 FILE = "micro_batch.json"
 CPU_WORDS = ("DefaultCPUAllocator", "can't allocate memory")
@@ -64,9 +64,7 @@ class Kept:
 
 def keep(folder: Path, kept: Kept) -> None:
     """Write the record for the next start."""
-    part = folder / f"{FILE}.{os.getpid()}.part"  # several ranks may write at once
-    part.write_text(json.dumps(vars(kept), indent=1) + "\n", encoding="utf-8")
-    part.replace(folder / FILE)
+    write_json(folder / FILE, vars(kept), shared=True)  # several ranks may write at once
 
 
 def recall(folder: Path, planned: int) -> Kept | None:

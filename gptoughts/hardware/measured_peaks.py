@@ -7,13 +7,13 @@ device name, power limit and torch version, each of which changes them.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gptoughts.errors import ConfigError
+from gptoughts.files import cache_dir, write_json
 from gptoughts.hardware.machine import Machine, World
 from gptoughts.hardware.peak_flops import peaks
 
@@ -39,7 +39,7 @@ class Ceilings:
 
 def cache_file() -> Path:
     """Return the path of the cached figures, below XDG_CACHE_HOME or ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "gptoughts" / "ceilings.json"
+    return cache_dir("ceilings.json")
 
 
 def key(machine: Machine) -> str:
@@ -70,11 +70,9 @@ def keep_ceilings(machine: Machine, found: Ceilings) -> Path:
     tflops = _higher(before.tflops if before else {}, found.tflops)
     speeds = _higher(before.gb_per_second if before else {}, found.gb_per_second)
     rows = {**_rows(), key(machine): {**vars(found), "tflops": tflops, "gb_per_second": speeds}}
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-        part.replace(path)
+        write_json(path, rows, shared=True)
     except OSError as error:
         raise ConfigError(
             f"{path}: cannot write it ({error.strerror})", fix="set XDG_CACHE_HOME to a writable folder"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from gptoughts.engine.distributed.ranks import Ranks
 from gptoughts.engine.engine import Engine
 from gptoughts.engine.trainer import Progress, call_back, train
 from gptoughts.errors import LayerError
+from gptoughts.files import write_json
 from gptoughts.planning.evidence import Evidence, Status, StepTrace, unproven
 from gptoughts.planning.layer import Layer
 from gptoughts.planning.plan import Plan
@@ -189,5 +189,4 @@ class EvidenceCheck:
 
     def _write(self, record: Mapping[str, Any]) -> None:
         if self.out is not None and self.ranks.first:
-            content = json.dumps({**record, "attempt": self.attempt}, indent=1)
-            (self.out / "evidence.json").write_text(content + "\n", encoding="utf-8")
+            write_json(self.out / "evidence.json", {**record, "attempt": self.attempt})

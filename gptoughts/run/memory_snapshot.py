@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gptoughts.console import bytes_in_words, share
+from gptoughts.files import write_text
 from gptoughts.models.torch_internals import allocation_history
 
 MOST_ROWS = 15
@@ -36,9 +37,7 @@ def memory_report(path: Path, segments: Sequence[Mapping[str, Any]] | None = Non
 
         segments = torch.cuda.memory_snapshot()
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps({"segments": segments}, default=str) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, json.dumps({"segments": segments}, default=str) + "\n")
     return f"{_summary(segments)}\nall blocks: {path}  (JSON; not the pickle that pytorch.org/memory_viz reads)"
 
 

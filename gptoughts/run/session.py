@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ from gptoughts.engine.objectives.base import Objective
 from gptoughts.engine.run_length import RunLength
 from gptoughts.engine.trainer import Progress
 from gptoughts.errors import LayerError, PlanError
+from gptoughts.files import write_json, write_text
 from gptoughts.hardware.machine import Machine, World
 from gptoughts.layers.plugins import Extensions
 from gptoughts.models.family import custom_family
@@ -292,8 +292,7 @@ class _Setup:
         for line in found.lines():
             self.console.say(line)
         if self.ranks.first and self.job.folder is not None:
-            text = json.dumps(found.to_json(), indent=1) + "\n"
-            (self.job.folder.out / "numerics.json").write_text(text, encoding="utf-8")
+            write_json(self.job.folder.out / "numerics.json", found.to_json())
         failed = not found.near
         if self.ranks.any(failed) and not failed:
             raise LayerError("numerics check: failed on another rank, whose message names the layers")
@@ -306,7 +305,7 @@ def _record_start(job: TrainingJob, ranks: Ranks) -> int:
     if job.folder is None or not ranks.first:
         return 1
     out = job.folder.out
-    (out / "plan.json").write_text(json.dumps(job.plan.to_json(), indent=1) + "\n", encoding="utf-8")
+    write_json(out / "plan.json", job.plan.to_json())
     if job.own is None:
-        (out / "recipe.toml").write_text(job.resolved.to_toml(), encoding="utf-8")
+        write_text(out / "recipe.toml", job.resolved.to_toml())
     return attempts(out / FILE) + 1

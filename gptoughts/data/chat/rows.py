@@ -28,9 +28,9 @@ from gptoughts.data.table import Table
 from gptoughts.data.text.folder import locked
 from gptoughts.data.text.shards import INDEX, sha256_of
 from gptoughts.data.text.tokenize import cache_folder
-from gptoughts.data.text.writer import write_json
 from gptoughts.data.tokenizers.tokenizer import Tokenizer
 from gptoughts.errors import DataError
+from gptoughts.files import TEMPORARY, write_json
 
 FORMAT, VERSION = "gptoughts-chat", 2
 TODAY = datetime(2024, 7, 26)
@@ -121,7 +121,7 @@ class TableBuilder:
     def build(self, folder: Path, key: str) -> None:
         """Write the tables and, last, the index."""
         foreign = sorted(
-            entry.name for entry in folder.iterdir() if entry.name.removesuffix(".tmp") not in ("train", "val", INDEX)
+            entry.name for entry in folder.iterdir() if entry.name.replace(TEMPORARY, "") not in ("train", "val", INDEX)
         )
         if foreign:
             raise DataError(f"{folder}: not empty and not chat data", found=repr(foreign[0]), fix="a new folder")
@@ -136,7 +136,7 @@ class TableBuilder:
         tokens = sum(len(document.ids) for split in splits.values() for document in split.documents)
         seconds = time.monotonic() - begun
         print(f"data: {tokens:,} tokens in {seconds:.1f} s, {tokens / seconds / 1e6:.2f} Mtok/s", file=sys.stderr, flush=True)
-        write_json(folder / INDEX, {"format": FORMAT, "version": VERSION, "key": key, "splits": list(splits)})
+        write_json(folder / INDEX, {"format": FORMAT, "version": VERSION, "key": key, "splits": list(splits)}, durable=True)
 
     def splits(self) -> dict[str, Split]:
         """Return the documents of every split. Raises DataError that lists up to 20 invalid rows over all files."""

@@ -28,8 +28,8 @@ from gptoughts.data.text.folder import locked
 from gptoughts.data.text.shards import INDEX
 from gptoughts.data.text.sources import json_row, open_lines
 from gptoughts.data.text.tokenize import cache_folder
-from gptoughts.data.text.writer import write_json
 from gptoughts.errors import DataError, nearest
+from gptoughts.files import write_json
 
 FORMAT, VERSION = "gptoughts-squad", 1
 ROW_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
@@ -266,7 +266,7 @@ def prepare_squad(
 
 def _write_tables(folder: Path, splits: dict[str, tuple[Question, ...]], reader: Reader, data: DataConfig, key: str) -> None:
     """Write the tables of every split. Each has its own index, written last; the folder's index holds the cache key."""
-    write_json(folder / INDEX, {"format": FORMAT, "version": VERSION, "key": key})
+    write_json(folder / INDEX, {"format": FORMAT, "version": VERSION, "key": key}, durable=True)
     for name, questions in splits.items():
         arrays = windows(questions, reader, data.sequence_length, data.stride)
         table = Table({part: arrays[part] for part in TRAINED}, f"{key}-{name}", PADDING, origin=f"split {name} of {data.path}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import sys
@@ -12,11 +11,12 @@ from pathlib import Path
 
 from gptoughts.data.text.shards import INDEX, JOURNAL, TOKENIZER_FOLDER
 from gptoughts.errors import DataError
+from gptoughts.files import TEMPORARY, try_lock, wait_for_lock
 
 
 def is_ours(name: str) -> bool:
     """Whether tokenizing writes files of this name."""
-    base = name.removesuffix(".tmp")
+    base = name.replace(TEMPORARY, "")
     return base in (INDEX, JOURNAL, TOKENIZER_FOLDER) or (
         base.startswith(("train_", "val_")) and base.endswith((".npy", ".npy.part"))
     )
@@ -40,11 +40,9 @@ def locked(folder: Path) -> Iterator[None]:
             descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         except OSError as error:
             raise DataError(f"{folder}: cannot be created or opened as a folder ({error.strerror})") from None
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not try_lock(descriptor):
             print(f"data: another process is tokenizing into {folder}, waiting", file=sys.stderr, flush=True)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            wait_for_lock(descriptor)
         if folder.exists() and folder.stat().st_ino == os.fstat(descriptor).st_ino:
             break
         os.close(descriptor)  # The first process failed and removed the folder: create it again.

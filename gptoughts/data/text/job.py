@@ -19,9 +19,10 @@ from gptoughts.data.text.progress import Report
 from gptoughts.data.text.shards import FORMAT, INDEX, JOURNAL, TOKENIZER_FOLDER, VERSION, Index
 from gptoughts.data.text.sources import Document, Source
 from gptoughts.data.text.workers import Piece, WorkerDied, encode_all
-from gptoughts.data.text.writer import SplitWriter, entropy, write_json
+from gptoughts.data.text.writer import SplitWriter, entropy
 from gptoughts.data.tokenizers.tokenizer import Tokenizer, build_tokenizer
 from gptoughts.errors import DataError
+from gptoughts.files import write_json
 
 TASK_CHARACTERS = 1 << 20
 JOURNAL_SECONDS = 2.0
@@ -158,7 +159,7 @@ class Job:
             "pieces": pieces,
             "splits": state,
         }
-        write_json(self.folder / JOURNAL, content)
+        write_json(self.folder / JOURNAL, content, durable=True)
 
     def write_index(self, tokenizer: Tokenizer, rule: str, writers: dict[str, SplitWriter]) -> Index:
         """Write the index, which completes the folder, and remove the journal."""
@@ -186,7 +187,7 @@ class Job:
                 for name, writer in writers.items()
             },
         }
-        write_json(self.folder / INDEX, content)
+        write_json(self.folder / INDEX, content, durable=True)
         (self.folder / JOURNAL).unlink(missing_ok=True)
         return Index.read(self.folder)
 

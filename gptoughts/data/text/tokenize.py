@@ -21,6 +21,7 @@ from gptoughts.data.text.shards import INDEX, JOURNAL, VERSION, Index
 from gptoughts.data.text.sources import TEXT_SUFFIXES, Source, open_source
 from gptoughts.data.tokenizers.tokenizer import Tokenizer
 from gptoughts.errors import DataError
+from gptoughts.files import cache_dir
 
 SHARD_TOKENS = 100_000_000
 MIN_BYTES_PER_PROCESS = 16 << 20  # A worker takes about half a second to start.
@@ -116,7 +117,7 @@ def cache_folder(data: DataConfig) -> Path:
     """Return the folder that caches tokenized text between runs."""
     if data.cache is not None:
         return Path(data.cache).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gptoughts" / "data"
+    return cache_dir("data")
 
 
 def prepared_name(data: DataConfig, source: Source) -> str:

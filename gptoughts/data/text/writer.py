@@ -7,7 +7,6 @@ starts) and renamed. Data is synced before the journal records it.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 
 from gptoughts.data.text.shards import HEADER_BYTES, JOURNAL, Shard, npy_header, sha256_of
 from gptoughts.errors import DataError
+from gptoughts.files import replacing, sync, sync_folder
 
 READ_TOKENS = 1 << 22
 
@@ -69,9 +69,8 @@ class SplitWriter:
         self.file.close()
         self.file, self.tokens_open = None, 0
         shard, starts = self.read_back(index, part)
-        replace_file(
-            self.folder / shard.docs_file, npy_header(np.dtype(np.int64), len(starts)) + starts.astype("<i8").tobytes()
-        )
+        with replacing(self.folder / shard.docs_file, durable=True) as temporary:
+            temporary.write_bytes(npy_header(np.dtype(np.int64), len(starts)) + starts.astype("<i8").tobytes())
         os.replace(part, self.path(index))
         sync_folder(self.folder)
         self.finished.append(shard)
@@ -133,33 +132,3 @@ def entropy(histogram: np.ndarray) -> float:
     counts = [int(count) for count in histogram[histogram > 0]]
     total = sum(counts)
     return round(math.fsum(count * math.log(total / count) for count in counts) / total, 9) if total else 0.0
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file atomically: temporary name, sync, rename."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        sync(file)
-    os.replace(temporary, path)
-    sync_folder(path.parent)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON atomically."""
-    replace_file(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
-
-
-def sync(file: Any) -> None:
-    """Flush a file to disk."""
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Flush the renames in a folder to disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

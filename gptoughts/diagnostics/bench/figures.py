@@ -12,6 +12,7 @@ from typing import Any
 
 from gptoughts import __version__
 from gptoughts.errors import ConfigError
+from gptoughts.files import write_json
 from gptoughts.hardware.machine import Machine
 
 
@@ -81,9 +82,7 @@ def keep(path: Path, run: dict[str, Any], key: tuple[str, ...]) -> list[dict[str
     runs = [other for other in runs_in(path) if any(other.get(name) != run.get(name) for name in key)] + [run]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        part.write_text(json.dumps({"runs": runs}, indent=1) + "\n", encoding="utf-8")
-        part.replace(path)
+        write_json(path, {"runs": runs})
     except OSError as error:
         raise ConfigError(f"--to {path}: cannot be written ({error.strerror})") from None
     return runs

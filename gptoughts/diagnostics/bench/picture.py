@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from gptoughts.diagnostics.bench.curves import smoothed, window_of
 from gptoughts.diagnostics.bench.gains import BASELINE, PLAN, with_, without
+from gptoughts.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -96,6 +97,5 @@ def _figure(rows: int, columns: int, inches: tuple[float, float]) -> tuple[Figur
 
 
 def _saved(figure: Figure, picture: Path) -> None:
-    temporary = picture.with_suffix(".tmp.png")
-    figure.savefig(temporary, dpi=110)
-    temporary.replace(picture)
+    with replacing(picture) as temporary:
+        figure.savefig(temporary, dpi=110)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 Row = Sequence[str]
 
@@ -23,10 +22,3 @@ def markdown(rows: Sequence[Row]) -> list[str]:
 def ratio(found: Mapping[str, float] | None) -> tuple[str, str]:
     """Return median and quartiles of a ratio as text."""
     return ("n/a", "") if found is None else (f"{found['median']:.3f}", f"{found['q1']:.3f} - {found['q3']:.3f}")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file atomically."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)

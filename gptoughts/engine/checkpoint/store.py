@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gptoughts.errors import CheckpointError
+from gptoughts.files import write_text
 
 FORMAT = 1
 TEMPORARY = ".writing-"
@@ -110,11 +111,7 @@ def _sha256(path: Path) -> str:
 
 
 def _point(pointer: Path, name: str) -> None:
-    temporary = pointer.with_name(f"{TEMPORARY}{pointer.name}")
-    temporary.write_text(name + "\n", encoding="utf-8")
-    _sync(temporary)
-    temporary.replace(pointer)
-    _sync(pointer.parent)
+    write_text(pointer, name + "\n", durable=True)
 
 
 def damage(folder: Path) -> str:

@@ -24,10 +24,10 @@ from gptoughts.data.squad.examples import PADDING, TRAINED, Questions
 from gptoughts.data.squad.question import Question
 from gptoughts.data.squad.windows import Reader, windows
 from gptoughts.data.table import Table
-from gptoughts.data.text.writer import write_json
 from gptoughts.engine.engine import Engine
 from gptoughts.engine.objectives.span_qa import span_scores
 from gptoughts.errors import RunError
+from gptoughts.files import write_json
 
 N_BEST = 20
 LONGEST = 30

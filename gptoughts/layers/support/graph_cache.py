@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from gptoughts.errors import LayerError
+from gptoughts.files import cache_dir
 from gptoughts.models.torch_internals import caches_disabled, default_graph_cache, disable_caches
 from gptoughts.planning.layer import Option
 
@@ -23,7 +24,7 @@ CACHE = Option(
 
 def cache_folder(environment: MutableMapping[str, str]) -> Path:
     """Return the cache folder, below XDG_CACHE_HOME or ~/.cache."""
-    return Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "gptoughts" / "compiled"
+    return cache_dir("compiled", environment=environment)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from gptoughts.files import replacing
 from gptoughts.run.tracking.jsonl import FILE, read
 from gptoughts.run.tracking.sink import RunInfo, Sink
 
@@ -42,6 +43,5 @@ def draw_losses(metrics: Path, picture: Path, title: str) -> None:
     axes.set(xlabel="tokens", ylabel="loss (nats per token)", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
-    temporary = picture.with_suffix(".tmp.png")
-    figure.savefig(temporary, dpi=120)
-    temporary.replace(picture)
+    with replacing(picture) as temporary:
+        figure.savefig(temporary, dpi=120)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,15 +36,11 @@ class RunFolder:
         self.out.mkdir(parents=True, exist_ok=True)
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         file = (self.out / ".lock").open("a+", encoding="ascii")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not try_lock(file.fileno()):
             file.seek(0)
             holder = file.read().strip() or "unknown"
             file.close()
-            raise RunError(
-                f"{self.out}: run folder is in use", found=f"process {holder}", fix="--run with another name"
-            ) from None
+            raise RunError(f"{self.out}: run folder is in use", found=f"process {holder}", fix="--run with another name")
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
