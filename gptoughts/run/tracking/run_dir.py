@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO
 
 from gptoughts.errors import RunError
+from gptoughts.files import try_lock
 
 
 @dataclass
