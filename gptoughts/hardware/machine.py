@@ -179,7 +179,7 @@ Record = TypeVar("Record", Machine, World)
 
 
 @cache
-def _adapter(kind: type[Record]) -> TypeAdapter[Record]:
+def _adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
 
 
@@ -187,7 +187,7 @@ def _validate(kind: type[Record], content: str | bytes, source: str) -> Record:
     """Return `content`, JSON, as `kind`. Raises ConfigError listing every problem with its key path."""
     try:
         # Only JSON input lets strict mode take lists for tuples and objects for records.
-        return _adapter(kind).validate_json(content)
+        return typing.cast("Record", _adapter(typing.cast("Any", kind)).validate_json(content))
     except ValidationError as error:
         problems = error.errors(include_url=False)
     if problems[0]["type"] == "json_invalid":
