@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from json import dumps
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, TypeVar
 
 from pydantic import ConfigDict, NonNegativeInt, TypeAdapter, ValidationError
 
@@ -187,8 +187,7 @@ def _validate(kind: type[Record], content: str | bytes, source: str) -> Record:
     """Return `content`, JSON, as `kind`. Raises ConfigError listing every problem with its key path."""
     try:
         # Only JSON input lets strict mode take lists for tuples and objects for records.
-        record: Record = _adapter(cast("Any", kind)).validate_json(content)
-        return record
+        return typing.cast("Record", _adapter(typing.cast("Any", kind)).validate_json(content))
     except ValidationError as error:
         problems = error.errors(include_url=False)
     if problems[0]["type"] == "json_invalid":

@@ -111,7 +111,7 @@ def test_rows_and_length(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"129 tokens, but .* has 128 rows.\n  Try: --model.vocab-size 129"):
         hf_spec.rows(model, 129)
     pretrained = ModelConfig(family="hf", path=str(folder))
-    with pytest.raises(ConfigError, match=r"take the model's own tokenizer"):
+    with pytest.raises(ConfigError, match=r"Try: leave data.tokenizer out to use the model's own"):
         hf_spec.rows(pretrained, 129)
     with pytest.raises(ConfigError, match=r"pretrained embedding has 128 rows"):
         hf_spec.rows(pretrained.model_copy(update={"vocab_size": 256}), 10)

@@ -97,7 +97,7 @@ def test_ceilings_come_back_for_this_device_power_and_torch_alone() -> None:
     share, line = reached(10**9, h100, World(0, 0, 2, 2), "bf16")
     assert share(7e5) == pytest.approx(0.5) and "700 TFLOP/s per GPU, bf16, measured on this machine, last 2026-01-01" in line
     for flops, dtype, here, why in (
-        (None, "bf16", h100, "the model's size is not known"),
+        (None, "bf16", h100, "model size unknown"),
         (10**9, "fp16", h100, "gptoughts bench gemm could not measure it"),
         (10**9, "bf16", read(MACHINES / "t4.json"), "run gptoughts bench gemm"),
     ):
