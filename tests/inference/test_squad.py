@@ -298,7 +298,7 @@ def test_a_model_that_has_learned_answers_and_says_where_it_cannot(folder: Path,
         (reading,) = ask(engine, reader, [pair], 32, 4)
         (question,) = (one for one in asked if (one.text, one.context) == pair)
         assert reading.text(None) == saved[question.id]
-    with pytest.raises(DataError, match="pair 0: question too long for data.sequence_length 32"):
+    with pytest.raises(DataError, match=r"pair 0: question too long for data.sequence_length 32"):
         ask(engine, reader, [("a" * 40, "b")], 32, 4)
 
 
