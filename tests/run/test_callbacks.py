@@ -96,7 +96,7 @@ def test_validation_is_the_sum_over_labels_and_leaves_the_model_training() -> No
         assert evaluate.result == (7, pytest.approx(loss))
         assert f"step 7  validation loss {loss:.4f}" in text.getvalue()
         empty = [{"input_ids": batches[0]["input_ids"], "labels": torch.full_like(batches[0]["input_ids"], -100)}]
-        with pytest.raises(DataError, match="no label that counts"):
+        with pytest.raises(DataError, match="validation split: no labels"):
             mean_loss(engine, empty)
 
 
