@@ -28,7 +28,7 @@ from gptoughts.data.chat.template import (
     Template,
     load_template,
     special_token_names,
-)  # fmt: skip
+)
 from gptoughts.data.text.sources import first_line, require
 from gptoughts.data.tokenizers.tokenizer import JsonTokenizer, Tokenizer, bpe_from_files
 from gptoughts.errors import DataError
