@@ -76,7 +76,7 @@ def export(
     model.eval()
     dtype = comparison_dtype(model, recipe)
     with torch.no_grad():
-        ours = _logits(model.to(dtype), ids)
+        expected = _logits(model.to(dtype), ids)
     model.to(torch.float32)  # exact in both directions
     with fresh(out) as folder:
         if recipe.model.family == "hf":
@@ -87,7 +87,7 @@ def export(
             llada_layout.save(
                 _weights(model), model.config, folder, model.sequence_length, mask_id=mask_id, eot_id=tokenizer.eot_id
             )
-            proof = compare(ours, _native_logits(model, folder, ids))
+            proof = compare(expected, _native_logits(model, folder, ids))
             require(proof, out)
             if isinstance(tokenizer, JsonTokenizer):
                 (folder / "tokenizer.json").write_bytes(tokenizer.canonical)
@@ -97,8 +97,8 @@ def export(
             raise ConfigError(f"model.family: no transformers layout for {type(model).__name__}", found=recipe.model.family)
         notes = write(model, recipe, tokenizer, folder, origin)
         notes += _write_tokenizer(tokenizer, folder, origin, recipe, text)
-        theirs = _reopened_logits(folder, ids, recipe, next(model.parameters()).device, dtype)
-        proof = compare(ours, theirs)
+        reopened = _reopened_logits(folder, ids, recipe, next(model.parameters()).device, dtype)
+        proof = compare(expected, reopened)
         require(proof, out)
     return proof, notes
 
@@ -106,16 +106,16 @@ def export(
 # --- proof
 
 
-def compare(ours: Tensor, theirs: Tensor) -> Proof:
+def compare(expected: Tensor, reopened: Tensor) -> Proof:
     """Return the differences between two models' logits on the same tokens; the last dimension is the distribution."""
-    if ours.shape != theirs.shape:
+    if expected.shape != reopened.shape:
         raise CheckpointError(
-            f"export: reopened model must give logits of shape {tuple(ours.shape)}", found=tuple(theirs.shape)
+            f"export: reopened model must give logits of shape {tuple(expected.shape)}", found=tuple(reopened.shape)
         )
-    ours, theirs = ours.double().cpu(), theirs.double().cpu()
-    p, q = ours.log_softmax(-1), theirs.log_softmax(-1)
+    expected, reopened = expected.double().cpu(), reopened.double().cpu()
+    p, q = expected.log_softmax(-1), reopened.log_softmax(-1)
     kl = float((p.exp() * (p - q)).sum(-1).mean())
-    return Proof(float((ours - theirs).abs().max()), float(ours.abs().max()), abs(kl), ours.shape[:-1].numel())
+    return Proof(float((expected - reopened).abs().max()), float(expected.abs().max()), abs(kl), expected.shape[:-1].numel())
 
 
 def require(proof: Proof, out: Path) -> None:
@@ -220,18 +220,18 @@ def _write_hf(model: nn.Module, recipe: Recipe, tokenizer: Tokenizer, folder: Pa
 
     weights = _weights(model)
     inner: Any = model.inner
-    theirs = whole_model(recipe.model, task_of(recipe), inner.get_input_embeddings().weight.shape[0])
-    state = theirs.state_dict()
-    tied = theirs.get_expanded_tied_weights_keys(all_submodels=True)
+    hf_model = whole_model(recipe.model, task_of(recipe), inner.get_input_embeddings().weight.shape[0])
+    state = hf_model.state_dict()
+    tied = hf_model.get_expanded_tied_weights_keys(all_submodels=True)
     missing, extra = sorted(state.keys() - weights.keys() - tied.keys()), sorted(weights.keys() - state.keys())
     if missing or extra:
         raise CheckpointError(
             "model: weights do not match its config.json", found=f"missing {missing[:8]}, unexpected {extra[:8]}"
         )
-    theirs.load_state_dict(weights, strict=False, assign=True)
-    theirs.tie_weights()
+    hf_model.load_state_dict(weights, strict=False, assign=True)
+    hf_model.tie_weights()
     with quiet():
-        theirs.save_pretrained(folder)
+        hf_model.save_pretrained(folder)
     base_files = _base_files(origin, recipe)
     if "generation_config.json" in base_files:
         (folder / "generation_config.json").write_text(base_files["generation_config.json"], encoding="utf-8")

@@ -70,11 +70,11 @@ def export_adapter(loaded: Loaded, out: Path, text: str) -> tuple[Proof, list[st
     initial = initial_weights(recipe, loaded.parts, loaded.model, device)
     assert isinstance(initial, AdapterSource)
     with torch.no_grad(), fresh(out) as folder:
-        ours = loaded.model(ids)
+        expected = loaded.model(ids)
         save_adapter(
             loaded.model, recipe.adapter, folder, record, initial, "CAUSAL_LM" if recipe.model.family == "hf" else None
         )
-        proof = compare(ours, _reopen(loaded, folder, _base_source(loaded, initial))(ids))
+        proof = compare(expected, _reopen(loaded, folder, _base_source(loaded, initial))(ids))
         require(proof, out)
     return proof, [f"adapter only; base model: {record.path}"]
 

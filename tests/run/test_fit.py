@@ -179,7 +179,7 @@ def test_run_dir_holds_what_happened(tmp_path: Path) -> None:
     again = model(seed=5)
     again.load_state_dict(load_file(saved / "model.safetensors"))
     assert largest_difference(again, trained) == 0
-    with pytest.raises(CheckpointError, match="only its own code can build"):
+    with pytest.raises(CheckpointError, match=r"model trained by `gptoughts.fit`, which only its own code can build"):
         load(str(saved))
 
 

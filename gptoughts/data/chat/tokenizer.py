@@ -16,8 +16,19 @@ from typing import Any
 
 import numpy as np
 
-from gptoughts.data.chat import template as marks
-from gptoughts.data.chat.template import ALIAS, BEGIN_TEXT, END_TEXT, Message, Template, load_template, special_token_names
+from gptoughts.data.chat.template import (
+    ALIAS,
+    BEGIN_ANSWER,
+    BEGIN_TEXT,
+    END_ANSWER,
+    END_TEXT,
+    NEEDED_TOKENS,
+    RESERVED,
+    Message,
+    Template,
+    load_template,
+    special_token_names,
+)
 from gptoughts.data.text.sources import first_line, require
 from gptoughts.data.tokenizers.tokenizer import JsonTokenizer, Tokenizer, bpe_from_files
 from gptoughts.errors import DataError
@@ -62,7 +73,7 @@ class ChatTokenizer:
         self._special_pattern, self._control_pattern = any_of(self.special), any_of(self.control)
         self._scan = re.compile(
             f"{BEGIN_TEXT}(?P<text>{self._control_pattern.pattern}){END_TEXT}|[{BEGIN_TEXT}{END_TEXT}]"
-            f"|(?P<begin>{marks.BEGIN_ANSWER})|(?P<end>{marks.END_ANSWER})|(?P<control>{self._control_pattern.pattern})"
+            f"|(?P<begin>{BEGIN_ANSWER})|(?P<end>{END_ANSWER})|(?P<control>{self._control_pattern.pattern})"
         )
         self._endings = tuple(self.control)
 
@@ -102,7 +113,7 @@ class ChatTokenizer:
         names.setdefault("eos_token", token_name(tokenizer, tokenizer.eot_id))
         loaded = load_template(template, folder, names, today)
         chat = ChatTokenizer(tokenizer, loaded)
-        missing = [token for token in marks.NEEDED_TOKENS.get(template or "", ()) if token not in chat.control]
+        missing = [token for token in NEEDED_TOKENS.get(template or "", ()) if token not in chat.control]
         if missing:
             raise DataError(
                 f"data.template {template}: the tokenizer lacks {', '.join(missing)}",
@@ -121,7 +132,7 @@ class ChatTokenizer:
         def marked(value: Any, pattern: re.Pattern[str]) -> Any:
             nonlocal spelled
             if isinstance(value, str):
-                if any(mark in value for mark in marks.RESERVED):
+                if any(mark in value for mark in RESERVED):
                     raise DataError("contains a Unicode noncharacter (U+FDD0 to U+FDD5)", fix="remove it")
                 value, count = pattern.subn(f"{BEGIN_TEXT}\\g<0>{END_TEXT}", value)
                 spelled += count

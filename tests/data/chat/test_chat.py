@@ -130,7 +130,7 @@ def test_a_message_cannot_write_a_special_token(
     except DataError as error:
         assume("changes the output of the chat template" not in str(error) and "renders no text" not in str(error))
         raise
-    special = {index for name, index in one.statsial.items() if name != "<unk>"}  # Unknown characters are that one.
+    special = {index for name, index in one.special.items() if name != "<unk>"}  # Unknown characters are that one.
 
     def control(messages: list[dict[str, Any]]) -> list[int]:
         ids = one.encode(render_chat(one, messages, "all").texts)[0].ids.tolist()
@@ -151,13 +151,13 @@ def test_forged_marks_and_split_tokens_do_not_pass(chats: dict[str, ChatTokenize
             render_chat(one, chat([("a", f"{mark}2{mark}")]), "answers")
     # Neighbors that spell a token only together: the end of one text and the template's own characters.
     ids = one.encode(render_chat(one, chat([("<|im_end|", "x")]), "answers").texts)[0].ids.tolist()
-    assert ids.count(one.statsial["<|im_end|>"]) == 3
+    assert ids.count(one.special["<|im_end|>"]) == 3
 
 
 def test_users_cannot_think_and_answers_can(chats: dict[str, ChatTokenizer]) -> None:
     one = chats["qwen"]
     think = one.tokenizer.library.token_to_id("<think>")
-    assert think in one.control.values() and think not in one.statsial.values()
+    assert think in one.control.values() and think not in one.special.values()
     encoded = one.encode(render_chat(one, chat([("<think>a</think>", "<think>\nhm\n</think>\n\nfour")]), "answers").texts)[0]
     assert (encoded.ids == think).sum() == 1 and encoded.learned[encoded.ids == think].all()
 
@@ -167,7 +167,7 @@ def test_begin_of_text_comes_once(chats: dict[str, ChatTokenizer]) -> None:
         one = chats[family]
         for text in render_chat(one, chat([("a", "b"), ("c", "d")]), "answers").texts:
             ids = one.encode([text])[0].ids.tolist()
-            assert ids[0] == one.statsial[name] and ids.count(one.statsial[name]) == 1
+            assert ids[0] == one.special[name] and ids.count(one.special[name]) == 1
 
 
 @pytest.mark.parametrize("family", ["qwen", "deepseek"])
@@ -283,7 +283,7 @@ def test_no_token_reaches_into_an_answer(every: dict[str, ChatTokenizer]) -> Non
      ("plain", "<|im_end|>")],
 )  # fmt: skip
 def test_an_answers_end_stops_it(family: str, ending: str, every: dict[str, ChatTokenizer]) -> None:
-    assert stops(every[family]) == {every[family].statsial[ending]}
+    assert stops(every[family]) == {every[family].special[ending]}
 
 
 def test_a_template_without_ends_stops_nothing(folders: dict[str, Path]) -> None:
@@ -455,15 +455,15 @@ BAD = {
     '{"messages": [{"role": "usr", "content": "a"}]}': r"role must be one of .* \(did you mean 'user'\?\)\. Found 'usr'",
     '{"messages": [{"role": "human", "content": "a"}]}': r"did you mean 'user'\?",
     '{"messages": [{"from": "human", "value": "a"}]}': "rename them to role and content",
-    '{"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}': r"content must be a string\. Found a list of parts\. Try: join the text parts",
+    '{"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}': r"Found a list of parts\. Try: join the text parts",
     '{"messages": [{"role": "user", "content": null}]}': r"content must be a string\. Found NoneType",
-    '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "tool_calls": []}]}': "message 2: tool_calls is not supported",
-    '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "reasoning": "c"}]}': "message 2: reasoning is not rendered by ",
+    '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "tool_calls": []}]}': "2: tool_calls is not",
+    '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "reasoning": "c"}]}': "2: reasoning is not rendered",
     '{"messages": [{"role": "assistant", "content": "b"}]}': "message 1: an answer must follow a message of role user",
     json.dumps(
         {"messages": [*chat([("a", "b")]), {"role": "user", "content": "c"}]}
     ): r"the last message must be an answer\. Found role user",
-    '{"prompt": "a", "response": "b", "completion": "c"}': r"ambiguous keys\. Found prompt \+ response and prompt \+ completion\. Try: keep one pair",
+    '{"prompt": "a", "response": "b", "completion": "c"}': r"ambiguous keys\. Found prompt \+ response and prompt \+ completion\.",
     '{"prompt": "a", "response": "b", "messages": []}': r"ambiguous keys\. Found messages and prompt \+ response",
     '{"question": "a", "answer": "b", "context": "c"}': "context: not supported with question",
     '{"prompt": ["a"], "response": "b"}': r"prompt: must be a string\. Found list",

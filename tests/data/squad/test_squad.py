@@ -121,7 +121,7 @@ MISTAKES: list[tuple[str, Any, str]] = [
     ("a.json", {"Data": []}, r"no field 'data' \(did you mean 'Data'\?\)"),
     ("a.json", {"data": []}, "a.json: no questions"),
     ("a.json", {"data": ["x"]}, r"data\[0\]: must be a JSON object with 'paragraphs'\. Found str"),
-    ("a.json", official([(C, [asked("7", "who?", ("Bob", 7))])]), r"question 7: answer 'Bob' is not at answer_start 7 .*\. Found ' Bo'\.\n  Try: answer_start 8"),
+    ("a.json", official([(C, [asked("7", "who?", ("Bob", 7))])]), r"question 7: answer 'Bob' is not .* Found ' Bo'\.\n  Try: answer_start 8"),
     ("a.json", official([(C, [asked("7", "who?", ("Eve", 0))])]), r"question 7: .*Found 'Ann'\.\n  Try: .*the context does not contain it"),
     ("a.json", official([(C, [asked("7", "who?", ("Ann", -12))])]), "question 7: .*answer_start -12"),
     ("a.json", official([(C, [asked("7", "who?", (" ", 3))])]), "question 7: empty answer text"),
@@ -133,7 +133,7 @@ MISTAKES: list[tuple[str, Any, str]] = [
     ("a.json", official([(C, [asked("7", "who?", ("Ann", True))])]), r"question 7: answer_start must be int\. Found bool"),
     ("a.jsonl", '{"id": "7", "question": "q"}', r"a.jsonl:1: question 7: no field 'answers'"),
     ("a.jsonl", '{"id": "7", "answers": {"text": ["Ann"], "answer_start": []}}', "1 texts and 0 starts"),
-    ("a.jsonl", '{"id": "7", "answers": {"text": ["Ann"], "answer_start": ["0"]}}', r"question 7: an answer must be a string and an integer start\. Found 'Ann' and '0'"),
+    ("a.jsonl", '{"id": "7", "answers": {"text": ["Ann"], "answer_start": ["0"]}}', r"question 7: .* integer start\. Found 'Ann' and '0'"),
     ("a.jsonl", "[1]", r"a.jsonl:1: .*list"),
     ("a.txt", "x", "a.txt: not a SQuAD file name"),
 ]  # fmt: skip
