@@ -103,12 +103,12 @@ def _words(rows: Mapping[str, Mapping[str, Any]], whole: dict[str, float] | None
     if whole is None:
         return ["plan / baseline: n/a, one of them was not measured"]
     words = [f"plan / baseline: {_ranged_text(whole)}"]
-    for how, said in (("alone", "alone"), ("in_plan", "in the plan")):
+    for how, label in (("alone", "alone"), ("in_plan", "in the plan")):
         product, missing = products[how]["product"], products[how]["without"]
         if product is None:
             continue
         left = f" without {', '.join(missing)} (not measured)" if missing else ""
-        words.append(f"product of gains {said}{left}: {_ranged_text(product)}, {_verdict(how, whole, product)}")
+        words.append(f"product of gains {label}{left}: {_ranged_text(product)}, {_verdict(how, whole, product)}")
     words += list(_partners(rows))
     return [*words, "ranges: 5th to 95th percentile over resampled rounds"]
 
