@@ -298,7 +298,9 @@ def _figures_of(name: str, run: dict[str, Any], file: str, profiles: list[Profil
             yield Figure(profile, f"{recipe_name}: {_ratio(whole)} the baseline, plain PyTorch in every slot", file, machine)
         for slot, gain in (run.get("gains") or {}).items():
             words = [
-                f"{_ratio(gain[how])} {said}" for how, said in (("in_plan", "in the plan"), ("alone", "alone")) if gain.get(how)
+                f"{_ratio(gain[how])} {label}"
+                for how, label in (("in_plan", "in the plan"), ("alone", "alone"))
+                if gain.get(how)
             ]
             if words:
                 yield Figure(profile, f"{', '.join(words)}, {recipe_name}", file, machine, slot, gain["layer"])
@@ -309,9 +311,9 @@ def _figures_of(name: str, run: dict[str, Any], file: str, profiles: list[Profil
 def _step_text(recipe_name: str, run: dict[str, Any]) -> str:
     words = [f"{recipe_name}: {_speed_text(run['variants']['ours'])}"]
     ratios = run.get("ratios_of_tokens_per_second", {})
-    for key, said in (("ours / fp32 eager", "float32 eager"), ("ours / plain", "a bare loop with the same settings")):
+    for key, label in (("ours / fp32 eager", "float32 eager"), ("ours / plain", "a bare loop with the same settings")):
         if key in ratios:
-            words.append(f"{_ratio(ratios[key])} {said}")
+            words.append(f"{_ratio(ratios[key])} {label}")
     return ", ".join(words)
 
 
@@ -337,18 +339,18 @@ def _profile_for(label: str, profiles: list[Profile]) -> str | None:
     match = re.search(r"\(sm (\d+)\.(\d+)\)", label)
     if match is None:
         return "cpu" if label.startswith("CPU: ") else None
-    here = int(match[1]), int(match[2])
+    capability = int(match[1]), int(match[2])
     fitting = [
         one.name
         for one in profiles
-        if one.auto and one.match.gpu and _holds(one.match, here) and one.match.min_memory_gb is None
+        if one.auto and one.match.gpu and _holds(one.match, capability) and one.match.min_memory_gb is None
     ]
     return fitting[0] if len(fitting) == 1 else None
 
 
-def _holds(match: Match, here: tuple[int, int]) -> bool:
+def _holds(match: Match, capability: tuple[int, int]) -> bool:
     least, most = _pair(match.min_compute_capability), _pair(match.max_compute_capability)
-    return (least is None or here >= least) and (most is None or here <= most)
+    return (least is None or capability >= least) and (most is None or capability <= most)
 
 
 def _pair(text: str | None) -> tuple[int, int] | None:

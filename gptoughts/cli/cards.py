@@ -17,7 +17,7 @@ def _fields(layer: Layer) -> Iterator[str]:
     needs += [f"compute capability {'.'.join(map(str, layer.min_capability))}"] if layer.min_capability else []
     needs += [f"{package} (pip install 'gptoughts[{extra}]')" for package, extra in layer.packages]
     needs += [f"{slot} = {' or '.join(names)}" for slot, names in layer.needs_slots.items()]
-    yield f"- needs: {', '.join(needs) or 'see unmet() of the layer'}"
+    yield f"- needs: {', '.join(needs) or 'no declared requirements'}"
     yield f"- applied: {layer.when}"
     if layer.wraps or layer.replaces:
         hooks = [f"wraps {hook}" for hook in layer.wraps] + [f"replaces {hook}" for hook in layer.replaces]

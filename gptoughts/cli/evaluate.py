@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gptoughts.errors import ConfigError, DataError, nearest
+
 if TYPE_CHECKING:
     from gptoughts.data.corpus import TextCorpus
     from gptoughts.inference.load import Loaded
@@ -19,7 +21,6 @@ LONGEST_WINDOW = 1024
 def perplexity(checkpoint: str, data: str | None, split: str, batch: int, length: int | None, as_json: bool) -> int:
     """Print nats per token, perplexity and bits per token over every label of the split."""
     from gptoughts.data.batches import eval_batches
-    from gptoughts.errors import ConfigError
     from gptoughts.inference.eval.perplexity import mean_loss
     from gptoughts.inference.load import load
 
@@ -64,7 +65,6 @@ def perplexity(checkpoint: str, data: str | None, split: str, batch: int, length
 def compare(checkpoint: str, other: str, data: str, batch: int, length: int | None, windows: int | None, as_json: bool) -> int:
     """Print the loss of both models on the whole text and the difference, with a 95 % bootstrap interval over paired windows."""
     from gptoughts.data.batches import eval_batches
-    from gptoughts.errors import ConfigError, DataError
     from gptoughts.inference.eval.comparison import difference, window_losses
     from gptoughts.inference.load import load
 
@@ -104,7 +104,6 @@ def corpus_of(
 ) -> TextCorpus:
     """Open the text for an evaluation, tokenized with the checkpoint's tokenizer. Raises DataError, ConfigError."""
     from gptoughts.data.corpus import text_corpus
-    from gptoughts.errors import ConfigError, DataError, nearest
 
     settings = loaded.recipe.data
     if data is None and (loaded.step is None or settings.format != "text"):
@@ -138,7 +137,6 @@ def likelihood(
     as_json: bool,
 ) -> int:
     """Print an upper bound on the nats per token of the split under a masked-diffusion model, with its standard error."""
-    from gptoughts.errors import ConfigError
     from gptoughts.inference.eval.likelihood import text_bound
     from gptoughts.inference.load import load, reading
 
@@ -183,7 +181,6 @@ def likelihood(
 def squad(checkpoint: str, data: str | None, threshold: float | None, batch: int, out: str | None, as_json: bool) -> int:
     """Print exact match and F1 as computed by the official script; with `out`, write predictions in its format."""
     from gptoughts.data.squad.examples import prepare_squad
-    from gptoughts.errors import ConfigError
     from gptoughts.inference.eval.squad import evaluate
     from gptoughts.inference.load import load
 

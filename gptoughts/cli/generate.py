@@ -9,6 +9,8 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from gptoughts.errors import CheckpointError, ConfigError, DataError
+
 TOKENS = 200
 """Default number of new tokens of a next-token model."""
 
@@ -31,7 +33,6 @@ def generate(
     offload: str | None,
 ) -> int:
     """Continue each prompt; `-` reads standard input. Without prompts, continue an empty one."""
-    from gptoughts.errors import ConfigError
     from gptoughts.inference.generate.write import write
     from gptoughts.inference.load import load, reading
 
@@ -40,10 +41,7 @@ def generate(
     stack = ExitStack()
     if memory is not None or offload is not None:
         if base is not None:
-            raise ConfigError(
-                "--base: not supported with --memory or --offload",
-                fix=f"gptoughts export {checkpoint} --to DIR, to merge the adapter first",
-            )
+            raise ConfigError("--base: not supported with --memory or --offload", fix=f"gptoughts export {checkpoint} --to DIR")
         model, tokenizer, recipe, folder, mask_id = offloaded(checkpoint, memory, offload)
     else:
         loaded = load(checkpoint, base=base)
@@ -55,10 +53,10 @@ def generate(
     recipe = asked(recipe, sample, diffusion, mask_id)
     texts = [sys.stdin.read() if text == "-" else text for text in prompt] or [""]
     if chat:
-        prompts, stops = turns(checkpoint, folder, recipe, texts)
+        prompts, stops = chat_prompts(checkpoint, folder, recipe, texts)
     else:
         prompts, stops = begun(tokenizer, recipe, texts), set()
-    stops |= noted_ends(places_of(folder, recipe))
+    stops |= noted_ends(tokenizer_folders(folder, recipe))
     check_room(model, recipe, mask_id, prompts, chat)
     shown = -1
 
@@ -81,7 +79,6 @@ def offloaded(name: str, memory_gib: float | None, offload: str | None) -> tuple
     """Load a model offloaded to CPU memory and disk: (model, tokenizer, recipe, folder, no mask id). Raises CheckpointError, ConfigError."""
     from gptoughts.config.model_path import folder_of
     from gptoughts.data.tokenizers.tokenizer import bpe_from_files
-    from gptoughts.errors import CheckpointError, ConfigError
     from gptoughts.inference.generate.offloaded import opened
     from gptoughts.inference.load import exported_recipe, find
 
@@ -99,14 +96,14 @@ def offloaded(name: str, memory_gib: float | None, offload: str | None) -> tuple
     return opened(folder, memory_gib, offload), bpe_from_files(recipe.data.tokenizer), recipe, folder, None
 
 
-def places_of(folder: Path, recipe: Any) -> list[Path]:
+def tokenizer_folders(folder: Path, recipe: Any) -> list[Path]:
     """Return the folders that can hold tokenizer and config files: tokenizer/ and base/ of a checkpoint, or a model folder itself."""
     names = (recipe.model.path, recipe.data.tokenizer)
     named = [Path(name).expanduser() for name in names if name and name not in ("bytes", "chars", "gpt2", "bpe")]
     return [folder / "tokenizer", folder / "base", folder, *(path.parent if path.is_file() else path for path in named)]
 
 
-def turns(name: str, folder: Path, recipe: Any, texts: list[str]) -> tuple[list[list[int]], set[int]]:
+def chat_prompts(name: str, folder: Path, recipe: Any, texts: list[str]) -> tuple[list[list[int]], set[int]]:
     """Return user turns in the model's chat template as ids, up to the start of the answer, and the ids that end an answer.
 
     Raises ConfigError for a model without a template, DataError for damaged files.
@@ -114,9 +111,8 @@ def turns(name: str, folder: Path, recipe: Any, texts: list[str]) -> tuple[list[
     from gptoughts.data.chat.answers import prompt, stops
     from gptoughts.data.chat.template import templates_in
     from gptoughts.data.chat.tokenizer import ChatTokenizer
-    from gptoughts.errors import ConfigError
 
-    for place in places_of(folder, recipe):
+    for place in tokenizer_folders(folder, recipe):
         written = place / "chat_template.jinja"
         if (place / "tokenizer.json").is_file() and templates_in(place):
             chat = ChatTokenizer.open(place)
@@ -146,7 +142,6 @@ def begun(tokenizer: Any, recipe: Any, texts: list[str]) -> list[list[int]]:
 def noted_ends(places: list[Path]) -> set[int]:
     """Return the end-of-text ids in the first generation_config.json in these folders. Raises DataError."""
     from gptoughts.data.chat.template import read_json
-    from gptoughts.errors import DataError
 
     path = next((place / "generation_config.json" for place in places if (place / "generation_config.json").is_file()), None)
     noted = None if path is None else read_json(path).get("eos_token_id")
@@ -162,7 +157,6 @@ def check_room(model: Any, recipe: Any, mask_id: int | None, prompts: list[list[
     Raises DataError for a chat prompt that is too long, since truncation would cut its template, and ConfigError if denoising shall write
     more tokens than the model's context.
     """
-    from gptoughts.errors import DataError
     from gptoughts.inference.generate.write import require_context, room
 
     if mask_id is not None:
@@ -180,7 +174,6 @@ def check_room(model: Any, recipe: Any, mask_id: int | None, prompts: list[list[
 
 def asked(recipe: Any, sample: dict[str, Any], diffusion: dict[str, Any], mask_id: int | None) -> Any:
     """Return the recipe with the given sampling options. Raises ConfigError for diffusion options with a next-token model."""
-    from gptoughts.errors import ConfigError
 
     if diffusion and mask_id is None:
         flags = ", ".join(f"--{key.replace('_', '-')}" for key in diffusion)

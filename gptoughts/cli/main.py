@@ -65,7 +65,7 @@ def _plan() -> click.Command:
         option("--ranks", type=click.IntRange(1), help="plan for this many ranks"),
         option("--json", "as_json", is_flag=True, help="print JSON"),
     ]
-    text = "Show the layers that RECIPE gets, with reasons and expected memory, without training; for this or another machine."
+    text = "Show layers, reasons and expected memory for RECIPE. Trains nothing; --machine plans for another machine."
     return recipe_command("plan", "plan.plan", text, params)
 
 
@@ -87,9 +87,7 @@ def _lists() -> list[click.Command]:
     return [
         command("recipes", "lists.recipes", "List recipes, or print one.", [name]),
         command("profiles", "lists.profiles", "List profiles, or print one.", [name]),
-        command(
-            "layers", "lists.layers", "List layers and whether they can run on this machine, or print one.", [name, markdown]
-        ),
+        command("layers", "lists.layers", "List layers and their state on this machine, or print one.", [name, markdown]),
     ]
 
 
@@ -136,7 +134,7 @@ def _generate() -> click.Command:
         ),
         option("--offload", metavar="DIR", help="keep weights that exceed memory in DIR (accelerate)"),
     ]
-    text = "Generate text with CHECKPOINT: a run name, a run folder, one checkpoint, an exported folder or an adapter."
+    text = "Generate text with CHECKPOINT. It is a run name, a run folder, one checkpoint, an exported folder or an adapter."
     return command("generate", "generate.generate", text, params)
 
 
@@ -154,7 +152,7 @@ def _export() -> click.Command:
         option("--adapter-only", is_flag=True, help="write the adapter for peft instead of merging it"),
         option("--text", metavar="FILE", help="text to compare logits on; default: a passage of Python's license"),
     ]
-    text = "Export CHECKPOINT as a folder for transformers, and check that the logits are equal."
+    text = "Export CHECKPOINT as a folder for transformers. Checks that the logits are equal."
     return command("export", "export.export", text, params)
 
 
@@ -179,7 +177,7 @@ def _eval() -> click.Command:
         "squad": ([questions, threshold, batch, out, as_json], "Compute exact match and F1 of a question-answering model."),
         "compare": (
             [argument("other"), unseen, batch, length, limit, as_json],
-            "Compare the losses of CHECKPOINT and OTHER on a text, with a confidence interval.",
+            "Compare the losses of CHECKPOINT and OTHER on a text. Prints a confidence interval of the difference.",
         ),
     }
     commands = [
@@ -200,7 +198,7 @@ def _bench() -> click.Command:
         command(
             "gemm",
             "bench.gemm",
-            "Measure matrix products and copies on this machine; the user's cache keeps the results for other commands.",
+            "Measure matrix products and copies on this machine. The user's cache keeps the results for other commands.",
             gemm,
         ),
     )
@@ -227,7 +225,7 @@ def _bench_plan() -> list[click.Command]:
         ),
         to,
     ]
-    gain = "Measure the gain of each layer: the plan without it and the baseline with it, interleaved in processes."
+    gain = "Measure the gain of each layer of the plan. Runs the plan without it and the baseline with it, interleaved."
     same = (
         "Compare the training loss of the plan with its reference. Exits with code 1 if it differs by more than 0.5 % "
         "and twice the noise of seeds."
@@ -241,7 +239,7 @@ def _doctor() -> click.Command:
         option("--quick", is_flag=True, help="skip imports, speed, rank and disk checks"),
         option("--machine-json", is_flag=True, help="print this machine as a file for plan --machine"),
     ]
-    text = "Check this machine: what is missing or slow, its cost, and the command that fixes it."
+    text = "Check this machine for missing or slow parts. Prints the cost of each problem and the command that fixes it."
     return command("doctor", "doctor.doctor", text, params)
 
 

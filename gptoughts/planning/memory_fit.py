@@ -123,19 +123,19 @@ def expected(case: Case, choices: Choices, catalog: Mapping[str, Layer]) -> Budg
     return budget
 
 
-def fit(case: Case, choices: Choices, catalog: Mapping[str, Layer], stands: Callable[[Choices], bool]) -> MemoryCheck:
-    """Check the memory of a plan. `stands` returns whether other choices are compatible with each other."""
+def fit(case: Case, choices: Choices, catalog: Mapping[str, Layer], compatible: Callable[[Choices], bool]) -> MemoryCheck:
+    """Check the memory of a plan. `compatible` returns whether other choices are compatible with each other."""
     budget, free = expected(case, choices, catalog), free_of_rank(case)
-    here = memory_of_rank(case) if free is None else free
+    available = memory_of_rank(case) if free is None else free
     if budget is None:
-        return MemoryCheck(None, here, Verdict.UNKNOWN)
-    found = verdict(budget.peak, here)
-    changes = _changes(case, choices, catalog, stands, here) if found in (Verdict.DOES_NOT, Verdict.TIGHT) else ()
-    return MemoryCheck(budget, here, found, changes, free is not None)
+        return MemoryCheck(None, available, Verdict.UNKNOWN)
+    found = verdict(budget.peak, available)
+    changes = _changes(case, choices, catalog, compatible, available) if found in (Verdict.DOES_NOT, Verdict.TIGHT) else ()
+    return MemoryCheck(budget, available, found, changes, free is not None)
 
 
 def _changes(
-    case: Case, choices: Choices, catalog: Mapping[str, Layer], stands: Callable[[Choices], bool], memory_bytes: int | None
+    case: Case, choices: Choices, catalog: Mapping[str, Layer], compatible: Callable[[Choices], bool], memory_bytes: int | None
 ) -> tuple[str, ...] | None:
     """Return the first steps of the ladder that together fit, without steps that are not needed; None if all together do not."""
     steps: list[tuple[Choice, str]] = []
@@ -147,7 +147,7 @@ def _changes(
 
     for choice, flags in _ladder(case, choices, catalog, steps):
         tried = {**choices, **{one.slot: one for one, _ in steps}, choice.slot: choice}
-        if not stands(tried):
+        if not compatible(tried):
             continue
         steps[:] = [*(step for step in steps if step[0].slot != choice.slot), (choice, flags)]
         if fits(steps):
