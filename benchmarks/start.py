@@ -88,12 +88,12 @@ def _processor_seconds() -> float:
 def one(recipe: str, layer: str) -> dict[str, Any]:
     """Return first step minus second step of this process, and where its CPU seconds went."""
     from gptoughts.api import decide
-    from gptoughts.diagnostics.bench.training import opened_training
+    from gptoughts.diagnostics.bench.training import open_training
     from gptoughts.layers.support.compile import newest
     from gptoughts.models.torch_internals import compile_seconds
 
     setting = decide(recipe, layers={"compile": layer})
-    with opened_training(setting) as training:
+    with open_training(setting) as training:
         took = []
         for _ in range(2):
             began, processor = perf_counter(), _processor_seconds()

@@ -26,10 +26,10 @@ from benchmarks.plain import Settings, plain_loop
 from benchmarks.table import step_table
 from gptoughts.api import ResolvedRun, decide
 from gptoughts.cli.options import CONTEXT, RecipeCommand, option, recipe_options, split_flags
-from gptoughts.cli.train import put_environment_in_place
+from gptoughts.cli.train import apply_environment
 from gptoughts.config.loader import Recipe
 from gptoughts.console import SilentConsole
-from gptoughts.data.corpus import opened
+from gptoughts.data.corpus import open_corpus
 from gptoughts.diagnostics.bench.figures import machine_figures, paired, spread
 from gptoughts.engine.distributed.ranks import Ranks
 from gptoughts.engine.engine import Engine
@@ -90,7 +90,7 @@ class Subject:
             )
         if self.recipe.data.format != "text":
             raise ConfigError("data.format: benchmarks.step reads text only", found=repr(self.recipe.data.format))
-        self.corpus = opened(self.recipe)
+        self.corpus = open_corpus(self.recipe)
         self.parts = model_bundle(
             self.recipe, self.corpus.tokenizer, setting.extensions.families, setting.extensions.objectives
         )
@@ -307,7 +307,7 @@ def _main(
 ) -> None:
     fields, layers, _ = split_flags(flags)
     setting = decide(recipe, profile, fields, layers, plugin)
-    for note in put_environment_in_place(setting):
+    for note in apply_environment(setting):
         print(f"note: {note}", flush=True)
     path = front.target(out)
     run = bench_step(setting, rounds, steps, front.typed("benchmarks.step"), front.progress)

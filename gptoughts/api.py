@@ -15,9 +15,9 @@ from gptoughts.errors import ConfigError, ErrorCollector
 from gptoughts.hardware.machine import Machine, World, probe, read, world_from_environment
 from gptoughts.layers.plugins import Extensions, extensions
 from gptoughts.planning import environment
-from gptoughts.planning.environment import in_effect, lacking
+from gptoughts.planning.environment import in_effect, missing_variables
 from gptoughts.planning.profile import pick
-from gptoughts.planning.requests import wanted
+from gptoughts.planning.requests import layer_requests
 from gptoughts.planning.resolve import Plan, resolve
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def decide(
     with mistakes.collect():
         chosen = None if here is None else pick(profile, here)
         if chosen and known:
-            wanted(chosen, known.catalog, layers or {})
+            layer_requests(chosen, known.catalog, layers or {})
     mistakes.raise_collected()
     assert here and known and world and resolved and chosen
     # Torch reads its variables once: if it is loaded, only variables already in effect count. A machine file is only planned for.
@@ -161,7 +161,7 @@ def train_resolved(
     if job.get("numerics", "check") not in ("check", "off"):
         raise ConfigError("numerics: must be check or off", found=repr(job["numerics"]))
     if not environment.torch_is_loaded():  # from Python the plan's variables are not set yet, and still take effect
-        os.environ.update(lacking(setting.plan, os.environ))
+        os.environ.update(missing_variables(setting.plan, os.environ))
     from gptoughts.console import Console, SilentConsole
     from gptoughts.run.run import execute
     from gptoughts.run.session import TrainingJob

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from gptoughts.api import ResolvedRun, decide
-from gptoughts.cli.train import needs_torch
-from gptoughts.diagnostics.bench.variants import Ask
+from gptoughts.cli.train import require_torch
+from gptoughts.diagnostics.bench.variants import RunRequest
 from gptoughts.errors import ConfigError, LayerError
 
 SAME_MEASUREMENT = ("what", "recipe", "plan", "model")
@@ -81,18 +81,18 @@ def parity(
 
 def gemm(largest: int | None, out: str | None) -> int:
     """Measure matrix products and copies, keep the best in the user's cache, and print them beside the datasheet values."""
-    needs_torch()
+    require_torch()
     from gptoughts.diagnostics.bench.figures import keep
-    from gptoughts.diagnostics.bench.gemm import bench_gemm, ceilings_of, effort_for, gemm_markdown, gemm_text
+    from gptoughts.diagnostics.bench.gemm import bench_gemm, effort_for, gemm_markdown, gemm_text, measured_peaks_of
     from gptoughts.files import write_text
     from gptoughts.hardware.machine import probe
-    from gptoughts.hardware.measured_peaks import keep_ceilings
+    from gptoughts.hardware.measured_peaks import save_peaks
 
     here, path = probe(), _target(out)
     run = bench_gemm(here, _command(), _progress, effort_for(here, largest))
     print(gemm_text(run))
     if largest is None:  # small matrices do not reach the peak
-        print(f"kept in {keep_ceilings(here, ceilings_of(run))}")
+        print(f"kept in {save_peaks(here, measured_peaks_of(run))}")
     if path is not None:
         runs = keep(path, run, ("what", "device"))
         write_text(path.with_suffix(".md"), gemm_markdown(runs))
@@ -102,13 +102,13 @@ def gemm(largest: int | None, out: str | None) -> int:
 
 def _resolve(
     recipe: str | None, profile: str, fields: Mapping[str, str], layers: Mapping[str, str], plugin: Sequence[str]
-) -> tuple[ResolvedRun, Ask]:
+) -> tuple[ResolvedRun, RunRequest]:
     """Resolve the run here, and return its inputs for the child processes. This process needs no variables of the plan."""
     setting = decide(recipe, profile, fields, layers, plugin)
-    needs_torch()
+    require_torch()
     for note in setting.plan.notes:
         print(f"note: {note}", flush=True)
-    return setting, Ask(recipe, profile, fields, tuple(plugin))
+    return setting, RunRequest(recipe, profile, fields, tuple(plugin))
 
 
 def _target(out: str | None) -> Path | None:

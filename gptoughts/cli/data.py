@@ -16,10 +16,10 @@ def show(recipe: str | None, fields: Mapping[str, str], layers: Mapping[str, str
     if layers:
         raise ConfigError(f"--layer.{next(iter(layers))}: data show uses no layers")
     from gptoughts.data.chat.marking import MARKS, Style, first_rows, said, shown, totals
-    from gptoughts.data.corpus import opened
+    from gptoughts.data.corpus import open_corpus
 
     resolved = resolve_recipe(load(recipe or "quickstart", fields)).recipe
-    corpus = opened(resolved)
+    corpus = open_corpus(resolved)
     style: Style = "color" if sys.stdout.isatty() and "NO_COLOR" not in os.environ else "brackets"
     begin, end = MARKS[style]
     print(f"recipe {resolved.name}, data {resolved.data.path} ({resolved.data.format}); {begin}learned tokens{end} are marked")

@@ -12,7 +12,7 @@ from gptoughts.errors import ConfigError, DataError, nearest
 
 if TYPE_CHECKING:
     from gptoughts.data.corpus import TextCorpus
-    from gptoughts.inference.load import Loaded
+    from gptoughts.inference.load import LoadedModel
 
 LONGEST_WINDOW = 1024
 """Maximum default context in tokens for a folder without a training recipe."""
@@ -94,16 +94,16 @@ def compare(checkpoint: str, other: str, data: str, batch: int, length: int | No
     return 0
 
 
-def named(loaded: Loaded) -> str:
+def named(loaded: LoadedModel) -> str:
     """Return the checkpoint's folder, with its step if known."""
     return f"{loaded.folder}, step {loaded.step}" if loaded.step is not None else str(loaded.folder)
 
 
 def corpus_of(
-    loaded: Loaded, data: str | None, split: str, length: int | None, more: Mapping[str, Any] | None = None
+    loaded: LoadedModel, data: str | None, split: str, length: int | None, more: Mapping[str, Any] | None = None
 ) -> TextCorpus:
     """Open the text for an evaluation, tokenized with the checkpoint's tokenizer. Raises DataError, ConfigError."""
-    from gptoughts.data.corpus import text_corpus
+    from gptoughts.data.corpus import open_text_corpus
 
     settings = loaded.recipe.data
     if data is None and (loaded.step is None or settings.format != "text"):
@@ -115,7 +115,7 @@ def corpus_of(
             settings = settings.model_copy(update={"tokenizer": str(loaded.folder / "tokenizer")})
     if length is not None:
         settings = settings.model_copy(update={"sequence_length": length})
-    corpus = text_corpus(settings)
+    corpus = open_text_corpus(settings)
     if corpus.tokenizer.hash != loaded.tokenizer.hash:
         raise DataError(
             f"{corpus.folder}: tokenized with another tokenizer than {loaded.folder}", fix="--data with the original text"

@@ -78,7 +78,7 @@ def generate(
 def offloaded(name: str, memory_gib: float | None, offload: str | None) -> tuple[Any, Any, Any, Path, None]:
     """Load a model offloaded to CPU memory and disk: (model, tokenizer, recipe, folder, no mask id). Raises CheckpointError, ConfigError."""
     from gptoughts.config.model_path import folder_of
-    from gptoughts.data.tokenizers.tokenizer import bpe_from_files
+    from gptoughts.data.tokenizers.tokenizer import load_tokenizer
     from gptoughts.inference.generate.offloaded import opened
     from gptoughts.inference.load import exported_recipe, find
 
@@ -93,7 +93,7 @@ def offloaded(name: str, memory_gib: float | None, offload: str | None) -> tuple
     recipe = exported_recipe(folder, None)
     if recipe.model.family != "hf" or recipe.objective != "next-token":
         raise ConfigError(f"{folder}: offloading needs a next-token model of transformers", fix="omit --memory and --offload")
-    return opened(folder, memory_gib, offload), bpe_from_files(recipe.data.tokenizer), recipe, folder, None
+    return opened(folder, memory_gib, offload), load_tokenizer(recipe.data.tokenizer), recipe, folder, None
 
 
 def tokenizer_folders(folder: Path, recipe: Any) -> list[Path]:

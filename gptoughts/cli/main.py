@@ -15,7 +15,7 @@ from gptoughts.errors import GptoughtsError
 from gptoughts.planning.environment import Process
 
 
-def verbs() -> CommandGroup:
+def build_cli() -> CommandGroup:
     """Build the whole command tree."""
     tree = group(
         "gptoughts",
@@ -250,7 +250,7 @@ def main(arguments: list[str] | None = None) -> None:
     """
     process = Process.OURS if arguments is None else Process.CALLERS
     try:
-        verbs().main(args=arguments, prog_name="gptoughts", standalone_mode=False, obj=process)
+        build_cli().main(args=arguments, prog_name="gptoughts", standalone_mode=False, obj=process)
     except click.ClickException as error:
         _exit(f"error: {error.format_message()}", error.exit_code)
     except (click.exceptions.Abort, KeyboardInterrupt):

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from gptoughts.api import ResolvedRun, decide
-from gptoughts.cli.train import needs_torch, put_environment_in_place
+from gptoughts.cli.train import apply_environment, require_torch
 from gptoughts.errors import ConfigError
 
 SETTLE_STEPS = 2
@@ -29,9 +29,9 @@ def trace(
 ) -> int:
     """Write trace.json.gz, trace.md, trace.summary.json and trace.png into the run folder; print the summary."""
     setting = decide(recipe, profile, fields, layers, plugin)
-    needs_torch()
+    require_torch()
     first, last = steps_to_trace(setting, first, last)
-    put_environment_in_place(setting)
+    apply_environment(setting)
     from gptoughts.diagnostics.trace import describe, record
     from gptoughts.run.tracking.run_dir import run_folder
 

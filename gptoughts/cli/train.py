@@ -13,7 +13,7 @@ import click
 from gptoughts.api import ResolvedRun, decide, train_resolved
 from gptoughts.config.tasks import TASKS, Task
 from gptoughts.errors import ConfigError
-from gptoughts.planning.environment import Process, lacking, restart
+from gptoughts.planning.environment import Process, missing_variables, restart
 
 if TYPE_CHECKING:
     from gptoughts.run.run import RunResult
@@ -33,8 +33,8 @@ def train(
 ) -> int:
     """Train. Returns the exit code: 0, or 128 + the signal that ended the run early."""
     setting = decide(recipe, profile, fields, layers, plugin)
-    needs_torch()
-    put_environment_in_place(setting)
+    require_torch()
+    apply_environment(setting)
     if setting.world.rank == 0:
         print(setting.plan.table(), flush=True)
     result = train_resolved(setting, run_name, run_dir, resume=resume, strict=strict, numerics=numerics)
@@ -43,18 +43,18 @@ def train(
     return 128 + result.stopped_by if result.stopped_by else 0
 
 
-def put_environment_in_place(setting: ResolvedRun) -> list[str]:
+def apply_environment(setting: ResolvedRun) -> list[str]:
     """Re-execute this process once with the plan's environment variables; inside another program `train_resolved` sets them instead.
 
     Returns the plan's notes, for commands that do not print its table.
     """
     context = click.get_current_context(silent=True)
     if context is not None and context.find_root().obj is Process.OURS:
-        restart(lacking(setting.plan, os.environ))
+        restart(missing_variables(setting.plan, os.environ))
     return list(setting.plan.notes)
 
 
-def needs_torch() -> None:
+def require_torch() -> None:
     """Raise ConfigError if a package that training needs is not installed."""
     from importlib.util import find_spec
 

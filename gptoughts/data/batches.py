@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from gptoughts.data.order import permuted
+from gptoughts.data.order import permute
 from gptoughts.data.text.shards import Stream
 from gptoughts.errors import DataError
 
@@ -127,7 +127,7 @@ class Batches:
         out = np.empty_like(positions)
         for epoch in np.unique(epochs).tolist():
             mask = epochs == epoch
-            out[mask] = permuted(offsets[mask], self.samples_per_epoch, self.seed, epoch)
+            out[mask] = permute(offsets[mask], self.samples_per_epoch, self.seed, epoch)
         return out
 
 

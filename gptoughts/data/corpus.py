@@ -20,7 +20,7 @@ from gptoughts.data.table import Table
 from gptoughts.data.text.folder import locked
 from gptoughts.data.text.shards import Shards
 from gptoughts.data.text.tokenize import cache_folder, prepare
-from gptoughts.data.tokenizers.tokenizer import CARD, Tokenizer, bpe_from_files
+from gptoughts.data.tokenizers.tokenizer import CARD, Tokenizer, load_tokenizer
 
 Prepare = Callable[[Batch, np.ndarray], Batch]
 """Host-side transform of a batch by the objective, given the global positions of its samples."""
@@ -98,7 +98,7 @@ class TableCorpus(Corpus):
 
     def __init__(self, data: DataConfig, tables: Mapping[str, Table], questions: Questions | None = None) -> None:
         self.folder, self.tables, self.questions = Path(data.path), tables, questions
-        self.tokenizer = bpe_from_files(data.tokenizer)
+        self.tokenizer = load_tokenizer(data.tokenizer)
         self.tokenizer_folder = cached_tokenizer(self.tokenizer, data)
         self.fingerprint = tables["train"].fingerprint
         self.samples = len(tables["train"])
@@ -128,16 +128,16 @@ def cached_tokenizer(tokenizer: Tokenizer, data: DataConfig) -> Path:
     return folder
 
 
-def text_corpus(data: DataConfig) -> TextCorpus:
+def open_text_corpus(data: DataConfig) -> TextCorpus:
     """Return the corpus of `data.path`, tokenizing it on first use."""
     return TextCorpus(prepare(data), data.sequence_length)
 
 
-def opened(recipe: Recipe) -> Corpus:
+def open_corpus(recipe: Recipe) -> Corpus:
     """Return the recipe's corpus, tokenizing it on first use. Raises DataError."""
     data = recipe.data
     if data.format == "text":
-        return text_corpus(data)
+        return open_text_corpus(data)
     if data.format == "chat":
         shape: Shape = "masked-diffusion" if recipe.objective == "masked-diffusion" else "next-token"
         return TableCorpus(data, prepare_chat(data, data.tokenizer, shape=shape, too_long=data.too_long))
@@ -145,7 +145,7 @@ def opened(recipe: Recipe) -> Corpus:
     return TableCorpus(data, tables, questions.get("val"))
 
 
-def prepared(
+def prepare_batches(
     batches: Iterator[tuple[Batch, Cursor]], prepare: Prepare | None, global_batch: int, rank: int, world_size: int
 ) -> Iterator[tuple[Batch, Cursor]]:
     """Apply `prepare` to training batches. The cursor after a batch gives the global positions of its samples."""
@@ -158,7 +158,7 @@ def prepared(
         yield prepare(batch, cursor.samples - global_batch + rows), cursor
 
 
-def prepared_validation(
+def prepare_validation_batches(
     batches: Iterator[Batch], prepare: Prepare | None, global_batch: int, rank: int, world_size: int
 ) -> Iterator[Batch]:
     """Apply `prepare` to validation batches; positions count from 0 at every validation."""

@@ -36,7 +36,7 @@ def round_keys(seed: int, epoch: int) -> np.ndarray:
     return mix(state + np.arange(1, ROUNDS + 1, dtype=np.uint64) * GOLDEN)
 
 
-def permuted(positions: np.ndarray, count: int, seed: int, epoch: int) -> np.ndarray:
+def permute(positions: np.ndarray, count: int, seed: int, epoch: int) -> np.ndarray:
     """Map `positions` (int64, in [0, count)) to sample numbers (int64): a permutation of the range, keyed by seed and epoch."""
     if count == 1:
         return np.zeros_like(positions)

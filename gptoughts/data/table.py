@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from gptoughts.data.batches import IGNORED, ORDER_CHUNK, Batch, Cursor, rank_rows
-from gptoughts.data.order import permuted
+from gptoughts.data.order import permute
 from gptoughts.data.text.shards import INDEX, sha256_of
 from gptoughts.errors import DataError
 from gptoughts.files import TEMPORARY, sync, sync_folder, write_json
@@ -112,7 +112,7 @@ class Table:
         out = np.empty_like(positions)
         for epoch in np.unique(epochs).tolist():
             selected = epochs == epoch
-            out[selected] = permuted(inside[selected], len(self), seed, epoch)
+            out[selected] = permute(inside[selected], len(self), seed, epoch)
         return out
 
     def eval_batches(self, global_batch: int, rank: int = 0, world_size: int = 1, limit: int | None = None) -> Iterator[Batch]:

@@ -20,7 +20,7 @@ import torch
 
 from gptoughts.api import ResolvedRun
 from gptoughts.console import share as in_per_cent
-from gptoughts.diagnostics.bench.training import opened_training
+from gptoughts.diagnostics.bench.training import open_training
 from gptoughts.engine.trainer import advance
 from gptoughts.errors import DataError, RunError
 from gptoughts.files import replacing
@@ -129,7 +129,7 @@ def record(setting: ResolvedRun, first: int, last: int, out: Path, memory_histor
                 if not setting.machine.gpus:
                     print("note: --memory-history: records GPU allocations, and there is no GPU", flush=True)
                 stack.enter_context(history(torch.device("cuda" if setting.machine.gpus else "cpu")))
-            training = stack.enter_context(opened_training(setting))
+            training = stack.enter_context(open_training(setting))
             engine, schedule = training.engine, training.session.length.rate
             training.steps(first - 1)
             engine.model.train()

@@ -189,7 +189,7 @@ def base_record(recipe: Recipe) -> BaseRecord:
     return record_of_drawn(recipe.model.model_dump(), recipe.seed)
 
 
-def kept_documents(recipe: Recipe) -> dict[str, str]:
+def checkpoint_documents(recipe: Recipe) -> dict[str, str]:
     """Return small files for a checkpoint: a Hugging Face model's config files (under base/), an adapter's base record."""
     kept: dict[str, str] = {}
     if recipe.model.family == "hf":

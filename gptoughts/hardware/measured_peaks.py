@@ -61,7 +61,7 @@ def ceilings_for(machine: Machine) -> Ceilings | None:
         return None
 
 
-def keep_ceilings(machine: Machine, found: Ceilings) -> Path:
+def save_peaks(machine: Machine, found: Ceilings) -> Path:
     """Merge `found` into the cache atomically and return the file. The higher figure is kept, so that a busy machine lowers none.
 
     Raises ConfigError if the file cannot be written.

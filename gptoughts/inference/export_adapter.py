@@ -12,7 +12,7 @@ from gptoughts.engine.engine import Source
 from gptoughts.engine.from_recipe import base_record, base_weights, initial_weights, model_bundle
 from gptoughts.errors import CheckpointError, ConfigError
 from gptoughts.inference.export import Proof, compare, export, fresh, ids_of, passage_of, require
-from gptoughts.inference.load import Loaded, load, reading_engine
+from gptoughts.inference.load import LoadedModel, inference_engine, load
 from gptoughts.models.adapters.adapter import NAME, adapter_layers, frozen_values, peft
 from gptoughts.models.adapters.folder import AdapterFolder, save_adapter
 from gptoughts.models.adapters.nf4 import is_turned, quiet
@@ -54,7 +54,7 @@ def export_checkpoint(
     return "\n".join([f"wrote {out}", *notes, str(proof)])
 
 
-def export_adapter(loaded: Loaded, out: Path, text: str) -> tuple[Proof, list[str]]:
+def export_adapter(loaded: LoadedModel, out: Path, text: str) -> tuple[Proof, list[str]]:
     """Write the adapter of `loaded`, reopen it over its base and compare logits on `text`. Returns the proof and notes.
 
     Raises ConfigError for a model without adapter, CheckpointError if `out` is not empty or the reopened model differs.
@@ -79,7 +79,7 @@ def export_adapter(loaded: Loaded, out: Path, text: str) -> tuple[Proof, list[st
     return proof, [f"adapter only; base model: {record.path}"]
 
 
-def _base_source(loaded: Loaded, initial: AdapterSource) -> Source:
+def _base_source(loaded: LoadedModel, initial: AdapterSource) -> Source:
     """Return the base weights: for a quantized base the dequantized ones, on which the adapter was trained."""
     assert loaded.parts.base is not None
     if loaded.recipe.adapter.base == "full":
@@ -94,7 +94,7 @@ def _base_source(loaded: Loaded, initial: AdapterSource) -> Source:
     return InMemorySource(values)
 
 
-def _reopen(loaded: Loaded, folder: Path, base: Source) -> nn.Module:
+def _reopen(loaded: LoadedModel, folder: Path, base: Source) -> nn.Module:
     """Return the base with the adapter in `folder`, opened by peft for transformers models, else by our own reader."""
     recipe, device = loaded.recipe, loaded.engine.device
     plain = recipe.model_copy(update={"adapter": type(recipe.adapter)()})
@@ -102,7 +102,7 @@ def _reopen(loaded: Loaded, folder: Path, base: Source) -> nn.Module:
     parts = model_bundle(plain, loaded.tokenizer, {}, {}, None if is_hf else folder)
     model: Any = meta_model(plain, parts.family, parts.rows)
     source = base if is_hf else AdapterSource(base, model, saved=AdapterFolder(folder), device=device)
-    reading_engine(plain, parts, model, device, source, "written out")
+    inference_engine(plain, parts, model, device, source, "written out")
     if is_hf:
         try:
             with quiet():

@@ -16,7 +16,7 @@ from gptoughts.config.loader import Recipe, from_values
 from gptoughts.config.model_path import PACKAGE, folder_of
 from gptoughts.config.recipe import ModelConfig
 from gptoughts.config.resolve import resolve_recipe
-from gptoughts.data.tokenizers.tokenizer import Tokenizer, bpe_from_files
+from gptoughts.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from gptoughts.engine.checkpoint import store as checkpoint
 from gptoughts.engine.distributed.ranks import Ranks
 from gptoughts.engine.engine import Engine, Source
@@ -29,7 +29,7 @@ from gptoughts.models.sources import meta_model
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedModel:
     """A trained model with its tokenizer, recipe and folder."""
 
     engine: Engine
@@ -76,7 +76,9 @@ def is_exported(path: Path) -> bool:
 Attend = Literal["fused", "written out"]
 
 
-def load(name: str, families: Mapping[str, Any] | None = None, base: str | None = None, attention: Attend = "fused") -> Loaded:
+def load(
+    name: str, families: Mapping[str, Any] | None = None, base: str | None = None, attention: Attend = "fused"
+) -> LoadedModel:
     """Load a checkpoint or an exported folder on the GPU if there is one, else on the CPU.
 
     base        overrides the base model recorded by an adapter
@@ -87,7 +89,7 @@ def load(name: str, families: Mapping[str, Any] | None = None, base: str | None 
     folder = find(name)
     if is_exported(folder):
         recipe, step = exported_recipe(folder, base), None
-        tokenizer: Tokenizer = bpe_from_files(recipe.data.tokenizer)
+        tokenizer: Tokenizer = load_tokenizer(recipe.data.tokenizer)
     else:
         recipe, step = trained_recipe(folder, base)
         tokenizer = Tokenizer.load(folder / "tokenizer")
@@ -100,7 +102,9 @@ def load(name: str, families: Mapping[str, Any] | None = None, base: str | None 
         if is_exported(folder)
         else resumed_weights(recipe, parts, model, device, folder)
     )
-    return Loaded(reading_engine(recipe, parts, model, device, source, attention), tokenizer, recipe, folder, step, parts)
+    return LoadedModel(
+        inference_engine(recipe, parts, model, device, source, attention), tokenizer, recipe, folder, step, parts
+    )
 
 
 def require_base(folder: Path, adapted: bool, base: str | None, recorded: str | None) -> None:
@@ -161,7 +165,7 @@ def positions_of(recipe: Recipe) -> int:
     return hf_spec.max_positions(hf_spec.read_config(recipe.model)) or 4096
 
 
-def reading_engine(
+def inference_engine(
     recipe: Recipe, parts: ModelBundle, model: nn.Module, device: torch.device, source: Source, attention: Attend
 ) -> Engine:
     """Return an engine with loaded weights, in evaluation mode, with fused attention if the family supports replacing it."""
@@ -181,7 +185,7 @@ def _bf16_autocast() -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def reading(loaded: Loaded) -> Iterator[None]:
+def reading(loaded: LoadedModel) -> Iterator[None]:
     """Disable gradients and enter the engine's evaluation context."""
     with torch.no_grad(), loaded.engine.eval_context():
         yield

@@ -46,9 +46,9 @@ def unmet(case: Case, options: Options) -> Iterator[Reason]:
         if too_old:
             return
     yield from triton(case)
-    if not case.on_gpu and case.wishes.get("compile") not in (None, "eager"):
+    if not case.on_gpu and case.preferred.get("compile") not in (None, "eager"):
         yield unsupported("torch has no backward of compiled flex_attention on a CPU", "--layer.compile eager")
-    if not case.on_gpu and case.wishes.get("precision") not in (None, "fp32"):
+    if not case.on_gpu and case.preferred.get("precision") not in (None, "fp32"):
         yield unsupported("on a CPU its matmuls are float32 whatever the precision", "--layer.precision fp32")
     if not case.on_gpu:
         yield slower("on a CPU it runs unfused, with all scores in memory", "torch: flex_attention's own warning")

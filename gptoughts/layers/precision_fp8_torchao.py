@@ -70,7 +70,7 @@ def _slowdowns(case: Case, options: Options, tokens: int) -> Iterator[Reason]:
     spec = case.spec
     if "triton" not in case.machine.packages:
         yield slower("without triton nothing is compiled; uncompiled FP8 ran at 0.23 of its speed", "nanochat dev/LOG.md, H100")
-    elif case.wishes.get("compile") == "eager":
+    elif case.preferred.get("compile") == "eager":
         yield slower("uncompiled FP8 ran at 0.23 of its speed", "nanochat dev/LOG.md, H100")
     if spec.width is not None and spec.width < PAYING_WIDTH:
         yield slower(

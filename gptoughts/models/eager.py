@@ -10,7 +10,7 @@ from torch import nn
 
 
 @contextmanager
-def eager_reading(model: nn.Module) -> Iterator[None]:
+def eager_inference(model: nn.Module) -> Iterator[None]:
     """Run the block with `model` in evaluation mode, without gradients, and eager: torch.compile would recompile for each length."""
     training = model.training
     model.eval()

@@ -39,7 +39,7 @@ def torch_is_loaded() -> bool:
     return "torch" in sys.modules
 
 
-def lacking(plan: Plan, environment: Mapping[str, str]) -> dict[str, str]:
+def missing_variables(plan: Plan, environment: Mapping[str, str]) -> dict[str, str]:
     """Return the plan's variables that are not in effect in `environment` and that the user did not set."""
     return {
         name: value

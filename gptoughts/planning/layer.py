@@ -170,7 +170,7 @@ class Case:
     """Variables set by the user, which a layer must not override; empty when planning for another machine."""
     micro_batch: Mapping[str, Any] = field(default_factory=dict)
     """Options of the first request of the micro-batch slot, which is resolved last although memory depends on it."""
-    wishes: Mapping[str, str] = field(default_factory=dict)
+    preferred: Mapping[str, str] = field(default_factory=dict)
     """First requested layer of each slot; the choices of later slots are not known yet."""
     compiles: bool = False
     """Whether the first requested layer of the compile slot uses torch.compile."""

@@ -77,7 +77,7 @@ class LayerRequest:
     layer: str
     options: Mapping[str, Any]
     origin: str
-    demanded: bool = False
+    required: bool = False
 
 
 @dataclass(frozen=True)
@@ -187,10 +187,10 @@ def pick(name: str, machine: Machine) -> Profile:
     """
     if name != "auto":
         profile = read(name)
-        demanded = {
-            slot: tuple(replace(request, demanded=True) for request in requests) for slot, requests in profile.slots.items()
+        required = {
+            slot: tuple(replace(request, required=True) for request in requests) for slot, requests in profile.slots.items()
         }
-        return replace(profile, slots=demanded)
+        return replace(profile, slots=required)
     holding = [profile for profile in map(read, names()) if profile.auto and profile.match.holds(machine)]
     if not holding:
         raise PlanError(

@@ -13,7 +13,7 @@ from gptoughts.planning.profile import LayerRequest, Profile
 Catalog = Mapping[str, Layer]
 
 
-def wanted(profile: Profile, catalog: Catalog, flags: Mapping[str, Any]) -> dict[str, tuple[LayerRequest, ...]]:
+def layer_requests(profile: Profile, catalog: Catalog, flags: Mapping[str, Any]) -> dict[str, tuple[LayerRequest, ...]]:
     """Return the requests of every slot, in order of preference, with complete and typed options.
 
     `flags` are slots and options as on the command line: `{"attention": "sdpa", "microbatch.sequences": "4"}`. A layer named there is
@@ -81,7 +81,7 @@ def _named(slot: str, layer: str, offered: list[LayerRequest], catalog: Catalog,
         problems.append(f"{_flag(slot)}: {why}")
         return []
     options = next((request.options for request in offered if request.layer == layer), {})
-    return [LayerRequest(layer, options, _flag(slot), demanded=True)]
+    return [LayerRequest(layer, options, _flag(slot), required=True)]
 
 
 def _of(slot: str, catalog: Catalog) -> list[Layer]:
@@ -115,9 +115,9 @@ def _with_options(
             not options[name].choices or value in options[name].choices for name, value in given.items()
         )
 
-    found = [replace(request, origin=origin, demanded=True) for request in rows if has_options(request.layer)]
+    found = [replace(request, origin=origin, required=True) for request in rows if has_options(request.layer)]
     if not found and not named:
-        found = [LayerRequest(layer.name, {}, origin, demanded=True) for layer in _of(slot, catalog) if has_options(layer.name)]
+        found = [LayerRequest(layer.name, {}, origin, required=True) for layer in _of(slot, catalog) if has_options(layer.name)]
     found = [request for request in found if accepts(request.layer)] or found
     if not found:
         asked = [catalog[request.layer] for request in rows] if named else _of(slot, catalog)

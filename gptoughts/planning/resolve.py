@@ -19,7 +19,7 @@ from gptoughts.planning.memory_fit import Choices, fit
 from gptoughts.planning.memory_model import baseline
 from gptoughts.planning.plan import Plan, ranks_in_words
 from gptoughts.planning.profile import LayerRequest, Profile, pick
-from gptoughts.planning.requests import Catalog, wanted
+from gptoughts.planning.requests import Catalog, layer_requests
 
 __all__ = ["Plan", "resolve"]
 
@@ -45,7 +45,7 @@ def resolve(
     no other layer.
     Raises PlanError with every slot that has no layer left, ConfigError for unknown layers or options.
     """
-    requests = wanted(profile, catalog, flags or {})
+    requests = layer_requests(profile, catalog, flags or {})
     case = Case(
         machine,
         spec,
@@ -53,7 +53,7 @@ def resolve(
         world,
         environment=environment or {},
         micro_batch=requests["microbatch"][0].options,
-        wishes={slot: rows[0].layer for slot, rows in requests.items()},
+        preferred={slot: rows[0].layer for slot, rows in requests.items()},
         compiles=catalog[requests["compile"][0].layer].compiles,
     )
     _one_gpu_per_rank(case)
@@ -114,7 +114,7 @@ def _one_pass(
                 reasons += _environment_too_late(catalog[request.layer].environment(here, request.options), fixed_environment)
             checked.append((request, reasons))
         accepted = [row for row in checked if not row[1]]
-        runnable = [row for row in checked if row[0].demanded and all(reason.kind is not Kind.UNSUPPORTED for reason in row[1])]
+        runnable = [row for row in checked if row[0].required and all(reason.kind is not Kind.UNSUPPORTED for reason in row[1])]
         found.possible[slot] = [request.layer for request, reasons in checked if (request, reasons) in accepted + runnable]
         if not accepted + runnable:
             found.empty[slot] = checked

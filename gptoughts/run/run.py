@@ -15,7 +15,7 @@ from gptoughts.data.corpus import TableCorpus
 from gptoughts.engine.callback import Callback
 from gptoughts.engine.checkpoint import state, store
 from gptoughts.engine.engine import Engine
-from gptoughts.engine.from_recipe import kept_documents
+from gptoughts.engine.from_recipe import checkpoint_documents
 from gptoughts.engine.trainer import Progress, train
 from gptoughts.inference.generate.write import write
 from gptoughts.run import resume
@@ -169,7 +169,7 @@ class _Run:
     def _snapshot(self, engine: Engine, progress: Progress) -> store.Snapshot:
         job, evaluate = self.job, self.evaluate
         documents = {"plan.json": json.dumps(job.plan.to_json(), indent=1), "recipe.toml": job.resolved.to_toml()}
-        documents |= kept_documents(self.recipe)
+        documents |= checkpoint_documents(self.recipe)
         newest = evaluate.result if evaluate else None
         kept = resume.checkpoint_state(
             self.session.fingerprint,

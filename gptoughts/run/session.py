@@ -15,7 +15,7 @@ from torch import nn
 from gptoughts.config.loader import Recipe, Resolved
 from gptoughts.config.model_spec import ModelSpec
 from gptoughts.console import Console, SilentConsole
-from gptoughts.data.corpus import Corpus, opened, prepared, prepared_validation
+from gptoughts.data.corpus import Corpus, open_corpus, prepare_batches, prepare_validation_batches
 from gptoughts.data.device import to_device
 from gptoughts.engine.callback import Callback
 from gptoughts.engine.checkpoint import state, store
@@ -115,7 +115,7 @@ class Session:
         recipe, world = self.job.recipe, self.job.world
         read = self.corpus.validation(recipe, world.rank, world.world_size, self.bundle.rows)
         prepare = self.bundle.objective.prepare_validation
-        return prepared_validation(read, prepare, recipe.train.global_batch, world.rank, world.world_size)
+        return prepare_validation_batches(read, prepare, recipe.train.global_batch, world.rank, world.world_size)
 
 
 def select_device(machine: Machine, world: World) -> torch.device:
@@ -145,7 +145,7 @@ def open_session(job: TrainingJob) -> Iterator[Session]:
             if job.world.rank == 0:
                 store.clean(job.folder.checkpoints)  # a kill can leave a checkpoint hidden while it was replaced
         # Before ranks meet: tokenizing can take longer than the timeout of the process group.
-        corpus = None if job.own else opened(job.recipe)
+        corpus = None if job.own else open_corpus(job.recipe)
         ranks = stack.enter_context(process_group(job.world, device))
         ranks.same("the plan", job.plan.digest())
         ranks.same("the recipe", job.resolved.to_toml())
@@ -246,7 +246,7 @@ class _Setup:
     def _batches(self, progress: Progress) -> Batches:
         world, bundle = self.job.world, self.bundle
         read = self.corpus.train(self.recipe, world.rank, world.world_size, progress.cursor, bundle.rows)
-        return prepared(read, bundle.objective.prepare, self.recipe.train.global_batch, world.rank, world.world_size)
+        return prepare_batches(read, bundle.objective.prepare, self.recipe.train.global_batch, world.rank, world.world_size)
 
     def _model(self) -> nn.Module:
         return meta_model(self.recipe, self.bundle.family, self.bundle.rows)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from gptoughts.data import batches as module
 from gptoughts.data.batches import IGNORED, Batches, Cursor, eval_batches, samples_in
-from gptoughts.data.order import permuted
+from gptoughts.data.order import permute
 from gptoughts.data.text.shards import Index, Shard, Split, Stream
 from gptoughts.errors import DataError
 
@@ -88,19 +88,19 @@ def test_evaluation_reads_everything_once(
 @settings(max_examples=200, deadline=None)
 @given(count=st.integers(1, 5000), seed=st.integers(0, 2**130), epoch=st.integers(0, 2**40))
 def test_the_order_is_a_permutation(count: int, seed: int, epoch: int) -> None:
-    order = permuted(np.arange(count), count, seed, epoch)
+    order = permute(np.arange(count), count, seed, epoch)
     assert order.dtype == np.int64 and sorted(order.tolist()) == list(range(count))
     place = np.array([count // 2, count - 1, 0])
-    assert permuted(place, count, seed, epoch).tolist() == order[place].tolist()
+    assert permute(place, count, seed, epoch).tolist() == order[place].tolist()
 
 
 def test_the_order_is_frozen_and_mixed() -> None:
     # Written down once: another platform or numpy that gives other numbers would break resuming.
-    assert permuted(np.arange(10), 10, 1337, 0).tolist() == FROZEN_10
-    assert permuted(np.array([0, 1, 10**11]), 10**12, 2**64 + 5, 3).tolist() == FROZEN_LARGE
-    orders = {tuple(permuted(np.arange(6), 6, seed, epoch).tolist()) for seed in range(200) for epoch in range(20)}
+    assert permute(np.arange(10), 10, 1337, 0).tolist() == FROZEN_10
+    assert permute(np.array([0, 1, 10**11]), 10**12, 2**64 + 5, 3).tolist() == FROZEN_LARGE
+    orders = {tuple(permute(np.arange(6), 6, seed, epoch).tolist()) for seed in range(200) for epoch in range(20)}
     assert len(orders) > 600  # Of 720.
-    order = permuted(np.arange(100_000), 100_000, 1, 0)
+    order = permute(np.arange(100_000), 100_000, 1, 0)
     assert abs(np.corrcoef(order, np.arange(100_000))[0, 1]) < 0.02
     assert (np.diff(order) == 1).mean() < 0.001
 

@@ -36,7 +36,7 @@ from gptoughts.diagnostics.bench.gains import gains
 from gptoughts.diagnostics.bench.layers import BASELINE, PLAN, bench_layers, variants_of
 from gptoughts.diagnostics.bench.layers_table import layers_markdown, layers_text
 from gptoughts.diagnostics.bench.text import aligned
-from gptoughts.diagnostics.bench.training import opened_training
+from gptoughts.diagnostics.bench.training import open_training
 from gptoughts.diagnostics.bench.variant import OUT_OF_MEMORY, Job
 from gptoughts.diagnostics.bench.variants import job_of, plan_of
 from gptoughts.errors import ConfigError, DataError, LayerError
@@ -125,7 +125,7 @@ def test_every_kind_of_model_trains_and_is_watched(kind: str, tmp_path: Path) ->
         "data": {"path": str(text), "cache": str(tmp_path / "cache"), "tokenizer": "bytes", "sequence_length": 16},
         "train": {"steps": 20, "global_batch": 4},
     }
-    with opened_training(decide(values, layers=PLAIN)) as training:
+    with open_training(decide(values, layers=PLAIN)) as training:
         assert training.steps(2) > 0
         seen = training.watched()
         training.steps(1)
@@ -138,7 +138,7 @@ def test_every_kind_of_model_trains_and_is_watched(kind: str, tmp_path: Path) ->
 def test_first_weights_of_another_seed_and_the_same_data(fields: dict[str, str]) -> None:
     losses = []
     for seed in (None, 1, None):
-        with opened_training(asked(fields)[0], seed) as training:
+        with open_training(asked(fields)[0], seed) as training:
             training.steps(2)
             losses.append(training.losses.taken())
     assert losses[0] == losses[2] != losses[1]
@@ -146,7 +146,7 @@ def test_first_weights_of_another_seed_and_the_same_data(fields: dict[str, str])
 
 def test_a_recipe_by_the_clock_is_refused(fields: dict[str, str]) -> None:
     setting, _ = asked({**fields, "train.hours": "1", "train.steps": "none"})
-    with pytest.raises(ConfigError, match="no two variants would train alike"), opened_training(setting):
+    with pytest.raises(ConfigError, match="no two variants would train alike"), open_training(setting):
         pass
 
 

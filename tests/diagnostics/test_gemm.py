@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptoughts.cli.main import main
-from gptoughts.diagnostics.bench.gemm import Effort, bench_gemm, ceilings_of, effort_for, gemm_markdown, gemm_text
+from gptoughts.diagnostics.bench.gemm import Effort, bench_gemm, effort_for, gemm_markdown, gemm_text, measured_peaks_of
 from gptoughts.errors import ConfigError
 from gptoughts.hardware.machine import Machine, World, probe, read
-from gptoughts.hardware.measured_peaks import Ceilings, cache_file, ceilings_for, datasheet, keep_ceilings, key, reached
+from gptoughts.hardware.measured_peaks import Ceilings, cache_file, ceilings_for, datasheet, key, reached, save_peaks
 from gptoughts.layers import CATALOG
 from tests.support.engines import plan_of, recipe_of
 
@@ -79,20 +79,20 @@ def test_ceilings_come_back_for_this_device_power_and_torch_alone() -> None:
     h100 = read(MACHINES / "h100.json")
     found = Ceilings({"bf16": 700.0}, {"copy": 2900.0}, "2026-01-01T00:00:00Z")
     assert ceilings_for(h100) is None
-    path = keep_ceilings(h100, found)
+    path = save_peaks(h100, found)
     assert path == cache_file() and ceilings_for(h100) == found
     gpu = h100.gpus[0]
     assert ceilings_for(replace(h100, gpus=(replace(gpu, power_limit_watts=350.0),))) is None
     assert ceilings_for(replace(h100, packages={**h100.packages, "torch": "9.9"})) is None
     other = replace(h100, gpus=(replace(gpu, name="another"),))
-    keep_ceilings(other, Ceilings({}, {}, "later"))
+    save_peaks(other, Ceilings({}, {}, "later"))
     assert ceilings_for(h100) == found, "others stay"
-    keep_ceilings(h100, Ceilings({"bf16": 500.0, "fp8": 1200.0}, {"copy": 3000.0}, "2026-01-02T00:00:00Z"))
+    save_peaks(h100, Ceilings({"bf16": 500.0, "fp8": 1200.0}, {"copy": 3000.0}, "2026-01-02T00:00:00Z"))
     assert ceilings_for(h100) == Ceilings({"bf16": 700.0, "fp8": 1200.0}, {"copy": 3000.0}, "2026-01-02T00:00:00Z"), (
         "a busy hour"
     )
     cache_file().unlink()
-    keep_ceilings(h100, found)
+    save_peaks(h100, found)
     assert found.share(350e12, "bf16") == pytest.approx(0.5) and found.share(1.0, "fp8") is None
     share, line = reached(10**9, h100, World(0, 0, 2, 2), "bf16")
     assert share(7e5) == pytest.approx(0.5) and "700 TFLOP/s per GPU, bf16, measured on this machine, last 2026-01-01" in line
@@ -115,7 +115,7 @@ def test_a_damaged_cache_is_none_and_is_written_anew(tmp_path_factory: pytest.Te
         cache_file().write_bytes(damage)
         assert ceilings_for(h100) is None
         found = Ceilings({"bf16": 1.0}, {}, "now", 2)
-        keep_ceilings(h100, found)
+        save_peaks(h100, found)
         assert ceilings_for(h100) == found
 
 
@@ -136,7 +136,7 @@ def test_a_cache_that_cannot_be_written_is_told(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "file").write_text("x", encoding="utf-8")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(ConfigError, match="set XDG_CACHE_HOME"):
-        keep_ceilings(read(MACHINES / "h100.json"), Ceilings({}, {}, ""))
+        save_peaks(read(MACHINES / "h100.json"), Ceilings({}, {}, ""))
 
 
 def test_the_ceiling_of_a_plan_is_that_of_its_products(here: Machine) -> None:
@@ -154,4 +154,4 @@ def test_the_ceiling_of_a_plan_is_that_of_its_products(here: Machine) -> None:
     assert with_layers(precision="fp32", matmul="tf32") == "bf16", "oneDNN's units, as named"
     assert with_layers(precision="fp16", matmul="tf32") == "fp16"
     assert with_layers(precision="fp8-te") == with_layers(precision="bf16") == "bf16"
-    assert ceilings_of(bench_gemm(here, "", effort=QUICK)).threads
+    assert measured_peaks_of(bench_gemm(here, "", effort=QUICK)).threads

@@ -216,9 +216,9 @@ def test_what_is_offloaded_and_what_is_not() -> None:
 def test_a_model_that_does_not_fit_writes_the_same_text_from_disk() -> None:
     pytest.importorskip("accelerate")
     made = folder("model")
-    from gptoughts.data.tokenizers.tokenizer import bpe_from_files
+    from gptoughts.data.tokenizers.tokenizer import load_tokenizer
 
-    tokenizer = bpe_from_files(str(made))
+    tokenizer = load_tokenizer(str(made))
     whole = load("model", attention="written out")
     wanted = generate(whole.model, tokenizer, [[1, 2, 3]], 8, temperature=0.0, stop_at_eot=False)
     size = sum(parameter.nbytes for parameter in whole.model.parameters())

@@ -12,7 +12,7 @@ import torch
 from gptoughts.cli.generate import asked, begun, fitting, noted_ends
 from gptoughts.cli.generate import generate as command
 from gptoughts.config.loader import from_values
-from gptoughts.data.tokenizers.tokenizer import bpe_from_files
+from gptoughts.data.tokenizers.tokenizer import load_tokenizer
 from gptoughts.errors import ConfigError, DataError
 from gptoughts.inference.load import exported_recipe
 from tests.support.chat_parts import NAMES, folder_of, tokenizer_json
@@ -93,7 +93,7 @@ def test_texts_begin_as_the_tokenizer_says(tmp_path: Path, capsys: pytest.Captur
     begin, end, word = (id_of("llama3", name) for name in ("<|begin_of_text|>", "<|end_of_text|>", "a"))
     folder = scripted("llama3", tmp_path / "begins", {begin: word, word: end})
     assert said(capsys, folder) == "a\n"
-    assert begun(bpe_from_files(str(folder)), exported_recipe(folder, None), ["", "a"]) == [[begin], [begin, word]]
+    assert begun(load_tokenizer(str(folder)), exported_recipe(folder, None), ["", "a"]) == [[begin], [begin, word]]
 
 
 def test_a_prompt_that_is_too_long_is_said(chatty: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -440,7 +440,7 @@ def test_state_of_a_model_whose_sizes_are_not_known_stays() -> None:
 @pytest.mark.parametrize(("wish", "said"), [("compile-blocks", True), ("cuda-graph", True), ("eager", False)])
 @pytest.mark.parametrize("name", ["recompute-blocks", "recompute-ops", "offload-activations"])
 def test_a_figure_that_the_compiler_will_lower_says_so(name: str, wish: str, said: bool) -> None:
-    case = dataclasses.replace(a_billion(), wishes={"compile": wish}, compiles=CATALOG[wish].compiles)
+    case = dataclasses.replace(a_billion(), preferred={"compile": wish}, compiles=CATALOG[wish].compiles)
     told = told_of(name, case)
     assert ("GiB of 80 GiB before compilation" in told) is said and "activations take about" in told
     assert str(room(case)) in told

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gptoughts.hardware.machine import probe
-from gptoughts.planning.environment import GUARD, in_effect, lacking
+from gptoughts.planning.environment import GUARD, in_effect, missing_variables
 from gptoughts.planning.resolve import Plan
 from tests.planning.test_resolve import planned
 
@@ -84,8 +84,8 @@ def plan_with(**environment: str) -> Plan:
 
 def test_lacking_and_in_effect() -> None:
     plan = plan_with(A="1", B="2")
-    assert lacking(plan, {"A": "1"}) == {"B": "2"} and lacking(plan, {"A": "1", "B": "2"}) == {}
-    assert lacking(plan, {"A": "9"}) == {"B": "2"}
+    assert missing_variables(plan, {"A": "1"}) == {"B": "2"} and missing_variables(plan, {"A": "1", "B": "2"}) == {}
+    assert missing_variables(plan, {"A": "9"}) == {"B": "2"}
     held = in_effect(plan, {"A": "9"})
     assert held.environment == {"A": "9", "B": "2"} and held.digest() != plan.digest()
     assert held.notes == ("A=9 (set by you) overrides the plan's A=1",)
@@ -94,9 +94,9 @@ def test_lacking_and_in_effect() -> None:
 
 def test_variables_that_a_parent_of_ours_set_are_not_the_users() -> None:
     plan, inherited = plan_with(A="1"), {GUARD: "1:A", "A": "9"}
-    assert lacking(plan, inherited) == {"A": "1"} and in_effect(plan, inherited).environment == {"A": "1"}
+    assert missing_variables(plan, inherited) == {"A": "1"} and in_effect(plan, inherited).environment == {"A": "1"}
 
 
 @pytest.mark.parametrize("guard", ["", "junk", ":", "x:y:z"])
 def test_a_strange_guard_is_no_guard(guard: str) -> None:
-    assert lacking(plan_with(A="1"), {GUARD: guard, "A": "9"}) == {}
+    assert missing_variables(plan_with(A="1"), {GUARD: guard, "A": "9"}) == {}

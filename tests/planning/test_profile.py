@@ -46,8 +46,8 @@ def test_every_profile_is_keyed_on_capability_and_memory_only() -> None:
 
 def test_a_named_profile_demands_and_auto_prefers() -> None:
     here = machine("h100")
-    assert all(want.demanded for wants in pick("hopper", here).slots.values() for want in wants)
-    assert not any(want.demanded for wants in pick("auto", here).slots.values() for want in wants)
+    assert all(want.required for wants in pick("hopper", here).slots.values() for want in wants)
+    assert not any(want.required for wants in pick("auto", here).slots.values() for want in wants)
 
 
 def test_unknown_capability_or_memory_holds_nothing() -> None:

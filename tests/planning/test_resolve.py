@@ -74,8 +74,8 @@ def outline(plan: Plan) -> dict[str, Any]:
     for choice in plan.choices:
         options = ",".join(f"{name}={value}" for name, value in choice.options.items() if value is not None)
         rejected = [f"not {layer}: {kinds(why)}" for layer, why in choice.rejected]
-        demanded = ["expected slowdown"] if choice.expected_slowdown else []
-        rows[choice.slot] = "; ".join([f"{choice.layer}({options})" if options else choice.layer, *rejected, *demanded])
+        required = ["expected slowdown"] if choice.expected_slowdown else []
+        rows[choice.slot] = "; ".join([f"{choice.layer}({options})" if options else choice.layer, *rejected, *required])
     assert plan.memory is not None
     rows["memory"] = " ".join([str(plan.memory.verdict), *(plan.memory.changes or [])])
     rows |= {"environment": dict(plan.environment), "not repeatable": list(plan.not_repeatable), "notes": len(plan.notes)}
@@ -354,11 +354,11 @@ def catalogs(draw: st.DrawFn, conflicts: bool = True) -> dict[str, Layer]:
 
 @st.composite
 def profiles(draw: st.DrawFn) -> Profile:
-    demanded, slots = draw(st.booleans()), {}
+    required, slots = draw(st.booleans()), {}
     for slot in BUSY:
         listed = draw(st.lists(st.sampled_from([*NAMES[slot], f"base-{slot}"]), unique=True, max_size=4))
         if listed:
-            slots[slot] = tuple(LayerRequest(name, {}, "random.toml", demanded) for name in listed)
+            slots[slot] = tuple(LayerRequest(name, {}, "random.toml", required) for name in listed)
     return Profile("random", "", False, Match(), slots, "random.toml")
 
 
@@ -403,10 +403,10 @@ def test_without_conflicts_the_first_that_pays_wins_and_an_error_names_every_emp
     for slot in SLOTS:
         wants = profile.slots.get(slot, (LayerRequest(f"base-{slot}", {}, "baseline"),))
         if slot in flags:
-            wants = (LayerRequest(flags[slot], {}, "flag", demanded=True),)
+            wants = (LayerRequest(flags[slot], {}, "flag", required=True),)
         kinds = {want.layer: [reason.kind for reason in catalog[want.layer].unmet(None, {})] for want in wants}  # type: ignore[arg-type]
         paying = [want.layer for want in wants if not kinds[want.layer]]
-        able = [want.layer for want in wants if want.demanded and Kind.UNSUPPORTED not in kinds[want.layer]]
+        able = [want.layer for want in wants if want.required and Kind.UNSUPPORTED not in kinds[want.layer]]
         expected[slot] = (paying + able or [None])[0]
     empty = [slot for slot, name in expected.items() if name is None]
     if isinstance(plan, PlanError):

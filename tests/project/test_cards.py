@@ -13,7 +13,7 @@ from click import Context
 
 from benchmarks.profile_cards import PAGE, first_sentence, page, read_figures
 from gptoughts.cli.cards import card, layers_page
-from gptoughts.cli.main import main, verbs
+from gptoughts.cli.main import build_cli, main
 from gptoughts.layers import CATALOG
 from gptoughts.planning.layer import SLOTS, Layer, Option, active
 from gptoughts.planning.profile import names
@@ -160,9 +160,9 @@ GUIDE = (ROOT / "docs" / "gpu-guide.md").read_text(encoding="utf-8")
 
 
 def test_every_flag_and_layer_of_the_guide_exists() -> None:
-    train = verbs().commands["train"]
+    train = build_cli().commands["train"]
     known = {name for parameter in train.get_params(Context(train)) for name in parameter.opts if name.startswith("--")}
-    trace = verbs().commands["trace"]
+    trace = build_cli().commands["trace"]
     known |= {name for parameter in trace.get_params(Context(trace)) for name in parameter.opts if name.startswith("--")}
     known |= {"--cpunodebind", "--membind", "--quick", "--to", "--machine"}
     assert sorted(set(re.findall(r"(--[a-z][a-z.-]+)", GUIDE)) - known) == []

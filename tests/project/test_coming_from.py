@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from gptoughts.cli.main import main, verbs
+from gptoughts.cli.main import build_cli, main
 from gptoughts.config import model_spec as facts
 from gptoughts.config.aliases import our_flag
 from gptoughts.config.hf_spec import SHIPPED
@@ -229,7 +229,7 @@ def test_table_of_flags_agrees_with_the_answers() -> None:
 
 
 def flags_of(name: str) -> list[str]:
-    command = verbs().commands[name]
+    command = build_cli().commands[name]
     return [
         flag
         for parameter in command.get_params(command.make_context(name, [], resilient_parsing=True))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from gptoughts.api import ResolvedRun, decide
-from gptoughts.diagnostics.bench.variants import Ask
+from gptoughts.diagnostics.bench.variants import RunRequest
 
 PLUGIN = str(Path(__file__).with_name("bench_plugin.py"))
 PLAIN = {
@@ -29,7 +29,7 @@ def flags_of(fields: dict[str, str], **layers: str) -> list[str]:
     return words + [word for slot, layer in {**PLAIN, **layers}.items() for word in (f"--layer.{slot}", layer)]
 
 
-def asked(fields: dict[str, str], *plugins: str, **layers: str) -> tuple[ResolvedRun, Ask]:
+def asked(fields: dict[str, str], *plugins: str, **layers: str) -> tuple[ResolvedRun, RunRequest]:
     """What a command line with these fields, plugins and layers asks for."""
-    ask = Ask("quickstart", "auto", fields, plugins)
+    ask = RunRequest("quickstart", "auto", fields, plugins)
     return decide("quickstart", "auto", fields, {**PLAIN, **layers}, plugins), ask

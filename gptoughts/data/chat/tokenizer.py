@@ -30,7 +30,7 @@ from gptoughts.data.chat.template import (
     special_token_names,
 )
 from gptoughts.data.text.sources import first_line, require
-from gptoughts.data.tokenizers.tokenizer import JsonTokenizer, Tokenizer, bpe_from_files
+from gptoughts.data.tokenizers.tokenizer import JsonTokenizer, Tokenizer, load_tokenizer
 from gptoughts.errors import DataError
 
 PROBED_TOKENS = 64
@@ -98,7 +98,7 @@ class ChatTokenizer:
         if not isinstance(tokenizer, Tokenizer):
             path = Path(tokenizer).expanduser()
             folder = path if path.is_dir() else path.parent
-            tokenizer = bpe_from_files(str(tokenizer))
+            tokenizer = load_tokenizer(str(tokenizer))
         elif template is None:
             raise DataError(
                 "data.template: needed for a tokenizer without a folder", fix="--data.template plain (or chatml, or a file)"

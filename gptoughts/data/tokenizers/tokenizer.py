@@ -299,12 +299,12 @@ def build_tokenizer(name: str, source: Source, train_bpe: int | None = None) -> 
         spec = bpe.train(spread_sample(source, BPE_SAMPLE_CHARACTERS), train_bpe)
         tokenizer: Tokenizer = JsonTokenizer(json.dumps(spec, ensure_ascii=False).encode(), "bpe", "trained BPE")
     else:
-        tokenizer = bpe_from_files(name)
+        tokenizer = load_tokenizer(name)
     tokenizer.accelerate(first_characters(source, IDENTITY_SAMPLE_CHARACTERS))
     return tokenizer
 
 
-def bpe_from_files(name: str) -> Tokenizer:
+def load_tokenizer(name: str) -> Tokenizer:
     """Load GPT-2's tokenizer through tiktoken, or a tokenizer from the file or folder `name`."""
     if name == "gpt2":
         return JsonTokenizer(json.dumps(bpe.gpt2_from_tiktoken(), ensure_ascii=False).encode(), "gpt2", "gpt2")

@@ -83,7 +83,7 @@ def bench_gemm(machine: Machine, command: str, say: Say = lambda text: None, eff
     }  # fmt: skip
 
 
-def ceilings_of(run: Mapping[str, Any]) -> Ceilings:
+def measured_peaks_of(run: Mapping[str, Any]) -> Ceilings:
     """Return the best median of every dtype and kind of copy."""
     best = {dtype: row["best_tflops"] for dtype, row in run["products"].items() if row["best_tflops"] is not None}
     speeds = {name: row["gb_per_second"]["median"] for name, row in run["copies"].items() if "gb_per_second" in row}

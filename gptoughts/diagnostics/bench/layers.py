@@ -14,7 +14,7 @@ from gptoughts.diagnostics.bench.curves import mean_difference
 from gptoughts.diagnostics.bench.figures import machine_figures, spread
 from gptoughts.diagnostics.bench.gains import BASELINE, PLAN, gains, with_, without
 from gptoughts.diagnostics.bench.variant import Job
-from gptoughts.diagnostics.bench.variants import Ask, Layers, baseline_of, job_of, layers_of, plan_of, why_not, with_slot
+from gptoughts.diagnostics.bench.variants import Layers, RunRequest, baseline_of, job_of, layers_of, plan_of, why_not, with_slot
 from gptoughts.errors import LayerError, PlanError
 from gptoughts.hardware.machine import Machine, World
 from gptoughts.hardware.measured_peaks import ceilings_for, reached
@@ -45,7 +45,7 @@ class Variants:
             self.plans[name] = plan
 
 
-def variants_of(setting: ResolvedRun, ask: Ask) -> Variants:
+def variants_of(setting: ResolvedRun, ask: RunRequest) -> Variants:
     """Return plan and baseline, and for every slot in which they differ the plan without the layer and the baseline with it.
 
     Raises PlanError if plan or baseline cannot run on this machine.
@@ -70,7 +70,7 @@ def variants_of(setting: ResolvedRun, ask: Ask) -> Variants:
 
 def bench_layers(
     setting: ResolvedRun,
-    ask: Ask,
+    ask: RunRequest,
     rounds: int,
     steps: int,
     command: str,
@@ -101,7 +101,7 @@ def bench_layers(
     })  # fmt: skip
 
 
-def _jobs(setting: ResolvedRun, ask: Ask, variants: Variants) -> dict[str, Job]:
+def _jobs(setting: ResolvedRun, ask: RunRequest, variants: Variants) -> dict[str, Job]:
     """Return jobs with equal warm-up, so that step n of every variant is the same step of the same training."""
     made = {name: job_of(setting, ask, plan) for name, plan in variants.plans.items()}
     warm = max(job.warmup_steps for job in made.values())

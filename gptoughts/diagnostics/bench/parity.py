@@ -17,7 +17,7 @@ from gptoughts.diagnostics.bench.children import Result, Say, Turns, measure
 from gptoughts.diagnostics.bench.curves import first_below, mean_difference, smoothed, window_of
 from gptoughts.diagnostics.bench.figures import machine_figures
 from gptoughts.diagnostics.bench.gains import PLAN
-from gptoughts.diagnostics.bench.variants import Ask, Layers, baseline_of, job_of, layers_of, plan_of, why_not, with_slot
+from gptoughts.diagnostics.bench.variants import Layers, RunRequest, baseline_of, job_of, layers_of, plan_of, why_not, with_slot
 from gptoughts.errors import ConfigError, LayerError, PlanError, nearest
 from gptoughts.planning.layer import SLOTS
 from gptoughts.planning.resolve import Plan
@@ -61,7 +61,7 @@ def in_question(setting: ResolvedRun, named: Sequence[str] = ()) -> dict[str, st
     return found
 
 
-def reference_of(setting: ResolvedRun, ask: Ask, asked: Mapping[str, str]) -> Plan:
+def reference_of(setting: ResolvedRun, ask: RunRequest, asked: Mapping[str, str]) -> Plan:
     """Return the plan with the reference in every compared slot. Raises PlanError with the reason per candidate."""
     layers, nothing = layers_of(setting.plan), baseline_of(setting)
     for slot, layer in asked.items():
@@ -71,7 +71,7 @@ def reference_of(setting: ResolvedRun, ask: Ask, asked: Mapping[str, str]) -> Pl
     return plan_of(setting, ask, layers)
 
 
-def _first_that_runs(setting: ResolvedRun, ask: Ask, layers: Layers, slot: str, names: Sequence[str]) -> Layers:
+def _first_that_runs(setting: ResolvedRun, ask: RunRequest, layers: Layers, slot: str, names: Sequence[str]) -> Layers:
     refused = []
     for name in names:
         options = {f"{slot}.{option}": value.default for option, value in setting.extensions.catalog[name].options.items()}
@@ -86,7 +86,7 @@ def _first_that_runs(setting: ResolvedRun, ask: Ask, layers: Layers, slot: str, 
 
 
 def bench_parity(
-    setting: ResolvedRun, ask: Ask, *, steps: int, seeds: int, named: Sequence[str], command: str, say: Say = lambda text: None,
+    setting: ResolvedRun, ask: RunRequest, *, steps: int, seeds: int, named: Sequence[str], command: str, say: Say = lambda text: None,
     turns: Turns | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Return the figures as plain data, `passed` among them. Raises LayerError if a training could not be measured."""

@@ -116,7 +116,7 @@ class Training:
 
 
 @contextmanager
-def opened_training(setting: ResolvedRun, weights_seed: int | None = None) -> Iterator[Training]:
+def open_training(setting: ResolvedRun, weights_seed: int | None = None) -> Iterator[Training]:
     """Open the recipe's training under its plan. `weights_seed` replaces the seed of the initial weights; data stay the same.
 
     Raises what `train` raises before its first step, and ConfigError for a recipe that counts hours.

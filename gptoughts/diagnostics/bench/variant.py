@@ -57,9 +57,9 @@ def _train(job: Job, requests: IO[bytes], answers: IO[bytes], began: float) -> N
     setting = decide(job.recipe, job.profile, job.fields, job.layers, job.plugins)
     if setting.plan.digest() != job.digest:
         raise LayerError(f"bench: the plan changed between parent and child:\n{setting.plan.table()}")
-    from gptoughts.diagnostics.bench.training import opened_training
+    from gptoughts.diagnostics.bench.training import open_training
 
-    with opened_training(setting, job.weights_seed) as training:
+    with open_training(setting, job.weights_seed) as training:
         send(answers, _ready(job, training, began))
         while True:
             try:

@@ -21,7 +21,7 @@ Layers = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Ask:
+class RunRequest:
     """The arguments of `decide`, from which a child process resolves the same run again."""
 
     recipe: str | None
@@ -51,7 +51,7 @@ def baseline_of(setting: ResolvedRun) -> Layers:
     return {slot: next(layer.name for layer in catalog if layer.slot == slot and layer.baseline) for slot in SLOTS}
 
 
-def plan_of(setting: ResolvedRun, ask: Ask, layers: Layers) -> Plan:
+def plan_of(setting: ResolvedRun, ask: RunRequest, layers: Layers) -> Plan:
     """Resolve these layers as a fresh process would. Raises PlanError if they cannot be combined on this machine."""
     recipe, here = setting.resolved.recipe, setting.machine
     made = resolve(
@@ -71,7 +71,7 @@ def why_not(error: PlanError) -> str:
     return "; ".join(" ".join(line.split()) for line in lines) or str(error)
 
 
-def job_of(setting: ResolvedRun, ask: Ask, plan: Plan, least_warm: int = 2, weights_seed: int | None = None) -> Job:
+def job_of(setting: ResolvedRun, ask: RunRequest, plan: Plan, least_warm: int = 2, weights_seed: int | None = None) -> Job:
     """Return the job that trains `plan`, with the warm-up steps that its layers require and at least `least_warm`."""
     if setting.world.world_size > 1:
         raise ConfigError("bench: runs in one process, not under torchrun")

@@ -13,7 +13,7 @@ from gptoughts.data.device import to_device
 from gptoughts.engine.engine import Engine
 from gptoughts.engine.objectives.base import IGNORED
 from gptoughts.errors import DataError
-from gptoughts.models.eager import eager_reading
+from gptoughts.models.eager import eager_inference
 
 RESAMPLES = 10_000
 MIN_WINDOWS = 10
@@ -32,7 +32,7 @@ class Difference:
 def window_losses(engine: Engine, batches: Iterable[dict[str, Any]]) -> np.ndarray:
     """Return the mean loss of every window in nats per token: float64 (windows,), without windows that have no label."""
     losses = []
-    with eager_reading(engine.bare), engine.eval_context():
+    with eager_inference(engine.bare), engine.eval_context():
         for host_batch in batches:
             batch = to_device(host_batch, engine.device)
             input_ids = batch["input_ids"]

@@ -19,7 +19,7 @@ from gptoughts.data.order import round_keys
 from gptoughts.engine.objectives.base import IGNORED
 from gptoughts.engine.objectives.masked_diffusion import uniform
 from gptoughts.errors import ConfigError, DataError
-from gptoughts.models.eager import eager_reading
+from gptoughts.models.eager import eager_inference
 
 DRAWS = 128
 ROWS = 16
@@ -91,7 +91,7 @@ def bound(
     input_ids = torch.from_numpy(np.where(masked, mask_id, ids))
     labels = torch.from_numpy(np.where(masked, ids, IGNORED))
     sums = []
-    with eager_reading(model):
+    with eager_inference(model):
         for inputs, targets in zip(input_ids.split(rows), labels.split(rows), strict=True):
             sums.append(model(inputs.to(device), labels=targets.to(device), reduction="rows").double().cpu())
     nats = torch.cat(sums).numpy() * (length / counts)

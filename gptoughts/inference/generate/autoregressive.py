@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gptoughts.errors import ConfigError, DataError
 from gptoughts.inference.generate.sampling import check_sampling, sample
-from gptoughts.models.eager import eager_reading
+from gptoughts.models.eager import eager_inference
 from gptoughts.models.gpt.gpt import GPT, KeyValueCache
 
 Read = Callable[[list[int]], Tensor]
@@ -105,7 +105,7 @@ def generate(
     limit = min(tokenizer.vocab_size, reader.vocab_size)
     starts = [_prompt_ids(tokenizer, prompt, limit) for prompt in prompts]
     results: list[Any] = []
-    with eager_reading(model):
+    with eager_inference(model):
         for index, start in enumerate(starts):
             generator = torch.Generator("cpu").manual_seed(seed)
             stream = _Stream(tokenizer, index, start, on_text)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gptoughts.errors import ConfigError, DataError, RunError
 from gptoughts.inference.generate.autoregressive import Prompt, Tokenizer, continuation
-from gptoughts.models.eager import eager_reading
+from gptoughts.models.eager import eager_inference
 
 Remasking = Literal["low-confidence", "random"]
 OnStep = Callable[[int, int, list[int]], None]
@@ -140,7 +140,7 @@ def generate(
     room = length - max_new_tokens
     starts = [ids[max(0, len(ids) - room) :] for ids in (_prompt_ids(tokenizer, prompt, limit, mask_id) for prompt in prompts)]
     results: list[Any] = []
-    with eager_reading(model):
+    with eager_inference(model):
         for first in range(0, len(starts), ROWS):
             results += sampler.generate(starts[first : first + ROWS], max_new_tokens, seed, first, on_step)
     ends = {*stops, *([tokenizer.eot_id] if stop_at_eot else [])}

@@ -22,7 +22,7 @@ from gptoughts.data.chat.rows import PROBLEMS_SHOWN, prepare_chat
 from gptoughts.data.chat.tokenizer import ChatTokenizer
 from gptoughts.data.corpus import cached_tokenizer
 from gptoughts.data.table import Table
-from gptoughts.data.tokenizers.tokenizer import bpe_from_files
+from gptoughts.data.tokenizers.tokenizer import load_tokenizer
 from gptoughts.errors import DataError
 from tests.support.chat_parts import FAMILIES, SPECIAL, chat, folder_of
 
@@ -242,7 +242,7 @@ def test_built_in_templates(folders: dict[str, Path]) -> None:
         ChatTokenizer.open(folders["mistral"], "chatml")
     assert learned_texts(ChatTokenizer.open(folders["chatml"], "chatml"), chat([("a", "b")])) == ["b<|im_end|>"]
     with pytest.raises(DataError, match=r"data\.template: needed for a tokenizer without a folder"):
-        ChatTokenizer.open(bpe_from_files(str(folders["chatml"])))
+        ChatTokenizer.open(load_tokenizer(str(folders["chatml"])))
 
 
 PLAIN = {"plain": "chatml", "plain-sentencepiece": "mistral"}
@@ -524,7 +524,7 @@ def test_other_names_of_tokens_keep_a_tokenizer_of_their_own(tmp_path: Path) -> 
     for name in ("</s>", "<s>"):
         (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": name}))
         data = config(tmp_path / "chat.jsonl", tokenizer=str(folder))
-        place = cached_tokenizer(bpe_from_files(str(folder)), data)
+        place = cached_tokenizer(load_tokenizer(str(folder)), data)
         assert json.loads((place / "tokenizer_config.json").read_text())["eos_token"] == name
         kept.append(place)
     assert kept[0] != kept[1]

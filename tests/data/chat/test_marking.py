@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from gptoughts.cli.data import show
 from gptoughts.data.chat.marking import documents, learned, marked, said, shown
-from gptoughts.data.tokenizers.tokenizer import ByteTokenizer, bpe_from_files
+from gptoughts.data.tokenizers.tokenizer import ByteTokenizer, load_tokenizer
 from gptoughts.errors import ConfigError
 from tests.support.chat_parts import folder_of
 
@@ -65,7 +65,7 @@ def test_chat_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert out.count("--- sample") == 2 and "conversations (" in out and "% full" in out
     for number in re.findall(r"who (\d+)\?", out):
         assert f"assistant\n⟦the fox {number}<|im_end|>⟧" in out
-    assert bpe_from_files(str(folder)).kind == "file"
+    assert load_tokenizer(str(folder)).kind == "file"
 
 
 def test_text_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
