@@ -380,7 +380,15 @@ def engine_from(recipe: Any, source: Any, batches: Iterator[Any], layer: str = "
     family = FAMILIES[recipe.model.family]
     plan, ranks = plan_of(recipe, {"optimizer": layer}), Ranks(World(), torch.device("cpu"))
     with build_engine(
-        meta_model(recipe, family, ROWS), family, NextToken(), recipe, plan, CATALOG, ranks, batches, source
+        meta_model(recipe, family, ROWS),
+        family,
+        NextToken(),
+        recipe,
+        plan,
+        CATALOG,
+        ranks=ranks,
+        batches=batches,
+        source=source,
     ) as engine:
         yield engine
 

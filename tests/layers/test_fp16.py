@@ -199,4 +199,6 @@ def test_a_t4_trains_in_float16_with_a_scaler() -> None:
     plan = resolve(pick("auto", machine), machine, spec_for(recipe), recipe, World(), CATALOG)
     assert plan.layers["precision"] == "fp16"
     with pytest.raises(PlanError, match="in-backward"):
-        resolve(pick("auto", machine), machine, spec_for(recipe), recipe, World(), CATALOG, {**FP16, "update": "in-backward"})
+        resolve(
+            pick("auto", machine), machine, spec_for(recipe), recipe, World(), CATALOG, flags={**FP16, "update": "in-backward"}
+        )

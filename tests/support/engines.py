@@ -84,7 +84,7 @@ def plan_of(
 ) -> Plan:
     """A plan of baselines, with `layers` demanded."""
     bare = Profile("bare", "", False, Match(), {}, "the test")
-    return resolve(bare, machine or probe(), spec_for(recipe), recipe, world or World(), CATALOG, layers)
+    return resolve(bare, machine or probe(), spec_for(recipe), recipe, world or World(), CATALOG, flags=layers)
 
 
 def family_for(recipe: Recipe) -> Family:
@@ -159,7 +159,9 @@ def engine_of(
     source = Initialization(family, recipe.model, recipe.seed)
     here = ranks or Ranks(World(), torch.device("cpu"))
     stream = batches or random_batches(recipe)
-    with build_engine(model, family, objective_for(recipe), recipe, plan, catalog, here, stream, source) as engine:
+    with build_engine(
+        model, family, objective_for(recipe), recipe, plan, catalog, ranks=here, batches=stream, source=source
+    ) as engine:
         yield engine
 
 
