@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ast
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +11,9 @@ import pytest
 
 from tests.support.golden_files import ROOT
 
+pytest_plugins = ["pytester"]
 TESTS = ROOT / "tests"
+WORDS = ("-p", "no:cacheprovider")
 SAMPLE = """
 import pytest
 
@@ -25,18 +25,19 @@ def test_slow(): pass
 @pytest.mark.parametrize("x", ["a", pytest.param("b", marks=pytest.mark.slow)])
 def test_some(x): pass
 """
+"""Tests of both tiers."""
 QUICK, SLOW = {"test_quick", "test_some[a]"}, {"test_slow", "test_some[b]"}
 WHOLLY_SLOW = {"project/test_wheel.py"}
 """Files without a test in the default tier."""
 
 
 @pytest.fixture
-def sample(tmp_path: Path) -> Path:
-    """A folder with one file of tests, and the conftest.py of these tests."""
-    shutil.copy(TESTS / "conftest.py", tmp_path)
-    (tmp_path / "test_sample.py").write_text(SAMPLE, encoding="utf-8")
-    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = slow\n", encoding="utf-8")
-    return tmp_path
+def sample(pytester: pytest.Pytester) -> pytest.Pytester:
+    """A folder with one file of tests and the conftest.py of these tests."""
+    shutil.copy(TESTS / "conftest.py", pytester.path)
+    pytester.makepyfile(test_sample=SAMPLE)
+    pytester.makeini("[pytest]\nmarkers = slow")
+    return pytester
 
 
 @pytest.mark.parametrize(
@@ -53,31 +54,39 @@ def sample(tmp_path: Path) -> Path:
         (["test_sample.py::test_some"], {"test_some[a]", "test_some[b]"}),
         (["test_sample.py::test_some[b]"], {"test_some[b]"}),
         (["test_sample.py::test_quick"], {"test_quick"}),
-        (["test_sample.py::test_slow", "-n1"], {"test_slow"}),
     ],
-    ids=" ".join,
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_the_default_tier_leaves_slow_tests_out(words: list[str], ran: set[str], sample: Path) -> None:
-    command = [sys.executable, "-m", "pytest", "-v", "--no-header", "-p", "no:cacheprovider", *words]
-    done = subprocess.run(command, cwd=sample, capture_output=True, text=True, check=False)
-    lines = [line for line in done.stdout.splitlines() if "PASSED" in line]
-    assert {word.partition("::")[2] for line in lines for word in line.split() if "::" in word} == ran, done.stdout
+def test_slow_tests_run_when_asked_for(words: list[str], ran: set[str], sample: pytest.Pytester) -> None:
+    assert collected(sample.runpytest_inprocess(*WORDS, "-v", *words)) == ran
 
 
-def test_this_session_runs_what_its_tier_holds(request: pytest.FixtureRequest) -> None:
-    """No other hook of this repository leaves out a slow test under `--all`, or lets one into the default tier."""
-    config = request.config
-    held = [item for item in request.session.items if item.get_closest_marker("slow")]
-    if config.option.all and not (config.option.keyword or config.option.markexpr or config.option.deselect or any("::" in one for one in config.args)):
-        modules = {item.path for item in request.session.items}
-        collected = {path for path in modules if any(True for _ in _slow_marks(path))}
-        assert collected <= {item.path for item in held}
-    elif not (config.option.all or config.option.markexpr or any("::" in one for one in config.args)):
-        assert held == []
+def test_workers_run_the_tier_of_their_session(sample: pytest.Pytester) -> None:
+    """Options and node ids reach the workers of pytest-xdist."""
+    assert collected(sample.runpytest_subprocess(*WORDS, "-v", "-n1", "--all", "test_sample.py")) == QUICK | SLOW
+
+
+def collected(result: pytest.RunResult) -> set[str]:
+    """Return the tests that passed, from the lines of `pytest -v`."""
+    passed = [line.split() for line in result.outlines if "PASSED" in line]
+    return {word.partition("::")[2] for words in passed for word in words if "::" in word}
+
+
+def test_this_session_holds_its_tier(request: pytest.FixtureRequest) -> None:
+    """No hook or option of this repository drops slow tests from `--all`, or lets one into the default tier."""
+    config, items = request.config, request.session.items
+    narrowed = (
+        config.option.keyword or config.option.markexpr or config.option.deselect or any("::" in word for word in config.args)
+    )
+    if narrowed:
+        pytest.skip("a part of a tier was asked for")
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    marked = {item.path for item in items if "pytest.mark.slow" in item.path.read_text(encoding="utf-8")} - {Path(__file__)}
+    assert slow == (marked if config.option.all else set())
 
 
 def test_no_file_leaves_the_default_tier_unnoticed() -> None:
-    """Every file keeps a test in the default tier; a test of several parameters that is wholly slow is in `_functions` too."""
+    """Every file keeps a test in the default tier, but those listed."""
     wholly = {
         str(path.relative_to(TESTS))
         for path in TESTS.rglob("test_*.py")
@@ -95,10 +104,3 @@ def _functions(path: Path) -> Iterator[ast.FunctionDef]:
 
 def _is_slow(function: ast.FunctionDef) -> bool:
     return any(ast.unparse(decorator) == "pytest.mark.slow" for decorator in function.decorator_list)
-
-
-def _slow_marks(path: Path) -> Iterator[ast.AST]:
-    """Yield places of a file that apply the mark to a test or to a parameter."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Attribute) and ast.unparse(node) == "pytest.mark.slow":
-            yield node
