@@ -262,6 +262,7 @@ def test_ranks_leave_together_and_are_started_again_with_less(tmp_path: Path, fl
     assert "micro-batch of 2 sequences instead of 4: memory ran out in an earlier start" in again.stdout
 
 
+@pytest.mark.slow
 def test_the_script_starts_ranks_again(tmp_path: Path, flags: list[str]) -> None:
     """Until the micro-batch fits: 4, then 2, then 1."""
     script = Path(__file__).parents[2] / "launch" / "torchrun.sh"

@@ -628,6 +628,7 @@ def test_every_optimizer_has_its_rules() -> None:
 # --- two ranks
 
 
+@pytest.mark.slow
 def test_two_ranks_take_the_step_of_one(tmp_path: Path) -> None:
     """The same weights on both to the last bit, though their generators differ, and those of one process but for rounding."""
     ran = launch(2, "-m", "tests.support.optimizer_worker", str(tmp_path / "rank"))

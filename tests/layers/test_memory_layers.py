@@ -502,6 +502,7 @@ for wanted in (demanded, {{"loss": "fused-ce"}}):
 """
 
 
+@pytest.mark.slow
 def test_ligers_kernel_under_tritons_interpreter() -> None:
     """In a process of its own, because Triton reads the variable when it is imported. Our slices are not taken for Liger's."""
     pytest.importorskip("liger_kernel")

@@ -38,6 +38,15 @@ NEEDS_INDUCTOR = pytest.mark.skipif(
 )
 """For tests that compile with inductor."""
 
+
+def compile_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compile modules with the backend aot_eager: graphs of forward and backward, no machine code."""
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **options: compile_module(self, backend="aot_eager", **options)
+    )
+
+
 ROWS, LENGTH, BATCH = 128, 32, 4
 FAMILIES_UNDER_TEST: dict[str, dict[str, Any]] = {
     "modern": {"depth": 3, "width": 64, "heads": 4, "kv_heads": 2},
