@@ -140,6 +140,8 @@ def open_session(job: TrainingJob) -> Iterator[Session]:
     """
     device = select_device(job.machine, job.world)
     with ExitStack() as stack:
+        console = job.console if job.world.rank == 0 else SilentConsole()
+        stack.enter_context(console.logging())
         if job.folder is not None:
             stack.enter_context(job.folder.locked(job.world.rank == 0))
             if job.world.rank == 0:
@@ -149,8 +151,6 @@ def open_session(job: TrainingJob) -> Iterator[Session]:
         ranks = stack.enter_context(process_group(job.world, device))
         ranks.same("the plan", job.plan.digest())
         ranks.same("the recipe", job.resolved.to_toml())
-        console = job.console if ranks.first else SilentConsole()
-        stack.enter_context(console.logging())
         if corpus is None:
             yield stack.enter_context(_open_own(job, ranks, console))
         else:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from typing import Any, Literal
 import numpy as np
 
 from gptoughts.config.loader import DataConfig
+from gptoughts.console import LOGGER
 from gptoughts.data.chat.answers import RenderedChat, TrainOn, render_chat
 from gptoughts.data.chat.conversations import Conversation, InvalidRow, chat_files, conversations, one_line
 from gptoughts.data.chat.packing import Document, build_arrays, fill_ratio, one_per_row, pack
@@ -125,17 +125,17 @@ class TableBuilder:
         )
         if foreign:
             raise DataError(f"{folder}: not empty and not chat data", found=repr(foreign[0]), fix="a new folder")
-        print(f"data: tokenizing conversations of {self.data.path} into {folder}", file=sys.stderr, flush=True)
+        LOGGER.info(f"data: tokenizing conversations of {self.data.path} into {folder}")
         begun = time.monotonic()
         splits = self.splits()
         for name, split in splits.items():
             shutil.rmtree(folder / name, ignore_errors=True)  # left over from a killed process
             table = self.table(name, split)
             table.save(folder / name)
-            print(f"data: {name} {summary(table.stats)}", file=sys.stderr, flush=True)
+            LOGGER.info(f"data: {name} {summary(table.stats)}")
         tokens = sum(len(document.ids) for split in splits.values() for document in split.documents)
         seconds = time.monotonic() - begun
-        print(f"data: {tokens:,} tokens in {seconds:.1f} s, {tokens / seconds / 1e6:.2f} Mtok/s", file=sys.stderr, flush=True)
+        LOGGER.info(f"data: {tokens:,} tokens in {seconds:.1f} s, {tokens / seconds / 1e6:.2f} Mtok/s")
         write_json(folder / INDEX, {"format": FORMAT, "version": VERSION, "key": key, "splits": list(splits)}, durable=True)
 
     def splits(self) -> dict[str, Split]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import sys
 import threading
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +17,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from gptoughts.config.recipe import DataConfig
+from gptoughts.console import Console
 from gptoughts.data.batches import IGNORED
 from gptoughts.data.chat.answers import prompt, render_chat, stops
 from gptoughts.data.chat.rows import PROBLEMS_SHOWN, prepare_chat
@@ -539,10 +541,11 @@ def test_two_makers_make_one(tmp_path: Path, folders: dict[str, Path], capfd: py
         )
         for _ in range(3)
     ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with Console(sys.stderr).logging():
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
     assert len(found) == 3 and len(set(found)) == 1
     assert capfd.readouterr().err.count("data: tokenizing conversations of") == 1
 
