@@ -193,3 +193,42 @@ def test_patience_ends_a_run_and_the_last_step_is_a_whole_one(here: Path) -> Non
     on = trained("llama", "patient", outcome.progress.step + 3, **{"optim.learning_rate": 0.5, "eval.every": 2})
     assert on.progress.step == outcome.progress.step + 3
     assert os.environ["XDG_CACHE_HOME"].startswith(str(here))
+
+
+class Rows(gptoughts.Callback):
+    """A user's callback that notes what it is called with."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.logged: list[int] = []
+
+    def on_start(self, engine: Any, progress: Any) -> None:
+        self.calls.append(f"start {progress.step}")
+
+    def due(self, step: int, last: bool) -> bool:
+        return step % 2 == 0
+
+    def on_step(self, engine: Any, progress: Any, stats: Any, last: bool) -> None:
+        self.calls.append(f"step {progress.step}{' last' if last else ''}")
+
+    def on_log(self, step: int, values: Any) -> None:
+        self.logged.append(step)
+        assert "train/loss" in values or "eval/loss" in values
+
+    def on_end(self, engine: Any, progress: Any) -> None:
+        self.calls.append(f"end {progress.step}")
+
+
+def test_a_silent_run_prints_nothing_and_calls_the_users_callbacks(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    values = {"name": "tiny", "data.path": "text.txt", "train.steps": 4, **COMMON, **KINDS["llama"]}
+    mine = Rows()
+    result = gptoughts.train(values, layers=PLAIN, run="silent", callbacks=[mine], track=["jsonl"], verbose=False)
+    said = capfd.readouterr()
+    assert said.out == "" and [line for line in said.err.splitlines() if "gptoughts" in line or "data:" in line] == []
+    assert mine.calls == ["start 0", "step 2", "step 4 last", "end 4"] and sorted(set(mine.logged)) == [1, 2, 3, 4]
+    rows = read(result.out / "metrics.jsonl")
+    epochs = [row["train/epoch"] for row in rows if "train/epoch" in row]
+    assert epochs == pytest.approx([number * epochs[0] for number in range(1, 5)]) and 0 < epochs[0] < 1
+    memory = [row for row in rows if "memory/measured_bytes" in row]
+    assert len(memory) == 1 and memory[0]["memory/measured_bytes"] > 0
+    assert not (result.out / "loss.png").exists(), "only the trackers that were asked for"
