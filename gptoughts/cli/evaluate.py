@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gptoughts.config.tasks import task_of
 from gptoughts.errors import ConfigError, DataError, nearest
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def perplexity(checkpoint: str, data: str | None, split: str, batch: int, length
 
     loaded = load(checkpoint)
     if loaded.recipe.objective != "next-token":
-        other = {"masked-diffusion": "likelihood", "question-answering": "squad"}.get(loaded.recipe.objective)
+        other = task_of(loaded.recipe).evaluation
         raise ConfigError(
             f"{loaded.folder}: perplexity needs a next-token model",
             found=loaded.recipe.objective,
@@ -185,7 +186,7 @@ def squad(checkpoint: str, data: str | None, threshold: float | None, batch: int
     from gptoughts.inference.load import load
 
     loaded = load(checkpoint)
-    if loaded.recipe.objective != "question-answering":
+    if task_of(loaded.recipe).evaluation != "squad":
         raise ConfigError(f"{loaded.folder}: eval squad needs a question-answering model", found=loaded.recipe.objective)
     settings = loaded.recipe.data
     if loaded.step is not None:

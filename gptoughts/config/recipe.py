@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from gptoughts.config.tasks import FORMATS
 from gptoughts.errors import describe
+
+if TYPE_CHECKING:
+    FormatName = str
+else:
+    FormatName = Literal[tuple(FORMATS)]  # so that the command line lists them
 
 
 def _integral(value: Any) -> Any:
@@ -97,7 +103,7 @@ class DataConfig(Section):
     )
     tokenizer: str = Field("bpe", description="bytes, chars, gpt2, bpe (trained on the text) or a tokenizer.json")
     train_bpe: Positive | None = Field(4096, description="vocabulary size for tokenizer = bpe")
-    format: Literal["text", "chat", "squad"] = Field("text", description="text, chat (JSONL), or squad (question answering)")
+    format: FormatName = Field("text", description="text, chat (JSONL), or squad (question answering)")
     val_path: str | None = Field(None, description="chat, squad: validation file; default: val_fraction of the rows")
     packing: bool = Field(True, description="chat: pack several conversations per row, masked from each other")
     template: str | None = Field(None, description="chat: chatml, plain or a Jinja file; default: the tokenizer's own")

@@ -9,6 +9,7 @@ from typing import Any
 from gptoughts.config import hf_spec, llada_spec
 from gptoughts.config.loader import Resolved
 from gptoughts.config.recipe import ExpertsConfig, ModelConfig, Recipe
+from gptoughts.config.tasks import TASKS, task_of
 from gptoughts.errors import ConfigError, describe, listed
 
 SIZES = (
@@ -26,8 +27,8 @@ def resolve_recipe(resolved: Resolved) -> Resolved:
     problems = _contradictions(recipe, resolved)
     if problems:
         raise listed(f"recipe {recipe.name}", problems)
-    if recipe.objective == "masked-diffusion" and recipe.data.format == "chat":  # a row has one noise level
-        resolved = _with(resolved, {"data.packing": False}, "objective masked-diffusion")
+    if task_of(recipe).masks_tokens and recipe.data.format == "chat":  # a row has one noise level
+        resolved = _with(resolved, {"data.packing": False}, f"objective {recipe.objective}")
         recipe = resolved.recipe
     if recipe.model.path is None and recipe.model.config is None:
         return resolved
@@ -61,19 +62,20 @@ def _contradictions(recipe: Recipe, resolved: Resolved) -> list[str]:
         problems.append(
             describe("model.family gpt: a native model takes no model.path or model.config", fix="leave model.family out")
         )
-    if recipe.objective == "masked-diffusion" and model.family == "gpt" and not model.path:
-        problems.append(describe("objective masked-diffusion: needs a bidirectional model", fix='model.family = "llada"'))
+    if task_of(recipe).masks_tokens and model.family == "gpt" and not model.path:
+        problems.append(describe(f"objective {recipe.objective}: needs a bidirectional model", fix='model.family = "llada"'))
     if recipe.objective == "next-token" and model.family == "llada":
         problems.append(
             describe(
                 "model.family llada: bidirectional, cannot learn next-token prediction", fix='objective = "masked-diffusion"'
             )
         )
-    if (recipe.objective == "question-answering") != (recipe.data.format == "squad"):
+    if recipe.data.format not in task_of(recipe).formats:
+        others = [name for name, task in TASKS.items() if recipe.data.format in task.formats]
         problems.append(
             describe(
                 f"objective {recipe.objective}: incompatible with data.format {recipe.data.format}",
-                fix='objective = "question-answering" with data.format = "squad"',
+                fix=f"objective = {others[0]!r}" if others else f"data.format = {task_of(recipe).formats[0]!r}",
             )
         )
     if recipe.data.format == "squad" and not model.path:
@@ -94,7 +96,7 @@ def _contradictions(recipe: Recipe, resolved: Resolved) -> list[str]:
         )
     if recipe.adapter.kind == "none" and recipe.adapter.base != "full":
         problems.append(describe("adapter.base nf4: quantized weights cannot be trained", fix="--adapter.kind lora"))
-    if recipe.adapter.kind != "none" and recipe.objective == "question-answering":
+    if recipe.adapter.kind != "none" and not task_of(recipe).adapters:
         problems.append(
             describe("adapter.kind: an adapter freezes the new head, which must be trained", fix="leave [adapter] out")
         )
@@ -107,7 +109,7 @@ def _unused(recipe: Recipe) -> list[str]:
     tables = (
         (recipe.adapter.kind == "none", "adapter", ("rank", "alpha", "dropout", "targets"), "--adapter.kind lora"),
         (
-            recipe.objective != "masked-diffusion",
+            not task_of(recipe).masks_tokens,
             "diffusion",
             tuple(type(recipe.diffusion).model_fields),
             'objective = "masked-diffusion"',
@@ -143,7 +145,7 @@ def _check_direction(recipe: Recipe, native: bool, named: str) -> None:
         raise ConfigError(
             f"{named}: a LLaDA model is bidirectional, cannot learn next-token prediction", fix='objective = "masked-diffusion"'
         )
-    if not native and recipe.objective == "masked-diffusion":
+    if not native and task_of(recipe).masks_tokens:
         raise ConfigError(f"{named}: masked diffusion needs a LLaDA model, this is not one", fix='objective = "next-token"')
 
 

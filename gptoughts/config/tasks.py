@@ -1,76 +1,75 @@
 """Tasks and data formats: what an objective needs from data, model head and evaluation. One record each, in two registries.
 
-Add a task: its objective under `engine/objectives/`, and a line in TASKS. Add a data format: a module under `data/` with a function
-that returns a Corpus, and a line in FORMATS.
+Add a data format: a module under `data/` with a function from a recipe to a Corpus, and its line in FORMATS. Add a task: its objective
+under `engine/objectives/`, and its line in TASKS.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from gptoughts.config.recipe import Recipe
+if TYPE_CHECKING:
+    from gptoughts.config.recipe import Recipe
 
 Head = Literal["causal", "question-answering"]
 
 
 @dataclass(frozen=True)
 class Format:
-    """A data format, the values of `data.format`."""
+    """A data format: a value of `data.format`."""
 
     corpus: str
-    """`module:function` from a recipe to a Corpus."""
+    """`module:function` from a recipe to its Corpus."""
     is_padded: bool = False
     """Whether rows end in padding, so that attention needs a mask."""
 
 
-FORMATS = {
-    "text": Format("gptoughts.data.corpus:open_text"),
-    "chat": Format("gptoughts.data.corpus:open_chat", is_padded=True),
-    "squad": Format("gptoughts.data.corpus:open_squad", is_padded=True),
+FORMATS: Mapping[str, Format] = {
+    "text": Format("gptoughts.data.corpus:text_corpus_of"),
+    "chat": Format("gptoughts.data.corpus:chat_corpus_of", is_padded=True),
+    "squad": Format("gptoughts.data.corpus:squad_corpus_of", is_padded=True),
 }
 """Name -> data format."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """What training by an objective involves; the values of `objective`."""
+    """What training by an objective involves: a value of `objective`."""
 
     objective: str = ""
-    """`module:function` from (recipe, tokenizer, mask id) to the objective."""
+    """`module:function` from (recipe, tokenizer, mask token id or None) to the Objective."""
     formats: tuple[str, ...] = ("text", "chat")
-    """Data formats that it can read."""
+    """Data formats that the objective reads."""
     head: Head = "causal"
-    """Head of the transformers model."""
+    """Head of a transformers model."""
     over_vocabulary: bool = True
     """Whether the head scores every token of the vocabulary at every position."""
     masks_tokens: bool = False
-    """Whether the model reads both ways and fills in masked tokens."""
-    packs_documents: bool = True
-    """Whether rows can hold several documents that do not attend to each other."""
+    """Whether it fills in masked tokens with a bidirectional model."""
+    adapters: bool = True
+    """Whether an adapter alone can be trained; a new head must be trained itself."""
     scores: str = ""
-    """`module:function` from (engine, table, questions, out folder) to the task's own scores on the validation split."""
+    """`module:function` from (engine, table, questions, out=folder) to the task's own scores on the validation split."""
     evaluation: str = ""
-    """Command of `gptoughts eval` that evaluates it, where the loss alone does not."""
+    """Command of `gptoughts eval` for models that the loss alone does not evaluate."""
     samples: bool = True
     """Whether the model generates text."""
 
 
-TASKS = {
+TASKS: Mapping[str, Task] = {
     "next-token": Task("gptoughts.engine.objectives.base:next_token"),
     "masked-diffusion": Task(
-        "gptoughts.engine.objectives.masked_diffusion:masked_diffusion",
-        masks_tokens=True,
-        packs_documents=False,
-        evaluation="likelihood",
+        "gptoughts.engine.objectives.masked_diffusion:masked_diffusion", masks_tokens=True, evaluation="likelihood"
     ),
     "question-answering": Task(
         "gptoughts.engine.objectives.span_qa:question_answering",
         formats=("squad",),
         head="question-answering",
         over_vocabulary=False,
-        packs_documents=False,
+        adapters=False,
         scores="gptoughts.inference.eval.squad:evaluate",
         evaluation="squad",
         samples=False,
@@ -78,10 +77,13 @@ TASKS = {
 }
 """Name -> task."""
 
+PLUGIN_TASK = Task()
+"""The task of an objective that a plugin brings."""
+
 
 def task_of(recipe: Recipe) -> Task:
-    """Return the task of the recipe's objective; an objective of a plugin is a causal language-model task."""
-    return TASKS.get(recipe.objective, Task())
+    """Return the task of the recipe's objective."""
+    return TASKS.get(recipe.objective, PLUGIN_TASK)
 
 
 def load(entry: str) -> Any:

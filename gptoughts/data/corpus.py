@@ -7,11 +7,12 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from gptoughts.config.loader import DataConfig, Recipe
+from gptoughts.config.tasks import FORMATS, load, task_of
 from gptoughts.data.batches import Batch, Batches, Cursor, eval_batches, rank_rows, samples_in
 from gptoughts.data.chat.rows import Shape, prepare_chat
 from gptoughts.data.chat.tokenizer import ChatTokenizer
@@ -135,14 +136,25 @@ def open_text_corpus(data: DataConfig) -> TextCorpus:
 
 def open_corpus(recipe: Recipe) -> Corpus:
     """Return the recipe's corpus, tokenizing it on first use. Raises DataError."""
-    data = recipe.data
-    if data.format == "text":
-        return open_text_corpus(data)
-    if data.format == "chat":
-        shape: Shape = "masked-diffusion" if recipe.objective == "masked-diffusion" else "next-token"
-        return TableCorpus(data, prepare_chat(data, data.tokenizer, shape=shape, too_long=data.too_long))
-    tables, questions = prepare_squad(data, data.tokenizer)
-    return TableCorpus(data, tables, questions.get("val"))
+    corpus: Corpus = load(FORMATS[recipe.data.format].corpus)(recipe)
+    return corpus
+
+
+def text_corpus_of(recipe: Recipe) -> Corpus:
+    """Return the corpus of `data.format text`."""
+    return open_text_corpus(recipe.data)
+
+
+def chat_corpus_of(recipe: Recipe) -> Corpus:
+    """Return the corpus of `data.format chat`."""
+    data, shape = recipe.data, "masked-diffusion" if task_of(recipe).masks_tokens else "next-token"
+    return TableCorpus(data, prepare_chat(data, data.tokenizer, shape=cast("Shape", shape), too_long=data.too_long))
+
+
+def squad_corpus_of(recipe: Recipe) -> Corpus:
+    """Return the corpus of `data.format squad`."""
+    tables, questions = prepare_squad(recipe.data, recipe.data.tokenizer)
+    return TableCorpus(recipe.data, tables, questions.get("val"))
 
 
 def prepare_batches(

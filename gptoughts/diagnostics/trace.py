@@ -222,7 +222,7 @@ def summarize(events: Sequence[Mapping[str, Any]]) -> Summary:
     """Where the time went. Raises DataError for a trace without a step."""
     steps = [event for event in events if event.get("cat") == "user_annotation" and _is_step(event["name"])]
     if not steps:
-        raise DataError("the trace shows no step")
+        raise DataError("trace: shows no step")
     kernels = [event for event in events if event.get("cat") in ON_GPU]
     began, ended = min(map(_begin, steps)), max(map(_end, steps))
     if not kernels:

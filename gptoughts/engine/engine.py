@@ -207,7 +207,7 @@ class Engine:
         problems = [f"missing in the source: {', '.join(unwritten)}"] if unwritten else []
         problems += [f"unused in the source: {', '.join(source.unused())}"] if source.unused() else []
         if problems:
-            raise RunError("weights do not match the model\n  " + "\n  ".join(problems))
+            raise RunError("weights: do not match the model\n  " + "\n  ".join(problems))
 
 
 def allocate(model: nn.Module, device: torch.device) -> None:

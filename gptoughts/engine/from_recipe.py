@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -15,12 +15,12 @@ from gptoughts.config import hf_spec
 from gptoughts.config.loader import Recipe
 from gptoughts.config.model_spec import ModelSpec, embedding_rows, spec_for
 from gptoughts.config.model_spec import of as spec_of
+from gptoughts.config.tasks import TASKS, load, task_of
 from gptoughts.data.tokenizers.tokenizer import Tokenizer
 from gptoughts.engine.checkpoint import state as training_state
 from gptoughts.engine.engine import Source
-from gptoughts.engine.objectives.base import OBJECTIVES, Objective, as_objective
-from gptoughts.engine.objectives.masked_diffusion import MaskedDiffusion, mask_token, require_unpacked
-from gptoughts.engine.objectives.span_qa import QuestionAnswering
+from gptoughts.engine.objectives.base import Objective, as_objective
+from gptoughts.engine.objectives.masked_diffusion import mask_token
 from gptoughts.errors import ConfigError, nearest
 from gptoughts.models.family import Family, family_of
 from gptoughts.models.gpt import llada_layout
@@ -57,7 +57,7 @@ def model_bundle(
     Raises ConfigError for unknown names and sizes that do not match.
     """
     mask_id, words = None, tokenizer.vocab_size
-    if recipe.objective == "masked-diffusion":
+    if task_of(recipe).masks_tokens:
         mask_id = mask_of(recipe, tokenizer)
         words = max(words, mask_id + 1)
     base = _family(recipe, families)
@@ -104,29 +104,21 @@ def _family(recipe: Recipe, families: Mapping[str, Family]) -> Family:
         return family_of(name)
     from gptoughts.models.hf.family import hf_family  # imports transformers
 
-    return hf_family(recipe.model, task_of(recipe))
-
-
-def task_of(recipe: Recipe) -> Literal["causal", "question-answering"]:
-    """Return which transformers head the recipe's objective needs."""
-    return "question-answering" if recipe.objective == "question-answering" else "causal"
+    return hf_family(recipe.model, task_of(recipe).head)
 
 
 def _objective(recipe: Recipe, mask_id: int | None, tokenizer: Tokenizer, objectives: Mapping[str, Any]) -> Objective:
     name = recipe.objective
-    if name == "masked-diffusion":
-        assert mask_id is not None
-        require_unpacked(recipe.data)
-        learns: Literal["text", "answers"] = "answers" if recipe.data.format == "chat" else "text"
-        return MaskedDiffusion(recipe.diffusion, recipe.seed, mask_id, tokenizer.eot_id, learns)
-    known = {**OBJECTIVES, "question-answering": QuestionAnswering, **objectives}
-    if name not in known:
-        names = ", ".join([*known, "masked-diffusion"])
-        raise ConfigError(f"objective: unknown{nearest(name, known)}; known: {names}", found=repr(name))
-    made = as_objective(known[name]())
-    if made is None:
-        raise ConfigError(f"objective: {name!r} has no __call__, weight or tokens", found=known[name])
-    return made
+    if name in objectives:
+        made = as_objective(objectives[name]())
+        if made is None:
+            raise ConfigError(f"objective: {name!r} has no __call__, weight or tokens", found=objectives[name])
+        return made
+    if name not in TASKS:
+        known = [*TASKS, *objectives]
+        raise ConfigError(f"objective: unknown{nearest(name, known)}; known: {', '.join(known)}", found=repr(name))
+    objective: Objective = load(TASKS[name].objective)(recipe, tokenizer, mask_id)
+    return objective
 
 
 def initial_weights(
@@ -177,7 +169,7 @@ def base_weights(recipe: Recipe, family: Family) -> Source:
         return llada_layout.load(folder)
     from gptoughts.models.hf.weights import Pretrained
 
-    return Pretrained(folder, task_of(recipe), drawn, recipe.model.remote_code)
+    return Pretrained(folder, task_of(recipe).head, drawn, recipe.model.remote_code)
 
 
 def base_record(recipe: Recipe) -> BaseRecord:

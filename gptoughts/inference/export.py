@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from gptoughts.config import hf_spec
 from gptoughts.config.loader import Recipe
+from gptoughts.config.tasks import task_of
 from gptoughts.data.tokenizers.tokenizer import JsonTokenizer, Tokenizer
-from gptoughts.engine.from_recipe import task_of
 from gptoughts.errors import CheckpointError, ConfigError
 from gptoughts.models.gpt import gpt2_layout, llada_layout, llama_layout
 from gptoughts.models.gpt.gpt import GPT
@@ -142,7 +142,7 @@ def _reopened_logits(folder: Path, ids: Tensor, recipe: Recipe, device: torch.de
 
     from gptoughts.models.hf.config import quiet
 
-    answers = recipe.objective == "question-answering"
+    answers = task_of(recipe).head == "question-answering"
     loader = transformers.AutoModelForQuestionAnswering if answers else transformers.AutoModelForCausalLM
     code = {"trust_remote_code": True} if recipe.model.remote_code else {}  # the code in the exported folder
     try:
@@ -220,7 +220,7 @@ def _write_hf(model: nn.Module, recipe: Recipe, tokenizer: Tokenizer, folder: Pa
 
     weights = _weights(model)
     inner: Any = model.inner
-    hf_model = whole_model(recipe.model, task_of(recipe), inner.get_input_embeddings().weight.shape[0])
+    hf_model = whole_model(recipe.model, task_of(recipe).head, inner.get_input_embeddings().weight.shape[0])
     state = hf_model.state_dict()
     tied = hf_model.get_expanded_tied_weights_keys(all_submodels=True)
     missing, extra = sorted(state.keys() - weights.keys() - tied.keys()), sorted(weights.keys() - state.keys())

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
 
+from gptoughts.config.tasks import task_of
 from gptoughts.layers.support.requirements import HALF_PRECISION, VARIABLE_LENGTH_CLASHES
 from gptoughts.planning.kernel_names import attention_forwards, told
 from gptoughts.planning.layer import (
@@ -64,7 +65,7 @@ def _limits(case: Case) -> Iterator[Reason]:
     if spec.family is None:
         yield unsupported("needs a model of a known family; a custom module calls its own attention")
         return
-    if case.recipe.objective == "question-answering":
+    if task_of(case.recipe).head != "causal":
         yield unsupported("question answering masks padding, which FlashAttention does not support")
     if spec.head_dim is not None and (spec.head_dim > WIDEST_HEAD or spec.head_dim % HEAD_MULTIPLE):
         yield unsupported(

@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 
+from gptoughts.config.tasks import FORMATS
 from gptoughts.errors import LayerError
 from gptoughts.layers.support.requirements import capability
 from gptoughts.planning.kernel_names import attention_forwards, told
@@ -60,7 +61,7 @@ def unmet(case: Case, options: Options) -> Iterator[Reason]:
         return
     too_old = [replace(reason, remedy=anyhow) for reason in capability(case, MIN_CAPABILITY[backend], f"backend {backend} ")]
     yield from too_old
-    if backend == "flash" and not too_old and case.recipe.data.format in ("chat", "squad"):
+    if backend == "flash" and not too_old and FORMATS[case.recipe.data.format].is_padded:
         yield unsupported(
             "backend flash takes no mask, and these rows need one",
             remedy="--layer.attention varlen, flex, or sdpa with backend auto",

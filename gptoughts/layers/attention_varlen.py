@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from gptoughts.config.tasks import task_of
 from gptoughts.layers.support.requirements import HALF_PRECISION, VARIABLE_LENGTH_CLASHES
 from gptoughts.planning.kernel_names import attention_forwards, told
 from gptoughts.planning.layer import (
@@ -38,7 +39,7 @@ def unmet(case: Case, options: Options) -> Iterator[Reason]:
     if spec.family is None:
         yield unsupported("needs a model of a known family; a custom module calls its own attention")
         return
-    if case.recipe.objective == "question-answering":
+    if task_of(case.recipe).head != "causal":
         yield unsupported("question answering masks padding, which document bounds cannot express")
     if spec.head_dim is not None and spec.head_dim > WIDEST_HEAD:
         yield unsupported(f"flash attention takes heads of at most {WIDEST_HEAD}, the model has {spec.head_dim}")

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
+from gptoughts.config.tasks import task_of
 from gptoughts.console import bytes_in_words
 from gptoughts.errors import LayerError
 from gptoughts.layers.support.compile import counting, in_graphs
@@ -45,7 +46,7 @@ def unmet(case: Case, options: Options) -> Iterator[Reason]:
     if spec.family is None:
         yield unsupported("needs a model of a known family; a custom module computes its own loss")
         return
-    if case.recipe.objective == "question-answering":
+    if not task_of(case.recipe).over_vocabulary:
         yield unsupported("question answering has no logits over the vocabulary")
         return
     if spec.head == "own":

@@ -12,6 +12,7 @@ from typing import Any
 
 from gptoughts.config.loader import Recipe
 from gptoughts.config.model_spec import ModelSpec
+from gptoughts.config.tasks import task_of
 
 MASTER_BYTES = 4  # weights, gradients and moments are float32
 MOMENTS = {"adamw": 2, "lion": 1, "ademamix": 3, "schedule-free": 2}
@@ -182,7 +183,7 @@ def baseline(spec: ModelSpec, recipe: Recipe, sequences: int) -> Budget | None:
         products=products,
         mixed=mixed,
         matmul_parameters=parameters - embedding + (head if spec.tied else 0),
-        vocab_size=spec.vocab_size if recipe.objective != "question-answering" else 2,
+        vocab_size=spec.vocab_size if task_of(recipe).over_vocabulary else 2,
         largest=head if frozen == 0 else 0,
         temporary=2 * max(head, embedding) * MASTER_BYTES if frozen == 0 else 0,
     )

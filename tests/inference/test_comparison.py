@@ -38,5 +38,5 @@ def test_the_interval_covers_and_narrows() -> None:
 
 
 def test_too_few_windows() -> None:
-    with pytest.raises(DataError, match=r"needs at least 10 windows\. Found 9"):
+    with pytest.raises(DataError, match=r"an interval needs at least 10 windows\. Found 9"):
         difference(np.zeros(9), np.zeros(9))

@@ -38,9 +38,7 @@ def render_chat(chat: ChatTokenizer, messages: Sequence[Message], train_on: Trai
     """Render a conversation with marks around the text to train on. Raises DataError if the answers cannot be located."""
     marked, spelled = chat.mark_spelled(messages)
     if spelled and strip_marks(chat.template.render(marked)) != chat.template.render(messages):
-        raise DataError(
-            "a special token spelled in a message changes the output of the chat template", fix="reword the message"
-        )
+        raise DataError("chat template: a special token spelled in a message changes its output", fix="reword the message")
     answers = sum(message["role"] == "assistant" for message in messages)
     if train_on == "all":
         return RenderedChat([f"{BEGIN_ANSWER}{chat.template.render(marked)}{END_ANSWER}"], answers, 0, spelled)
@@ -57,11 +55,11 @@ def _render_tagged(
     """Render a template with `{% generation %}`; an end-of-turn token directly after a mark is moved inside."""
     text = chat.template.render(marked, tracking=True)
     if strip_marks(text) != chat.template.render(messages):
-        raise DataError("the chat template modifies the output of its {% generation %} block, so answers cannot be located")
+        raise DataError("chat template: modifies the output of its {% generation %} block, so answers cannot be located")
     parts = text.split(END_ANSWER)
     if len(parts) - 1 != answers or any(part.count(BEGIN_ANSWER) != 1 for part in parts[:-1]) or BEGIN_ANSWER in parts[-1]:
         raise DataError(
-            "the chat template's {% generation %} must mark every answer once",
+            "chat template: {% generation %} must mark every answer once",
             found=f"{len(parts) - 1} marks, {answers} answers",
         )
     # No other turn follows the last answer, so a token there ends a turn.

@@ -137,7 +137,7 @@ class Template:
                 **self.tokens,
             )
         except (jinja2.TemplateError, *RENDERING_ERRORS) as error:
-            raise DataError(f"the chat template rejects the messages ({first_line(error)})") from None
+            raise DataError(f"chat template: rejects the messages ({first_line(error)})") from None
         finally:
             self._tracking = False
 

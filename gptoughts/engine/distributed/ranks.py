@@ -69,7 +69,7 @@ class Ranks:
         dist.all_reduce(least, op=dist.ReduceOp.MIN)
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
         if least.item() != most.item():
-            raise RunError(f"ranks disagree on {what}", found=f"on rank {self.world.rank}:\n{text}")
+            raise RunError(f"{what}: differs between ranks", found=f"on rank {self.world.rank}:\n{text}")
 
 
 class Vote:

@@ -179,4 +179,6 @@ def as_objective(given: Any) -> Objective | None:
     return _Adapted(given)
 
 
-OBJECTIVES: dict[str, type[Objective]] = {"next-token": NextToken}
+def next_token(recipe: Any, tokenizer: Any, mask_id: int | None) -> Objective:
+    """Return the objective of the task `next-token`."""
+    return NextToken()

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gptoughts.config.recipe import DataConfig, DiffusionConfig
+from gptoughts.config.recipe import DataConfig, DiffusionConfig, Recipe
 from gptoughts.data.order import GOLDEN, mix, round_keys
 from gptoughts.data.tokenizers.tokenizer import JsonTokenizer, Tokenizer
 from gptoughts.engine.objectives.base import IGNORED, Batch, Objective
@@ -241,3 +241,11 @@ def _text(batch: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
             "batch: ignored labels before learned ones; for conversations use data.format chat, where the objective learns answers"
         )
     return input_ids, lengths
+
+
+def masked_diffusion(recipe: Recipe, tokenizer: Tokenizer, mask_id: int | None) -> MaskedDiffusion:
+    """Return the objective of the task `masked-diffusion`. Raises ConfigError for packed conversations."""
+    assert mask_id is not None
+    require_unpacked(recipe.data)
+    learns: Literal["text", "answers"] = "answers" if recipe.data.format == "chat" else "text"
+    return MaskedDiffusion(recipe.diffusion, recipe.seed, mask_id, tokenizer.eot_id, learns)

@@ -102,11 +102,11 @@ def _of_torchao() -> Any:
             from torchao.optim import AdamW8bit
     except ModuleNotFoundError as error:
         if error.name != "torchao":
-            raise LayerError(f"optimizer=8bit: torchao is installed and cannot be imported: {error}") from error
+            raise LayerError(f"optimizer=8bit: torchao is installed, but the import fails: {error}") from error
         raise LayerError("optimizer=8bit: needs the package torchao", fix="pip install 'gptoughts[lowbit]'") from None
     except (ImportError, RuntimeError, AttributeError, OSError) as error:
         raise LayerError(
-            f"optimizer=8bit: torchao is installed and cannot be imported: {type(error).__name__}: {error}"
+            f"optimizer=8bit: torchao is installed, but the import fails: {type(error).__name__}: {error}"
         ) from error
 
     class OfTorchao(AdamW8bit):
@@ -196,7 +196,7 @@ def torchao_float8() -> Any:
             from torchao.float8 import float8_linear  # noqa: F401  # may be missing in the package
     except (ImportError, RuntimeError, AttributeError, OSError) as error:
         raise LayerError(
-            f"precision=fp8-torchao: torchao is installed and cannot be imported: {type(error).__name__}: {error}"
+            f"precision=fp8-torchao: torchao is installed, but the import fails: {type(error).__name__}: {error}"
         ) from error
     return package
 

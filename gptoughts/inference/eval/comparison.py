@@ -47,7 +47,9 @@ def difference(first: np.ndarray, second: np.ndarray, seed: int = 0) -> Differen
     """Return the paired difference with a percentile bootstrap over windows (Efron 1979). Raises DataError for too few windows."""
     if len(first) < MIN_WINDOWS:
         raise DataError(
-            f"an interval needs at least {MIN_WINDOWS} windows", found=len(first), fix="more text, or a smaller --length"
+            f"--length: an interval needs at least {MIN_WINDOWS} windows",
+            found=len(first),
+            fix="more text, or a smaller --length",
         )
     paired = second - first
     generator = np.random.default_rng(seed)

@@ -44,10 +44,10 @@ def bitsandbytes_package() -> Any:
             import bitsandbytes
     except ModuleNotFoundError as error:
         if error.name != "bitsandbytes":
-            raise LayerError(f"bitsandbytes is installed and cannot be imported: {error}") from error
-        raise LayerError("needs the package bitsandbytes", fix="pip install bitsandbytes") from None
+            raise LayerError(f"bitsandbytes: bitsandbytes is installed, but the import fails: {error}") from error
+        raise LayerError("bitsandbytes: package not installed", fix="pip install bitsandbytes") from None
     except (ImportError, RuntimeError, AttributeError, OSError) as error:
-        raise LayerError(f"bitsandbytes is installed and cannot be imported: {type(error).__name__}: {error}") from error
+        raise LayerError(f"bitsandbytes: bitsandbytes is installed, but the import fails: {type(error).__name__}: {error}") from error
     return bitsandbytes
 
 
