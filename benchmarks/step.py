@@ -120,7 +120,15 @@ class Subject:
         source = initial_weights(recipe, self.parts, model, self.ranks.device)
         catalog = self.setting.extensions.catalog
         with build_engine(
-            model, self.parts.family, NextToken(), recipe, plan, catalog, self.ranks, self.batches(recipe), source
+            model,
+            self.parts.family,
+            NextToken(),
+            recipe,
+            plan,
+            catalog,
+            ranks=self.ranks,
+            batches=self.batches(recipe),
+            source=source,
         ) as engine:
             yield engine
 

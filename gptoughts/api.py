@@ -52,6 +52,7 @@ def decide(
     layers: Mapping[str, Any] | None = None,
     plugins: Sequence[str] = (),
     machine: str | Machine | None = None,
+    *,
     world: World | None = None,
     ranks: int | None = None,
 ) -> ResolvedRun:
@@ -86,7 +87,15 @@ def decide(
     fixed = dict(os.environ) if environment.torch_is_loaded() and machine is None else None
     spec = spec_for(resolved.recipe)
     made = resolve(
-        chosen, here, spec, resolved.recipe, world, known.catalog, layers, fixed, dict(os.environ) if machine is None else None
+        chosen,
+        here,
+        spec,
+        resolved.recipe,
+        world,
+        known.catalog,
+        flags=layers,
+        fixed_environment=fixed,
+        environment=dict(os.environ) if machine is None else None,
     )
     return ResolvedRun(resolved, here, world, known, made if machine is not None else in_effect(made, os.environ), seconds)
 
@@ -222,7 +231,9 @@ def fit(
     resolved = from_values(values, "the call")
     known, spec = extensions(plugins), replace(spec, family=None)  # its blocks and head are not known
     fixed = dict(os.environ)  # there is a model, so torch is loaded
-    made = resolve(pick(profile, here), here, spec, resolved.recipe, world, known.catalog, layers, fixed)
+    made = resolve(
+        pick(profile, here), here, spec, resolved.recipe, world, known.catalog, flags=layers, fixed_environment=fixed
+    )
     folder = run_folder("fit", run_dir) if run_dir else None
     job = TrainingJob(resolved, made, here, world, known, folder, strict=strict, callbacks=tuple(callbacks))
     return fit_model(model, objective, batches, job)

@@ -1,14 +1,19 @@
 #!/usr/bin/env bash
-# Lint, types, import contracts and tests, in an environment of its own if none is active.
+# Lint, types, import contracts and tests, in a virtual environment.
 set -euo pipefail
 
 usage() {
     cat <<'TEXT'
-usage: launch/test.sh [PYTEST FLAGS]
+usage: launch/test.sh [--all] [PYTEST FLAGS]
 
 Makes the virtual environment .venv if none is active, installs gptoughts with its dev extra, and runs ruff, mypy,
-lint-imports and pytest. Flags go to pytest: launch/test.sh -k bench
-Two workers with one thread each unless told otherwise: with more threads than free cores, torch's tests crawl.
+lint-imports and pytest.
+
+  --all   also run the slow tier: every layer on every family, kills, notebooks, documentation commands, the wheel
+          (up to 40 minutes on 2 cores; without it up to 10)
+
+Other flags go to pytest: launch/test.sh -k bench
+Default: two workers with one thread each. More threads than free cores make torch's tests very slow.
 TEXT
 }
 
@@ -35,4 +40,5 @@ fi
 "$PYTHON" -m mypy
 "$(dirname "$PYTHON")/lint-imports"
 workers="$("$PYTHON" -c 'import os; print(min(2, os.cpu_count() or 1))')"
-OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" "$PYTHON" -m pytest -n "$workers" "$@"
+# worksteal: a worker gets whole files at first, so that most fixtures of files are made once, and long tests even out.
+OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" "$PYTHON" -m pytest -n "$workers" --dist worksteal "$@"

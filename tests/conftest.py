@@ -1,4 +1,4 @@
-"""What holds for every test: no property test fails for a slow machine, and collections of garbage look at the test's own objects."""
+"""Options and fixtures of all tests: the slow tier, property tests without deadlines, and garbage collection."""
 
 from __future__ import annotations
 
@@ -12,10 +12,36 @@ settings.register_profile("any-speed", deadline=None, suppress_health_check=[Hea
 settings.load_profile("any-speed")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add `--all`."""
+    parser.addoption("--all", action="store_true", help="run the slow tier too (tests marked slow)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect the slow tier without `--all`, except tests that a node id names; an expression of `-m` decides alone."""
+    if config.option.all or config.option.markexpr:
+        return
+    named = [_node_id(config, argument) for argument in config.args if "::" in argument]
+    left_out = [item for item in items if item.get_closest_marker("slow") and not any(_names(one, item) for one in named)]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in set(left_out)]
+
+
+def _node_id(config: pytest.Config, argument: str) -> str:
+    """Return `tests/test_x.py::test_y`, given from any folder, as an absolute path and a name."""
+    path, _, name = argument.partition("::")
+    return f"{(config.invocation_params.dir / path).resolve()}::{name}"
+
+
+def _names(node_id: str, item: pytest.Item) -> bool:
+    full = f"{item.path}::{item.nodeid.partition('::')[2]}"
+    return full == node_id or full.startswith(f"{node_id}[")
+
+
 @pytest.fixture(autouse=True)
 def _small_collections() -> Iterator[None]:
-    """Keep what is here already out of the collections: most of it is torch and transformers, and to look at it takes half a second,
-    which came to a fifth of all the time of the tests of layers.
+    """Exclude existing objects from collections: most are torch's and transformers', and a pass over them takes half a second,
+    a fifth of the time of the layer tests.
     """
     gc.freeze()
     yield
@@ -24,7 +50,7 @@ def _small_collections() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="module")
 def _garbage_of_the_module() -> Iterator[None]:
-    """Free after each file what its tests left in cycles, the frozen ones too."""
+    """Collect cycles that the tests of a file left behind, including frozen ones."""
     yield
     gc.unfreeze()
     gc.collect()

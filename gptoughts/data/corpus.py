@@ -76,7 +76,7 @@ class TextCorpus(Corpus):
                 recipe.seed,
                 rank,
                 world_size,
-                cursor,
+                cursor=cursor,
                 vocab_size=rows,
             )
         )
@@ -89,7 +89,7 @@ class TextCorpus(Corpus):
             recipe.train.global_batch,
             rank,
             world_size,
-            recipe.eval.batches or None,
+            limit=recipe.eval.batches or None,
             vocab_size=rows,
         )
 

@@ -8,6 +8,7 @@ and MIG slices have no row), and a known memory size must be that of the part.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from gptoughts.console import GIB
 
@@ -51,17 +52,9 @@ def peaks(name: str, memory_bytes: int | None = None) -> GpuPeaks | None:
     return found
 
 
-def _row(
-    name: str,
-    memory_gib: float,
-    bf16: float | None,
-    fp16: float | None,
-    fp8: float | None,
-    tf32: float | None,
-    bandwidth: float | None,
-    source: str,
-) -> tuple[float, GpuPeaks]:
-    return memory_gib, GpuPeaks(name, bf16, fp16, fp8, tf32, bandwidth, source)
+def _row(name: str, memory_gib: float, *peaks: Any) -> tuple[float, GpuPeaks]:
+    """Return one row of the table: dense TFLOP/s in bf16, fp16, fp8 and tf32, bandwidth in GB/s, source."""
+    return memory_gib, GpuPeaks(name, *peaks)
 
 
 _VOLTA = "NVIDIA Tesla V100 datasheet (DS-V100)"

@@ -31,6 +31,7 @@ def resolve(
     recipe: Recipe,
     world: World,
     catalog: Catalog,
+    *,
     flags: Mapping[str, Any] | None = None,
     fixed_environment: Mapping[str, str] | None = None,
     environment: Mapping[str, str] | None = None,
@@ -200,7 +201,7 @@ def _fix(
         plan = (
             None
             if auto.path == profile.path and not failed
-            else resolve(auto, case.machine, case.spec, case.recipe, case.world, catalog, kept)
+            else resolve(auto, case.machine, case.spec, case.recipe, case.world, catalog, flags=kept)
         )
     except (PlanError, ConfigError):
         plan = None

@@ -35,6 +35,7 @@ def build_engine(
     recipe: Recipe,
     plan: Plan,
     catalog: Mapping[str, Layer],
+    *,
     ranks: Ranks,
     batches: Iterator[tuple[Any, Any]],
     source: Source,

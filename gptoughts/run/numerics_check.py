@@ -123,6 +123,7 @@ def compare(
     family: Family,
     objective: Objective,
     device: torch.device,
+    *,
     batch: Batch,
     model: Callable[[], nn.Module],
     weights: Callable[[nn.Module], Source],
@@ -148,7 +149,15 @@ def compare(
         small = shortened(model(), family)
         made = replace(plan, choices=choices)
         with build_engine(
-            small, family, copy.copy(objective), recipe, made, catalog, Ranks(World(), device), iter(()), _Part(weights(small))
+            small,
+            family,
+            copy.copy(objective),
+            recipe,
+            made,
+            catalog,
+            ranks=Ranks(World(), device),
+            batches=iter(()),
+            source=_Part(weights(small)),
         ) as engine:
             return _gradient(engine, first)
 

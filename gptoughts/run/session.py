@@ -170,9 +170,9 @@ def _open_own(job: TrainingJob, ranks: Ranks, console: Console) -> Iterator[Sess
         job.recipe,
         job.plan,
         job.extensions.catalog,
-        ranks,
-        own.batches,
-        AsTheyAre(own.model),
+        ranks=ranks,
+        batches=own.batches,
+        source=AsTheyAre(own.model),
     ) as engine:
         yield Session(job, ranks, console, engine, bundle, RunLength(job.recipe, ranks, 0), attempt=attempt)
 
@@ -213,9 +213,9 @@ class _Setup:
             self.recipe,
             job.plan,
             job.extensions.catalog,
-            self.ranks,
-            batches,
-            source,
+            ranks=self.ranks,
+            batches=batches,
+            source=source,
         ) as engine:
             if point is not None:
                 state.restore(engine, point.folder)
@@ -284,10 +284,10 @@ class _Setup:
             bundle.family,
             bundle.objective,
             device,
-            to_device(first[0], device),
-            self._model,
-            lambda model: self._weights(model, saved),
-            self.ranks.any,
+            batch=to_device(first[0], device),
+            model=self._model,
+            weights=lambda model: self._weights(model, saved),
+            late=self.ranks.any,
         )
         for line in found.lines():
             self.console.say(line)

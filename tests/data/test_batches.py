@@ -120,7 +120,9 @@ def test_shares_of_the_ranks_are_the_batch_of_one(
     assume(tokens > share * ranks * length)
     stream, cursor = stream_of(tmp_path_factory.mktemp("s"), tokens, 200), Cursor(start)
     alone = islice(Batches(stream, length, share * ranks, seed, cursor=cursor), 6)
-    together = zip(*(Batches(stream, length, share * ranks, seed, rank, ranks, cursor) for rank in range(ranks)), strict=True)
+    together = zip(
+        *(Batches(stream, length, share * ranks, seed, rank, ranks, cursor=cursor) for rank in range(ranks)), strict=True
+    )
     for (one, after), parts in zip(alone, together, strict=False):
         assert np.concatenate([part["input_ids"] for part, _ in parts]).tolist() == one["input_ids"].tolist()
         assert {cursor for _, cursor in parts} == {after}

@@ -93,7 +93,17 @@ def plan_of(recipe: Any, layers: Mapping[str, Any]) -> Any:
 
     bare = Profile("bare", "", False, Match(), {}, "the test")
     variables = dict(os.environ)
-    return resolve(bare, probe(), spec_for(recipe), recipe, World(), CATALOG, layers, variables, variables)
+    return resolve(
+        bare,
+        probe(),
+        spec_for(recipe),
+        recipe,
+        World(),
+        CATALOG,
+        flags=layers,
+        fixed_environment=variables,
+        environment=variables,
+    )
 
 
 @contextmanager
@@ -205,7 +215,9 @@ def profile_row(family: str) -> dict[str, Any]:
 
     recipe, here, variables = engines().recipe_of(family), probe(), dict(os.environ)
     torch._dynamo.reset()
-    plan = resolve(pick("auto", here), here, spec_for(recipe), recipe, World(), CATALOG, {}, variables, variables)
+    plan = resolve(
+        pick("auto", here), here, spec_for(recipe), recipe, World(), CATALOG, fixed_environment=variables, environment=variables
+    )
     with engine_of(recipe, plan) as engine:
         trace = engines().watched(engine, 1 + evidence.warmup_steps(plan, CATALOG))
         lines = [line.to_json() for line in evidence.judge(engine, plan, CATALOG, trace)]

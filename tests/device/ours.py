@@ -98,7 +98,9 @@ def engine_of(setting: ResolvedRun, device: torch.device) -> Iterator[Engine]:
     source = Quick(family, recipe.model, recipe.seed, device)
     batches = numbered(rows, recipe.data.sequence_length + 1, recipe.train.global_batch)
     ranks = Ranks(World(), device)
-    with build_engine(model, family, NextToken(), recipe, setting.plan, CATALOG, ranks, batches, source) as engine:
+    with build_engine(
+        model, family, NextToken(), recipe, setting.plan, CATALOG, ranks=ranks, batches=batches, source=source
+    ) as engine:
         yield engine
 
 

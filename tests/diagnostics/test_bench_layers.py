@@ -153,6 +153,7 @@ def test_a_recipe_by_the_clock_is_refused(fields: dict[str, str]) -> None:
 # --- processes
 
 
+@pytest.mark.slow
 def test_an_ablation_from_the_command_line(fields: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = [word for key, value in fields.items() for word in (f"--{key}", value)]
     slots = {**PLAIN, "attention": "sdpa"}

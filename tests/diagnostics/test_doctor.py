@@ -230,6 +230,7 @@ def test_quick_on_this_machine_as_text_and_as_json(tmp_path: Path) -> None:
     assert command.QUICK in plain.stdout and value["left_out"] == command.QUICK
 
 
+@pytest.mark.slow
 def test_all_of_it_on_this_machine_leaves_nothing_behind(tmp_path: Path) -> None:
     done = run(tmp_path, "json", "all")
     assert not done.stderr

@@ -80,6 +80,7 @@ def test_a_loss_that_is_not_finite_does_not_pass() -> None:
     assert not found["passed"] and found["difference"] is None and found["mean_difference"] is None
 
 
+@pytest.mark.slow
 def test_the_same_training_passes_and_is_drawn(fields: dict[str, str], tmp_path: Path) -> None:
     """Torch's own attention, in processes of their own, one of them from other first weights."""
     run = bench_parity(*asked(fields, attention="sdpa"), steps=9, seeds=1, named=[], command="typed", turns=Turns.IN_A_ROW)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -26,16 +28,31 @@ def launch(ranks: int, *words: str, cwd: Path = ROOT, **environment: str) -> sub
     return subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, check=False, timeout=300)
 
 
+DEFAULT, *OTHERS = FAMILIES
+TIERS = [DEFAULT, *(pytest.param(family, marks=pytest.mark.slow) for family in OTHERS)]
+
+
 @pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    folder = tmp_path_factory.mktemp("ddp")
-    for ranks in (1, 2):
-        ran = launch(ranks, "-m", "tests.support.ddp_worker", str(folder / f"ranks{ranks}"))
-        assert ran.returncode == 0, ran.stderr[-3000:]
-    return folder / "ranks1", folder / "ranks2"
+def places(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path]]:
+    """Return what trains a family in one process and in two ranks, once: the default tier's alone, the others together."""
+
+    @cache
+    def trained(families: tuple[str, ...]) -> tuple[Path, Path]:
+        folder = tmp_path_factory.mktemp("ddp")
+        for ranks in (1, 2):
+            ran = launch(ranks, "-m", "tests.support.ddp_worker", str(folder / f"ranks{ranks}"), *families)
+            assert ran.returncode == 0, ran.stderr[-3000:]
+        return folder / "ranks1", folder / "ranks2"
+
+    return lambda family: trained((DEFAULT,) if family == DEFAULT else tuple(OTHERS))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.fixture
+def both(places: Callable[[str], tuple[Path, Path]], family: str) -> tuple[Path, Path]:
+    return places(family)
+
+
+@pytest.mark.parametrize("family", TIERS)
 def test_losses_and_weights_equal_one_process_on_ragged_labels(both: tuple[Path, Path], family: str) -> None:
     one, two = (json.loads(path.with_name(f"{path.name}-{family}.json").read_text()) for path in both)
     assert one["losses"] == pytest.approx(two["losses"], abs=1e-6)
@@ -45,7 +62,7 @@ def test_losses_and_weights_equal_one_process_on_ragged_labels(both: tuple[Path,
         assert (weight - theirs[name]).abs().max() < 1e-5, name
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TIERS)
 def test_the_proof_sees_equal_ranks_and_notices_one_that_differs(both: tuple[Path, Path], family: str) -> None:
     record = json.loads(both[1].with_name(f"{both[1].name}-{family}.json").read_text())
     assert record["proof"][0], record["proof"][1]
@@ -53,6 +70,7 @@ def test_the_proof_sees_equal_ranks_and_notices_one_that_differs(both: tuple[Pat
     assert record["negative"]
 
 
+@pytest.mark.slow
 def test_a_run_under_torchrun_equals_a_run_alone(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text(
@@ -96,6 +114,7 @@ def test_a_run_under_torchrun_equals_a_run_alone(tmp_path: Path) -> None:
     assert next(line for line in evidence["layers"] if line["layer"] == "ddp")["status"] == "active"
 
 
+@pytest.mark.slow
 def test_a_signal_ends_all_ranks_at_one_step_with_a_checkpoint(tmp_path: Path) -> None:
     """SIGTERM to the launcher reaches the ranks; they agree, save and leave, and the run goes on from there."""
     import os

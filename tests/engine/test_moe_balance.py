@@ -181,7 +181,12 @@ def compiled(engine: Engine) -> None:
 
 @pytest.mark.parametrize(
     ("how", "kind"),
-    [("recompute", "mixtral"), ("recompute", "deepseek_v3"), ("compile", "mixtral"), ("recompute+compile", "deepseek_v3")],
+    [
+        ("recompute", "mixtral"),
+        ("recompute", "deepseek_v3"),
+        ("compile", "mixtral"),
+        pytest.param("recompute+compile", "deepseek_v3", marks=pytest.mark.slow),
+    ],
 )
 def test_recompute_and_compile_change_nothing_and_count_once(how: str, kind: str) -> None:
     engine = trained(mixture(kind), micro_batch=2)
@@ -210,6 +215,7 @@ def test_ten_layers_are_one_graph() -> None:
     assert counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.slow
 @NEEDS_INDUCTOR
 def test_the_catalogs_own_layers_agree_with_it() -> None:
     plain, _ = gradients(trained(mixture()))

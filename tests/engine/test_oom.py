@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shlex
 import subprocess
@@ -120,11 +121,12 @@ def test_a_backward_that_failed_holds_nothing() -> None:
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_the_same_batch_comes_again_in_smaller_forwards(dropout: float, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_same_batch_comes_again_in_smaller_forwards(dropout: float, caplog: pytest.LogCaptureFixture) -> None:
     """Losses and weights are to the bit those of a run that had the small micro-batch from the start, draws of dropout among them."""
     recipe = recipe_of("modern")
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"dropout": dropout})})
     results = []
+    caplog.set_level(logging.INFO, "gptoughts")
     for size, most in ((4, 1), (1, 4)):
         torch.manual_seed(3)
         layers = {"microbatch": "fixed", "microbatch.sequences": size}
@@ -136,7 +138,7 @@ def test_the_same_batch_comes_again_in_smaller_forwards(dropout: float, capsys: 
             assert engine.counters.micro_batches == 3 * 4
     assert results[0][0] == results[1][0]
     assert all(torch.equal(one, other) for one, other in zip(results[0][1], results[1][1], strict=True))
-    said = capsys.readouterr().out
+    said = caplog.text
     assert "memory ran out with 4 sequences per forward; the same batch again with 2" in said
     assert "memory ran out with 2 sequences per forward; the same batch again with 1" in said
 
@@ -185,7 +187,6 @@ def test_ranks_that_run_out_together_all_write_it_down(tmp_path: Path) -> None:
     program = """
 import sys
 from pathlib import Path
-from gptoughts.engine.objectives.base import Objective, WrappedObjective
 from gptoughts.engine.oom import Kept, keep
 for _ in range(300):
     keep(Path(sys.argv[1]), Kept(2, 8))
@@ -200,10 +201,11 @@ for _ in range(300):
 
 LIMITED = textwrap.dedent(
     """
-    import resource, sys, torch
-    from tests import engines
+    import logging, resource, sys, torch
+    from tests.support import engines
+    logging.basicConfig(stream=sys.stdout, level=logging.INFO)
     engines.LENGTH = 512
-    from tests.engines import engine_of, plan_of, recipe_of, steps
+    from tests.support.engines import engine_of, plan_of, recipe_of, steps
     recipe = recipe_of("modern")
     with engine_of(recipe, plan_of(recipe)) as engine:
         engine.micro_batch = 1
@@ -260,6 +262,7 @@ def test_ranks_leave_together_and_are_started_again_with_less(tmp_path: Path, fl
     assert "micro-batch of 2 sequences instead of 4: memory ran out in an earlier start" in again.stdout
 
 
+@pytest.mark.slow
 def test_the_script_starts_ranks_again(tmp_path: Path, flags: list[str]) -> None:
     """Until the micro-batch fits: 4, then 2, then 1."""
     script = Path(__file__).parents[2] / "launch" / "torchrun.sh"

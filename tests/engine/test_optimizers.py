@@ -380,7 +380,15 @@ def engine_from(recipe: Any, source: Any, batches: Iterator[Any], layer: str = "
     family = FAMILIES[recipe.model.family]
     plan, ranks = plan_of(recipe, {"optimizer": layer}), Ranks(World(), torch.device("cpu"))
     with build_engine(
-        meta_model(recipe, family, ROWS), family, NextToken(), recipe, plan, CATALOG, ranks, batches, source
+        meta_model(recipe, family, ROWS),
+        family,
+        NextToken(),
+        recipe,
+        plan,
+        CATALOG,
+        ranks=ranks,
+        batches=batches,
+        source=source,
     ) as engine:
         yield engine
 
@@ -620,6 +628,7 @@ def test_every_optimizer_has_its_rules() -> None:
 # --- two ranks
 
 
+@pytest.mark.slow
 def test_two_ranks_take_the_step_of_one(tmp_path: Path) -> None:
     """The same weights on both to the last bit, though their generators differ, and those of one process but for rounding."""
     ran = launch(2, "-m", "tests.support.optimizer_worker", str(tmp_path / "rank"))

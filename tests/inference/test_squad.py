@@ -241,6 +241,7 @@ def test_readings_are_the_best_over_all_windows_in_words_of_the_context(folder: 
         assert reading.null_odds == pytest.approx(reading.null - reading.spans[0].score)
 
 
+@pytest.mark.slow
 def test_two_ranks_are_told_what_one_is(folder: Path, tmp_path: Path) -> None:
     main(str(folder), str(tmp_path / "of1"))
     ran = launch(2, "-m", "tests.support.squad_engines", str(folder), str(tmp_path / "of2"))

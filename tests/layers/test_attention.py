@@ -37,7 +37,7 @@ from gptoughts.models.gpt.masks import BLOCK, Documents, block_mask, lengths
 from gptoughts.planning.evidence import Operator, Status, StepTrace
 from gptoughts.planning.layer import Case, Kind
 from gptoughts.run import step_trace
-from tests.support.engines import BATCH, LENGTH, NEEDS_INDUCTOR, ROWS, engine_of, plan_of, recipe_of, steps, watched
+from tests.support.engines import BATCH, LENGTH, ROWS, compile_quickly, engine_of, plan_of, recipe_of, steps, watched
 
 TRACES = Path(__file__).parents[1] / "traces"
 MACHINES = Path(__file__).parents[1] / "machines"
@@ -324,8 +324,8 @@ def test_a_backend_is_held_proven_and_let_go() -> None:
     assert not engine._contexts["forward_context"]
 
 
-@NEEDS_INDUCTOR
-def test_a_held_backend_is_one_graph_too() -> None:
+def test_a_held_backend_is_one_graph_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_quickly(monkeypatch)
     recipe = recipe_of("modern")
     plan = plan_of(recipe, {"attention": "sdpa", "attention.backend": "flash", "compile": "compile-blocks"})
     torch._dynamo.reset()

@@ -24,7 +24,7 @@ from gptoughts.layers.support import compile as compiling
 from gptoughts.planning.evidence import Operator, Status, StepTrace
 from gptoughts.planning.layer import Case, Kind
 from gptoughts.run import step_trace
-from tests.support.engines import NEEDS_INDUCTOR, engine_of, plan_of, random_batches, recipe_of, steps, watched
+from tests.support.engines import NEEDS_INDUCTOR, compile_quickly, engine_of, plan_of, random_batches, recipe_of, steps, watched
 
 TRACES = Path(__file__).parents[1] / "traces"
 MACHINES = Path(__file__).parents[1] / "machines"
@@ -57,12 +57,6 @@ class Alike(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.relu(self.linear(x))
-
-
-def compile_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let modules be compiled by a backend that makes graphs and no machine code."""
-    compile_module = nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda self, **keywords: compile_module(self, backend="aot_eager", **keywords))
 
 
 # --- graphs that are made again

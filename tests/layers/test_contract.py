@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -47,6 +48,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "in-backward": {"optim": {"warmup_steps": 0, "learning_rate": 1e-3, "clip_norm": 0}},
 }
 TWO_RANKS = ("ddp",)  # tests/engine/test_ddp.py runs these
+# Slots whose layers meet another model or another mask in these families; the default tier has them beside "modern".
+DIFFERS = {"attention": "llama", "precision": "llama", "kernels": "llama", "loss": "llada", "recompute": "llama"}
 
 
 def demanded(layer: Layer) -> dict[str, Any]:
@@ -62,28 +65,39 @@ def recipe_for(layer: Layer, family: str) -> Any:
     return recipe_of(family, **RECIPES.get(layer.name, {}))
 
 
+@cache
+def case_of(family: str, layer: str) -> Case:
+    """Return the case of `recipe_for`; `layer` is empty for layers without a recipe of their own."""
+    recipe = recipe_for(CATALOG[layer], family) if layer else recipe_of(family)
+    return Case(probe(), spec_for(recipe), recipe, World())
+
+
 def refusals(layer: Layer, family: str) -> list[str]:
-    recipe = recipe_for(layer, family)
-    case = Case(probe(), spec_for(recipe), recipe, World())
+    case = case_of(family, layer.name if layer.name in RECIPES else "")
     return [str(reason) for reason in layer.rejections(case, options_of(layer)) if reason.kind is Kind.UNSUPPORTED]
 
 
 def applicable() -> list[Any]:
     rows = [(layer, family) for layer in OPTIMISATIONS for family in FAMILIES_UNDER_TEST if layer.name not in TWO_RANKS]
     return [
-        pytest.param(layer, family, id=f"{layer.name}-{family}", marks=pytest_marks(layer.name))
+        pytest.param(layer, family, id=f"{layer.name}-{family}", marks=[*pytest_marks(layer.name), *tier(layer, family)])
         for layer, family in rows
         if not refusals(layer, family)
     ]
+
+
+def tier(layer: Layer, family: str) -> list[pytest.MarkDecorator]:
+    return [] if family in ("modern", DIFFERS.get(layer.slot)) else [pytest.mark.slow]
 
 
 def pytest_marks(name: str) -> list[pytest.MarkDecorator]:
     return [NEEDS_INDUCTOR] if name in ("compile-blocks", "compile-model") else []
 
 
-def named(name: str, value: Any = None) -> Any:
+def named(name: str, value: Any = None, slow: bool = False) -> Any:
     """The name of a layer, or another value about it, as a parameter, skipped where the layer cannot work."""
-    return pytest.param(name if value is None else value, id=name, marks=pytest_marks(name))
+    marks = [*pytest_marks(name), *([pytest.mark.slow] if slow else [])]
+    return pytest.param(name if value is None else value, id=name, marks=marks)
 
 
 def test_every_slot_has_a_baseline_and_names_are_unique_keys() -> None:
@@ -285,7 +299,13 @@ def without_block(layer: str, engine: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [named(name) for name in ("sdpa", "recompute-blocks", "recompute-ops", "compile-blocks", "compile-model", "bf16")]
+    "name",
+    [
+        *(named(name) for name in ("sdpa", "recompute-blocks", "recompute-ops", "bf16")),
+        *(
+            named(name, slow=True) for name in ("compile-blocks", "compile-model")
+        ),  # tests/layers/test_compile.py, without Inductor
+    ],
 )
 def test_a_block_left_out_is_noticed(name: str) -> None:
     layer, recipe = CATALOG[name], recipe_of("modern")
@@ -333,7 +353,7 @@ TOLERANCE = {
 }
 
 
-@pytest.mark.parametrize("name", [named(name) for name in sorted(TOLERANCE)])
+@pytest.mark.parametrize("name", [named(name, slow=name == "compile-model") for name in sorted(TOLERANCE)])
 def test_a_layer_that_changes_numerics_stays_near_the_baseline(name: str) -> None:
     """Loss within the first tolerance, gradient direction (cosine) above the second, with ragged labels."""
     layer, recipe = CATALOG[name], recipe_of("modern")
@@ -369,7 +389,7 @@ def gradient(
 
 
 @pytest.mark.parametrize("family", ["modern", "llada", "llama", "deepseek", "bert"])
-@pytest.mark.parametrize("sequences", [1, 2])
+@pytest.mark.parametrize("sequences", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_one_big_batch_equals_accumulated_ones_with_ragged_labels(sequences: int, family: str) -> None:
     """For every objective; the experts' balance term, which no split of a batch leaves as it is, has no weight here."""
     recipe = recipe_of(family)

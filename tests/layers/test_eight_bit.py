@@ -93,7 +93,7 @@ def engine_from(recipe: Any, folder: Path, skip: int, package: str) -> Any:
         next(stream)
     plan, ranks = plan_of(recipe, eight(package)), Ranks(World(), torch.device("cpu"))
     model, source = meta_model(recipe, family, ROWS), training_state.Weights(folder)
-    return build_engine(model, family, objective_for(recipe), recipe, plan, CATALOG, ranks, stream, source)
+    return build_engine(model, family, objective_for(recipe), recipe, plan, CATALOG, ranks=ranks, batches=stream, source=source)
 
 
 def plain(engine: Engine) -> dict[str, Any]:

@@ -159,6 +159,7 @@ def test_evaluation_is_in_float16_too() -> None:
         assert engine.bare(torch.zeros(1, 8, dtype=torch.long)).dtype is torch.float16
 
 
+@pytest.mark.slow
 def test_ranks_leave_the_same_step_out(tmp_path: Path) -> None:
     """One rank's gradient overflows; it is in every rank's mean, so all skip without a word to each other."""
     ran = launch(2, "-m", "tests.support.fp16_worker", str(tmp_path / "rank"))
@@ -199,4 +200,6 @@ def test_a_t4_trains_in_float16_with_a_scaler() -> None:
     plan = resolve(pick("auto", machine), machine, spec_for(recipe), recipe, World(), CATALOG)
     assert plan.layers["precision"] == "fp16"
     with pytest.raises(PlanError, match="in-backward"):
-        resolve(pick("auto", machine), machine, spec_for(recipe), recipe, World(), CATALOG, {**FP16, "update": "in-backward"})
+        resolve(
+            pick("auto", machine), machine, spec_for(recipe), recipe, World(), CATALOG, flags={**FP16, "update": "in-backward"}
+        )

@@ -144,20 +144,22 @@ def answers(mended: str, *asked: str) -> dict[str, Any]:
     return json.loads(lines[-1].removeprefix("answers "))
 
 
+DEFAULT, SLOW = ("modern:all", "llama:all"), "deepseek:all"
 NEEDS_LIGER = pytest.mark.skipif("liger-kernel" not in machine.probe().packages, reason="liger-kernel is not installed")
 
 
 @NEEDS_LIGER
-@pytest.mark.parametrize("one", ["modern:all", "llama:all", "deepseek:all"])
+@pytest.mark.parametrize("one", [*DEFAULT, pytest.param(SLOW, marks=pytest.mark.slow)])
 def test_interpreted_kernels_train_as_the_plain_operators_do(one: str) -> None:
     """Norm, rotation and gate, forward and backward, over packed rows; applied, proven, and one place left out."""
-    told = answers("mended", "modern:all", "llama:all", "deepseek:all")[one]
+    told = answers("mended", *([SLOW] if one == SLOW else DEFAULT))[one]
     assert told["loss"] == pytest.approx(told["plain_loss"], rel=1e-6) and told["cosine"] > 0.999999
     assert told["proof"][0] == "active" and told["half"][0] == "inactive" and told["undone"]
     if one.startswith("deepseek"):
         assert "not replaced: 9 (model.layers.0.self_attn, " in told["proof"][1]
 
 
+@pytest.mark.slow
 @NEEDS_LIGER
 @pytest.mark.parametrize("one", ["modern:rope", "llama:rope"])
 def test_rotary_positions_run_under_the_interpreter_as_it_is(one: str) -> None:

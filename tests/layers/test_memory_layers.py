@@ -328,7 +328,7 @@ def engine_from(recipe: Recipe, folder: Path, skip: int, offload: str) -> Any:
         next(stream)
     plan, ranks = plan_of(recipe, {"optimizer_offload": offload}), Ranks(World(), torch.device("cpu"))
     model, source = meta_model(recipe, family, ROWS), training_state.Weights(folder)
-    return build_engine(model, family, objective_for(recipe), recipe, plan, CATALOG, ranks, stream, source)
+    return build_engine(model, family, objective_for(recipe), recipe, plan, CATALOG, ranks=ranks, batches=stream, source=source)
 
 
 @pytest.mark.parametrize("then", ["state-on-cpu", "with-weights"])
@@ -484,7 +484,7 @@ from gptoughts.planning.resolve import resolve
 def plan_of(recipe, demanded=None):
     bare = engines.Profile("bare", "", False, engines.Match(), {{}}, "the test")
     facts = engines.facts_for(recipe)
-    return resolve(bare, engines.probe(), facts, recipe, engines.World(), CATALOG, demanded, environment=dict(os.environ))
+    return resolve(bare, engines.probe(), facts, recipe, engines.World(), CATALOG, flags=demanded, environment=dict(os.environ))
 
 layers.plan_of = plan_of
 demanded = {{"loss": "fused-ce", "loss.implementation": "liger"}}
@@ -502,6 +502,7 @@ for wanted in (demanded, {{"loss": "fused-ce"}}):
 """
 
 
+@pytest.mark.slow
 def test_ligers_kernel_under_tritons_interpreter() -> None:
     """In a process of its own, because Triton reads the variable when it is imported. Our slices are not taken for Liger's."""
     pytest.importorskip("liger_kernel")

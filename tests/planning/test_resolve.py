@@ -38,7 +38,7 @@ def planned(
     name: str, profile: str = "auto", recipe: Recipe = NARROW, flags: dict[str, Any] | None = None, world: World | None = None
 ) -> Plan:
     here = machine(name)
-    return resolve(pick(profile, here), here, spec_for(recipe), recipe, world or World(), CATALOG, flags)
+    return resolve(pick(profile, here), here, spec_for(recipe), recipe, world or World(), CATALOG, flags=flags)
 
 
 def ranks(count: int) -> World:
@@ -280,10 +280,12 @@ def test_profile_problems_name_the_file() -> None:
 
 def test_torch_that_is_loaded_leaves_a_layer_unmet_with_the_command() -> None:
     here = machine("cpu")
-    late = resolve(pick("auto", here), here, spec_for(NARROW), NARROW, World(), CATALOG, None, {})
+    late = resolve(pick("auto", here), here, spec_for(NARROW), NARROW, World(), CATALOG, fixed_environment={})
     assert late.layers["host"] == "system"
     assert "needs OMP_NUM_THREADS=8 before torch is imported (export OMP_NUM_THREADS=8" in reasons(late, "host", "threads")
-    ready = resolve(pick("auto", here), here, spec_for(NARROW), NARROW, World(), CATALOG, None, {"OMP_NUM_THREADS": "8"})
+    ready = resolve(
+        pick("auto", here), here, spec_for(NARROW), NARROW, World(), CATALOG, fixed_environment={"OMP_NUM_THREADS": "8"}
+    )
     assert ready.layers["host"] == "threads"
 
 
@@ -367,7 +369,7 @@ flag_sets = st.fixed_dictionaries({}, optional={slot: st.sampled_from(NAMES[slot
 
 def attempt(profile: Profile, catalog: dict[str, Layer], flags: dict[str, str] | None = None) -> Plan | PlanError:
     try:
-        return resolve(profile, CPU, UNKNOWN, NARROW, World(), catalog, flags)
+        return resolve(profile, CPU, UNKNOWN, NARROW, World(), catalog, flags=flags)
     except PlanError as error:
         return error
 

@@ -73,6 +73,7 @@ def test_names_of_measurements_are_their_own() -> None:
         assert len(names) == len(set(names))
 
 
+@pytest.mark.slow
 def test_contract_on_two_layers(tmp_path: Path) -> None:
     done = run(tmp_path, "contract", "--tiny", "--only", "sdpa-modern,fixed-modern")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -88,6 +89,7 @@ def test_contract_on_two_layers(tmp_path: Path) -> None:
     assert "1 skipped" in again.stdout, "held rows are not run again"
 
 
+@pytest.mark.slow
 def test_throughput_of_one_model_is_kept_and_reported(tmp_path: Path) -> None:
     done = run(tmp_path, "bf16", "--tiny", "--only", "gpt2-124m")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -166,6 +166,7 @@ def run(words: list[str], here: Path, environment: dict[str, str], what: str) ->
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
 def test_commands_and_python_run(page: Path, shell: tuple[Path, dict[str, str]]) -> None:
     here, environment = shell
@@ -179,6 +180,7 @@ def test_commands_and_python_run(page: Path, shell: tuple[Path, dict[str, str]])
     assert (here / "out").is_dir() or not any("gptoughts train" in script for script in scripts), out
 
 
+@pytest.mark.slow
 def test_write_a_layer_is_the_example_and_its_control_says_no(shell: tuple[Path, dict[str, str]]) -> None:
     page = ROOT / "docs" / "write-a-layer.md"
     pieces = re.findall(r"^\*file\*\n\n```python\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
@@ -210,7 +212,7 @@ def test_every_skipped_line_is_in_use() -> None:
     unused = [first for first in ELSEWHERE if not any(line.startswith(first) for line in lines)]
     assert unused == []
     for where in ELSEWHERE.values():
-        for name in re.findall(r"tests/\w+\.py", where):
+        for name in re.findall(r"tests/[\w/]+\.py", where):
             assert (ROOT / name).is_file(), where
 
 

@@ -76,8 +76,17 @@ def test_test_runs_every_check_and_passes_flags_to_pytest(stand_in: Path) -> Non
     ran = [" ".join(call[1:]) for call in calls(stand_in)]
     for check in ("-m ruff check .", "-m ruff format --check .", "-m mypy"):
         assert check in ran
-    assert calls(stand_in)[-1][0] == "1"
-    assert calls(stand_in)[-1][-2:] == ["-k", "bench and not slow"]
+    threads, *words = calls(stand_in)[-1]
+    assert threads == "1"
+    assert words[:3] == ["-m", "pytest", "-n"] and words[-2:] == ["-k", "bench and not slow"]
+    assert "--all" not in words, "the default is the default tier"
+
+
+def test_ci_runs_both_tiers(stand_in: Path) -> None:
+    for script, words in (("launch/test.sh", ["--all", "-k", "bench"]), (".ci/run", ["-k", "bench"])):
+        done = run(script, *words, VIRTUAL_ENV=str(stand_in))
+        assert done.returncode == 0, done.stderr
+        assert calls(stand_in)[-1][-3:] == ["--all", "-k", "bench"]
 
 
 def test_torchrun_needs_a_number_of_ranks(tmp_path: Path) -> None:

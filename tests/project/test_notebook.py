@@ -24,6 +24,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.slow
 def test_fit_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     monkeypatch.setenv("MPLCONFIGDIR", str(tmp_path / "matplotlib"))

@@ -199,3 +199,21 @@ def test_recipes_say_nothing_about_speed(path: Path) -> None:
         line.partition("#")[0] for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("note")
     )
     assert [word for word in words if f'"{word}"' in code] == []
+
+
+MAX_POSITIONAL = 6
+LONGER_SIGNATURES = {
+    "gptoughts/models/hf/attention.py": "transformers calls these by position",
+}
+"""Files with functions of more positional parameters, and why. Callbacks of click in cli/ get theirs by name."""
+
+
+def test_functions_take_at_most_six_positional_parameters() -> None:
+    longer = []
+    for path in FILES:
+        name = str(path.relative_to(ROOT))
+        for node in functions(path):
+            count = len([one for one in (*node.args.posonlyargs, *node.args.args) if one.arg not in ("self", "cls")])
+            if count > MAX_POSITIONAL and name not in LONGER_SIGNATURES and not name.startswith("gptoughts/cli/"):
+                longer.append(f"{place(path, node)} {node.name}")
+    assert longer == []

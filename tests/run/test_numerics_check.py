@@ -25,8 +25,8 @@ def compared(family: str, layers: dict[str, Any], catalog: dict[str, Layer] | No
     port, plan = family_for(recipe), plan_of(recipe, layers)
     batch, _ = next(random_batches(recipe, ragged=recipe.objective == "next-token"))
     return numerics.compare(
-        recipe, plan, catalog or CATALOG, port, objective_for(recipe), torch.device("cpu"), batch,
-        lambda: meta_model(recipe, port, ROWS), lambda model: Initialization(port, recipe.model, recipe.seed),
+        recipe, plan, catalog or CATALOG, port, objective_for(recipe), torch.device("cpu"), batch=batch,
+        model=lambda: meta_model(recipe, port, ROWS), weights=lambda model: Initialization(port, recipe.model, recipe.seed),
     )  # fmt: skip
 
 
@@ -47,8 +47,8 @@ def test_dropout_is_no_difference() -> None:
     port, before = family_for(recipe), torch.get_rng_state()
     batch, _ = next(random_batches(recipe))
     found = numerics.compare(
-        recipe, plan_of(recipe, {"attention": "sdpa"}), CATALOG, port, objective_for(recipe), torch.device("cpu"), batch,
-        lambda: meta_model(recipe, port, ROWS), lambda model: Initialization(port, recipe.model, recipe.seed),
+        recipe, plan_of(recipe, {"attention": "sdpa"}), CATALOG, port, objective_for(recipe), torch.device("cpu"), batch=batch,
+        model=lambda: meta_model(recipe, port, ROWS), weights=lambda model: Initialization(port, recipe.model, recipe.seed),
     )  # fmt: skip
     assert found.near and torch.equal(torch.get_rng_state(), before)
 

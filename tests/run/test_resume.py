@@ -94,6 +94,22 @@ def kill_when(process: subprocess.Popen[Any], condition: Any) -> bool:
     return False
 
 
+def test_killed_once_is_never_killed(text: Path, finished: Path, tmp_path: Path) -> None:
+    """kill -9 in the middle; the slow tier kills more often, inside a checkpoint write and with compiled blocks."""
+    broken = tmp_path / "broken"
+    process = subprocess.Popen(
+        command(text, broken), env=environment(), cwd=text, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    assert kill_when(process, lambda: step_reached(broken) >= 10)
+    assert step_reached(broken) < STEPS
+    ran = run_cold(text, broken)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert "resumes from" in ran.stdout and ", bit for bit" in ran.stdout and "no longer" not in ran.stdout
+    assert losses(broken) == losses(finished)
+    assert hashes(broken) == hashes(finished)
+    assert not list((broken / "checkpoints").glob(".writing-*"))
+
+
 @pytest.mark.slow
 @NEEDS_INDUCTOR
 def test_killed_three_times_is_never_killed(text: Path, tmp_path: Path) -> None:
@@ -250,7 +266,7 @@ def test_a_folder_in_use_is_refused(text: Path, finished: Path, tmp_path: Path) 
     assert f"is in use by process {os.getpid()}" in ran.stderr
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)])
 def test_ctrl_c_saves_and_says_how_to_go_on(text: Path, finished: Path, tmp_path: Path, number: int, code: int) -> None:
     place = tmp_path / "stopped"
     process = subprocess.Popen(

@@ -29,11 +29,11 @@ def share(recipe: Recipe, world: World) -> Iterator[tuple[dict[str, torch.Tensor
 FAMILIES = ("modern", "llada", "llama", "deepseek")
 
 
-def main(out: str) -> None:
+def main(out: str, *families: str) -> None:
     """Two steps that are compared, then one that is watched, for a model of each family."""
     world = world_from_environment(os.environ)
     with process_group(world, torch.device("cpu")) as ranks:
-        for family in FAMILIES:
+        for family in families:
             train(family, f"{out}-{family}", world, ranks)
 
 
@@ -66,4 +66,4 @@ def train(family: str, out: str, world: World, ranks: Ranks) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

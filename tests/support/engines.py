@@ -38,6 +38,15 @@ NEEDS_INDUCTOR = pytest.mark.skipif(
 )
 """For tests that compile with inductor."""
 
+
+def compile_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compile modules with the backend aot_eager: graphs of forward and backward, no machine code."""
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **options: compile_module(self, backend="aot_eager", **options)
+    )
+
+
 ROWS, LENGTH, BATCH = 128, 32, 4
 FAMILIES_UNDER_TEST: dict[str, dict[str, Any]] = {
     "modern": {"depth": 3, "width": 64, "heads": 4, "kv_heads": 2},
@@ -84,7 +93,7 @@ def plan_of(
 ) -> Plan:
     """A plan of baselines, with `layers` demanded."""
     bare = Profile("bare", "", False, Match(), {}, "the test")
-    return resolve(bare, machine or probe(), spec_for(recipe), recipe, world or World(), CATALOG, layers)
+    return resolve(bare, machine or probe(), spec_for(recipe), recipe, world or World(), CATALOG, flags=layers)
 
 
 def family_for(recipe: Recipe) -> Family:
@@ -159,7 +168,9 @@ def engine_of(
     source = Initialization(family, recipe.model, recipe.seed)
     here = ranks or Ranks(World(), torch.device("cpu"))
     stream = batches or random_batches(recipe)
-    with build_engine(model, family, objective_for(recipe), recipe, plan, catalog, here, stream, source) as engine:
+    with build_engine(
+        model, family, objective_for(recipe), recipe, plan, catalog, ranks=here, batches=stream, source=source
+    ) as engine:
         yield engine
 
 

@@ -55,8 +55,8 @@ def plan_of(setting: ResolvedRun, ask: RunRequest, layers: Layers) -> Plan:
     """Resolve these layers as a fresh process would. Raises PlanError if they cannot be combined on this machine."""
     recipe, here = setting.resolved.recipe, setting.machine
     made = resolve(
-        pick(ask.profile, here), here, spec_for(recipe), recipe, setting.world, setting.extensions.catalog, layers, None,
-        dict(os.environ),
+        pick(ask.profile, here), here, spec_for(recipe), recipe, setting.world, setting.extensions.catalog, flags=layers,
+        environment=dict(os.environ),
     )  # fmt: skip
     return in_effect(made, os.environ)
 

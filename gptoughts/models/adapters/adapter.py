@@ -16,8 +16,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-import torch.nn as nn
-from torch import Tensor
+from torch import Tensor, nn
 
 from gptoughts.config.recipe import AdapterConfig, ModelConfig
 from gptoughts.errors import ConfigError, nearest

@@ -47,7 +47,9 @@ def bitsandbytes_package() -> Any:
             raise LayerError(f"bitsandbytes: bitsandbytes is installed, but the import fails: {error}") from error
         raise LayerError("bitsandbytes: package not installed", fix="pip install bitsandbytes") from None
     except (ImportError, RuntimeError, AttributeError, OSError) as error:
-        raise LayerError(f"bitsandbytes: bitsandbytes is installed, but the import fails: {type(error).__name__}: {error}") from error
+        raise LayerError(
+            f"bitsandbytes: bitsandbytes is installed, but the import fails: {type(error).__name__}: {error}"
+        ) from error
     return bitsandbytes
 
 

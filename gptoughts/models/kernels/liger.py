@@ -102,16 +102,28 @@ def _patch_rope(place: Place) -> Undo:
 
 
 def _with_rotary(forward: types.FunctionType, function: Any) -> types.FunctionType:
-    """Return a copy of `forward` with its own globals, where the rotary function is replaced; the original does not change."""
+    """Return a copy of `forward` with its own globals, where the rotary function is replaced; the original does not change.
+
+    Decorators, with which transformers renames arguments, are copied around the copy.
+    """
+    decorated = forward.__dict__.get("__wrapped__")
+    if decorated is not None:
+        return _copied(forward, forward.__globals__, {decorated: _with_rotary(decorated, function)})
 
     def rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         return function.apply(query, key, cos, sin)
 
     # Without __name__: torch.compile would look up globals in the module of that name and find the original function.
     scope = {name: value for name, value in forward.__globals__.items() if name != "__name__"}
-    scope[ROTARY] = rotary
-    copied = types.FunctionType(forward.__code__, scope, forward.__name__, forward.__defaults__, forward.__closure__)
-    copied.__kwdefaults__ = forward.__kwdefaults__
+    return _copied(forward, {**scope, ROTARY: rotary}, {})
+
+
+def _copied(function: types.FunctionType, scope: dict[str, Any], enclosed: dict[Any, Any]) -> types.FunctionType:
+    """Return a copy of a function with the globals `scope`, and with the functions `enclosed` replaced in its closure."""
+    contents = [cell.cell_contents for cell in function.__closure__ or ()]
+    cells = tuple(types.CellType(next((new for old, new in enclosed.items() if old is one), one)) for one in contents)
+    copied = types.FunctionType(function.__code__, scope, function.__name__, function.__defaults__, cells or None)
+    copied.__kwdefaults__ = function.__kwdefaults__
     return copied
 
 

@@ -7,6 +7,7 @@ offset, rounding) are replaced.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -95,7 +96,7 @@ def _is_rotary(module: nn.Module) -> bool:
 
 
 def _global_names(kind: type[nn.Module]) -> tuple[str, ...]:
-    code = getattr(kind.forward, "__code__", None)
+    code = getattr(inspect.unwrap(kind.forward), "__code__", None)  # transformers decorates it to rename arguments
     return code.co_names if code is not None else ()
 
 
@@ -177,7 +178,7 @@ def _is_standard_rotary(module: nn.Module) -> bool:
     cos, sin = angle.cos(), angle.sin()
     doubled = (torch.cat((table, table), dim=-1) for table in (cos, sin))
     try:
-        actual = kind.forward.__globals__[ROTARY](query, key, *doubled)
+        actual = inspect.unwrap(kind.forward).__globals__[ROTARY](query, key, *doubled)
     except (RuntimeError, TypeError, ValueError):  # takes other tables
         return False
     expected = rotate_both(query, key, cos[:, None], sin[:, None])

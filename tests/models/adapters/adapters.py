@@ -45,7 +45,9 @@ def adapted_engine(
     source = AdapterSource(base, model, adapter.kind, recipe.seed, saved)
     here = ranks or Ranks(World(), torch.device("cpu"))
     stream = batches or random_batches(recipe)
-    with build_engine(model, family, NextToken(), recipe, plan or plan_of(recipe), CATALOG, here, stream, source) as engine:
+    with build_engine(
+        model, family, NextToken(), recipe, plan or plan_of(recipe), CATALOG, ranks=here, batches=stream, source=source
+    ) as engine:
         yield engine
 
 

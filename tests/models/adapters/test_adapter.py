@@ -174,6 +174,7 @@ def test_layers_are_active_and_compute_the_same(slot: str, layer: str, base: str
         assert proof.status is Status.ACTIVE, proof.text
 
 
+@pytest.mark.slow
 def test_two_ranks_are_one_process(tmp_path: Path) -> None:
     adapter_worker.main(str(tmp_path / "ranks1"))
     ran = launch(2, "-m", "tests.models.adapters.adapter_worker", str(tmp_path / "ranks2"))

@@ -128,7 +128,9 @@ def test_a_pretrained_folder_takes_an_adapter_and_opens_with_it_again(tmp_path: 
     ranks = Ranks(World(), torch.device("cpu"))
     batches = ({"input_ids": batch["input_ids"] % 96} for batch, _ in random_batches(recipe))
     stream = ((batch, index) for index, batch in enumerate(batches))
-    with build_engine(model, family, NextToken(), recipe, plan_of(recipe), CATALOG, ranks, stream, source) as engine:
+    with build_engine(
+        model, family, NextToken(), recipe, plan_of(recipe), CATALOG, ranks=ranks, batches=stream, source=source
+    ) as engine:
         steps(engine, 3)
         save_adapter(engine.bare, adapter, tmp_path / "adapter", record_of(folder), source)
         with torch.no_grad():

@@ -70,7 +70,9 @@ def saved(folder: Path, kind: str, **more: Any) -> Path:
 def engine_of(recipe: Recipe, family: Family, source: Source, ragged: bool = False, **layers: Any) -> Iterator[Engine]:
     stream, ranks = random_batches(recipe, ragged), Ranks(World(), CPU)
     model = meta_model(recipe, family, ROWS)
-    with build_engine(model, family, NextToken(), recipe, plan_of(recipe, layers), CATALOG, ranks, stream, source) as engine:
+    with build_engine(
+        model, family, NextToken(), recipe, plan_of(recipe, layers), CATALOG, ranks=ranks, batches=stream, source=source
+    ) as engine:
         yield engine
 
 
