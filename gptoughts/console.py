@@ -11,9 +11,14 @@ from typing import Any, Literal, TextIO
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
+LOGGER = logging.getLogger("gptoughts")
+"""Where code without a console reports. Silent in a library, printed by a running console."""
+
 
 class Console:
     """Prints lines and, on a terminal, one live row at the bottom. In a log every row is a line."""
+
+    _level = logging.INFO
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stdout
@@ -63,21 +68,28 @@ class Console:
 
     @contextmanager
     def logging(self) -> Iterator[None]:
-        """Print records of the logger `gptoughts` during the block, and end the live row after it."""
-        handler, logger = _ConsoleHandler(self), logging.getLogger("gptoughts")
-        level = logger.level
-        logger.setLevel(level or logging.INFO)
-        logger.addHandler(handler)
+        """Print records of the logger `gptoughts` here, and on no other console, during the block; end the live row after it."""
+        handler = _ConsoleHandler(self)
+        others = [one for one in LOGGER.handlers if isinstance(one, _ConsoleHandler)]
+        level = LOGGER.level
+        LOGGER.setLevel(self._level)
+        for one in others:
+            LOGGER.removeHandler(one)
+        LOGGER.addHandler(handler)
         try:
             yield
         finally:
-            logger.removeHandler(handler)
-            logger.setLevel(level)
+            LOGGER.removeHandler(handler)
+            for one in others:
+                LOGGER.addHandler(one)
+            LOGGER.setLevel(level)
             self.end_row()
 
 
 class SilentConsole(Console):
     """Prints nothing: for `verbose=False` and ranks that do not write."""
+
+    _level = logging.CRITICAL
 
     def say(self, text: str) -> None:
         """Print nothing."""
@@ -87,8 +99,8 @@ class SilentConsole(Console):
 
 
 def note(text: str) -> None:
-    """Log a note to the logger `gptoughts`; a running console prints it."""
-    logging.getLogger("gptoughts").info(text)
+    """Log a note; a running console prints it."""
+    LOGGER.info("note: %s", text)
 
 
 class _ConsoleHandler(logging.Handler):
@@ -97,7 +109,7 @@ class _ConsoleHandler(logging.Handler):
         self._console = console
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._console.say(f"{'warning' if record.levelno >= logging.WARNING else 'note'}: {record.getMessage()}")
+        self._console.say(f"{'warning: ' if record.levelno >= logging.WARNING else ''}{record.getMessage()}")
 
 
 def bytes_in_words(count: float | None) -> str:

@@ -11,6 +11,7 @@ import sys
 import click
 
 from gptoughts.cli.options import CommandGroup, argument, command, group, option, recipe_command, recipe_options
+from gptoughts.console import Console
 from gptoughts.errors import GptoughtsError
 from gptoughts.planning.environment import Process
 
@@ -250,7 +251,8 @@ def main(arguments: list[str] | None = None) -> None:
     """
     process = Process.OURS if arguments is None else Process.CALLERS
     try:
-        build_cli().main(args=arguments, prog_name="gptoughts", standalone_mode=False, obj=process)
+        with Console(sys.stderr).logging():
+            build_cli().main(args=arguments, prog_name="gptoughts", standalone_mode=False, obj=process)
     except click.ClickException as error:
         _exit(f"error: {error.format_message()}", error.exit_code)
     except (click.exceptions.Abort, KeyboardInterrupt):

@@ -31,7 +31,7 @@ from gptoughts.files import write_json, write_text
 from gptoughts.hardware.machine import Machine, World
 from gptoughts.layers.plugins import Extensions
 from gptoughts.models.family import custom_family
-from gptoughts.models.sources import AsTheyAre, meta_model
+from gptoughts.models.sources import CurrentWeights, meta_model
 from gptoughts.planning.plan import Plan
 from gptoughts.run import numerics_check, preflight, resume
 from gptoughts.run.build import build_engine, seed_rngs
@@ -140,6 +140,8 @@ def open_session(job: TrainingJob) -> Iterator[Session]:
     """
     device = select_device(job.machine, job.world)
     with ExitStack() as stack:
+        console = job.console if job.world.rank == 0 else SilentConsole()
+        stack.enter_context(console.logging())
         if job.folder is not None:
             stack.enter_context(job.folder.locked(job.world.rank == 0))
             if job.world.rank == 0:
@@ -149,8 +151,6 @@ def open_session(job: TrainingJob) -> Iterator[Session]:
         ranks = stack.enter_context(process_group(job.world, device))
         ranks.same("the plan", job.plan.digest())
         ranks.same("the recipe", job.resolved.to_toml())
-        console = job.console if ranks.first else SilentConsole()
-        stack.enter_context(console.logging())
         if corpus is None:
             yield stack.enter_context(_open_own(job, ranks, console))
         else:
@@ -172,7 +172,7 @@ def _open_own(job: TrainingJob, ranks: Ranks, console: Console) -> Iterator[Sess
         job.extensions.catalog,
         ranks=ranks,
         batches=own.batches,
-        source=AsTheyAre(own.model),
+        source=CurrentWeights(own.model),
     ) as engine:
         yield Session(job, ranks, console, engine, bundle, RunLength(job.recipe, ranks, 0), attempt=attempt)
 

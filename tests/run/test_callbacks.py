@@ -188,6 +188,17 @@ def test_records_of_the_logger_are_printed_by_a_running_console_only() -> None:
     assert text.getvalue() == "note: recompiled\nwarning: tracker failed\n"
 
 
+def test_the_innermost_console_gets_the_records_alone() -> None:
+    outer, inner = StringIO(), StringIO()
+    with Console(outer).logging():
+        with Console(inner).logging():
+            note("inside")
+        with SilentConsole().logging():
+            logging.getLogger("gptoughts").warning("silenced")
+        note("outside")
+    assert (inner.getvalue(), outer.getvalue()) == ("note: inside\n", "note: outside\n")
+
+
 def test_a_sink_that_fails_is_reported_once_and_left_out() -> None:
     class Broken(Sink):
         def log(self, step: int, values: Any) -> None:

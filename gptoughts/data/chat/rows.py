@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,12 +19,13 @@ from typing import Any, Literal
 import numpy as np
 
 from gptoughts.config.loader import DataConfig
+from gptoughts.console import LOGGER
 from gptoughts.data.chat.answers import RenderedChat, TrainOn, render_chat
 from gptoughts.data.chat.conversations import Conversation, InvalidRow, chat_files, conversations, one_line
 from gptoughts.data.chat.packing import Document, build_arrays, fill_ratio, one_per_row, pack
 from gptoughts.data.chat.tokenizer import ChatTokenizer, Encoded
 from gptoughts.data.table import Table
-from gptoughts.data.text.folder import locked
+from gptoughts.data.text.folder import folder_lock
 from gptoughts.data.text.shards import INDEX, sha256_of
 from gptoughts.data.text.tokenize import cache_folder
 from gptoughts.data.tokenizers.tokenizer import Tokenizer
@@ -73,7 +73,7 @@ def prepare_chat(
         name = "".join(char if char.isalnum() or char in "-_" else "-" for char in Path(data.path).stem)[:32] or "chat"
         out = cache_folder(data) / f"{name}-chat-{key[:16]}"
     folder = Path(out).expanduser()
-    with locked(folder):
+    with folder_lock(folder):
         if not (folder / INDEX).exists():
             builder.build(folder, key)
         index = read_index(folder, key)
@@ -125,17 +125,17 @@ class TableBuilder:
         )
         if foreign:
             raise DataError(f"{folder}: not empty and not chat data", found=repr(foreign[0]), fix="a new folder")
-        print(f"data: tokenizing conversations of {self.data.path} into {folder}", file=sys.stderr, flush=True)
+        LOGGER.info(f"data: tokenizing conversations of {self.data.path} into {folder}")
         begun = time.monotonic()
         splits = self.splits()
         for name, split in splits.items():
             shutil.rmtree(folder / name, ignore_errors=True)  # left over from a killed process
             table = self.table(name, split)
             table.save(folder / name)
-            print(f"data: {name} {summary(table.stats)}", file=sys.stderr, flush=True)
+            LOGGER.info(f"data: {name} {summary(table.stats)}")
         tokens = sum(len(document.ids) for split in splits.values() for document in split.documents)
         seconds = time.monotonic() - begun
-        print(f"data: {tokens:,} tokens in {seconds:.1f} s, {tokens / seconds / 1e6:.2f} Mtok/s", file=sys.stderr, flush=True)
+        LOGGER.info(f"data: {tokens:,} tokens in {seconds:.1f} s, {tokens / seconds / 1e6:.2f} Mtok/s")
         write_json(folder / INDEX, {"format": FORMAT, "version": VERSION, "key": key, "splits": list(splits)}, durable=True)
 
     def splits(self) -> dict[str, Split]:

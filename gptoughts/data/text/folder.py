@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from gptoughts.console import LOGGER
 from gptoughts.data.text.shards import INDEX, JOURNAL, TOKENIZER_FOLDER
 from gptoughts.errors import DataError
 from gptoughts.files import TEMPORARY, try_lock, wait_for_lock
@@ -31,7 +31,7 @@ def clear(folder: Path) -> None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def folder_lock(folder: Path) -> Iterator[None]:
     """Create `folder` and lock it; a second process waits. The lock is on the folder itself, without a lock file."""
     created = not folder.exists()
     while True:
@@ -41,7 +41,7 @@ def locked(folder: Path) -> Iterator[None]:
         except OSError as error:
             raise DataError(f"{folder}: cannot be created or opened as a folder ({error.strerror})") from None
         if not try_lock(descriptor):
-            print(f"data: another process is tokenizing into {folder}, waiting", file=sys.stderr, flush=True)
+            LOGGER.info(f"data: another process is tokenizing into {folder}, waiting")
             wait_for_lock(descriptor)
         if folder.exists() and folder.stat().st_ino == os.fstat(descriptor).st_ino:
             break

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+from gptoughts.console import LOGGER
 
 LINE_SECONDS = 10.0
 
@@ -21,8 +24,8 @@ def silent() -> Iterator[Report]:
 
 @contextmanager
 def console(total_bytes: int | None) -> Iterator[Report]:
-    """Show a bar if standard error is a terminal, else lines. `total_bytes` is the size of the text, None where unknown."""
-    if not sys.stderr.isatty():
+    """Show a bar if standard error is a terminal, else log lines. `total_bytes` is the size of the text, None where unknown."""
+    if not LOGGER.isEnabledFor(logging.INFO) or not sys.stderr.isatty():
         yield log_lines(total_bytes)
         return
     from rich.console import Console
@@ -46,7 +49,7 @@ def console(total_bytes: int | None) -> Iterator[Report]:
 
 
 def log_lines(total_bytes: int | None) -> Report:
-    """Return a callback that prints at most one line per `LINE_SECONDS`."""
+    """Return a callback that logs at most one line per `LINE_SECONDS`."""
     start = last = time.monotonic()
     total_characters = total_tokens = 0
 
@@ -57,6 +60,6 @@ def log_lines(total_bytes: int | None) -> Report:
             last = now
             percent = f"{100 * total_characters / total_bytes:.0f} % " if total_bytes else ""
             rate = total_tokens / (now - start) / 1e6
-            print(f"data: {percent}{total_tokens:,} tokens, {rate:.2f} Mtok/s", file=sys.stderr, flush=True)
+            LOGGER.info("data: %s%s tokens, %.2f Mtok/s", percent, f"{total_tokens:,}", rate)
 
     return report

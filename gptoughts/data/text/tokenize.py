@@ -9,12 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Literal
 
 from gptoughts.config.loader import DataConfig
-from gptoughts.data.text.folder import clear, locked
+from gptoughts.console import LOGGER
+from gptoughts.data.text.folder import clear, folder_lock
 from gptoughts.data.text.job import Job, Settings
 from gptoughts.data.text.progress import console, silent
 from gptoughts.data.text.shards import INDEX, JOURNAL, VERSION, Index
@@ -58,7 +58,7 @@ def tokenize(
         train_bpe if tokenizer_name == "bpe" else None, val_fraction, val_from, shard_tokens,
     )  # fmt: skip
     folder = Path(out)
-    with locked(folder):
+    with folder_lock(folder):
         if overwrite:
             clear(folder)
         job = Job(corpus, tokenizer, folder, settings)
@@ -105,7 +105,7 @@ def prepare(data: DataConfig, out: Path | None = None) -> Path:
     if out is None:
         out = cache_folder(data) / prepared_name(data, source)
     if not (out / INDEX).exists():
-        print(f"data: tokenizing {data.path} ({data.tokenizer}) once into {out}", file=sys.stderr, flush=True)
+        LOGGER.info(f"data: tokenizing {data.path} ({data.tokenizer}) once into {out}")
     tokenize(
         source, data.tokenizer, out, train_bpe=data.train_bpe, val_fraction=data.val_fraction, val_from=data.val_from,
         text_key=data.text_key, progress="console",

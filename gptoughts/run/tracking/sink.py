@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from gptoughts.console import LOGGER
 from gptoughts.engine.callback import Callback
 from gptoughts.errors import ConfigError, nearest
 
@@ -88,7 +88,7 @@ class Sinks(Sink):
                 call(sink)
             except Exception as error:
                 self._sinks.remove(sink)
-                logging.getLogger("gptoughts").warning(
+                LOGGER.warning(
                     "tracker %s failed and is off for the rest of the run: %s: %s",
                     type(sink).__name__,
                     type(error).__name__,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import sys
 import threading
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +17,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from gptoughts.config.recipe import DataConfig
+from gptoughts.console import Console
 from gptoughts.data.batches import IGNORED
 from gptoughts.data.chat.answers import prompt, render_chat, stops
 from gptoughts.data.chat.rows import PROBLEMS_SHOWN, prepare_chat
@@ -24,7 +26,7 @@ from gptoughts.data.corpus import cached_tokenizer
 from gptoughts.data.table import Table
 from gptoughts.data.tokenizers.tokenizer import load_tokenizer
 from gptoughts.errors import DataError
-from tests.support.chat_parts import FAMILIES, SPECIAL, chat, folder_of
+from tests.support.chat_parts import FAMILIES, SPECIAL, chat, resolve_model_folder
 
 plain_text = st.text(st.characters(exclude_categories=["Cs", "Cn"]), min_size=1, max_size=25).filter(str.strip)
 spelled_text = st.lists(
@@ -519,7 +521,7 @@ def test_long_conversations_are_an_error_unless_asked_otherwise(tmp_path: Path, 
 
 def test_other_names_of_tokens_keep_a_tokenizer_of_their_own(tmp_path: Path) -> None:
     """The template is the same, and what it writes for eos_token is not."""
-    folder, kept = folder_of("mistral", tmp_path / "tokenizer"), []
+    folder, kept = resolve_model_folder("mistral", tmp_path / "tokenizer"), []
     (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content + eos_token }}{% endfor %}")
     for name in ("</s>", "<s>"):
         (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": name}))
@@ -539,10 +541,11 @@ def test_two_makers_make_one(tmp_path: Path, folders: dict[str, Path], capfd: py
         )
         for _ in range(3)
     ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with Console(sys.stderr).logging():
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
     assert len(found) == 3 and len(set(found)) == 1
     assert capfd.readouterr().err.count("data: tokenizing conversations of") == 1
 

@@ -19,6 +19,7 @@ import pytest
 
 from gptoughts.cli.tokenize import tokenize as command
 from gptoughts.config.loader import DataConfig
+from gptoughts.console import Console
 from gptoughts.data.text import job as module
 from gptoughts.data.text.shards import Shards
 from gptoughts.data.text.sources import open_source
@@ -363,7 +364,8 @@ def test_prepare_tokenizes_once_into_the_cache(tmp_path: Path, capsys: pytest.Ca
     source = tmp_path / "a.txt"
     source.write_text("text for the cache " * 20)
     data = DataConfig(path=str(source), tokenizer="chars", cache=str(tmp_path / "cache"))
-    folder = prepare(data)
+    with Console(sys.stderr).logging():
+        folder = prepare(data)
     assert folder.parent == tmp_path / "cache" and folder.name.startswith("a-")
     assert f"data: tokenizing {source} (chars) once into {folder}" in capsys.readouterr().err
     before = digest(folder)
