@@ -25,6 +25,7 @@ import click
 import pytest
 
 from gptoughts.cli.main import build_cli
+from gptoughts.run.tracking.metrics import metrics_table
 from tests.support import warm
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -285,6 +286,12 @@ def test_every_extra_is_in_the_readme() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     table = (ROOT / "README.md").read_text(encoding="utf-8")
     assert [extra for extra in extras if f"`{extra}`" not in table] == []
+
+
+def test_the_table_of_metrics_is_the_generated_one() -> None:
+    """Fix a difference by pasting the output of `metrics_table()` between the markers."""
+    page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    assert page.split("<!-- metrics -->\n")[1].split("<!-- /metrics -->")[0] == metrics_table()
 
 
 def test_every_dependency_has_its_reason() -> None:
