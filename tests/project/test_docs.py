@@ -69,7 +69,7 @@ BENCH = {
 STARTED = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
-from tests.test_docs import shortened
+from tests.project.test_docs import shortened
 from gptoughts.cli.main import main
 sys.argv = ["gptoughts", *shortened(sys.argv[1:])]
 main()
