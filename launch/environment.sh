@@ -1,5 +1,5 @@
-# Sourced by the other scripts: finds or makes the Python environment and installs this checkout into it.
-# After `enter EXTRA` the variable PYTHON names an interpreter that has gptoughts with that extra.
+# Sourced by the other scripts: finds or creates the Python environment and installs this checkout into it.
+# `enter EXTRA` sets PYTHON to an interpreter that has gptoughts with that extra.
 # shellcheck shell=bash
 
 CPU_WHEELS="https://download.pytorch.org/whl/cpu"
@@ -10,11 +10,11 @@ fail() {
     exit 2
 }
 
-recent() { # PYTHON: is it 3.11 or newer
+recent() { # PYTHON: succeeds for version 3.11 or newer
     "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1
 }
 
-in_environment() { # PYTHON: does it belong to a virtual environment
+in_environment() { # PYTHON: succeeds in a virtual environment
     "$1" -c 'import sys; sys.exit(sys.prefix == sys.base_prefix)' >/dev/null 2>&1
 }
 
@@ -30,14 +30,14 @@ find_python() { # sets PYTHON to an interpreter of 3.11 or newer
             return
         fi
     done
-    fail "needs Python 3.11 or newer; here: $(python3 --version 2>&1 || echo none)"
+    fail "Python 3.11 or newer is required. Found $(python3 --version 2>&1 || echo none)."
 }
 
-choose_environment() { # sets PYTHON: the active environment's, or that of .venv, which is made where it is missing
+choose_environment() { # sets PYTHON to that of the active environment, or of .venv, created if missing
     local prefix="${VIRTUAL_ENV:-${CONDA_PREFIX:-}}"
     if [ -n "$prefix" ]; then
         PYTHON="$prefix/bin/python"
-        recent "$PYTHON" || fail "the active environment $prefix has no Python 3.11 or newer"
+        recent "$PYTHON" || fail "$prefix: the active environment has no Python 3.11 or newer"
         return
     fi
     if [ -x .venv/bin/python ] && recent .venv/bin/python; then
@@ -52,10 +52,10 @@ choose_environment() { # sets PYTHON: the active environment's, or that of .venv
     PYTHON="$PWD/.venv/bin/python"
 }
 
-make_environment() { # makes .venv with PYTHON; a torch that the system has stays visible and is used
+make_environment() { # creates .venv with PYTHON; uses the system's torch if there is one
     "$PYTHON" -c 'import ensurepip, venv' 2>/dev/null ||
-        fail "$PYTHON cannot make virtual environments; on Debian and Ubuntu: apt-get install python3-venv"
-    echo "making the virtual environment .venv with $("$PYTHON" --version)"
+        fail "$PYTHON cannot create virtual environments. On Debian and Ubuntu: apt-get install python3-venv"
+    echo "creating the virtual environment .venv with $("$PYTHON" --version)"
     if has_torch "$PYTHON"; then
         "$PYTHON" -m venv --clear --system-site-packages .venv
     else
@@ -68,11 +68,11 @@ pip_install() {
     "$PYTHON" -m pip install --quiet --quiet --disable-pip-version-check "$@"
 }
 
-has_driver() { # an NVIDIA driver, so that a CUDA build of torch makes sense
+has_driver() { # succeeds if there is an NVIDIA driver for a CUDA build of torch
     [ -e /proc/driver/nvidia/version ] || [ -e /dev/dxg ] || command -v nvidia-smi >/dev/null 2>&1
 }
 
-reachable() { # URL: does it answer within a few seconds; the name look-up has no limit of its own, hence the thread
+reachable() { # URL: succeeds if it answers within a few seconds; a thread, because name resolution has no timeout
     "$PYTHON" - "$1" <<'PY'
 import os, sys, threading, urllib.request
 
@@ -88,7 +88,7 @@ os._exit(1)
 PY
 }
 
-install_torch() { # without a driver the CPU build, where pip can find one: a twentieth of the bytes
+install_torch() { # without a driver the CPU build if available: a twentieth of the size
     if [ "$(uname -s)" = Linux ] && ! has_driver && reachable "$CPU_WHEELS/torch/"; then
         echo "installing torch, the CPU build"
         pip_install --extra-index-url "$CPU_WHEELS" "$TORCH_RANGE"
@@ -98,7 +98,7 @@ install_torch() { # without a driver the CPU build, where pip can find one: a tw
     fi
 }
 
-install() { # EXTRA: this checkout, editable; a torch that is there is never replaced
+install() { # EXTRA: installs this checkout as editable; never replaces an installed torch
     local extra="$1" held
     held="$(mktemp)"
     has_torch "$PYTHON" || install_torch
@@ -106,12 +106,12 @@ install() { # EXTRA: this checkout, editable; a torch that is there is never rep
     echo "installing gptoughts[$extra] beside $(cat "$held")"
     if ! pip_install --constraint "$held" --editable ".[$extra]"; then
         rm -f "$held"
-        fail "installation failed; the torch that is here is kept, and gptoughts needs $TORCH_RANGE"
+        fail "installation failed. The installed torch is not replaced; gptoughts needs $TORCH_RANGE."
     fi
     rm -f "$held"
 }
 
-enter() { # EXTRA: from the repository's root
+enter() { # EXTRA: run in the repository's root
     choose_environment
     if ! "$PYTHON" launch/installed.py "$1"; then
         install "$1"

@@ -1,4 +1,4 @@
-"""Exit code 0 if this checkout is installed editable with everything that an extra of pyproject.toml asks for; then pip need not run."""
+"""Exit with code 0 if this checkout is installed as editable with all requirements of an extra, so that pip need not run."""
 
 import json
 import sys
@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def requirements(project: dict, extra: str) -> Iterator[str]:
-    """What the package and the extra ask for; an extra may name other extras of the package itself."""
+    """Yield the requirements of the package and the extra, and of other extras that it includes."""
     yield from project["dependencies"]
     for line in project["optional-dependencies"][extra]:
         if line.startswith(project["name"] + "["):
@@ -23,14 +23,14 @@ def requirements(project: dict, extra: str) -> Iterator[str]:
 
 
 def is_here(name: str) -> bool:
-    """Whether the installed package is this folder."""
+    """Return whether the installed package is this folder."""
     origin = json.loads(distribution(name).read_text("direct_url.json") or "{}")
     editable = origin.get("dir_info", {}).get("editable", False)
     return editable and Path(unquote(urlparse(origin["url"]).path)).resolve() == ROOT
 
 
 def satisfied(line: str) -> bool:
-    """Whether the requirement is installed in a version that it allows."""
+    """Return whether the requirement is installed in an allowed version."""
     from pip._vendor.packaging.requirements import Requirement
 
     wanted = Requirement(line)
@@ -38,7 +38,7 @@ def satisfied(line: str) -> bool:
 
 
 def main(extra: str) -> int:
-    """0 if nothing is missing."""
+    """Return 0 if nothing is missing, else 1."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     try:
         return 0 if is_here(project["name"]) and all(map(satisfied, requirements(project, extra))) else 1

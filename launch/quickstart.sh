@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# From a fresh clone to a trained model: makes .venv if no environment is active, installs, trains, says where things are.
+# From a fresh clone to a trained model: creates .venv if no environment is active, installs, trains.
 set -euo pipefail
 
 usage() {
     cat <<'TEXT'
 usage: launch/quickstart.sh [RECIPE] [FLAGS]
 
-Makes the virtual environment .venv if none is active, installs gptoughts with its train extra, and runs
-`gptoughts train RECIPE FLAGS`. Without a recipe: quickstart on a CPU (about two minutes on two cores), gpt-1b on a GPU.
-An installed torch is used as it is. Without an NVIDIA driver the CPU build is preferred.
+Creates the virtual environment .venv if none is active, installs gptoughts with its train extra, and runs
+`gptoughts train RECIPE FLAGS`. Default recipe: quickstart on a CPU (about two minutes on two cores), gpt-1b on a GPU.
+An installed torch is not replaced. Without an NVIDIA driver the CPU build is preferred.
 
   launch/quickstart.sh --train.steps 100        a shorter run
-  launch/quickstart.sh --run first              a name, so that the same command continues it
+  launch/quickstart.sh --run first              a named run: the same command resumes it
 TEXT
 }
 
@@ -32,7 +32,7 @@ enter train
 echo
 if [ -z "${VIRTUAL_ENV:-${CONDA_PREFIX:-}}" ]; then
     case "$PYTHON" in
-        "$PWD/.venv/"*) echo "to go on by hand: . .venv/bin/activate" ;;
-        *) echo "to go on by hand: $(dirname "$PYTHON")/gptoughts --help" ;;
+        "$PWD/.venv/"*) echo "next: . .venv/bin/activate" ;;
+        *) echo "next: $(dirname "$PYTHON")/gptoughts --help" ;;
     esac
 fi

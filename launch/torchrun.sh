@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One training run on N GPUs of this machine, or on N processes where there is none.
+# One training run on N GPUs of this machine, or in N CPU processes without GPUs.
 set -euo pipefail
 
 usage() {
@@ -8,8 +8,8 @@ usage: launch/torchrun.sh N [RECIPE] [FLAGS]
 
 Starts N ranks on this machine with torchrun, each running `gptoughts train RECIPE FLAGS`.
 
-A rank whose memory ran out writes a smaller micro-batch down, and all ranks leave. A run with a name is then started again, at most 5
-times, and goes on from its last checkpoint.
+If a rank runs out of memory, a smaller micro-batch is saved and all ranks exit. A run with a name is then restarted, at most 5 times, and
+resumes from its last checkpoint.
 
   launch/torchrun.sh 8 gpt-1b --run first
 TEXT
@@ -34,7 +34,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 enter train
 if [ -z "${OMP_NUM_THREADS:-}" ]; then
-    # torchrun would set 1 for everybody, and a variable that is set wins over the plan.
+    # torchrun would set 1 for every rank, and a variable that is set overrides the plan.
     cores="$("$PYTHON" -c 'from gptoughts.hardware.machine import probe; m = probe(); print(m.cpu.usable_cores, 8 if m.gpus else 10**6)')"
     share=$((${cores% *} / ranks))
     most="${cores#* }"
@@ -43,7 +43,7 @@ if [ -z "${OMP_NUM_THREADS:-}" ]; then
     export OMP_NUM_THREADS="$share"
 fi
 
-# torchrun leaves with 1 whatever its ranks left with, so a rank whose memory ran out writes into this file.
+# torchrun exits with code 1 for every failure of a rank, so a rank that runs out of memory writes into this file.
 GPTOUGHTS_SHORTAGE="$(mktemp)"
 export GPTOUGHTS_SHORTAGE
 trap 'rm -f "$GPTOUGHTS_SHORTAGE"' EXIT
@@ -55,8 +55,8 @@ for again in 5 4 3 2 1 0; do
     fi
     case " $* " in
         *' --run'*) ;;
-        *) exit "$code" ;; # a run without a name would begin anew
+        *) exit "$code" ;; # a run without a name would start over
     esac
     : >"$GPTOUGHTS_SHORTAGE"
-    echo 'launch/torchrun.sh: memory ran out; starting again with the smaller micro-batch' >&2
+    echo 'launch/torchrun.sh: out of memory; restarting with the smaller micro-batch' >&2
 done

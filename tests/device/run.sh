@@ -1,26 +1,26 @@
 #!/usr/bin/env bash
-# What only a GPU can show, in stages of at most 8 minutes. Each writes JSON after every measurement and skips what it already holds.
+# GPU-only checks in stages of at most 8 minutes. Each writes JSON after every measurement and skips finished ones.
 set -euo pipefail
 
 usage() {
     cat <<'TEXT'
 usage: tests/device/run.sh STAGE [--tiny] [--seconds N] [--only WORD] [--again]
 
-in the order of what they are worth:
-  contract    every layer on every family: seen at work, undone, missed where it is not; the kernels of each watched step
-  bf16        compiled bf16 through --profile auto: GPT-2 124M and 1.5B, Llama 1.1B and 3B; beside Hugging Face's Trainer and a bare loop
-  te-part     FILE...: take over parts of a large wheel, where uploads are limited in size (docs/measurements/README.md)
-  te-build    join and install Transformer Engine, build its torch half in the background, try one FP8 product; --dry-run only looks
-  fp8         FP8 (Transformer Engine, torchao) against compiled bf16 by width, losses compared; 1.5B and 3B whole
+stages, by priority:
+  contract    every layer on every family: active, undone, detected as missing without it; the kernels of each watched step
+  bf16        compiled bf16 through --profile auto: GPT-2 124M and 1.5B, Llama 1.1B and 3B; compared with Hugging Face's Trainer and a plain loop
+  te-part     FILE...: store parts of a large wheel, for uploads of limited size (docs/measurements/README.md)
+  te-build    join and install Transformer Engine, build its torch part in the background, run one FP8 product; --dry-run only checks
+  fp8         FP8 (Transformer Engine, torchao) against compiled bf16 by width, losses compared; full 1.5B and 3B models
   ablation    attention backends, determinism, allocator; gptoughts bench layers; 20 kills, bit for bit
-  kills       the 20 kills alone
-  quickstart  the recipes quickstart and gpt-1b as a user starts them
+  kills       only the 20 kills
+  quickstart  the recipes quickstart and gpt-1b, started as users do
   models      LoRA, diffusion, SmolLM2; a small Llama on GPU and CPU with the same seed
-  report      what was measured as Markdown, and the cards that it concerns
+  report      results as Markdown, and the layer cards to update
 
-Results lie in ${OUT:-out/device}; what lasts from stage to stage in ${DEVICE_WORK:-/tmp/gptoughts-device}. Files that lie in
-out/device already, of an earlier run or copied from another machine, are gone on with. --tiny shrinks every model, to try the stages on a CPU.
-Wheels in ${WHEELS:-.whl} are installed into ${SITE:-/tmp/site} first, without network.
+Results: ${OUT:-out/device}; files shared between stages: ${DEVICE_WORK:-/tmp/gptoughts-device}. Existing files in out/device, of an earlier
+run or copied from another machine, are continued. --tiny shrinks every model, to try the stages on a CPU. Wheels in ${WHEELS:-.whl} are
+installed into ${SITE:-/tmp/site} first, without network.
 TEXT
 }
 
@@ -58,7 +58,7 @@ import importlib.util, sys
 needed = "torch numpy safetensors tokenizers tiktoken zstandard rich matplotlib click pydantic pynvml transformers accelerate pytest"
 missing = [name for name in needed.split() if importlib.util.find_spec(name) is None]
 if missing:
-    sys.exit(f"run.sh: not installed for {sys.executable}: {', '.join(missing)}\n  docs/measurements/README.md says how to bring them")
+    sys.exit(f"run.sh: not installed for {sys.executable}: {', '.join(missing)}\n  Try: docs/measurements/README.md, section A machine without network")
 CHECK
 case "$stage" in
     te-part) exec "$python" -m tests.device.te part "$@" ;;

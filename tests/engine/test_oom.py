@@ -270,5 +270,5 @@ def test_the_script_starts_ranks_again(tmp_path: Path, flags: list[str]) -> None
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MOST": "1", "VIRTUAL_ENV": sys.prefix}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stderr.count("starting again with the smaller micro-batch") == 2
+    assert done.stderr.count("restarting with the smaller micro-batch") == 2
     assert "micro-batch of 1 sequences instead of 4" in done.stdout

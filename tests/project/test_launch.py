@@ -115,7 +115,7 @@ def test_an_old_python_is_named(tmp_path: Path) -> None:
     path = f"{tmp_path}:/usr/bin:/bin"
     done = subprocess.run(["bash", "-c", text], check=False, capture_output=True, text=True, env={"PATH": path})
     assert done.returncode == 2
-    assert done.stderr == "error: needs Python 3.11 or newer; here: Python 3.8.1\n"
+    assert done.stderr == "error: Python 3.11 or newer is required. Found Python 3.8.1.\n"
     assert not (tmp_path / ".venv").exists()
 
 
