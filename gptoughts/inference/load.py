@@ -63,7 +63,7 @@ def find(name: str) -> Path:
         return checkpoint.locate(run)
     known = sorted(folder.name for folder in Path("checkpoints").glob("*/") if any(folder.glob("step-*")))
     raise CheckpointError(
-        f"{name}: no such run or checkpoint{nearest(name, known)}", found=f"runs {', '.join(known) or 'none'}"
+        f"{name}: no such run or checkpoint{nearest(name, known)}", found=f"the runs {', '.join(known)}" if known else "no runs in checkpoints/"
     )
 
 
