@@ -86,13 +86,13 @@ def gemm(largest: int | None, out: str | None) -> int:
     from gptoughts.diagnostics.bench.gemm import bench_gemm, effort_for, gemm_markdown, gemm_text, measured_peaks_of
     from gptoughts.files import write_text
     from gptoughts.hardware.machine import probe
-    from gptoughts.hardware.measured_peaks import save_peaks
+    from gptoughts.hardware.measured_peaks import save_measured_peaks
 
     here, path = probe(), _target(out)
     run = bench_gemm(here, _command(), _progress, effort_for(here, largest))
     print(gemm_text(run))
     if largest is None:  # small matrices do not reach the peak
-        print(f"kept in {save_peaks(here, measured_peaks_of(run))}")
+        print(f"kept in {save_measured_peaks(here, measured_peaks_of(run))}")
     if path is not None:
         runs = keep(path, run, ("what", "device"))
         write_text(path.with_suffix(".md"), gemm_markdown(runs))

@@ -15,7 +15,7 @@ def show(recipe: str | None, fields: Mapping[str, str], layers: Mapping[str, str
     """Print the first `count` samples in the recipe's data order, and the size of the splits. Raises ConfigError, DataError."""
     if layers:
         raise ConfigError(f"--layer.{next(iter(layers))}: data show uses no layers")
-    from gptoughts.data.chat.marking import MARKS, Style, first_rows, said, shown, totals
+    from gptoughts.data.chat.marking import MARKS, Style, first_rows, render_row, row_summary, split_summaries
     from gptoughts.data.corpus import open_corpus
 
     resolved = resolve_recipe(load(recipe or "quickstart", fields)).recipe
@@ -24,9 +24,9 @@ def show(recipe: str | None, fields: Mapping[str, str], layers: Mapping[str, str
     begin, end = MARKS[style]
     print(f"recipe {resolved.name}, data {resolved.data.path} ({resolved.data.format}); {begin}learned tokens{end} are marked")
     for number, row in enumerate(first_rows(corpus, resolved, count), 1):
-        print(f"--- sample {number}: {said(row)}")
-        print(shown(corpus.tokenizer, row, style))
+        print(f"--- sample {number}: {row_summary(row)}")
+        print(render_row(corpus.tokenizer, row, style))
     print("---")
-    for line in totals(corpus, resolved):
+    for line in split_summaries(corpus, resolved):
         print(line)
     return 0

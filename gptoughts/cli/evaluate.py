@@ -139,7 +139,7 @@ def likelihood(
 ) -> int:
     """Print an upper bound on the nats per token of the split under a masked-diffusion model, with its standard error."""
     from gptoughts.inference.eval.likelihood import text_bound
-    from gptoughts.inference.load import load, reading
+    from gptoughts.inference.load import inference_mode, load
 
     loaded = load(checkpoint)
     if loaded.mask_id is None:
@@ -151,7 +151,7 @@ def likelihood(
     corpus = corpus_of(loaded, data, split, length)
     stream = corpus.shards.split(split)
     ids = stream.window(0, len(stream))
-    with reading(loaded):
+    with inference_mode(loaded):
         found = text_bound(
             loaded.model,
             ids,  # type: ignore[arg-type]

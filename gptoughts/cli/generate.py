@@ -33,8 +33,8 @@ def generate(
     offload: str | None,
 ) -> int:
     """Continue each prompt; `-` reads standard input. Without prompts, continue an empty one."""
-    from gptoughts.inference.generate.write import write
-    from gptoughts.inference.load import load, reading
+    from gptoughts.inference.generate.write import generate_text
+    from gptoughts.inference.load import inference_mode, load
 
     given = {"steps": steps, "block_length": block_length, "remasking": remasking, "guidance": guidance}
     diffusion = {key: value for key, value in given.items() if value is not None}
@@ -48,7 +48,7 @@ def generate(
         model, tokenizer, recipe, folder, mask_id = (
             loaded.model, loaded.tokenizer, loaded.recipe, loaded.folder, loaded.mask_id,
         )  # fmt: skip
-        stack.enter_context(reading(loaded))
+        stack.enter_context(inference_mode(loaded))
     sample = {"temperature": temperature, "top_k": top_k} | ({} if tokens is None else {"tokens": tokens})
     recipe = asked(recipe, sample, diffusion, mask_id)
     texts = [sys.stdin.read() if text == "-" else text for text in prompt] or [""]
@@ -70,14 +70,14 @@ def generate(
         print(piece, end="", flush=True)
 
     with stack:
-        write(model, tokenizer, prompts, recipe, mask_id, top_p=top_p, seed=seed, on_text=on_text, stops=stops)
+        generate_text(model, tokenizer, prompts, recipe, mask_id, top_p=top_p, seed=seed, on_text=on_text, stops=stops)
     print()
     return 0
 
 
 def offloaded(name: str, memory_gib: float | None, offload: str | None) -> tuple[Any, Any, Any, Path, None]:
     """Load a model offloaded to CPU memory and disk: (model, tokenizer, recipe, folder, no mask id). Raises CheckpointError, ConfigError."""
-    from gptoughts.config.model_path import folder_of
+    from gptoughts.config.model_path import resolve_model_folder
     from gptoughts.data.tokenizers.tokenizer import load_tokenizer
     from gptoughts.inference.generate.offloaded import opened
     from gptoughts.inference.load import exported_recipe, find
@@ -89,7 +89,7 @@ def offloaded(name: str, memory_gib: float | None, offload: str | None) -> tuple
         raise CheckpointError(
             f"{folder}: offloading needs a whole model in transformers' layout", fix=f"gptoughts export {name} --to DIR"
         )
-    folder = folder_of(name)
+    folder = resolve_model_folder(name)
     recipe = exported_recipe(folder, None)
     if recipe.model.family != "hf" or recipe.objective != "next-token":
         raise ConfigError(f"{folder}: offloading needs a next-token model of transformers", fix="omit --memory and --offload")

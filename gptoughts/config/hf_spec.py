@@ -13,11 +13,20 @@ from pathlib import Path
 from typing import Any
 
 from gptoughts.config.loader import shown
-from gptoughts.config.model_path import folder_of
+from gptoughts.config.model_path import resolve_model_folder
 from gptoughts.config.recipe import ModelConfig
 from gptoughts.errors import ConfigError, nearest
 
-__all__ = ["check_length", "documents", "fields_of", "folder_of", "max_positions", "read_config", "rows", "tokenizer_folder"]
+__all__ = [
+    "check_length",
+    "documents",
+    "fields_of",
+    "resolve_model_folder",
+    "max_positions",
+    "read_config",
+    "rows",
+    "tokenizer_folder",
+]
 
 Config = Mapping[str, Any]
 
@@ -62,7 +71,7 @@ KEPT = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "sp
 def read_config(model: ModelConfig) -> dict[str, Any]:
     """Return the content of the config.json of `model.path` or `model.config`. Raises ConfigError."""
     if model.path is not None:
-        return _read(folder_of(model.path) / "config.json", f"model.path {model.path}")
+        return _read(resolve_model_folder(model.path) / "config.json", f"model.path {model.path}")
     if model.config is None:
         raise ConfigError("model: a Hugging Face model needs model.path (folder or hub name) or model.config (config.json)")
     return _read(_config_file(model.config), f"model.config {model.config}")
@@ -97,7 +106,7 @@ def _read(path: Path, what: str) -> dict[str, Any]:
 def tokenizer_folder(model: ModelConfig) -> Path:
     """Return the folder with the tokenizer.json of `model.path`. Raises ConfigError if there is none."""
     assert model.path is not None
-    folder = folder_of(model.path)
+    folder = resolve_model_folder(model.path)
     if not (folder / "tokenizer.json").is_file():
         raise ConfigError(
             f"model.path {shown(folder)}: no tokenizer.json",
@@ -110,7 +119,7 @@ def documents(model: ModelConfig) -> dict[str, str]:
     """Return the text files of a checkpoint by name: config.json, and the tokenizer, generation and chat files of a folder."""
     held = {"config.json": json.dumps(read_config(model), indent=2) + "\n"}
     named = model.path or model.config
-    folder = folder_of(model.path) if model.path else Path(named or "").expanduser()
+    folder = resolve_model_folder(model.path) if model.path else Path(named or "").expanduser()
     for name in KEPT:
         path = folder / name
         if path.is_file():

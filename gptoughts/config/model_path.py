@@ -32,7 +32,7 @@ DEEPEST = 3
 WAYS = "--model.path FOLDER, or --model.config FILE to plan or train from random weights"
 
 
-def folder_of(name: str) -> Path:
+def resolve_model_folder(name: str) -> Path:
     """Return the folder with config.json and weights for `name`.
 
     `name` is a folder, a .gguf file or a folder with one (converted once into the user's cache), `package:NAME` for an
@@ -49,8 +49,8 @@ def folder_of(name: str) -> Path:
 
 
 def folder_with_code(name: str) -> Path:
-    """Return `folder_of(name)` with the Python files of a hub model. Raises ConfigError."""
-    folder = folder_of(name)
+    """Return `resolve_model_folder(name)` with the Python files of a hub model. Raises ConfigError."""
+    folder = resolve_model_folder(name)
     if name.startswith(PACKAGE) or Path(name).expanduser().exists() or any(folder.glob("*.py")):
         return folder
     return _fetched(name, [*FILES, *CODE])

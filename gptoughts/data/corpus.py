@@ -18,7 +18,7 @@ from gptoughts.data.chat.rows import Shape, prepare_chat
 from gptoughts.data.chat.tokenizer import ChatTokenizer
 from gptoughts.data.squad.examples import Questions, prepare_squad
 from gptoughts.data.table import Table
-from gptoughts.data.text.folder import locked
+from gptoughts.data.text.folder import folder_lock
 from gptoughts.data.text.shards import Shards
 from gptoughts.data.text.tokenize import cache_folder, prepare
 from gptoughts.data.tokenizers.tokenizer import CARD, Tokenizer, load_tokenizer
@@ -121,7 +121,7 @@ def cached_tokenizer(tokenizer: Tokenizer, data: DataConfig) -> Path:
     content = json.dumps([template.source, template.tokens], sort_keys=True) if template else ""
     digest = hashlib.sha256(content.encode()).hexdigest()
     folder = cache_folder(data) / f"tokenizer-{tokenizer.hash[:16]}-{digest[:8]}"
-    with locked(folder):
+    with folder_lock(folder):
         if not (folder / CARD).is_file():
             if template is not None:
                 template.save(folder)

@@ -21,7 +21,7 @@ import torch
 from gptoughts.api import ResolvedRun
 from gptoughts.console import share as in_per_cent
 from gptoughts.diagnostics.bench.training import open_training
-from gptoughts.engine.trainer import advance
+from gptoughts.engine.trainer import run_step
 from gptoughts.errors import DataError, RunError
 from gptoughts.files import replacing
 from gptoughts.run.memory_snapshot import history, memory_report
@@ -136,7 +136,7 @@ def record(setting: ResolvedRun, first: int, last: int, out: Path, memory_histor
             with phases_named(engine), recorded(engine.device, out / "trace.json.gz"):
                 for number in range(first, last + 1):
                     with step_named(number):
-                        training.progress, _ = advance(engine, training.progress, schedule)
+                        training.progress, _ = run_step(engine, training.progress, schedule)
                         if number == last:
                             engine.synchronize()
     except torch.OutOfMemoryError as error:

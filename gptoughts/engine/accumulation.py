@@ -8,7 +8,7 @@ from torch import Tensor
 from gptoughts.console import note
 from gptoughts.engine.engine import Engine
 from gptoughts.engine.objectives.base import Batch
-from gptoughts.engine.oom import OutOfMemory, ran_out, release, smaller
+from gptoughts.engine.oom import OutOfMemory, free_failed_step, is_out_of_memory, next_micro_batch
 from gptoughts.errors import RunError
 
 
@@ -24,7 +24,7 @@ def accumulate(engine: Engine, batch: Batch, scale: Tensor) -> Tensor:
         try:
             return _accumulate_once(engine, batch, scale)
         except RuntimeError as error:
-            if not ran_out(error):
+            if not is_out_of_memory(error):
                 raise
             cause = str(error).splitlines()[0]
         # Outside of the handler, whose traceback keeps the frames and their activations alive.
@@ -48,11 +48,11 @@ def _accumulate_once(engine: Engine, batch: Batch, scale: Tensor) -> Tensor:
 def _reduce_micro_batch(engine: Engine, batch: Batch, cause: str) -> None:
     rows = len(next(iter(batch.values())))
     now = min(engine.micro_batch or rows, rows)
-    less = smaller(now, rows)
+    less = next_micro_batch(now, rows)
     for parameter in engine.parameters():
         parameter.grad = None
     engine.objective.forget()
-    release(engine.device)
+    free_failed_step(engine.device)
     if less is None:
         raise RunError(
             f"out of memory with one sequence per forward: {cause}",

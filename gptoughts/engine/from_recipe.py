@@ -164,7 +164,7 @@ def base_weights(recipe: Recipe, family: Family) -> Source:
     if not recipe.model.path:
         assert drawn is not None
         return drawn
-    folder = hf_spec.folder_of(recipe.model.path)
+    folder = hf_spec.resolve_model_folder(recipe.model.path)
     if recipe.model.family == "llada":
         return llada_layout.load(folder)
     from gptoughts.models.hf.weights import Pretrained
@@ -177,7 +177,7 @@ def base_record(recipe: Recipe) -> BaseRecord:
     from gptoughts.models.adapters.folder import record_of, record_of_drawn
 
     if recipe.model.path:
-        return record_of(hf_spec.folder_of(recipe.model.path))
+        return record_of(hf_spec.resolve_model_folder(recipe.model.path))
     return record_of_drawn(recipe.model.model_dump(), recipe.seed)
 
 

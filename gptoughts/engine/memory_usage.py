@@ -15,7 +15,7 @@ from torch import Tensor
 from gptoughts.engine.engine import Engine
 
 
-def held_bytes(engine: Engine) -> int:
+def bytes_in_use(engine: Engine) -> int:
     """Return the bytes in use: on a GPU all that is allocated; on a CPU weights, gradients and optimizer state, each storage once."""
     if engine.device.type == "cuda":
         return torch.cuda.memory_allocated(engine.device)
@@ -35,7 +35,7 @@ def _parts(tensor: Tensor) -> Iterator[Tensor]:
         yield from _parts(getattr(tensor, name))
 
 
-def highest(before: int, allocations: Iterable[tuple[int, int]]) -> int:
+def peak_of(before: int, allocations: Iterable[tuple[int, int]]) -> int:
     """Return the highest running sum of bytes, starting at `before`, over (time, bytes) pairs; frees are negative."""
     now = most = before
     for _, size in sorted(allocations, key=lambda event: event[0]):
@@ -53,7 +53,7 @@ class Highest:
 @contextmanager
 def measured(engine: Engine) -> Iterator[Highest]:
     """Measure the peak memory of the block."""
-    found, before = Highest(), held_bytes(engine)
+    found, before = Highest(), bytes_in_use(engine)
     if engine.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(engine.device)
         yield found
@@ -66,7 +66,7 @@ def measured(engine: Engine) -> Iterator[Highest]:
         yield found
     assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
     events = (event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]")
-    found.size = highest(before, ((event.start_ns(), event.nbytes()) for event in events))
+    found.size = peak_of(before, ((event.start_ns(), event.nbytes()) for event in events))
 
 
 def resident_bytes(which: str) -> int | None:

@@ -18,12 +18,12 @@ from gptoughts.engine.distributed.ranks import Ranks
 from gptoughts.engine.engine import Engine
 from gptoughts.engine.objectives.base import IGNORED, Batch, Objective, WrappedObjective
 from gptoughts.errors import ConfigError, RunError
-from gptoughts.models.hf.experts import Router, balance, coefficient, measured, nudge, routers
+from gptoughts.models.hf.experts import Router, balance, coefficient, measured, routers, update_balancing_bias
 from gptoughts.models.patching import Undo, reroute
 from gptoughts.models.torch_internals import set_side_effects_once
 
 
-def balanced(engine: Engine, objective: Objective, config: ExpertsConfig) -> tuple[Objective, Undo]:
+def add_balance_loss(engine: Engine, objective: Objective, config: ExpertsConfig) -> tuple[Objective, Undo]:
     """Return `objective` with the balance loss added, and the undo; `objective` itself for a dense model.
 
     Call it after the engine's model is built (meta is enough) and before its first forward. Each update then also moves the balancing
@@ -230,7 +230,7 @@ class Experts:
         if rate:
             for router, load in zip(self.found.values(), layers, strict=True):
                 if router.trained():
-                    nudge(router, load, rate)
+                    update_balancing_bias(router, load, rate)
         one = torch.ones((), device=loads.device)
         worst = torch.stack([load.max() / load.mean().clamp(min=1e-9) for load in layers]).max()
         meter(meters, "load_max", worst.float(), one)

@@ -29,14 +29,14 @@ class OutOfMemory(RunError):
         self.sequences = sequences
 
 
-def ran_out(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error means that the device, or on a CPU the process, is out of memory."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and all(word in str(error) for word in CPU_WORDS)
 
 
-def release(device: torch.device) -> None:
+def free_failed_step(device: torch.device) -> None:
     """Free the memory of a failed forward or backward on `device`. Call it outside of the handler, whose traceback holds the frames.
 
     After a failed backward on a CPU, queued autograd tasks keep their saved activations until the same thread runs a backward again
@@ -49,30 +49,30 @@ def release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def smaller(sequences: int, share: int) -> int | None:
+def next_micro_batch(sequences: int, share: int) -> int | None:
     """Return the largest divisor of `share` that is at most half of `sequences`; None where `sequences` is 1."""
     return next((count for count in range(sequences // 2, 0, -1) if share % count == 0), None)
 
 
 @dataclass(frozen=True)
-class Kept:
+class ReducedMicroBatch:
     """Micro-batch of a run after an out-of-memory error."""
 
     sequences: int
     planned: int
 
 
-def keep(folder: Path, kept: Kept) -> None:
+def write_reduced(folder: Path, kept: ReducedMicroBatch) -> None:
     """Write the record for the next start."""
     write_json(folder / FILE, vars(kept), shared=True)  # several ranks may write at once
 
 
-def recall(folder: Path, planned: int) -> Kept | None:
+def read_reduced(folder: Path, planned: int) -> ReducedMicroBatch | None:
     """Return the record of an earlier start; None if there is none or it has another planned size. Raises RunError for a damaged file."""
     path = folder / FILE
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        kept = Kept(int(content["sequences"]), int(content["planned"]))
+        kept = ReducedMicroBatch(int(content["sequences"]), int(content["planned"]))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -65,7 +65,7 @@ def train_step(engine: Engine, rate: float) -> StepStats:
     return StepStats(loss_sum, weight, grad_norm, updated, tokens, cursor, rate)
 
 
-def advance(engine: Engine, progress: Progress, schedule: Callable[[Progress], float]) -> tuple[Progress, StepStats]:
+def run_step(engine: Engine, progress: Progress, schedule: Callable[[Progress], float]) -> tuple[Progress, StepStats]:
     """Run one step. Returns the progress after it and the step's results."""
     began = perf_counter()
     stats = train_step(engine, schedule(progress))
@@ -79,7 +79,7 @@ def advance(engine: Engine, progress: Progress, schedule: Callable[[Progress], f
     return reached, stats
 
 
-def call_back(
+def run_callbacks(
     engine: Engine, progress: Progress, stats: StepStats, callbacks: Sequence[Callback], last: bool, stopped: bool = False
 ) -> Progress:
     """Run the callbacks that are due after this step, then return the model to training mode."""
@@ -112,9 +112,9 @@ def train(
     """
     engine.model.train()
     while not (finished(progress) or pause(progress)):
-        progress, stats = advance(engine, progress, schedule)
+        progress, stats = run_step(engine, progress, schedule)
         stopped = stop(progress)
-        progress = call_back(engine, progress, stats, callbacks, finished(progress), stopped)
+        progress = run_callbacks(engine, progress, stats, callbacks, finished(progress), stopped)
         if stopped:
             break
     return progress

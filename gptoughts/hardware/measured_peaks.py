@@ -21,7 +21,7 @@ COMMAND = "gptoughts bench gemm"
 
 
 @dataclass(frozen=True)
-class Ceilings:
+class MeasuredPeaks:
     """Best medians of one device: TFLOP/s by dtype, GB/s (10^9) by kind of copy. Contains only measured entries."""
 
     tflops: Mapping[str, float]
@@ -49,24 +49,24 @@ def key(machine: Machine) -> str:
     return " | ".join([gpu.name if gpu else machine.label(), watts, f"torch {machine.packages.get('torch', 'n/a')}"])
 
 
-def ceilings_for(machine: Machine) -> Ceilings | None:
+def measured_peaks_for(machine: Machine) -> MeasuredPeaks | None:
     """Return the figures measured on a device like the first of `machine`; None if there are none or the file is unreadable."""
     row = _rows().get(key(machine))
     if not isinstance(row, dict):
         return None
     try:
         tables = [{str(name): float(value) for name, value in row[table].items()} for table in ("tflops", "gb_per_second")]
-        return Ceilings(tables[0], tables[1], str(row["measured"]), row.get("threads"))
+        return MeasuredPeaks(tables[0], tables[1], str(row["measured"]), row.get("threads"))
     except (KeyError, TypeError, ValueError, AttributeError):
         return None
 
 
-def save_peaks(machine: Machine, found: Ceilings) -> Path:
+def save_measured_peaks(machine: Machine, found: MeasuredPeaks) -> Path:
     """Merge `found` into the cache atomically and return the file. The higher figure is kept, so that a busy machine lowers none.
 
     Raises ConfigError if the file cannot be written.
     """
-    path, before = cache_file(), ceilings_for(machine)
+    path, before = cache_file(), measured_peaks_for(machine)
     tflops = _higher(before.tflops if before else {}, found.tflops)
     speeds = _higher(before.gb_per_second if before else {}, found.gb_per_second)
     rows = {**_rows(), key(machine): {**vars(found), "tflops": tflops, "gb_per_second": speeds}}
@@ -80,7 +80,7 @@ def save_peaks(machine: Machine, found: Ceilings) -> Path:
     return path
 
 
-def reached(
+def gemm_utilization(
     flops_per_token: int | None, machine: Machine, world: World, dtype: str
 ) -> tuple[Callable[[float], float | None], str]:
     """Return a function from tokens per second (all ranks) to the fraction of the measured matmul rate, and a line with its constant.
@@ -88,7 +88,7 @@ def reached(
     As `mfu.utilization`, with the measured rate instead of the datasheet peak; None if either figure is unknown. Each rank has its own
     GPU; on a CPU the ranks of a host share the rate of all its cores.
     """
-    found = ceilings_for(machine)
+    found = measured_peaks_for(machine)
     if flops_per_token is None:
         return (lambda speed: None), "of GEMM n/a: model size unknown"
     if found is None or dtype not in found.tflops:

@@ -13,7 +13,7 @@ from torch import nn
 
 from gptoughts.config import hf_spec
 from gptoughts.config.loader import Recipe, from_values
-from gptoughts.config.model_path import PACKAGE, folder_of
+from gptoughts.config.model_path import PACKAGE, resolve_model_folder
 from gptoughts.config.recipe import ModelConfig
 from gptoughts.config.resolve import resolve_recipe
 from gptoughts.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
@@ -53,7 +53,7 @@ class LoadedModel:
 
 def find(name: str) -> Path:
     """Return the folder of a checkpoint, an exported folder, or a run name under checkpoints/. Raises CheckpointError."""
-    path = folder_of(name) if name.startswith(PACKAGE) else Path(name).expanduser()
+    path = resolve_model_folder(name) if name.startswith(PACKAGE) else Path(name).expanduser()
     if is_exported(path):
         return path
     if path.exists():
@@ -113,7 +113,7 @@ def require_base(folder: Path, adapted: bool, base: str | None, recorded: str | 
         raise ConfigError(f"--base {base}: {folder} is not an adapter", fix="omit --base")
     if adapted and recorded:
         try:
-            folder_of(recorded)
+            resolve_model_folder(recorded)
         except ConfigError as error:
             reason = str(error).splitlines()[0].rstrip(".")
             raise ConfigError(f"{folder}: base model of the adapter not found: {reason}", fix="--base FOLDER") from None
@@ -185,7 +185,7 @@ def _bf16_autocast() -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def reading(loaded: LoadedModel) -> Iterator[None]:
+def inference_mode(loaded: LoadedModel) -> Iterator[None]:
     """Disable gradients and enter the engine's evaluation context."""
     with torch.no_grad(), loaded.engine.eval_context():
         yield

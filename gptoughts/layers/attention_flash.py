@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from gptoughts.config.tasks import task_of
 from gptoughts.layers.support.requirements import HALF_PRECISION, VARIABLE_LENGTH_CLASHES
-from gptoughts.planning.kernel_names import attention_forwards, told
+from gptoughts.planning.kernel_names import attention_forwards, format_launches
 from gptoughts.planning.layer import (
     Case,
     Engine,
@@ -130,7 +130,9 @@ def _verify(version: str, engine: Engine, trace: StepTrace, options: Options) ->
     wanted, ran = trace.blocks * trace.micro_batches, attention_forwards(trace)
     mine, others = ran.get(version, 0), {kind: count for kind, count in ran.items() if kind != version}
     if mine < wanted or others:
-        return inactive(f"{told(ran)} kernels in {wanted} block forwards, requested {version}", ran=mine, expected=wanted)
+        return inactive(
+            f"{format_launches(ran)} kernels in {wanted} block forwards, requested {version}", ran=mine, expected=wanted
+        )
     if not wanted:
         return unproven("the model has no blocks to count")
     return active(f"{mine} {version} kernels in {wanted} block forwards", ran=mine, expected=wanted)

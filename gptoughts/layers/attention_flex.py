@@ -16,7 +16,7 @@ from functools import partial
 from gptoughts.errors import LayerError
 from gptoughts.layers.support.requirements import capability, triton
 from gptoughts.models.torch_internals import is_compiled
-from gptoughts.planning.kernel_names import attention_forwards, told
+from gptoughts.planning.kernel_names import attention_forwards, format_launches
 from gptoughts.planning.layer import (
     Case,
     Engine,
@@ -96,7 +96,7 @@ def verify(engine: Engine, trace: StepTrace, options: Options) -> Evidence:
         operator = trace.operators.get(OPERATOR)
         flex, others, kind = operator.calls if operator else 0, {}, "unfused operators"
     if flex < wanted or others:
-        beside = f"; {told(others)} ran instead" if others else ""
+        beside = f"; {format_launches(others)} ran instead" if others else ""
         return inactive(f"{flex} flex_attention {kind} in {wanted} block forwards{beside}", flex=flex, expected=wanted)
     form = ", which write all scores (torch's form for training on a CPU)" if engine.device.type != "cuda" else ""
     return active(f"{flex} flex_attention {kind} in {wanted} block forwards{form}", flex=flex, expected=wanted)

@@ -16,7 +16,7 @@ from functools import partial
 from gptoughts.config.tasks import FORMATS
 from gptoughts.errors import LayerError
 from gptoughts.layers.support.requirements import capability
-from gptoughts.planning.kernel_names import attention_forwards, told
+from gptoughts.planning.kernel_names import attention_forwards, format_launches
 from gptoughts.planning.layer import (
     Case,
     Engine,
@@ -71,11 +71,11 @@ def unmet(case: Case, options: Options) -> Iterator[Reason]:
 @contextmanager
 def apply(engine: Engine, options: Options) -> Iterator[None]:
     """Set torch's function on every attention module, restricted to a backend if one is named."""
-    from gptoughts.models.gpt.sdpa import attend, held
+    from gptoughts.models.gpt.sdpa import attend, attend_with_backend
 
     backend = options["backend"]
     with ExitStack() as stack:
-        chosen = attend if backend == "auto" else held(BACKENDS[backend])
+        chosen = attend if backend == "auto" else attend_with_backend(BACKENDS[backend])
         stack.callback(engine.family.set_attention(engine.bare, chosen))
         if backend != "auto":
             for hook in ("forward_context", "eval_context"):
@@ -106,11 +106,11 @@ def verify(engine: Engine, trace: StepTrace, options: Options) -> Evidence:
     ran = {kind: count for kind, count in ran.items() if count}
     fused, fallbacks, wanted = sum(ran.values()), trace.calls(FALLBACK), trace.blocks * trace.micro_batches
     kernels, backend = attention_forwards(trace), options["backend"]
-    beneath = f"; kernels: {told(kernels)}" if kernels else ""
+    beneath = f"; kernels: {format_launches(kernels)}" if kernels else ""
     if fallbacks or fused < wanted:
         text = f"{fused} fused attentions in {wanted} block forwards, {fallbacks} fell back{beneath}"
         return inactive(text, fused=fused, expected=wanted)
-    text = f"{told(ran)} in {wanted} block forwards{beneath}"
+    text = f"{format_launches(ran)} in {wanted} block forwards{beneath}"
     if backend == "auto":
         return active(text, fused=fused, expected=wanted)
     allowed = {backend} | (INSIDE if backend == "flash" else set())

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 from gptoughts.config.tasks import task_of
 from gptoughts.layers.support.requirements import HALF_PRECISION, VARIABLE_LENGTH_CLASHES
-from gptoughts.planning.kernel_names import attention_forwards, told
+from gptoughts.planning.kernel_names import attention_forwards, format_launches
 from gptoughts.planning.layer import (
     Case,
     Engine,
@@ -67,10 +67,10 @@ def verify(engine: Engine, trace: StepTrace, options: Options) -> Evidence:
     calls = operator.calls if operator else 0
     text = f"{calls} variable-length attentions"
     if calls < wanted:
-        return inactive(f"{text} in {wanted} block forwards; kernels: {told(kernels)}", calls=calls)
+        return inactive(f"{text} in {wanted} block forwards; kernels: {format_launches(kernels)}", calls=calls)
     if not kernels:
         return unproven(f"{text}; the profiler saw no attention kernel")
-    text = f"{text}, {told(kernels)} kernels in {wanted} block forwards"
+    text = f"{text}, {format_launches(kernels)} kernels in {wanted} block forwards"
     wrong = kernels.get("flash", 0) < wanted or set(kernels) != {"flash"}
     return (inactive if wrong else active)(text, calls=calls)
 

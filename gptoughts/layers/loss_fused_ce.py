@@ -34,7 +34,7 @@ from gptoughts.planning.layer import (
     slower,
     unsupported,
 )
-from gptoughts.planning.memory_fit import counted, memory_of_rank
+from gptoughts.planning.memory_fit import current_budget, memory_of_rank
 
 # Share of a rank's memory. Counts logits, log-probabilities and gradient, at least 12 bytes per logit: a tenth without log-probabilities.
 LOGITS_SHARE = 0.15
@@ -53,7 +53,7 @@ def unmet(case: Case, options: Options) -> Iterator[Reason]:
         yield unsupported(f"{spec.family} computes logits with more than one matmul")
         return
     yield from _unavailable(case, options["implementation"])
-    budget, have = counted(case), memory_of_rank(case)
+    budget, have = current_budget(case), memory_of_rank(case)
     if budget is None:
         yield slower("vocabulary size unknown before the data is read", "size of the logits unknown")
     elif have is not None and budget.logits < LOGITS_SHARE * have:

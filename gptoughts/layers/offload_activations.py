@@ -29,7 +29,7 @@ from gptoughts.planning.layer import (
     slower,
     unsupported,
 )
-from gptoughts.planning.memory_fit import SOURCE, room
+from gptoughts.planning.memory_fit import SOURCE, memory_headroom
 
 
 def unmet(case: Case, options: Options) -> Iterator[Reason]:
@@ -40,7 +40,7 @@ def unmet(case: Case, options: Options) -> Iterator[Reason]:
     if not case.on_gpu:
         yield slower("activations are in host memory already", "no GPU")
         return
-    everything = room(case)
+    everything = memory_headroom(case)
     if everything is not None and everything.is_enough:
         yield slower(f"weights, optimizer and activations take {everything}", SOURCE)
 

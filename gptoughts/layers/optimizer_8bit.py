@@ -30,7 +30,7 @@ from gptoughts.planning.layer import (
     slower,
     unsupported,
 )
-from gptoughts.planning.memory_fit import counted, memory_of_rank
+from gptoughts.planning.memory_fit import current_budget, memory_of_rank
 
 FULL, PACKED = (
     8,
@@ -55,7 +55,7 @@ def unmet(case: Case, options: Options) -> Iterator[Reason]:
     if case.on_gpu and package == "torchao" and "triton" not in case.machine.packages:
         yield unsupported("torchao's update needs the package triton, not installed", "pip install triton")
         return
-    budget, have = counted(case), memory_of_rank(case)
+    budget, have = current_budget(case), memory_of_rank(case)
     if budget is None:
         yield slower("model size unknown before the data is read", "size of the optimizer state unknown")
         return

@@ -27,7 +27,7 @@ from gptoughts.planning.layer import (
     slower,
     unsupported,
 )
-from gptoughts.planning.memory_fit import SOURCE, counted, room
+from gptoughts.planning.memory_fit import SOURCE, current_budget, memory_headroom
 
 HOST_SHARE = 0.8  # of the machine's memory; the rest is for the system, data and Python
 
@@ -41,7 +41,7 @@ def unmet(case: Case, options: Options) -> Iterator[Reason]:
     if not case.on_gpu:
         yield slower("the state is in host memory already", "no GPU")
         return
-    budget, host, processes = counted(case), case.machine.memory_bytes, max(1, case.world.local_world_size)
+    budget, host, processes = current_budget(case), case.machine.memory_bytes, max(1, case.world.local_world_size)
     # Moments, and a copy of each gradient and of its weight.
     need = None if budget is None else (budget.optimizer + 2 * budget.gradients) * processes
     if need is not None and host is not None and need > HOST_SHARE * host:
@@ -50,7 +50,7 @@ def unmet(case: Case, options: Options) -> Iterator[Reason]:
             f"{whose} {bytes_in_words(need)} of host memory, more than {HOST_SHARE:.0%} of {bytes_in_words(host)}"
         )
         return
-    everything = room(case)
+    everything = memory_headroom(case)
     if everything is None:
         yield slower("model size unknown before the data is read", "size of the optimizer state unknown")
     elif everything.is_enough:

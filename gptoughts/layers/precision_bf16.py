@@ -23,7 +23,7 @@ from gptoughts.planning.layer import (
     slower,
     unproven,
 )
-from gptoughts.planning.matmul_dtypes import dtypes
+from gptoughts.planning.matmul_dtypes import count_by_dtype
 
 BF16_CPU = ("avx512_bf16", "amx_bf16", "bf16")
 SMALLEST_CPU_WIDTH = 256
@@ -59,7 +59,7 @@ def apply(engine: Engine, options: Options) -> Iterator[None]:
 
 def verify(engine: Engine, trace: StepTrace, options: Options) -> Evidence:
     """Require bf16 inputs for every matmul and convolution of the watched step."""
-    low, full = dtypes(trace, "c10::BFloat16")
+    low, full = count_by_dtype(trace, "c10::BFloat16")
     if not low and not full:
         return unproven("the step ran no matmul and no convolution")
     if full:

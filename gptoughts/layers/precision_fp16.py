@@ -32,7 +32,7 @@ from gptoughts.planning.layer import (
     unproven,
     unsupported,
 )
-from gptoughts.planning.matmul_dtypes import dtypes
+from gptoughts.planning.matmul_dtypes import count_by_dtype
 
 NAME = "fp16"
 SKIPPED = "fp16 skipped"
@@ -146,7 +146,7 @@ class LossScale:
 def verify(engine: Engine, trace: StepTrace, options: Options) -> Evidence:
     """Require float16 inputs for every matmul, a loss scale, and changed weights: an optimizer kernel can run without changing any."""
     scaler = engine.extras.get(NAME)
-    low, full = dtypes(trace, "c10::Half")
+    low, full = count_by_dtype(trace, "c10::Half")
     if scaler is None:
         return inactive("no loss scale", fp16=low, fp32=full)
     if not low and not full:

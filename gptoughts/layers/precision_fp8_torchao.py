@@ -32,7 +32,7 @@ from gptoughts.planning.layer import (
     unproven,
     unsupported,
 )
-from gptoughts.planning.matmul_dtypes import SCALED, emulated, fp8_launches, scaled
+from gptoughts.planning.matmul_dtypes import SCALED, emulated_calls, fp8_launches, scaled_calls
 
 NAME = "fp8-torchao"
 MULTIPLE = 16
@@ -127,7 +127,7 @@ def verify(engine: Engine, trace: StepTrace, options: Options) -> Evidence:
     done = {name: module for name, module in fitting.items() if is_quantized(module)}
     on_gpu, rowwise = engine.device.type == "cuda", options["scaling"] == "rowwise"
     needed, needed_back = (count * trace.micro_batches for count in _least(engine, done))
-    ran, back = (scaled(trace) if on_gpu else emulated(trace)), _of_the_backward(trace, on_gpu)
+    ran, back = (scaled_calls(trace) if on_gpu else emulated_calls(trace)), _of_the_backward(trace, on_gpu)
     text = f"{len(done)} of {len(fitting)} projections converted, {ran} {'' if on_gpu else 'emulated '}FP8 matmuls"
     text += (
         f", at least {needed} needed" if rowwise else f", {back} of them backward, at least {needed} and {needed_back} needed"

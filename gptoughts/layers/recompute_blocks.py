@@ -27,7 +27,7 @@ from gptoughts.planning.layer import (
     unproven,
     unsupported,
 )
-from gptoughts.planning.memory_fit import SOURCE, room
+from gptoughts.planning.memory_fit import SOURCE, memory_headroom
 
 
 def unmet(case: Case, options: Options) -> Iterator[Reason]:
@@ -36,7 +36,7 @@ def unmet(case: Case, options: Options) -> Iterator[Reason]:
         yield unsupported("needs a model of a known family, with known blocks")
         return
     yield from fixed_scales(case)
-    everything = room(case)
+    everything = memory_headroom(case)
     if everything is not None and everything.is_enough:
         yield slower(f"weights, optimizer and activations take {everything}", SOURCE)
 

@@ -35,7 +35,7 @@ from gptoughts.planning.layer import (
     unproven,
     unsupported,
 )
-from gptoughts.planning.memory_fit import SOURCE, room
+from gptoughts.planning.memory_fit import SOURCE, memory_headroom
 
 # Operator names without overload. Products of two activations (bmm) are excluded: unfused attention makes T x T of them.
 PRODUCT_NAMES = ("aten::mm", "aten::addmm", "aten::_scaled_mm", "aten::_grouped_mm", "aten::_scaled_grouped_mm")
@@ -56,8 +56,8 @@ def unmet(case: Case, options: Options) -> Iterator[Reason]:
     if options["keep"] == "attention" and case.takes("attention", "math"):
         yield unsupported("unfused attention is not one operator whose output can be kept", "--layer.attention sdpa")
         return
-    everything = room(case)
-    kept = room(case, lambda budget: memory(case, options, budget))
+    everything = memory_headroom(case)
+    kept = memory_headroom(case, lambda budget: memory(case, options, budget))
     if everything is None or kept is None:
         return
     if everything.is_enough:

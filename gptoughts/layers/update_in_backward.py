@@ -29,7 +29,7 @@ from gptoughts.planning.layer import (
     slower,
     unsupported,
 )
-from gptoughts.planning.memory_fit import SOURCE, counted, memory_of_rank
+from gptoughts.planning.memory_fit import SOURCE, current_budget, memory_of_rank
 
 MEMORY_SHARE = 0.05  # of the device; smaller gradients are not worth the restrictions
 NAME = "in-backward"
@@ -53,7 +53,7 @@ def unmet(case: Case, options: Options) -> Iterator[Reason]:
         )
     if case.world.world_size > 1:
         yield unsupported("ranks average gradients after they are freed", "--layer.update after-clip")
-    budget, have = counted(case), memory_of_rank(case)
+    budget, have = current_budget(case), memory_of_rank(case)
     if budget is None:
         yield slower("model size unknown before the data is read", "size of the gradients unknown")
     elif have is not None and budget.gradients < MEMORY_SHARE * have:

@@ -45,7 +45,7 @@ class Initialization:
         return []
 
 
-class AsTheyAre:
+class CurrentWeights:
     """Current parameter values of a user's own model."""
 
     def __init__(self, model: nn.Module) -> None:

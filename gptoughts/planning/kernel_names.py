@@ -44,6 +44,6 @@ def attention_forwards(trace: StepTrace) -> dict[str, int]:
     return {kind: count for kind, count in launches.items() if count}
 
 
-def told(found: Mapping[str, int]) -> str:
+def format_launches(found: Mapping[str, int]) -> str:
     """Format launches: `6 efficient, 6 flash`, or `no fused attention`."""
     return ", ".join(f"{count} {kind}" for kind, count in sorted(found.items())) or "no fused attention"

@@ -39,7 +39,7 @@ _TEMPLATE = re.compile(r"^triton_(?:tem|mm)_.*scaled_mm")
 _AROUND = ("transformer_engine::", "nvte_", "transpose_kernel", "quantize", "amax", "swizzle")
 
 
-def dtypes(trace: StepTrace, low: str, full: str = "float") -> tuple[int, int]:
+def count_by_dtype(trace: StepTrace, low: str, full: str = "float") -> tuple[int, int]:
     """Return (products with all factors in `low`, products with any factor in `full`). Dtype names are those of the profiler."""
     counted: Counter[str] = Counter()
     for name, place in FACTORS.items():
@@ -51,7 +51,7 @@ def dtypes(trace: StepTrace, low: str, full: str = "float") -> tuple[int, int]:
     return counted["low"], counted["full"]
 
 
-def scaled(trace: StepTrace) -> int:
+def scaled_calls(trace: StepTrace) -> int:
     """Return the calls of torch's scaled matrix products with two 8-bit factors."""
     return sum(
         calls
@@ -62,7 +62,7 @@ def scaled(trace: StepTrace) -> int:
     )
 
 
-def emulated(trace: StepTrace) -> int:
+def emulated_calls(trace: StepTrace) -> int:
     """Return the products that were emulated: both 8-bit factors are converted to float32 and multiplied."""
     operator = trace.operators.get("aten::_to_copy")
     widened = sum(calls for given, calls in operator.input_dtypes.items() if given[0].startswith(FLOAT8)) if operator else 0

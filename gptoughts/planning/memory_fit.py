@@ -72,7 +72,7 @@ def free_of_rank(case: Case) -> int | None:
 
 
 @dataclass(frozen=True)
-class Room:
+class Headroom:
     """Expected peak bytes of a step, and the bytes available."""
 
     need: int
@@ -89,12 +89,12 @@ class Room:
         return f"about {self.need / GIB:.1f} GiB of {self.have / GIB:.0f} GiB{self.when}"
 
 
-def counted(case: Case) -> Budget | None:
+def current_budget(case: Case) -> Budget | None:
     """Return the memory of a step with the layers chosen so far; None if the model's sizes are unknown."""
     return case.budget or baseline(case.spec, case.recipe, case.forward_sequences)
 
 
-def room(case: Case, change: Callable[[Budget], Budget] = lambda budget: budget) -> Room | None:
+def memory_headroom(case: Case, change: Callable[[Budget], Budget] = lambda budget: budget) -> Headroom | None:
     """Return the expected peak with the layers chosen so far and `change`, and the memory available; None if unknown.
 
     If the vocabulary is unknown until the text is read, only the blocks are counted.
@@ -106,10 +106,10 @@ def room(case: Case, change: Callable[[Budget], Budget] = lambda budget: budget)
     compiles = case.on_gpu and "compile" not in case.chosen and case.compiles
     when = " before compilation" if compiles else ""
     if case.budget is not None:
-        return Room(change(case.budget).peak, have, when)
+        return Headroom(change(case.budget).peak, have, when)
     blocks = replace(spec, vocab_size=spec.vocab_size or 0, parameters=spec.parameters or 12 * spec.depth * spec.width**2)
     budget = baseline(blocks, case.recipe, case.forward_sequences)
-    return None if budget is None else Room(change(budget).peak, have, when)
+    return None if budget is None else Headroom(change(budget).peak, have, when)
 
 
 def expected(case: Case, choices: Choices, catalog: Mapping[str, Layer]) -> Budget | None:

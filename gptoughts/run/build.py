@@ -13,7 +13,7 @@ from torch import nn
 from gptoughts.config.loader import Recipe
 from gptoughts.engine.distributed.ranks import Ranks
 from gptoughts.engine.engine import Engine, Source
-from gptoughts.engine.moe_balance import balanced
+from gptoughts.engine.moe_balance import add_balance_loss
 from gptoughts.engine.objectives.base import Objective
 from gptoughts.errors import GptoughtsError, LayerError
 from gptoughts.models.family import Family
@@ -49,7 +49,7 @@ def build_engine(
         if recipe.model.family == "hf":  # does nothing for dense models
             # With an adapter the routing bias is frozen like the base: an adapter folder cannot store it.
             fixed = {"bias_rate": 0.0} if recipe.adapter.kind != "none" else {}
-            engine.objective, undo = balanced(engine, objective, recipe.experts.model_copy(update=fixed))
+            engine.objective, undo = add_balance_loss(engine, objective, recipe.experts.model_copy(update=fixed))
             stack.callback(undo)
         for phase in Phase:
             if phase is Phase.REAL:

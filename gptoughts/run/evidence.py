@@ -11,7 +11,7 @@ from gptoughts.console import GIB, Console
 from gptoughts.engine.callback import Callback
 from gptoughts.engine.distributed.ranks import Ranks
 from gptoughts.engine.engine import Engine
-from gptoughts.engine.trainer import Progress, call_back, train
+from gptoughts.engine.trainer import Progress, run_callbacks, train
 from gptoughts.errors import LayerError
 from gptoughts.files import write_json
 from gptoughts.planning.evidence import Evidence, Status, StepTrace, unproven
@@ -101,7 +101,7 @@ def watch_update(
     """Watch steps from `progress` until one updates the weights. Raises LayerError after MAX_UNWATCHED steps without an update."""
     for _ in range(MAX_UNWATCHED):
         progress, stats, trace = watch(engine, progress, schedule)
-        progress = call_back(engine, progress, stats, callbacks, False)
+        progress = run_callbacks(engine, progress, stats, callbacks, False)
         if trace.updated:
             return progress, trace
     raise LayerError(f"watched step: {MAX_UNWATCHED} steps made no update, so no layer could be proven")
@@ -152,7 +152,7 @@ class EvidenceCheck:
             ends(progress)
             if trace.updated:
                 self._judge(engine, progress, trace)
-            progress = call_back(engine, progress, stats, callbacks, finished(progress), stopped)
+            progress = run_callbacks(engine, progress, stats, callbacks, finished(progress), stopped)
             if trace.updated:
                 break
         return progress, stopped

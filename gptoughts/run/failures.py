@@ -11,7 +11,7 @@ import torch
 import torch.distributed
 
 from gptoughts.engine.engine import Engine
-from gptoughts.engine.oom import Kept, OutOfMemory, keep, ran_out
+from gptoughts.engine.oom import OutOfMemory, ReducedMicroBatch, is_out_of_memory, write_reduced
 from gptoughts.errors import RunError
 from gptoughts.run.memory_snapshot import memory_report
 
@@ -28,7 +28,7 @@ def report_failures(engine: Engine, out: Path) -> Iterator[None]:
         yield
     except OutOfMemory as error:
         if error.sequences is not None:
-            keep(out, Kept(error.sequences, planned))
+            write_reduced(out, ReducedMicroBatch(error.sequences, planned))
             if SHORTAGE in os.environ:
                 Path(os.environ[SHORTAGE]).write_text(f"{error}\n", encoding="utf-8")
         raise
@@ -38,7 +38,7 @@ def report_failures(engine: Engine, out: Path) -> Iterator[None]:
                 f"rank {engine.ranks.world.rank}: lost the connection to another rank, whose message names the cause",
                 found=str(error).splitlines()[0][:200],
             ) from error
-        if not ran_out(error):
+        if not is_out_of_memory(error):
             raise
         blocks = f"\n  {memory_report(out / 'memory.json')}" if engine.device.type == "cuda" else ""
         raise RunError(

@@ -9,7 +9,7 @@ from torch import nn
 
 from gptoughts.config.loader import Recipe, Resolved
 from gptoughts.console import count
-from gptoughts.data.chat.marking import Style, first_rows, said, shown
+from gptoughts.data.chat.marking import Style, first_rows, render_row, row_summary
 from gptoughts.data.corpus import Corpus, TableCorpus
 from gptoughts.engine.from_recipe import ModelBundle
 from gptoughts.errors import ConfigError, DataError
@@ -63,7 +63,7 @@ def introduction(
     yield from (f"note: {note}" for note in getattr(source, "notes", ()))
     if isinstance(corpus, TableCorpus):
         for number, row in enumerate(first_rows(corpus, recipe, SHOWN_SAMPLES), 1):
-            yield f"--- sample {number}: {said(row)}\n{shown(corpus.tokenizer, row, style)}"
+            yield f"--- sample {number}: {row_summary(row)}\n{render_row(corpus.tokenizer, row, style)}"
         yield "---"
 
 

@@ -16,7 +16,7 @@ from gptoughts.config.loader import Resolved
 from gptoughts.data.batches import Cursor
 from gptoughts.engine.checkpoint import store
 from gptoughts.engine.engine import Engine
-from gptoughts.engine.oom import recall
+from gptoughts.engine.oom import read_reduced
 from gptoughts.engine.trainer import Progress
 from gptoughts.errors import CheckpointError, RunError
 from gptoughts.planning.resolve import Plan
@@ -158,7 +158,7 @@ def restore_micro_batch(engine: Engine, point: ResumePoint | None, now: Mapping[
     """
     planned = engine.micro_batch
     share = engine.recipe.train.global_batch // engine.ranks.size
-    kept = recall(out, planned or share)
+    kept = read_reduced(out, planned or share)
     if kept is not None:
         engine.reduced_from, engine.micro_batch = planned or share, kept.sequences
         return f"micro-batch of {kept.sequences} sequences instead of {kept.planned}: an earlier attempt ran out of memory"

@@ -17,7 +17,7 @@ from gptoughts.engine.checkpoint import state, store
 from gptoughts.engine.engine import Engine
 from gptoughts.engine.from_recipe import checkpoint_documents
 from gptoughts.engine.trainer import Progress, train
-from gptoughts.inference.generate.write import write
+from gptoughts.inference.generate.write import generate_text
 from gptoughts.run import resume
 from gptoughts.run.callbacks import Evaluate, Log, Sample, Save
 from gptoughts.run.evidence import EvidenceCheck, LayerEvidence, warmup_steps
@@ -163,7 +163,7 @@ class _Run:
         prompt = self.session.prompt
         # Each text length would compile another graph, so compiled blocks run eagerly here.
         with engine.eval_context(), torch.compiler.set_stance("force_eager"):
-            written = write(engine.bare, self.corpus.tokenizer, [prompt], self.recipe, self.session.bundle.mask_id)
+            written = generate_text(engine.bare, self.corpus.tokenizer, [prompt], self.recipe, self.session.bundle.mask_id)
         return prompt + written[0]
 
     def _snapshot(self, engine: Engine, progress: Progress) -> store.Snapshot:

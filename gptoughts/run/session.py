@@ -31,7 +31,7 @@ from gptoughts.files import write_json, write_text
 from gptoughts.hardware.machine import Machine, World
 from gptoughts.layers.plugins import Extensions
 from gptoughts.models.family import custom_family
-from gptoughts.models.sources import AsTheyAre, meta_model
+from gptoughts.models.sources import CurrentWeights, meta_model
 from gptoughts.planning.plan import Plan
 from gptoughts.run import numerics_check, preflight, resume
 from gptoughts.run.build import build_engine, seed_rngs
@@ -172,7 +172,7 @@ def _open_own(job: TrainingJob, ranks: Ranks, console: Console) -> Iterator[Sess
         job.extensions.catalog,
         ranks=ranks,
         batches=own.batches,
-        source=AsTheyAre(own.model),
+        source=CurrentWeights(own.model),
     ) as engine:
         yield Session(job, ranks, console, engine, bundle, RunLength(job.recipe, ranks, 0), attempt=attempt)
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from gptoughts.engine.engine import Engine
-from gptoughts.engine.memory_usage import held_bytes, highest
-from gptoughts.engine.trainer import Progress, StepStats, advance
+from gptoughts.engine.memory_usage import bytes_in_use, peak_of
+from gptoughts.engine.trainer import Progress, StepStats, run_step
 from gptoughts.layers.support.compile import recompiles
 from gptoughts.planning.evidence import Operator, StepTrace
 
@@ -39,14 +39,14 @@ class ProfilerTotals:
 def watch(engine: Engine, progress: Progress, schedule: Callable[[Progress], float]) -> tuple[Progress, StepStats, StepTrace]:
     """Run one training step from `progress` under the profiler. `StepTrace.updated` tells whether it updated the weights."""
     done: list[tuple[Progress, StepStats]] = []
-    trace = trace_step(engine, lambda: done.append(advance(engine, progress, schedule)))
+    trace = trace_step(engine, lambda: done.append(run_step(engine, progress, schedule)))
     return *done[0], trace
 
 
 def trace_step(engine: Engine, step: Callable[[], object]) -> StepTrace:
     """Call `step` under the profiler and return operators, kernels, counters and peak memory."""
     sums, counted, call_counts = checksums(engine), vars(engine.counters).copy(), engine.counters.call_counts.copy()
-    before = held_bytes(engine)
+    before = bytes_in_use(engine)
     if engine.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(engine.device)
     with profiled(engine) as totals:
@@ -83,7 +83,7 @@ def checksums(engine: Engine) -> list[float]:
 def _peak(engine: Engine, before: int, totals: ProfilerTotals) -> int | None:
     if engine.device.type == "cuda":
         return torch.cuda.max_memory_allocated(engine.device)
-    return highest(before, totals.allocations) if totals.allocations else None
+    return peak_of(before, totals.allocations) if totals.allocations else None
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from gptoughts.config.model_spec import ModelSpec, flops_per_token
 from gptoughts.hardware.machine import Machine, World
-from gptoughts.hardware.measured_peaks import reached
+from gptoughts.hardware.measured_peaks import gemm_utilization
 from gptoughts.hardware.peak_flops import peaks
 from gptoughts.planning.plan import Plan
 
@@ -44,7 +44,7 @@ class Throughput:
 def throughput(spec: ModelSpec, plan: Plan, machine: Machine, world: World) -> Throughput:
     """Return the conversions for a model on this machine."""
     mfu, formula = utilization(spec, machine, world.world_size)
-    of_gemm, ceiling = reached(flops_per_token(spec), machine, world, plan.gemm_dtype)
+    of_gemm, ceiling = gemm_utilization(flops_per_token(spec), machine, world, plan.gemm_dtype)
     return Throughput(world.world_size, flops_per_token(spec), mfu, of_gemm, (formula, ceiling))
 
 

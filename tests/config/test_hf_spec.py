@@ -153,7 +153,7 @@ def test_documents_of_a_checkpoint(tmp_path: Path) -> None:
 
 def test_folders_and_what_is_none(tmp_path: Path) -> None:
     folder = write_config(tmp_path / "m", "llama")
-    assert hub.folder_of(str(folder)) == folder
+    assert hub.resolve_model_folder(str(folder)) == folder
     for name, said in {
         str(tmp_path): "no config.json and no .gguf",
         str(folder / "config.json"): "is a file",
@@ -164,11 +164,11 @@ def test_folders_and_what_is_none(tmp_path: Path) -> None:
         "package:not a name": "no such Python package",
     }.items():
         with pytest.raises(ConfigError, match=said):
-            hub.folder_of(name)
+            hub.resolve_model_folder(name)
     for name in ("a.gguf", "b.gguf"):
         (tmp_path / name).write_bytes(b"GGUF")
     with pytest.raises(ConfigError, match=r"2 .gguf files, name one. Found "):
-        hub.folder_of(str(tmp_path))
+        hub.resolve_model_folder(str(tmp_path))
 
 
 def test_a_package_is_found_and_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,7 +177,7 @@ def test_a_package_is_found_and_not_run(tmp_path: Path, monkeypatch: pytest.Monk
     (inside / "model.safetensors").write_bytes(b"")
     (package / "__init__.py").write_text("raise RuntimeError('run')")
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert hub.folder_of("package:holds-a-model") == inside
+    assert hub.resolve_model_folder("package:holds-a-model") == inside
     assert "holds_a_model" not in sys.modules
 
 
@@ -189,12 +189,12 @@ def test_the_cache_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("abc")
     with pytest.raises(ConfigError, match=r"not a local folder, not fully cached"):
-        hub.folder_of("org/name")
+        hub.resolve_model_folder("org/name")
     (snapshot / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "one.safetensors"}}))
     with pytest.raises(ConfigError, match=r"HF_HUB_OFFLINE is set"):
-        hub.folder_of("org/name")
+        hub.resolve_model_folder("org/name")
     (snapshot / "one.safetensors").write_bytes(b"")
-    assert hub.folder_of("org/name") == snapshot
+    assert hub.resolve_model_folder("org/name") == snapshot
 
 
 def test_a_gguf_that_is_none_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,6 +202,6 @@ def test_a_gguf_that_is_none_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
     file = tmp_path / "bad.gguf"
     file.write_bytes(b"no such format")
     with pytest.raises(ConfigError, match=r"bad.gguf: conversion failed"):
-        hub.folder_of(str(file))
+        hub.resolve_model_folder(str(file))
     assert [path.suffix for path in hub.models_cache().iterdir()] == [".lock"]
     assert os.environ["XDG_CACHE_HOME"].endswith("cache")

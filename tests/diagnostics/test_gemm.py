@@ -14,7 +14,15 @@ from gptoughts.cli.main import main
 from gptoughts.diagnostics.bench.gemm import Effort, bench_gemm, effort_for, gemm_markdown, gemm_text, measured_peaks_of
 from gptoughts.errors import ConfigError
 from gptoughts.hardware.machine import Machine, World, probe, read
-from gptoughts.hardware.measured_peaks import Ceilings, cache_file, ceilings_for, datasheet, key, reached, save_peaks
+from gptoughts.hardware.measured_peaks import (
+    MeasuredPeaks,
+    cache_file,
+    datasheet,
+    gemm_utilization,
+    key,
+    measured_peaks_for,
+    save_measured_peaks,
+)
 from gptoughts.layers import CATALOG
 from tests.support.engines import plan_of, recipe_of
 
@@ -71,37 +79,37 @@ def test_the_command_keeps_the_file_and_leaves_ceilings_to_whole_measurements(
     said = capsys.readouterr().out
     assert "TFLOP/s" in said and str(cache_file()) in said and f"kept in {out}, {out.with_suffix('.md')}" in said
     assert json.loads(out.read_text(encoding="utf-8"))["runs"][0]["what"] == "bench gemm"
-    found = ceilings_for(probe())
+    found = measured_peaks_for(probe())
     assert found is not None and found.tflops["fp32"] > 0
 
 
 def test_ceilings_come_back_for_this_device_power_and_torch_alone() -> None:
     h100 = read(MACHINES / "h100.json")
-    found = Ceilings({"bf16": 700.0}, {"copy": 2900.0}, "2026-01-01T00:00:00Z")
-    assert ceilings_for(h100) is None
-    path = save_peaks(h100, found)
-    assert path == cache_file() and ceilings_for(h100) == found
+    found = MeasuredPeaks({"bf16": 700.0}, {"copy": 2900.0}, "2026-01-01T00:00:00Z")
+    assert measured_peaks_for(h100) is None
+    path = save_measured_peaks(h100, found)
+    assert path == cache_file() and measured_peaks_for(h100) == found
     gpu = h100.gpus[0]
-    assert ceilings_for(replace(h100, gpus=(replace(gpu, power_limit_watts=350.0),))) is None
-    assert ceilings_for(replace(h100, packages={**h100.packages, "torch": "9.9"})) is None
+    assert measured_peaks_for(replace(h100, gpus=(replace(gpu, power_limit_watts=350.0),))) is None
+    assert measured_peaks_for(replace(h100, packages={**h100.packages, "torch": "9.9"})) is None
     other = replace(h100, gpus=(replace(gpu, name="another"),))
-    save_peaks(other, Ceilings({}, {}, "later"))
-    assert ceilings_for(h100) == found, "others stay"
-    save_peaks(h100, Ceilings({"bf16": 500.0, "fp8": 1200.0}, {"copy": 3000.0}, "2026-01-02T00:00:00Z"))
-    assert ceilings_for(h100) == Ceilings({"bf16": 700.0, "fp8": 1200.0}, {"copy": 3000.0}, "2026-01-02T00:00:00Z"), (
-        "a busy hour"
-    )
+    save_measured_peaks(other, MeasuredPeaks({}, {}, "later"))
+    assert measured_peaks_for(h100) == found, "others stay"
+    save_measured_peaks(h100, MeasuredPeaks({"bf16": 500.0, "fp8": 1200.0}, {"copy": 3000.0}, "2026-01-02T00:00:00Z"))
+    assert measured_peaks_for(h100) == MeasuredPeaks(
+        {"bf16": 700.0, "fp8": 1200.0}, {"copy": 3000.0}, "2026-01-02T00:00:00Z"
+    ), "a busy hour"
     cache_file().unlink()
-    save_peaks(h100, found)
+    save_measured_peaks(h100, found)
     assert found.share(350e12, "bf16") == pytest.approx(0.5) and found.share(1.0, "fp8") is None
-    share, line = reached(10**9, h100, World(0, 0, 2, 2), "bf16")
+    share, line = gemm_utilization(10**9, h100, World(0, 0, 2, 2), "bf16")
     assert share(7e5) == pytest.approx(0.5) and "700 TFLOP/s per GPU, bf16, measured on this machine, last 2026-01-01" in line
     for flops, dtype, here, why in (
         (None, "bf16", h100, "model size unknown"),
         (10**9, "fp16", h100, "gptoughts bench gemm could not measure it"),
         (10**9, "bf16", read(MACHINES / "t4.json"), "run gptoughts bench gemm"),
     ):
-        share, line = reached(flops, here, World(), dtype)
+        share, line = gemm_utilization(flops, here, World(), dtype)
         assert share(1.0) is None and why in line
     assert datasheet(h100)["bf16"] == 989.4 and "copy" in datasheet(h100)
 
@@ -113,10 +121,10 @@ def test_a_damaged_cache_is_none_and_is_written_anew(tmp_path_factory: pytest.Te
         h100 = read(MACHINES / "h100.json")
         cache_file().parent.mkdir(parents=True)
         cache_file().write_bytes(damage)
-        assert ceilings_for(h100) is None
-        found = Ceilings({"bf16": 1.0}, {}, "now", 2)
-        save_peaks(h100, found)
-        assert ceilings_for(h100) == found
+        assert measured_peaks_for(h100) is None
+        found = MeasuredPeaks({"bf16": 1.0}, {}, "now", 2)
+        save_measured_peaks(h100, found)
+        assert measured_peaks_for(h100) == found
 
 
 def test_a_row_of_another_shape_is_none() -> None:
@@ -129,14 +137,14 @@ def test_a_row_of_another_shape_is_none() -> None:
         {"tflops": 1, "gb_per_second": {}, "measured": ""},
     ):
         cache_file().write_text(json.dumps({key(h100): row}), encoding="utf-8")
-        assert ceilings_for(h100) is None
+        assert measured_peaks_for(h100) is None
 
 
 def test_a_cache_that_cannot_be_written_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("x", encoding="utf-8")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(ConfigError, match="set XDG_CACHE_HOME"):
-        save_peaks(read(MACHINES / "h100.json"), Ceilings({}, {}, ""))
+        save_measured_peaks(read(MACHINES / "h100.json"), MeasuredPeaks({}, {}, ""))
 
 
 def test_the_ceiling_of_a_plan_is_that_of_its_products(here: Machine) -> None:

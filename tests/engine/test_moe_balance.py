@@ -14,7 +14,7 @@ from torch import nn
 
 from gptoughts.config.recipe import ExpertsConfig
 from gptoughts.engine.engine import Engine
-from gptoughts.engine.moe_balance import Balanced, balanced, counted
+from gptoughts.engine.moe_balance import Balanced, add_balance_loss, counted
 from gptoughts.engine.objectives.base import NextToken
 from gptoughts.engine.trainer import StepStats, train_step
 from gptoughts.errors import ConfigError, RunError
@@ -37,7 +37,7 @@ def trained(
     model: nn.Module, coefficient: float = COEFFICIENT, micro_batch: int | None = None, rate: float = 1e-2, **more: Any
 ) -> Engine:
     engine = engine_for(model, {"input_ids": ids(), **more}, micro_batch, rate)
-    engine.objective, _ = balanced(engine, engine.objective, ExpertsConfig(balance_weight=coefficient))
+    engine.objective, _ = add_balance_loss(engine, engine.objective, ExpertsConfig(balance_weight=coefficient))
     return engine
 
 
@@ -229,7 +229,7 @@ def test_biases_even_out_a_skewed_load() -> None:
     model = mixture("deepseek_v3")
     engine = engine_for(model, {"input_ids": ids(8, 33)}, rate=0.0)
     config = ExpertsConfig(balance_weight=0.0, bias_rate=0.02)
-    engine.objective, _ = balanced(engine, engine.objective, config)
+    engine.objective, _ = add_balance_loss(engine, engine.objective, config)
     worst = []
     for _ in range(30):
         engine.objective.meters.clear()
@@ -268,7 +268,7 @@ def test_the_balance_loss_evens_out_a_skewed_load() -> None:
 def test_a_dense_model_is_left_alone() -> None:
     recipe = recipe_of()
     with engine_of(recipe, plan_of(recipe)) as engine:
-        objective, undo = balanced(engine, engine.objective, ExpertsConfig())
+        objective, undo = add_balance_loss(engine, engine.objective, ExpertsConfig())
         assert objective is engine.objective
         assert engine._wrappers["step"] == []
         undo()
@@ -279,9 +279,9 @@ def test_undo_leaves_no_trace() -> None:
     engine = engine_for(model, {"input_ids": ids()})
     before = [dict(module.__dict__) for module in model.modules()]
     switch = torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint
-    _, undo = balanced(engine, engine.objective, ExpertsConfig())
+    _, undo = add_balance_loss(engine, engine.objective, ExpertsConfig())
     with pytest.raises(ConfigError, match="already patched"):
-        balanced(engine, engine.objective, ExpertsConfig())
+        add_balance_loss(engine, engine.objective, ExpertsConfig())
     undo()
     assert [list(module.__dict__) for module in model.modules()] == [list(one) for one in before]
     assert engine._wrappers["step"] == []

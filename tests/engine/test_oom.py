@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptoughts.engine.objectives.base import Objective, WrappedObjective
-from gptoughts.engine.oom import Kept, keep, ran_out, recall, smaller
+from gptoughts.engine.oom import ReducedMicroBatch, is_out_of_memory, next_micro_batch, read_reduced, write_reduced
 from gptoughts.errors import RunError
 from tests.engine.test_ddp import launch
 from tests.support.engines import engine_of, plan_of, random_batches, recipe_of, steps
@@ -44,13 +44,13 @@ OBJECTIVES = {"greedy": Greedy}
 def test_an_allocation_that_cannot_be_is_told_from_other_errors() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**46)
-    assert ran_out(caught.value) and ran_out(torch.OutOfMemoryError("CUDA out of memory"))
-    assert not ran_out(RuntimeError("shapes do not fit")) and not ran_out(ValueError("can't allocate memory"))
+    assert is_out_of_memory(caught.value) and is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert not is_out_of_memory(RuntimeError("shapes do not fit")) and not is_out_of_memory(ValueError("can't allocate memory"))
 
 
 @given(st.integers(1, 512), st.integers(1, 512))
 def test_the_smaller_micro_batch_cuts_the_share_evenly(sequences: int, share: int) -> None:
-    found = smaller(sequences, share)
+    found = next_micro_batch(sequences, share)
     if found is None:
         assert sequences == 1
     else:
@@ -175,12 +175,12 @@ def test_weights_that_moved_in_the_backward_are_not_moved_twice() -> None:
 
 
 def test_what_was_written_down_holds_for_the_same_plan_only(tmp_path: Path) -> None:
-    assert recall(tmp_path, 8) is None
-    keep(tmp_path, Kept(2, 8))
-    assert recall(tmp_path, 8) == Kept(2, 8) and recall(tmp_path, 4) is None
+    assert read_reduced(tmp_path, 8) is None
+    write_reduced(tmp_path, ReducedMicroBatch(2, 8))
+    assert read_reduced(tmp_path, 8) == ReducedMicroBatch(2, 8) and read_reduced(tmp_path, 4) is None
     (tmp_path / "micro_batch.json").write_text("{")
     with pytest.raises(RunError, match=r"micro_batch.json: not readable (.|\n)*Try: rm "):
-        recall(tmp_path, 8)
+        read_reduced(tmp_path, 8)
 
 
 def test_ranks_that_run_out_together_all_write_it_down(tmp_path: Path) -> None:
@@ -196,7 +196,7 @@ for _ in range(300):
     ]
     told = [rank.communicate()[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0, 0], told
-    assert recall(tmp_path, 8) == Kept(2, 8) and len(list(tmp_path.iterdir())) == 1
+    assert read_reduced(tmp_path, 8) == ReducedMicroBatch(2, 8) and len(list(tmp_path.iterdir())) == 1
 
 
 LIMITED = textwrap.dedent(

@@ -187,7 +187,7 @@ def test_code_is_fetched_only_where_it_may_run(monkeypatch: pytest.MonkeyPatch, 
         return made
 
     monkeypatch.setattr(hub, "_fetched", fetched)
-    assert hub.folder_of("some/model") == made and asked == []
+    assert hub.resolve_model_folder("some/model") == made and asked == []
     assert hub.folder_with_code("some/model") == made and "*.py" in asked[0]
 
 

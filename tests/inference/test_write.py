@@ -15,7 +15,7 @@ from gptoughts.config.loader import from_values
 from gptoughts.data.tokenizers.tokenizer import load_tokenizer
 from gptoughts.errors import ConfigError, DataError
 from gptoughts.inference.load import exported_recipe
-from tests.support.chat_parts import NAMES, folder_of, tokenizer_json
+from tests.support.chat_parts import NAMES, resolve_model_folder, tokenizer_json
 
 WORDS: dict[str, Any] = dict.fromkeys(
     ("base", "steps", "block_length", "remasking", "guidance", "memory", "offload")
@@ -34,7 +34,7 @@ def scripted(family: str, folder: Path, script: dict[int, int]) -> Path:
     """A tiny Llama in `folder` that writes script[token] behind each token; its blocks add nothing."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    folder_of(family, folder)
+    resolve_model_folder(family, folder)
     config = LlamaConfig(
         vocab_size=512, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=2, max_position_embeddings=32, tie_word_embeddings=False, bos_token_id=None, eos_token_id=None,

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from gptoughts.config.model_spec import spec_for
 from gptoughts.engine.checkpoint import state as training_state
 from gptoughts.engine.checkpoint import store as checkpoint
-from gptoughts.engine.trainer import Progress, advance
+from gptoughts.engine.trainer import Progress, run_step
 from gptoughts.errors import PlanError, RunError
 from gptoughts.hardware.machine import World, read
 from gptoughts.layers import CATALOG
@@ -71,7 +71,7 @@ def test_a_step_that_overflows_is_left_out_and_counted() -> None:
         scaler, progress, updated, norms, moved = engine.extras["fp16"], Progress(), [], [], []
         for _ in range(4):
             before = weights(engine)
-            progress, stats = advance(engine, progress, lambda _: 1e-3)
+            progress, stats = run_step(engine, progress, lambda _: 1e-3)
             updated.append(stats.updated)
             norms.append(float(stats.grad_norm))
             moved.append(not torch.equal(before, weights(engine)))

@@ -11,7 +11,7 @@ from torch import Tensor
 from gptoughts.config.model_spec import spec_for
 from gptoughts.engine.engine import Engine
 from gptoughts.engine.optim.param_groups import Group
-from gptoughts.engine.trainer import Progress, advance
+from gptoughts.engine.trainer import Progress, run_step
 from gptoughts.errors import LayerError, PlanError
 from gptoughts.hardware.machine import World, probe
 from gptoughts.layers import CATALOG
@@ -31,7 +31,7 @@ def run(engine: Engine, count: int = 3) -> list[float]:
     progress, norms = Progress(), []
     engine.model.train()
     for _ in range(count):
-        progress, stats = advance(engine, progress, lambda done: 1e-3 * (done.step + 1))
+        progress, stats = run_step(engine, progress, lambda done: 1e-3 * (done.step + 1))
         norms.append(float(stats.grad_norm))
     return norms
 

@@ -36,7 +36,7 @@ from gptoughts.layers.support.activation_offload import HostActivations
 from gptoughts.models.sources import meta_model
 from gptoughts.planning.evidence import Operator, StepTrace
 from gptoughts.planning.layer import Case, Kind, Status
-from gptoughts.planning.memory_fit import room
+from gptoughts.planning.memory_fit import memory_headroom
 from gptoughts.planning.memory_model import baseline
 from gptoughts.run.build import build_engine
 from tests.layers.test_contract import gradient
@@ -184,7 +184,7 @@ def test_where_each_pays(width: int, taken: str) -> None:
 
 
 def fits_at_all(case: Case) -> bool:
-    found = room(case)
+    found = memory_headroom(case)
     return found is not None and found.is_enough
 
 
@@ -410,7 +410,7 @@ def test_what_an_adapter_would_save_is_weighed_by_its_own_weights() -> None:
     assert f"gradients take {gradients} of 79.65 GiB" in told_of("in-backward", adapter)
     assert "MiB" in gradients and "saves " in told_of("8bit", adapter) and "MiB of 79.65 GiB" in told_of("8bit", adapter)
     for case in (whole, adapter):
-        assert f"state and activations take {room(case)}" in told_of("state-on-cpu", case)
+        assert f"state and activations take {memory_headroom(case)}" in told_of("state-on-cpu", case)
     crowded = dataclasses.replace(whole, machine=dataclasses.replace(whole.machine, memory_bytes=50 << 30))
     assert "one process needs 44.70 GiB of host memory" in told_of("state-on-cpu", crowded)
     assert "host memory" not in told_of("state-on-cpu", dataclasses.replace(adapter, machine=crowded.machine))
@@ -443,7 +443,7 @@ def test_a_figure_that_the_compiler_will_lower_says_so(name: str, wish: str, sai
     case = dataclasses.replace(a_billion(), preferred={"compile": wish}, compiles=CATALOG[wish].compiles)
     told = told_of(name, case)
     assert ("GiB of 80 GiB before compilation" in told) is said and "activations take about" in told
-    assert str(room(case)) in told
+    assert str(memory_headroom(case)) in told
 
 
 # --- fused-ce

@@ -11,7 +11,7 @@ import pytest
 from gptoughts import api
 from gptoughts.cli import lists
 from gptoughts.cli.generate import check_room
-from gptoughts.config.model_path import folder_of
+from gptoughts.config.model_path import resolve_model_folder
 from gptoughts.errors import ConfigError, PlanError
 from gptoughts.hardware.machine import World, read
 from gptoughts.inference.generate.write import check_sampling
@@ -44,7 +44,7 @@ def test_without_a_network_there_is_a_line_to_type(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(ConfigError, match=r"\n  try: --model.path FOLDER, or --model.config FILE to plan or train from random"):
-        folder_of("nobody/nothing")
+        resolve_model_folder("nobody/nothing")
 
 
 def denoising(tokens: int) -> Any:

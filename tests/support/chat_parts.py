@@ -131,7 +131,7 @@ FAMILIES = {
 """Name -> kind of tokenizer and template."""
 
 
-def folder_of(family: str, folder: Path) -> Path:
+def resolve_model_folder(family: str, folder: Path) -> Path:
     """Writes the tokenizer and the template of a family into `folder`."""
     kind, template = FAMILIES[family]
     folder.mkdir(parents=True, exist_ok=True)

@@ -21,7 +21,7 @@ from gptoughts.engine.engine import Engine
 from gptoughts.engine.objectives.base import NextToken, Objective
 from gptoughts.engine.objectives.masked_diffusion import MaskedDiffusion
 from gptoughts.engine.objectives.span_qa import QuestionAnswering
-from gptoughts.engine.trainer import Progress, advance
+from gptoughts.engine.trainer import Progress, run_step
 from gptoughts.hardware.machine import Machine, World, probe
 from gptoughts.layers import CATALOG
 from gptoughts.models.family import FAMILIES, Family
@@ -180,7 +180,7 @@ def steps(engine: Engine, count: int) -> list[float]:
     progress = Progress()
     engine.model.train()
     for _ in range(count):
-        progress, stats = advance(engine, progress, lambda _: 1e-3)
+        progress, stats = run_step(engine, progress, lambda _: 1e-3)
         losses.append(float(engine.ranks.sum(stats.loss_sum) / stats.weight))
     return losses
 

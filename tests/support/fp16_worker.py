@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from gptoughts.engine.distributed.ranks import process_group
-from gptoughts.engine.trainer import Progress, advance
+from gptoughts.engine.trainer import Progress, run_step
 from gptoughts.hardware.machine import world_from_environment
 from tests.support.ddp_worker import share
 from tests.support.engines import engine_of, plan_of, recipe_of
@@ -35,7 +35,7 @@ def main(out: str) -> None:
             progress, updated = Progress(), []
             for _ in range(3):
                 at["step"] += 1
-                progress, stats = advance(engine, progress, lambda _: 1e-3)
+                progress, stats = run_step(engine, progress, lambda _: 1e-3)
                 updated.append(stats.updated)
             total = sum(float(parameter.detach().double().sum()) for parameter in engine.parameters())
             record = {"updated": updated, "scale": engine.extras["fp16"].scale, "weights": total}

@@ -79,7 +79,7 @@ def documents(row: Mapping[str, np.ndarray]) -> tuple[list[slice], int]:
     return slices, 0
 
 
-def said(row: Mapping[str, np.ndarray]) -> str:
+def row_summary(row: Mapping[str, np.ndarray]) -> str:
     """Return a row's token counts as text."""
     parts, padding = documents(row)
     used = len(row["input_ids"]) - padding
@@ -89,7 +89,7 @@ def said(row: Mapping[str, np.ndarray]) -> str:
     return f"{used:,} tokens{several}, {padding:,} padding, {labels:,} learned ({100 * labels / max(used, 1):.1f} %)"
 
 
-def shown(tokenizer: Tokenizer, row: Mapping[str, np.ndarray], style: Style) -> str:
+def render_row(tokenizer: Tokenizer, row: Mapping[str, np.ndarray], style: Style) -> str:
     """Return a row's documents as text with the learned tokens marked, without padding."""
     labels = learned(row)
     return "\n· · ·\n".join(marked(tokenizer, row["input_ids"][part], labels[part], style) for part in documents(row)[0])
@@ -136,7 +136,7 @@ def escape_control(text: str) -> str:
     )
 
 
-def totals(corpus: Corpus, recipe: Recipe) -> Iterator[str]:
+def split_summaries(corpus: Corpus, recipe: Recipe) -> Iterator[str]:
     """Yield lines of statistics per split."""
     tables: Mapping[str, Table] | None = getattr(corpus, "tables", None)
     if tables is None:

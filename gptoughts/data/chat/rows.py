@@ -25,7 +25,7 @@ from gptoughts.data.chat.conversations import Conversation, InvalidRow, chat_fil
 from gptoughts.data.chat.packing import Document, build_arrays, fill_ratio, one_per_row, pack
 from gptoughts.data.chat.tokenizer import ChatTokenizer, Encoded
 from gptoughts.data.table import Table
-from gptoughts.data.text.folder import locked
+from gptoughts.data.text.folder import folder_lock
 from gptoughts.data.text.shards import INDEX, sha256_of
 from gptoughts.data.text.tokenize import cache_folder
 from gptoughts.data.tokenizers.tokenizer import Tokenizer
@@ -73,7 +73,7 @@ def prepare_chat(
         name = "".join(char if char.isalnum() or char in "-_" else "-" for char in Path(data.path).stem)[:32] or "chat"
         out = cache_folder(data) / f"{name}-chat-{key[:16]}"
     folder = Path(out).expanduser()
-    with locked(folder):
+    with folder_lock(folder):
         if not (folder / INDEX).exists():
             builder.build(folder, key)
         index = read_index(folder, key)

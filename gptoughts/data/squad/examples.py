@@ -24,7 +24,7 @@ from gptoughts.data.batches import IGNORED
 from gptoughts.data.squad.question import Answer, Question
 from gptoughts.data.squad.windows import Reader, windows
 from gptoughts.data.table import Table
-from gptoughts.data.text.folder import locked
+from gptoughts.data.text.folder import folder_lock
 from gptoughts.data.text.shards import INDEX
 from gptoughts.data.text.sources import json_row, open_lines
 from gptoughts.data.text.tokenize import cache_folder
@@ -254,7 +254,7 @@ def prepare_squad(
         key_parts.append([name, [[q.id, q.text, q.context, [[a.text, a.start] for a in q.answers]] for q in questions]])
     key = hashlib.sha256(json.dumps(key_parts).encode()).hexdigest()
     folder = Path(out).expanduser() if out is not None else cache_folder(data) / f"{Path(data.path).stem[:32]}-squad-{key[:16]}"
-    with locked(folder):
+    with folder_lock(folder):
         if (folder / INDEX).exists():
             _check_key(folder, key)
         if not all((folder / part / INDEX).exists() for name in splits for part in (name, f"{name}-windows")):

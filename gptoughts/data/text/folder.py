@@ -31,7 +31,7 @@ def clear(folder: Path) -> None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def folder_lock(folder: Path) -> Iterator[None]:
     """Create `folder` and lock it; a second process waits. The lock is on the folder itself, without a lock file."""
     created = not folder.exists()
     while True:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from gptoughts.config.loader import DataConfig
-from gptoughts.data.text.folder import clear, locked
+from gptoughts.data.text.folder import clear, folder_lock
 from gptoughts.data.text.job import Job, Settings
 from gptoughts.data.text.progress import console, silent
 from gptoughts.data.text.shards import INDEX, JOURNAL, VERSION, Index
@@ -58,7 +58,7 @@ def tokenize(
         train_bpe if tokenizer_name == "bpe" else None, val_fraction, val_from, shard_tokens,
     )  # fmt: skip
     folder = Path(out)
-    with locked(folder):
+    with folder_lock(folder):
         if overwrite:
             clear(folder)
         job = Job(corpus, tokenizer, folder, settings)

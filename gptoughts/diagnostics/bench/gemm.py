@@ -21,7 +21,7 @@ from gptoughts.diagnostics.bench.text import Row, aligned, markdown
 from gptoughts.diagnostics.bench.variant import clock_mhz
 from gptoughts.diagnostics.timing import timed
 from gptoughts.hardware.machine import Machine
-from gptoughts.hardware.measured_peaks import Ceilings, datasheet, key
+from gptoughts.hardware.measured_peaks import MeasuredPeaks, datasheet, key
 from gptoughts.models.torch_internals import scaled_matmul
 
 Say = Callable[[str], None]
@@ -83,11 +83,11 @@ def bench_gemm(machine: Machine, command: str, say: Say = lambda text: None, eff
     }  # fmt: skip
 
 
-def measured_peaks_of(run: Mapping[str, Any]) -> Ceilings:
+def measured_peaks_of(run: Mapping[str, Any]) -> MeasuredPeaks:
     """Return the best median of every dtype and kind of copy."""
     best = {dtype: row["best_tflops"] for dtype, row in run["products"].items() if row["best_tflops"] is not None}
     speeds = {name: row["gb_per_second"]["median"] for name, row in run["copies"].items() if "gb_per_second" in row}
-    return Ceilings(best, speeds, run["measured"], None if "clock_mhz" in run["machine"] else run["machine"]["threads"])
+    return MeasuredPeaks(best, speeds, run["measured"], None if "clock_mhz" in run["machine"] else run["machine"]["threads"])
 
 
 def _products(dtype: str, device: torch.device, effort: Effort) -> dict[str, Any]:

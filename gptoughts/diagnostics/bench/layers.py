@@ -17,7 +17,7 @@ from gptoughts.diagnostics.bench.variant import Job
 from gptoughts.diagnostics.bench.variants import Layers, RunRequest, baseline_of, job_of, layers_of, plan_of, why_not, with_slot
 from gptoughts.errors import LayerError, PlanError
 from gptoughts.hardware.machine import Machine, World
-from gptoughts.hardware.measured_peaks import ceilings_for, reached
+from gptoughts.hardware.measured_peaks import gemm_utilization, measured_peaks_for
 from gptoughts.planning.resolve import Plan
 
 
@@ -112,7 +112,7 @@ def _run(setting: ResolvedRun, variants: Variants, results: Mapping[str, Result]
     ready = next((one.ready for one in results.values() if one.ready), {})
     machine = machine_figures(setting.machine, ready.get("threads"))
     machine["threads_of_variants"] = {name: one.ready.get("threads") for name, one in results.items()}
-    ceilings = ceilings_for(setting.machine)
+    ceilings = measured_peaks_for(setting.machine)
     rows = {
         name: _row(variants, name, one, baseline=results[BASELINE], ready=ready, machine=setting.machine)
         for name, one in results.items()
@@ -179,7 +179,7 @@ def _row(
         "rounds_ms": [round(1000 * value, 3) for value in result.seconds],
         "tokens_per_second": round(speed, 1),
         "mfu": None if per_token is None else per_token * speed,
-        "share_of_gemm": reached(ready["flops_per_token"], machine, World(), plan.gemm_dtype)[0](speed),
+        "share_of_gemm": gemm_utilization(ready["flops_per_token"], machine, World(), plan.gemm_dtype)[0](speed),
         "gemm_dtype": plan.gemm_dtype,
         "peak_bytes": result.peak_bytes,
         "clock_mhz": spread(result.clock_mhz, 0) if result.clock_mhz else None,

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from gptoughts.engine.checkpoint.store import FORMAT, Snapshot, read_state
 from gptoughts.engine.engine import Engine
-from gptoughts.engine.optim.param_groups import GROUP_STATE, KeepsItsOwn
+from gptoughts.engine.optim.param_groups import GROUP_STATE, CustomStateOptimizer
 from gptoughts.errors import CheckpointError
 
 Which = Literal["all", "trained"]
@@ -88,7 +88,7 @@ def _optimizer_state(engine: Engine) -> tuple[dict[str, Tensor], dict[str, Any]]
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, Any] = {}
     for parameter, values in engine.optimizer.state.items():
-        kept = engine.optimizer.stored(parameter) if isinstance(engine.optimizer, KeepsItsOwn) else values
+        kept = engine.optimizer.stored(parameter) if isinstance(engine.optimizer, CustomStateOptimizer) else values
         for key, value in kept.items():
             place = f"{names[id(parameter)]}/{key}"
             if isinstance(value, Tensor):
@@ -104,7 +104,11 @@ def _made_by(engine: Engine) -> dict[str, Any]:
     optim = engine.recipe.optim
     shape = {"rank": optim.rank} if optim.name == "apollo" else {}
     made = engine.optimizer
-    return {"name": optim.name, "class": made.made_by if isinstance(made, KeepsItsOwn) else type(made).__name__, **shape}
+    return {
+        "name": optim.name,
+        "class": made.made_by if isinstance(made, CustomStateOptimizer) else type(made).__name__,
+        **shape,
+    }
 
 
 def _extras(engine: Engine) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -174,7 +178,7 @@ def _restore_optimizer(engine: Engine, tensors: Mapping[str, Tensor], numbers: M
     for group in engine.optimizer.param_groups:
         for parameter in group["params"]:
             values = saved.get(names[id(parameter)])
-            if values and isinstance(engine.optimizer, KeepsItsOwn):
+            if values and isinstance(engine.optimizer, CustomStateOptimizer):
                 engine.optimizer.take(parameter, values)
             elif values:
                 engine.optimizer.state[parameter] = {

@@ -127,7 +127,7 @@ def averaged(optimizer: Any) -> Iterator[None]:
                     parameter.copy_(state.pop(TRAINED))
 
 
-class Together(torch.optim.Optimizer):
+class CombinedOptimizer(torch.optim.Optimizer):
     """Several optimizers over disjoint parameters as one: one list of groups, one state, one step."""
 
     def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
@@ -180,11 +180,11 @@ def _unique(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
     return list({id(parameter): parameter for parameter in parameters}.values())
 
 
-def _with_adamw(request: _Request, part: torch.optim.Optimizer, matrices: list[nn.Parameter]) -> Together:
+def _with_adamw(request: _Request, part: torch.optim.Optimizer, matrices: list[nn.Parameter]) -> CombinedOptimizer:
     """Combine `part`, which updates `matrices`, with AdamW for all other parameters."""
     taken = {id(parameter) for parameter in matrices}
     rest = by_decay((parameter for parameter in trained(request.model) if id(parameter) not in taken), request.config)
-    return Together([part, adamw_over(rest, request.config, **request.adamw)] if rest else [part])
+    return CombinedOptimizer([part, adamw_over(rest, request.config, **request.adamw)] if rest else [part])
 
 
 def _adamw(request: _Request) -> torch.optim.Optimizer:

@@ -84,7 +84,7 @@ def step_one(optimizer: torch.optim.Optimizer, group: Group, parameter: Tensor) 
 
 
 @runtime_checkable
-class KeepsItsOwn(Protocol):
+class CustomStateOptimizer(Protocol):
     """Optimizer with its own state format, such as 8-bit codes or state on the host, which it converts for checkpoints."""
 
     made_by: str

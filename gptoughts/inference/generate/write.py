@@ -13,7 +13,7 @@ from gptoughts.inference.generate import autoregressive, diffusion
 from gptoughts.inference.generate.autoregressive import OnText, Tokenizer
 
 
-def write(
+def generate_text(
     model: nn.Module,
     tokenizer: Tokenizer,
     prompts: list[str] | list[list[int]],

@@ -14,9 +14,9 @@ import torch
 
 from gptoughts.console import GIB, bytes_in_words, note
 from gptoughts.engine.engine import Engine
-from gptoughts.engine.memory_usage import held_bytes, measured
+from gptoughts.engine.memory_usage import bytes_in_use, measured
 from gptoughts.engine.objectives.base import Batch
-from gptoughts.engine.oom import ran_out, release
+from gptoughts.engine.oom import free_failed_step, is_out_of_memory
 from gptoughts.errors import RunError
 
 FREE_SHARE = 11 / 12
@@ -111,7 +111,9 @@ def _room(engine: Engine, memory_gib: float | None) -> int:
 
         free_bytes = read_free_bytes()
         mine = (
-            int(free_bytes * FREE_SHARE / engine.ranks.world.local_world_size) + held_bytes(engine) if free_bytes else 2**63 - 1
+            int(free_bytes * FREE_SHARE / engine.ranks.world.local_world_size) + bytes_in_use(engine)
+            if free_bytes
+            else 2**63 - 1
         )
     return int(-engine.ranks.largest(-mine))
 
@@ -139,7 +141,7 @@ def _try(engine: Engine, batch: Batch, size: int, trials: dict[int, Trial]) -> T
             seconds = perf_counter() - began
         peak = highest.size or 0
     except RuntimeError as error:
-        if not ran_out(error):
+        if not is_out_of_memory(error):
             raise
         seconds = None
     peak = _cleared(engine, peak)
@@ -169,12 +171,12 @@ def _allocate_state(engine: Engine, batch: Batch, size: int, trials: dict[int, T
             group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], torch.Tensor) else 0.0
         engine.optimizer.step()
     except RuntimeError as error:
-        if not ran_out(error):
+        if not is_out_of_memory(error):
             raise
         short = True
     peak = _cleared(engine, 0)
     if engine.ranks.any(short):
-        trials[size] = Trial(size, int(engine.ranks.largest(peak or held_bytes(engine))), None)
+        trials[size] = Trial(size, int(engine.ranks.largest(peak or bytes_in_use(engine))), None)
     return size not in trials
 
 
@@ -184,7 +186,7 @@ def _cleared(engine: Engine, peak: int) -> int:
         parameter.grad = None
     if engine.device.type == "cuda":
         peak = peak or torch.cuda.max_memory_allocated(engine.device)
-    release(engine.device)
+    free_failed_step(engine.device)
     return peak
 
 

@@ -19,7 +19,7 @@ def attend(
     return _attend(query, key, value, causal, mask, scale, expand=_must_expand(query, key, mask))
 
 
-def held(backend: str) -> AttentionFunction:
+def attend_with_backend(backend: str) -> AttentionFunction:
     """Return `attend` restricted to one member of `torch.nn.attention.SDPBackend`. Torch raises RuntimeError if it cannot run.
 
     The backend is selected around each call, not around the step, so that compiled graphs include it and no global state changes.

@@ -164,7 +164,7 @@ def balance(seen: Sequence[Tensor]) -> Tensor:
     return torch.stack(layers).mean()
 
 
-def nudge(router: Router, load: Tensor, rate: float) -> None:
+def update_balancing_bias(router: Router, load: Tensor, rate: float) -> None:
     """Raise the balancing bias by `rate` for experts whose `load` (E) is below the mean, lower it above. No-op without a bias.
 
     Source: Wang et al. 2024, Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts; DeepSeek-V3 uses 1e-3.

@@ -1,6 +1,6 @@
 """Convert a GGUF file to a Hugging Face folder: `python -m gptoughts.models.hf.gguf SRC DST`. Weights become float32.
 
-Run once per file, in its own process, by `config.model_path.folder_of`. Config, tokenizer and weights all come from the file.
+Run once per file, in its own process, by `config.model_path.resolve_model_folder`. Config, tokenizer and weights all come from the file.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from gptoughts.config.hf_spec import folder_of
+from gptoughts.config.hf_spec import resolve_model_folder
 from gptoughts.config.loader import shown
 from gptoughts.config.recipe import ModelConfig
 from gptoughts.errors import CheckpointError
@@ -222,4 +222,4 @@ def _ignored(folder: Path, model: PreTrainedModel) -> list[str]:
 def pretrained(model: ModelConfig, task: Task = "causal", drawn: Source | None = None) -> Pretrained:
     """Return the source of the weights at `model.path`. Raises ConfigError, CheckpointError."""
     assert model.path is not None
-    return Pretrained(folder_of(model.path), task, drawn, model.remote_code)
+    return Pretrained(resolve_model_folder(model.path), task, drawn, model.remote_code)

@@ -24,7 +24,7 @@ from gptoughts.data.corpus import cached_tokenizer
 from gptoughts.data.table import Table
 from gptoughts.data.tokenizers.tokenizer import load_tokenizer
 from gptoughts.errors import DataError
-from tests.support.chat_parts import FAMILIES, SPECIAL, chat, folder_of
+from tests.support.chat_parts import FAMILIES, SPECIAL, chat, resolve_model_folder
 
 plain_text = st.text(st.characters(exclude_categories=["Cs", "Cn"]), min_size=1, max_size=25).filter(str.strip)
 spelled_text = st.lists(
@@ -519,7 +519,7 @@ def test_long_conversations_are_an_error_unless_asked_otherwise(tmp_path: Path, 
 
 def test_other_names_of_tokens_keep_a_tokenizer_of_their_own(tmp_path: Path) -> None:
     """The template is the same, and what it writes for eos_token is not."""
-    folder, kept = folder_of("mistral", tmp_path / "tokenizer"), []
+    folder, kept = resolve_model_folder("mistral", tmp_path / "tokenizer"), []
     (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content + eos_token }}{% endfor %}")
     for name in ("</s>", "<s>"):
         (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": name}))

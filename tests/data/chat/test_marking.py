@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptoughts.cli.data import show
-from gptoughts.data.chat.marking import documents, learned, marked, said, shown
+from gptoughts.data.chat.marking import documents, learned, marked, render_row, row_summary
 from gptoughts.data.tokenizers.tokenizer import ByteTokenizer, load_tokenizer
 from gptoughts.errors import ConfigError
-from tests.support.chat_parts import folder_of
+from tests.support.chat_parts import resolve_model_folder
 
 
 @settings(max_examples=80, deadline=None)
@@ -42,18 +42,18 @@ def test_a_sample_cannot_steer_the_terminal() -> None:
 def test_rows_of_every_kind() -> None:
     tokenizer = ByteTokenizer()
     ids = np.append(tokenizer.encode("abcdef"), [256, 256]).astype(np.uint16)
-    assert shown(tokenizer, {"input_ids": ids[:6]}, "brackets") == "a⟦bcdef⟧"
+    assert render_row(tokenizer, {"input_ids": ids[:6]}, "brackets") == "a⟦bcdef⟧"
     labels = np.array([-100, 98, -100, -100, 101, 102, -100, -100])
     row = {"input_ids": ids, "labels": labels, "positions": np.array([0, 1, 0, 1, 2, 3, 0, 1])}
-    assert shown(tokenizer, row, "brackets") == "a⟦b⟧\n· · ·\ncd⟦ef⟧"
-    assert said(row) == "6 tokens in 2 conversations (2 + 4), 2 padding, 3 learned (50.0 %)"
+    assert render_row(tokenizer, row, "brackets") == "a⟦b⟧\n· · ·\ncd⟦ef⟧"
+    assert row_summary(row) == "6 tokens in 2 conversations (2 + 4), 2 padding, 3 learned (50.0 %)"
     span = {"input_ids": ids, "mask": np.arange(8) < 6, "starts": np.int64(2), "ends": np.int64(3)}
-    assert shown(tokenizer, span, "brackets") == "ab⟦cd⟧ef" and documents(span)[1] == 2
+    assert render_row(tokenizer, span, "brackets") == "ab⟦cd⟧ef" and documents(span)[1] == 2
     assert (learned({**span, "starts": np.int64(-100), "ends": np.int64(-100)}) == -100).all()
 
 
 def test_chat_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = folder_of("chatml", tmp_path / "tokenizer")
+    folder = resolve_model_folder("chatml", tmp_path / "tokenizer")
     rows = [{"prompt": f"who {number}?", "response": f"the fox {number}"} for number in range(20)]
     (tmp_path / "chat.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     fields = {

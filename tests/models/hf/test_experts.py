@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from gptoughts.errors import ConfigError
-from gptoughts.models.hf.experts import balance, coefficient, described, measured, nudge, routers
+from gptoughts.models.hf.experts import balance, coefficient, described, measured, routers, update_balancing_bias
 from tests.support.mixtures import KINDS, WORDS, config, ids, mixture
 
 SIGMOID = {"deepseek_v3", "glm4_moe", "minimax_m2"}
@@ -163,9 +163,9 @@ def test_balance_of_no_token_is_zero_with_a_zero_gradient() -> None:
 
 def test_a_nudge_lifts_the_idle_and_lowers_the_busy() -> None:
     router = next(iter(routers(mixture("ernie4_5_moe")).values()))
-    nudge(router, torch.tensor([9, 1, 5, 5]), 0.25)
+    update_balancing_bias(router, torch.tensor([9, 1, 5, 5]), 0.25)
     assert router.balancing_bias().flatten().tolist() == [-0.25, 0.25, 0, 0]
-    nudge(next(iter(routers(mixture("mixtral")).values())), torch.ones(4), 0.25)  # no balancing bias: no-op
+    update_balancing_bias(next(iter(routers(mixture("mixtral")).values())), torch.ones(4), 0.25)  # no balancing bias: no-op
 
 
 @pytest.mark.parametrize(

