@@ -43,6 +43,7 @@ from gptoughts.errors import ConfigError, DataError, LayerError
 from gptoughts.planning.environment import GUARD
 from tests.support.bench_settings import PLAIN, PLUGIN, asked, fields_in, flags_of
 from tests.support.engines import config_folder
+from tests.support.tiers import slow_except
 
 
 @pytest.fixture
@@ -112,7 +113,7 @@ def test_variables_of_another_plan_do_not_reach_a_variant(fields: dict[str, str]
 # --- what a process does, in this one
 
 
-@pytest.mark.parametrize("kind", ["gpt", "llada", "llama", "deepseek_v3"])
+@pytest.mark.parametrize("kind", slow_except(["gpt", "llada", "llama", "deepseek_v3"], "gpt", "llada"))
 def test_every_kind_of_model_trains_and_is_watched(kind: str, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog. " * 400, encoding="utf-8")
