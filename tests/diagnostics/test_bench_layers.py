@@ -195,6 +195,7 @@ def test_an_inactive_layer_is_marked_and_not_counted(fields: dict[str, str], tmp
         assert "not counted" in text and "idle: does nothing" in text and "plan / baseline: n/a" in text
 
 
+@pytest.mark.slow
 def test_each_round_can_start_anew(fields: dict[str, str]) -> None:
     told, how = measure({"one": job(fields)}, 2, 1, lambda text: None, turns=Turns.APART)
     assert how is Turns.APART and len(told["one"].seconds) == 2
@@ -233,6 +234,7 @@ def test_a_plan_that_changed_is_noticed(fields: dict[str, str]) -> None:
     child.close()
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_processes(fields: dict[str, str]) -> None:
     flags = flags_of(fields, attention="sdpa")
     # A job in a shell's background ignores the signal and hands that on.
