@@ -43,6 +43,7 @@ from gptoughts.errors import ConfigError, DataError, LayerError
 from gptoughts.planning.environment import GUARD
 from tests.support.bench_settings import PLAIN, PLUGIN, asked, fields_in, flags_of
 from tests.support.engines import config_folder
+from tests.support.tiers import slow_except
 
 
 @pytest.fixture
@@ -112,7 +113,7 @@ def test_variables_of_another_plan_do_not_reach_a_variant(fields: dict[str, str]
 # --- what a process does, in this one
 
 
-@pytest.mark.parametrize("kind", ["gpt", "llada", "llama", "deepseek_v3"])
+@pytest.mark.parametrize("kind", slow_except(["gpt", "llada", "llama", "deepseek_v3"], "gpt", "llada"))
 def test_every_kind_of_model_trains_and_is_watched(kind: str, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog. " * 400, encoding="utf-8")
@@ -194,6 +195,7 @@ def test_an_inactive_layer_is_marked_and_not_counted(fields: dict[str, str], tmp
         assert "not counted" in text and "idle: does nothing" in text and "plan / baseline: n/a" in text
 
 
+@pytest.mark.slow
 def test_each_round_can_start_anew(fields: dict[str, str]) -> None:
     told, how = measure({"one": job(fields)}, 2, 1, lambda text: None, turns=Turns.APART)
     assert how is Turns.APART and len(told["one"].seconds) == 2
@@ -232,6 +234,7 @@ def test_a_plan_that_changed_is_noticed(fields: dict[str, str]) -> None:
     child.close()
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_processes(fields: dict[str, str]) -> None:
     flags = flags_of(fields, attention="sdpa")
     # A job in a shell's background ignores the signal and hands that on.

@@ -204,6 +204,7 @@ def test_a_cpu_build_is_told_once() -> None:
 # What runs here for real: the import of torch, the disk, products, copies, a sum over two ranks.
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="copies within one machine through lo")
 def test_on_this_machine(with_torch: None, tmp_path: Path) -> None:
     machine = replace(probe({"CUDA_VISIBLE_DEVICES": ""}), packages={"torch": "here"})

@@ -143,10 +143,10 @@ def test_a_signal_ends_all_ranks_at_one_step_with_a_checkpoint(tmp_path: Path) -
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=120)
-    assert "and saved; to go on" in said, said[-3000:]
+    assert "checkpoint saved. Resume with" in said, said[-3000:]
     latest = (tmp_path / "run" / "checkpoints" / "latest").read_text().strip()
     reached = int(latest.removeprefix("step-"))
-    assert f"stopped at step {reached} and saved" in said
+    assert f"interrupted at step {reached}, checkpoint saved" in said
     losses = [json.loads(line) for line in metrics.read_text().splitlines()]
     assert max(row["step"] for row in losses) == reached
     assert not any("eval/loss" in row for row in losses), "validation delayed the checkpoint"

@@ -259,7 +259,7 @@ def test_ranks_leave_together_and_are_started_again_with_less(tmp_path: Path, fl
     assert json.loads((tmp_path / "out" / "two" / "micro_batch.json").read_text()) == {"sequences": 2, "planned": 4}
     again = launch(2, *words, cwd=tmp_path, MOST="2", GREEDY_RANK="1")
     assert again.returncode == 0, again.stderr[-2000:]
-    assert "micro-batch of 2 sequences instead of 4: memory ran out in an earlier start" in again.stdout
+    assert "micro-batch of 2 sequences instead of 4: an earlier attempt ran out of memory" in again.stdout
 
 
 @pytest.mark.slow

@@ -37,7 +37,9 @@ BESIDE = {
 
 
 @pytest.mark.parametrize("more", BESIDE.values(), ids=BESIDE)
-@pytest.mark.parametrize("family", ["modern", "deepseek", "bert"])
+@pytest.mark.parametrize(
+    "family", ["modern", pytest.param("deepseek", marks=pytest.mark.slow), pytest.param("bert", marks=pytest.mark.slow)]
+)
 def test_the_training_is_that_of_the_same_size_by_hand(family: str, more: dict[str, Any]) -> None:
     """To the bit: trials leave no trace in weights, state, batches, random draws, scaler or loads of experts."""
     if family != "modern" and more:

@@ -18,6 +18,7 @@ from gptoughts.errors import CheckpointError, ConfigError
 from gptoughts.inference.load import load
 from gptoughts.run.tracking.jsonl import read
 from tests.models.hf.hf_configs import write_config
+from tests.support.tiers import slow_except
 
 TEXT = "".join(f"line {number}: the quick brown fox jumps over {number % 7} lazy dogs\n" for number in range(400))
 PLAIN = {"compile": "eager", "host": "system", "precision": "fp32"}
@@ -53,7 +54,7 @@ def trained(kind: str, run: str, steps: int, **more: Any) -> Any:
     return gptoughts.train(values, layers=layers, run=run)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", slow_except(KINDS, "llada", "lora", "schedule-free"))
 def test_a_resumed_run_has_the_bits_of_one_that_was_never_stopped(kind: str, here: Path) -> None:
     whole = trained(kind, "whole", 6).checkpoint
     # The schedule looks ahead to the end of the run, so the first half must be told the same length.

@@ -104,7 +104,7 @@ def test_killed_once_is_never_killed(text: Path, finished: Path, tmp_path: Path)
     assert step_reached(broken) < STEPS
     ran = run_cold(text, broken)
     assert ran.returncode == 0, ran.stderr[-3000:]
-    assert "resumes from" in ran.stdout and ", bit for bit" in ran.stdout and "no longer" not in ran.stdout
+    assert "resuming from" in ran.stdout and ", bit for bit" in ran.stdout and "not bit for bit" not in ran.stdout
     assert losses(broken) == losses(finished)
     assert hashes(broken) == hashes(finished)
     assert not list((broken / "checkpoints").glob(".writing-*"))
@@ -134,9 +134,9 @@ def test_killed_three_times_is_never_killed(text: Path, tmp_path: Path) -> None:
     assert inside >= 1, "no kill fell into a checkpoint write"
     ran = run_cold(text, broken, *forced)
     assert ran.returncode == 0, ran.stderr[-3000:]
-    assert "resumes from" in ran.stdout
+    assert "resuming from" in ran.stdout
     assert ", bit for bit" in ran.stdout
-    assert "no longer" not in ran.stdout
+    assert "not bit for bit" not in ran.stdout
     assert losses(broken) == losses(whole)
     assert sorted(losses(whole)) == list(range(1, STEPS + 1))
     assert hashes(broken) == hashes(whole)
@@ -192,7 +192,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_skipped(text: Path, finished: 
     ran = run(text, place)
     assert ran.returncode == 0, ran.stderr
     assert "step-000040: damaged, skipped: model.safetensors has another SHA-256 than when written" in ran.stdout
-    assert "resumes from" in ran.stdout
+    assert "resuming from" in ran.stdout
     assert "step-000036" in ran.stdout
     assert hashes(place) == hashes(finished)
     assert losses(place) == losses(finished)
@@ -222,7 +222,7 @@ def test_another_model_shape_is_refused(text: Path, finished: Path, tmp_path: Pa
     ran = run(text, place, "--model.width", "32")
     assert ran.returncode == 2
     assert "model.width: 64 | 32" in ran.stderr
-    assert "--run NAME" in ran.stderr
+    assert "--run with a new name" in ran.stderr
     assert hashes(place) == hashes(finished)
 
 
@@ -230,7 +230,7 @@ def test_another_plan_goes_on_and_says_old_and_new(text: Path, finished: Path, t
     place = copy(finished, tmp_path)
     ran = run(text, place, "--layer.attention", "math", "--train.steps", "42")
     assert ran.returncode == 0, ran.stderr
-    assert "no longer bit for bit (old | new):" in ran.stdout
+    assert "not bit for bit, because of (old | new):" in ran.stdout
     assert "layers.attention: ['sdpa', {'backend': 'auto'}] | ['math', {}]" in ran.stdout
     assert "recipe.train.steps: 40 | 42" in ran.stdout
 
@@ -263,7 +263,7 @@ def test_a_folder_in_use_is_refused(text: Path, finished: Path, tmp_path: Path) 
     finally:
         held.release()
     assert ran.returncode == 2
-    assert f"is in use by process {os.getpid()}" in ran.stderr
+    assert f"run folder is in use. Found process {os.getpid()}" in ran.stderr
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)])
@@ -277,11 +277,11 @@ def test_ctrl_c_saves_and_says_how_to_go_on(text: Path, finished: Path, tmp_path
     process.send_signal(number)
     said, wrong = process.communicate(timeout=120)
     assert process.returncode == code, wrong
-    assert "stopped at step" in said
+    assert "interrupted at step" in said
     assert f"--run-dir {shlex.quote(str(place))}" in said
     ran = run_cold(text, place)
     assert ran.returncode == 0, ran.stderr
-    assert ", bit for bit" in ran.stdout and "no longer" not in ran.stdout
+    assert ", bit for bit" in ran.stdout and "not bit for bit" not in ran.stdout
     assert losses(place) == losses(finished)
     assert hashes(place) == hashes(finished)
 

@@ -34,6 +34,7 @@ from tests.engine.test_ddp import launch
 from tests.models.adapters import adapter_worker
 from tests.models.adapters.adapters import State, adapted_engine, weights
 from tests.support.engines import NEEDS_INDUCTOR, ROWS, engine_of, plan_of, random_batches, recipe_of, steps, watched
+from tests.support.tiers import slow_except
 
 KINDS = ["lora", "rslora", "dora", "pissa"]
 
@@ -59,8 +60,9 @@ def test_it_starts_at_the_base(kind: str, form: str) -> None:
                 assert is_trained(name) or torch.equal(value, values[base_name(name)])
 
 
-@pytest.mark.parametrize("base", ["full", "nf4"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "base"), slow_except(itertools.product(KINDS, ["full", "nf4"]), ("lora", "full"), ("dora", "nf4"))
+)
 def test_only_the_adapter_moves_and_the_loss_falls(kind: str, base: str) -> None:
     with adapted_engine(config(kind, base=base), batches=same_batch(25)) as engine:
         before = weights(engine.bare)
@@ -149,7 +151,10 @@ def test_compiled_recomputed_bf16_layers_prove_themselves_on_an_adapted_model() 
         assert all(torch.equal(value, before[name]) for name, value in engine.bare.named_parameters() if not is_trained(name))
 
 
-@pytest.mark.parametrize(("kind", "base", "dropout"), [("lora", "full", 0.0), ("dora", "full", 0.1), ("dora", "nf4", 0.0)])
+@pytest.mark.parametrize(
+    ("kind", "base", "dropout"),
+    slow_except([("lora", "full", 0.0), ("dora", "full", 0.1), ("dora", "nf4", 0.0)], ("lora", "full", 0.0)),
+)
 def test_a_block_is_one_graph(kind: str, base: str, dropout: float) -> None:
     torch.compiler.reset()
     with adapted_engine(config(kind, base=base, dropout=dropout), batches=same_batch(6)) as engine:
@@ -162,7 +167,7 @@ def test_a_block_is_one_graph(kind: str, base: str, dropout: float) -> None:
 
 
 @pytest.mark.parametrize(("slot", "layer"), [("recompute", "recompute-blocks"), ("loss", "fused-ce"), ("precision", "bf16")])
-@pytest.mark.parametrize("base", ["full", "nf4"])
+@pytest.mark.parametrize("base", slow_except(["full", "nf4"], "nf4"))
 def test_layers_are_active_and_compute_the_same(slot: str, layer: str, base: str) -> None:
     recipe = recipe_of()
     with adapted_engine(config(base=base), batches=same_batch(9)) as plain:
