@@ -29,6 +29,11 @@ def is_here(name: str) -> bool:
     return editable and Path(unquote(urlparse(origin["url"]).path)).resolve() == ROOT
 
 
+def has_extras(project: dict) -> bool:
+    """Return whether the metadata of the installed package, which an editable install writes once, names the present extras."""
+    return set(distribution(project["name"]).metadata.get_all("Provides-Extra") or ()) == set(project["optional-dependencies"])
+
+
 def satisfied(line: str) -> bool:
     """Return whether the requirement is installed in an allowed version."""
     from pip._vendor.packaging.requirements import Requirement
@@ -41,7 +46,9 @@ def main(extra: str) -> int:
     """Return 0 if nothing is missing, else 1."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     try:
-        return 0 if is_here(project["name"]) and all(map(satisfied, requirements(project, extra))) else 1
+        return (
+            0 if is_here(project["name"]) and has_extras(project) and all(map(satisfied, requirements(project, extra))) else 1
+        )
     except (PackageNotFoundError, ImportError, KeyError, ValueError):
         return 1
 

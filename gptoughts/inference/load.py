@@ -63,7 +63,8 @@ def find(name: str) -> Path:
         return checkpoint.locate(run)
     known = sorted(folder.name for folder in Path("checkpoints").glob("*/") if any(folder.glob("step-*")))
     raise CheckpointError(
-        f"{name}: no such run or checkpoint{nearest(name, known)}", found=f"the runs {', '.join(known)}" if known else "no runs in checkpoints/"
+        f"{name}: no such run or checkpoint{nearest(name, known)}",
+        found=f"the runs {', '.join(known)}" if known else "no runs in checkpoints/",
     )
 
 

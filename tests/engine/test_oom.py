@@ -187,9 +187,9 @@ def test_ranks_that_run_out_together_all_write_it_down(tmp_path: Path) -> None:
     program = """
 import sys
 from pathlib import Path
-from gptoughts.engine.oom import Kept, keep
+from gptoughts.engine.oom import ReducedMicroBatch, write_reduced
 for _ in range(300):
-    keep(Path(sys.argv[1]), Kept(2, 8))
+    write_reduced(Path(sys.argv[1]), ReducedMicroBatch(2, 8))
 """
     ranks = [
         subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stderr=subprocess.PIPE, text=True) for _ in range(3)

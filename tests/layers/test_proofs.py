@@ -110,24 +110,24 @@ def test_fused_loss_counts_the_watched_step_only() -> None:
 
 
 def test_a_side_stream_is_one_that_ran_no_kernel() -> None:
-    from gptoughts.run.evidence import _read, _Trace
+    from gptoughts.run.step_trace import ProfilerTotals, add_events
 
     def event(name: str, stream: int) -> Any:
         kind = torch.autograd.DeviceType.CUDA
         return SimpleNamespace(name=lambda: name, device_type=lambda: kind, device_resource_id=lambda: stream)
 
-    trace = _Trace()
-    _read(
+    totals = ProfilerTotals()
+    add_events(
         [
             event("Memcpy HtoD (Pinned -> Device)", 7),
             event("Memset (Device)", 7),
             event("gemm", 20),
             event("Memcpy HtoD (Pageable)", 20),
         ],
-        trace,
+        totals,
     )
-    assert trace.copy_streams - trace.kernel_streams == {7}
-    assert dict(trace.kernels) == {"gemm": 1}
+    assert totals.copy_streams - totals.kernel_streams == {7}
+    assert dict(totals.kernels) == {"gemm": 1}
 
 
 def test_an_operator_that_autocast_sends_on_is_counted_once_with_what_it_computed() -> None:
