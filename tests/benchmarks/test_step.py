@@ -14,6 +14,7 @@ from benchmarks.plain import Settings, plain_loop
 from benchmarks.step import AGAIN, FP32, OURS, PLAIN, Subject, bench_step, main, plain_settings
 from benchmarks.table import step_table
 from gptoughts.api import decide
+from gptoughts.engine.callback import Callback
 from gptoughts.engine.trainer import Progress, train
 from gptoughts.errors import ConfigError
 from tests.support.bench_settings import fields_in
@@ -39,17 +40,11 @@ def test_plain_loop_is_the_same_training(fields: dict[str, str], layers: dict[st
         settings = plain_settings(setting.plan, engine)
         losses: list[float] = []
 
-        class Losses:
-            touches_weights = False
-            on_stop = True
-
-            def due(self, step: int, last: bool) -> bool:
-                return True
-
-            def run(self, engine: Any, progress: Any, stats: Any, last: bool) -> None:
+        class Losses(Callback):
+            def on_step(self, engine: Any, progress: Any, stats: Any, last: bool) -> None:
                 losses.append(float(stats.loss_sum / stats.weight))
 
-        train(engine, Progress(), lambda now: now.step >= 4, subject.length.rate, [Losses()])
+        train(engine, Progress(), lambda now: now.step >= 4, subject.length.rate, callbacks=[Losses()])
     rate = subject.length.rate
     run = plain_loop(
         subject.recipe, subject.parts.family, subject.rows, batches=subject.batches(subject.recipe),

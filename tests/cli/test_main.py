@@ -62,7 +62,7 @@ BAD = [
     ("train quickstart extra", ["extra"]),
     ("train quickstart --train.steps", ["--train.steps", "requires an argument"]),
     ("plan quickstart --ranks 0", ["--ranks", "0 is not in the range"]),
-    ("plan quickstart --ranks 12 --machine MACHINES/h100x8.json", ["take a multiple of 8"]),
+    ("plan quickstart --ranks 12 --machine MACHINES/h100x8.json", ["must be a multiple of the 8 GPUs of a machine. Found 12"]),
     ("trian quickstart", ["No such command 'trian'"]),
     ("layers sdap", ["no layer 'sdap' (did you mean 'sdpa'?)"]),
     ("recipes nothing", ["recipe 'nothing': no such recipe"]),
@@ -102,7 +102,7 @@ def test_a_profile_that_cannot_run_here(here: Path, capsys: pytest.CaptureFixtur
     first, second, third = err.splitlines()
     assert first == "error: profile h100-fp8 cannot run on 8 x NVIDIA A100-SXM4-80GB (sm 8.0)"
     assert second.startswith("  precision  fp8-te: needs compute capability 8.9, found 8.0    (") and second.endswith(
-        "h100-fp8.toml)."
+        "h100-fp8.toml)"
     )
     assert third == "  Try: --profile auto   (takes a100-bf16: precision=bf16, attention=sdpa)"
 
@@ -127,8 +127,7 @@ def test_bad_data_is_an_error_of_the_data(
     places = shlex.join(["--data.path", f"{text}", "--data.cache", f"{here / 'cache'}", "--run-dir", f"{here / 'run'}"])
     line = f"train shakespeare-char {places} --layer.host system"
     code, _, err = said(line, capsys)
-    last = err.splitlines()[-1]
-    assert code == 2 and last.startswith("error: ") and words in last and "Traceback" not in err
+    assert code == 2 and "error: " in err and words in err and "Traceback" not in err
     assert not list(here.rglob("metrics.jsonl")) and not list(here.rglob("*.npy"))
 
 

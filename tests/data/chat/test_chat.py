@@ -130,7 +130,7 @@ def test_a_message_cannot_write_a_special_token(
     try:
         texts = render_chat(one, messages, "answers").texts
     except DataError as error:
-        assume("changes the output of the chat template" not in str(error) and "renders no text" not in str(error))
+        assume("changes its output" not in str(error) and "renders no text" not in str(error))
         raise
     special = {index for name, index in one.special.items() if name != "<unk>"}  # Unknown characters are that one.
 
@@ -213,7 +213,7 @@ def test_a_template_that_hides_answers_is_refused(folders: dict[str, Path]) -> N
     refused(inside, "modifies the output of its {% generation %} block")
     refused(
         "{% for m in messages %}{{ m.content | length }}{{ m.content }}{% endfor %}",
-        "changes the output of the chat template",
+        "changes its output",
         chat([("<|im_end|>", "b")]),
     )
 
