@@ -114,7 +114,7 @@ def test_a_profile_that_cannot_run_here(here: Path, capsys: pytest.CaptureFixtur
         (b"", "empty"),
         (b"\x00\x01\xff" * 100, "binary"),
         (b"\xff\xfe\xff" * 99, "UTF-8"),
-        (b"a", "too few"),
+        (b"a", "too short"),
     ],
     ids=["missing", "empty", "binary", "not-utf-8", "short"],
 )

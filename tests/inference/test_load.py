@@ -109,7 +109,7 @@ def test_an_adapter_whose_base_moved_is_opened_with_its_new_place() -> None:
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"peft_type": "IA3"}'])
 def test_a_broken_adapter_config_is_told(content: str) -> None:
-    with pytest.raises(CheckpointError, match=r"adapter_config.json.*cannot be"):
+    with pytest.raises(CheckpointError, match=r"adapter_config.json: (not a JSON object|unsupported settings|cannot)"):
         load(str(adapter_config("broken", content)))
 
 
@@ -202,14 +202,16 @@ def test_what_is_offloaded_and_what_is_not() -> None:
     trained("run", **{"model.path": "./model"})
     adapter_config("adapter", '{"peft_type": "LORA", "base_model_name_or_path": "model"}')
     for name in ("run", "checkpoints/run", "adapter"):
-        with pytest.raises(CheckpointError, match=rf"only whole models .*\n  try: gptoughts export {name} --to DIR"):
+        with pytest.raises(
+            CheckpointError, match=rf"offloading needs a whole model .*\n  Try: gptoughts export {name} --to DIR"
+        ):
             offloaded(name, 4.0, None)
     (made / "model.safetensors").rename("elsewhere")
     with pytest.raises(CheckpointError, match=r"^model: cannot be opened: .*model.safetensors") as told:
         offloaded("model", 4.0, None)
     assert "\n" not in str(told.value)
     folder("reader", "bert")
-    with pytest.raises(ConfigError, match=r"leave out --memory and --offload"):
+    with pytest.raises(ConfigError, match=r"omit --memory and --offload"):
         offloaded("reader", 4.0, None)
 
 
@@ -246,5 +248,5 @@ def test_a_model_that_denoises_is_not_offloaded() -> None:
     assert isinstance(tokenizer, JsonTokenizer)
     (Path("published") / "tokenizer.json").write_bytes(tokenizer.canonical)
     assert exported_recipe(Path("published"), None).objective == "masked-diffusion"
-    with pytest.raises(ConfigError, match=r"leave out --memory and --offload"):
+    with pytest.raises(ConfigError, match=r"omit --memory and --offload"):
         offloaded("published", 4.0, None)

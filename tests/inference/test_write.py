@@ -85,7 +85,7 @@ def test_a_noted_end_ends_a_text(chatty: Path, capsys: pytest.CaptureFixture[str
 
 def test_a_model_without_a_template_is_named(chatty: Path) -> None:
     (chatty / "tokenizer_config.json").write_text(json.dumps(NAMES["chatml"]))
-    with pytest.raises(ConfigError, match=r"chatty has no chat template; leave --chat out"):
+    with pytest.raises(ConfigError, match=r"--chat: .*chatty has no chat template\.\n  Try: omit --chat"):
         command(str(chatty), ["fox"], **{**WORDS, "chat": True})
 
 
@@ -99,9 +99,9 @@ def test_texts_begin_as_the_tokenizer_says(tmp_path: Path, capsys: pytest.Captur
 def test_a_prompt_that_is_too_long_is_said(chatty: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command(str(chatty), ["\n", "0" * 40 + "\n"], **{**WORDS, "tokens": 1})
     told = capsys.readouterr()
-    assert "note: prompt 2 has 42 tokens, and the model reads 32: its beginning is left out\n" in told.err
+    assert "note: prompt 2: 42 tokens exceed the context of 32; its beginning is dropped\n" in told.err
     assert "prompt 1" not in told.err
-    with pytest.raises(DataError, match=r"prompt 1 has \d+ tokens, and the model reads 32; shorten it"):
+    with pytest.raises(DataError, match=r"prompt 1: \d+ tokens exceed the context of 32\.\n  Try: a shorter prompt"):
         command(str(chatty), ["0" * 40], **{**WORDS, "chat": True})
 
 

@@ -273,7 +273,7 @@ def test_compiled_blocks_share_one_graph_whatever_the_documents(family: str) -> 
 
 
 def test_flex_in_a_compiled_graph_on_a_cpu_says_what_to_type() -> None:
-    with pytest.raises(PlanError, match=r"no backward of compiled flex_attention \(--layer.compile eager\)"):
+    with pytest.raises(PlanError, match=r"no backward of compiled flex_attention on a CPU \(--layer.compile eager\)"):
         plan_of(recipe_of("modern"), {"attention": "flex", "compile": "compile-blocks"})
 
 

@@ -77,5 +77,5 @@ def test_text_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert show("quickstart", fields, {}, 6) == 0
     out = capsys.readouterr().out
     assert out.count("--- sample") == 6 and "33 tokens, 0 padding, 32 learned" in out
-    with pytest.raises(ConfigError, match="runs nothing"):
+    with pytest.raises(ConfigError, match="data show uses no layers"):
         show("quickstart", fields, {"precision": "bf16"}, 1)

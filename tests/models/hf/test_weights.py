@@ -202,5 +202,5 @@ def test_gguf_errors_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_family_must_be_known_before_weights(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"config.json cannot be read"):
+    with pytest.raises(ConfigError, match=r"cannot read .*config.json"):
         hf_family(ModelConfig(family="hf", config=str(tmp_path)))
