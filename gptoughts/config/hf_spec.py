@@ -18,15 +18,8 @@ from gptoughts.config.recipe import ModelConfig
 from gptoughts.errors import ConfigError, nearest
 
 __all__ = [
-    "check_length",
-    "documents",
-    "fields_of",
-    "resolve_model_folder",
-    "max_positions",
-    "read_config",
-    "rows",
-    "tokenizer_folder",
-]
+    "check_length", "documents", "fields_of", "resolve_model_folder", "max_positions", "read_config", "rows", "tokenizer_folder",
+]  # fmt: skip
 
 Config = Mapping[str, Any]
 

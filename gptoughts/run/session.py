@@ -184,8 +184,10 @@ class _Setup:
         self.job, self.recipe, self.ranks, self.console, self.corpus = job, job.recipe, ranks, console, corpus
         extensions = job.extensions
         self.bundle = model_bundle(self.recipe, corpus.tokenizer, extensions.families, extensions.objectives)
-        preflight.check(self.recipe, corpus, self.bundle)
-        self.prompt = preflight.sample_prompt(job.resolved, corpus)
+        self.prompt = ""
+        if job.folder is not None:  # a run, which evaluates and samples
+            preflight.check(self.recipe, corpus, self.bundle)
+            self.prompt = preflight.sample_prompt(job.resolved, corpus)
 
     @contextmanager
     def open(self) -> Iterator[Session]:

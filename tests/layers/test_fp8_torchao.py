@@ -132,7 +132,7 @@ def test_odd_widths_are_skipped_and_counted() -> None:
         proof = LAYER.verify(engine, watched(engine), OPTIONS)
     assert proof.status is Status.ACTIVE
     assert proof.text.startswith(
-        "6 of 6 projections converted, 18 emulated FP8 products, 12 of them backward, at least 18 and 12 needed; in bf16: 6 of odd"
+        "6 of 6 projections converted, 18 emulated FP8 matmuls, 12 of them backward, at least 18 and 12 needed; in bf16: 6 with unsupported widths"
     )
     assert proof.figures["skipped"] == 6
 
@@ -148,7 +148,7 @@ def test_half_the_modules_unconverted_is_inactive() -> None:
             engine.bare.get_submodule(parent)._modules[own] = plain
         proof = LAYER.verify(engine, watched(engine), OPTIONS)
     assert proof.status is Status.INACTIVE
-    assert proof.text.startswith("6 of 12 projections converted, 18 emulated FP8 products, 12 of them backward")
+    assert proof.text.startswith("6 of 12 projections converted, 18 emulated FP8 matmuls, 12 of them backward")
 
 
 def test_modules_that_multiply_in_bf16_all_the_same_are_inactive(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,9 +159,7 @@ def test_modules_that_multiply_in_bf16_all_the_same_are_inactive(monkeypatch: py
         monkeypatch.setattr(kind, "forward", torch.nn.Linear.forward)
         proof = LAYER.verify(engine, watched(engine), OPTIONS)
     assert proof.status is Status.INACTIVE
-    assert (
-        "12 of 12 projections converted, 0 emulated FP8 products, 0 of them backward, at least 36 and 24 needed" in proof.text
-    )
+    assert "12 of 12 projections converted, 0 emulated FP8 matmuls, 0 of them backward, at least 36 and 24 needed" in proof.text
 
 
 def test_a_package_that_raises_is_quoted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,10 +196,10 @@ KERNEL = "nvjet_sm90_qqtst_128x128_128x6_1x2_h_bz_ovscale_TNT"
             {KERNEL: 36},
             3,
             Status.INACTIVE,
-            "35 FP8 products, 23 of them backward, at least 36 and 24",
+            "35 FP8 matmuls, 23 of them backward, at least 36 and 24",
         ),
-        ({(E4M3, E4M3): 24, (E4M3, E5M2): 12}, {KERNEL: 36}, 3, Status.INACTIVE, "36 FP8 products, 12 of them backward"),
-        ({(BF16, BF16): 36}, {KERNEL: 36}, 3, Status.INACTIVE, "0 FP8 products, 0 of them backward, at least 36 and 24 needed"),
+        ({(E4M3, E4M3): 24, (E4M3, E5M2): 12}, {KERNEL: 36}, 3, Status.INACTIVE, "36 FP8 matmuls, 12 of them backward"),
+        ({(BF16, BF16): 36}, {KERNEL: 36}, 3, Status.INACTIVE, "0 FP8 matmuls, 0 of them backward, at least 36 and 24 needed"),
         ({(E4M3, E4M3): 24, (E4M3, E5M2): 24}, {KERNEL: 36}, 3, Status.INACTIVE, "by 36 FP8 kernels"),
         (GOOD, {"nvjet_sm90_tst_256x160": 36}, 3, Status.INACTIVE, "by 0 FP8 kernels"),
         (GOOD, {}, 3, Status.UNPROVEN, "the profiler saw no kernel"),
@@ -255,7 +253,7 @@ def test_row_wise_recomputation_is_proven_only_by_four_products() -> None:
     with engine_of(recipe, plan_of(recipe, {**FP8, "precision.scaling": "rowwise", **RECOMPUTED})) as engine:
         trace = watched(engine)
         proof = LAYER.verify(engine, trace, options)
-        assert proof.status is Status.ACTIVE and "48 emulated FP8 products, at least 36 needed" in proof.text
+        assert proof.status is Status.ACTIVE and "48 emulated FP8 matmuls, at least 36 needed" in proof.text
         casts = trace.operators["aten::_to_copy"]
         for calls, status in ((94, Status.UNPROVEN), (70, Status.INACTIVE)):
             fewer = replace(casts, input_dtypes={(E4M3,): calls})
@@ -317,7 +315,7 @@ MANY = {"steps": 1, "global_batch": 256}
             {"data": {"sequence_length": 7, "tokenizer": "chars", "format": "text"}},
             "tensorwise",
             Kind.UNSUPPORTED,
-            "here 28",
+            "found 28",
         ),
     ],
 )

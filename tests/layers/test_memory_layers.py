@@ -274,7 +274,7 @@ def watched_marks(call_counts: dict[str, int], **more: Any) -> StepTrace:
     """A sight as a GPU's profiler would give it: 3 blocks, 2 micro-batches."""
     seen: dict[str, Any] = {
         "operators": {"aten::silu": Operator("aten::silu", 12)}, "kernels": {"some_kernel": 1}, "regions": 0, "micro_batches": 2,
-        "blocks": 3, "updated": True, "weights_moved": True, "step_seconds": 1.0, "data_wait_seconds": 0.0, "marks": call_counts,
+        "blocks": 3, "updated": True, "weights_moved": True, "step_seconds": 1.0, "data_wait_seconds": 0.0, "call_counts": call_counts,
     }  # fmt: skip
     return StepTrace(**{**seen, **more})
 
@@ -371,7 +371,7 @@ def test_the_host_must_hold_it() -> None:
     machine = dataclasses.replace(read(ROOT / "tests" / "machines" / "h100.json"), memory_bytes=32 << 30)
     spec = dataclasses.replace(spec_for(recipe_of("modern")), parameters=3_000_000_000, vocab_size=256)
     told = told_of("state-on-cpu", Case(machine, spec, recipe_of("modern"), World()))
-    assert "one process needs 44.70 GiB of host memory, more than 80% of the 32.00 GiB here" in told
+    assert "one process needs 44.70 GiB of host memory, more than 80% of 32.00 GiB" in told
     half = dataclasses.replace(spec, parameters=1_000_000_000)
     assert "2 processes need 29.80 GiB" in told_of("state-on-cpu", Case(machine, half, recipe_of("modern"), World(0, 0, 2, 2)))
     other = recipe_of("modern", optim={"name": "lion"})
