@@ -113,7 +113,7 @@ def test_the_scale_halves_and_doubles_as_gradscaler_does(finite: list[bool], exp
 
     class Held:
         optimizer = None
-        counters = type("Counters", (), {"marks": {SKIPPED: 0}})()
+        counters = type("Counters", (), {"call_counts": {SKIPPED: 0}})()
 
     mine = LossScale(Held(), 2.0**exponent, interval)
     for good in finite:

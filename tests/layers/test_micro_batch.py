@@ -118,11 +118,11 @@ def test_a_backward_that_updates_cannot_be_tried() -> None:
 
 def test_the_former_name_is_an_error_that_names_the_new_one() -> None:
     recipe = recipe_of("modern")
-    with pytest.raises(ConfigError, match=r"--layer.microbatch: no layer 'fit' for this slot \(did you mean 'auto'\?\)"):
+    with pytest.raises(ConfigError, match=r"--layer.microbatch: no layer 'fit' in this slot \(did you mean 'auto'\?\)"):
         plan_of(recipe, {"microbatch": "fit"})
     profile = Profile("mine", "", False, Match(), {"microbatch": (LayerRequest("fit", {}, "mine.toml"),)}, "mine.toml")
     with pytest.raises(
-        ConfigError, match=r"mine.toml: slots.microbatch: no layer 'fit' for this slot \(did you mean 'auto'\?\)"
+        ConfigError, match=r"mine.toml: slots.microbatch: no layer 'fit' in this slot \(did you mean 'auto'\?\)"
     ):
         resolve(profile, probe(), spec_for(recipe), recipe, World(), CATALOG)
 
