@@ -148,17 +148,11 @@ def compare(
     def run(choices: tuple[Choice, ...]) -> tuple[float, list[Tensor]]:
         small = shortened(model(), family)
         made = replace(plan, choices=choices)
+        stream: Iterator[Any] = iter(())
         with build_engine(
-            small,
-            family,
-            copy.copy(objective),
-            recipe,
-            made,
-            catalog,
-            ranks=Ranks(World(), device),
-            batches=iter(()),
-            source=_Part(weights(small)),
-        ) as engine:
+            small, family, copy.copy(objective), recipe, made, catalog,
+            ranks=Ranks(World(), device), batches=stream, source=_Part(weights(small)),
+        ) as engine:  # fmt: skip
             return _gradient(engine, first)
 
     if not planned:
