@@ -22,13 +22,13 @@ CHILD = """
 import os, sys
 import gptoughts.cli.train as train
 
-def told(setting, *more):
+def told(setting, *more, **job):
     assert "torch" not in sys.modules
     shown = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "PROBE", "GPTOUGHTS_ENVIRONMENT_SET")}
     print("trains", sys.argv[1:], shown, setting.plan.environment, flush=True)
     raise SystemExit(7)
 
-train.train_setting = told
+train.train_resolved = told
 print("starts", os.getpid(), flush=True)
 from gptoughts.cli.main import main
 main()
