@@ -120,7 +120,7 @@ def compiled(engine: Any, layer: str, cache: str, say: Callable[[str], None]) ->
         updated = inner()
         for cause in made.news():
             rank = f"rank {engine.ranks.world.rank}: " if engine.ranks.size > 1 else ""
-            say(f"note: {rank}recompiled in update {engine.counters.updates + updated}: {cause}")
+            say(f"{rank}recompiled in update {engine.counters.updates + updated}: {cause}")
         return updated
 
     with ExitStack() as stack:
@@ -231,7 +231,9 @@ def _cause(metric: Any) -> str:
     reason = " ".join(re.split(r"\s+# |\(HINT", reason)[0].split())
     if reason.startswith("GLOBAL_STATE changed: grad_mode"):
         reason = "a forward without gradients, as in validation, has its own graph"
-    place = f"{metric.co_name} ({Path(metric.co_filename or '').name}:{metric.co_firstlineno})"
+    place = (
+        f"{metric.co_name} ({Path(metric.co_filename).name}:{metric.co_firstlineno})" if metric.co_filename else "a function"
+    )
     seconds = f", {metric.duration_us / 1e6:.1f} s" if metric.duration_us and not metric.fail_type else ""
     return f"{place}: {reason}{seconds}"
 
