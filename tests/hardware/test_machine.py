@@ -265,7 +265,7 @@ def test_packages_come_from_metadata(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     package("transformer_engine_torch-2.8.0", "Name: transformer_engine_torch\nVersion: 2.8.0\n")
     package("torch-2.13.0", "Name: torch\nVersion: 2.13.0\n")
-    package("deepspeed-0.18.0", "Name: deepspeed\n")
+    package("peft-0.18.0", "Name: peft\n")
     package("unheard_of-1.0", "Name: unheard-of\nVersion: 1.0\n")
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch/version.py").write_text("__version__ = '2.13.0+cu130'\ncuda = '13.0'\n")
@@ -274,8 +274,8 @@ def test_packages_come_from_metadata(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.delenv("CXX", raising=False)
     found, notes = installed_packages()
     assert found == {"torch": "2.13.0+cu130", "transformer-engine-torch": "2.8.0"}
-    assert len(notes) == 1 and "deepspeed" in notes[0]
-    assert found["Unheard.Of"] == "1.0" and found.get("unheard_of") == "1.0" and "deepspeed" not in found
+    assert len(notes) == 1 and "peft" in notes[0]
+    assert found["Unheard.Of"] == "1.0" and found.get("unheard_of") == "1.0" and "peft" not in found
     (tmp_path / "torch/version.py").unlink()
     assert installed_packages()[0]["torch"] == "2.13.0"
 

@@ -43,7 +43,7 @@ def test_layers_stand_in_columns(capsys: pytest.CaptureFixture[str]) -> None:
 def test_without_a_network_there_is_a_line_to_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(ConfigError, match=r"\n  try: --model.path FOLDER, or --model.config FILE to plan or train from random"):
+    with pytest.raises(ConfigError, match=r"\n  Try: --model.path FOLDER, or --model.config FILE to plan or train from random"):
         resolve_model_folder("nobody/nothing")
 
 
