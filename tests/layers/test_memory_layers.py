@@ -483,8 +483,8 @@ from gptoughts.planning.resolve import resolve
 
 def plan_of(recipe, demanded=None):
     bare = engines.Profile("bare", "", False, engines.Match(), {{}}, "the test")
-    facts = engines.facts_for(recipe)
-    return resolve(bare, engines.probe(), facts, recipe, engines.World(), CATALOG, flags=demanded, environment=dict(os.environ))
+    spec = engines.spec_for(recipe)
+    return resolve(bare, engines.probe(), spec, recipe, engines.World(), CATALOG, flags=demanded, environment=dict(os.environ))
 
 layers.plan_of = plan_of
 demanded = {{"loss": "fused-ce", "loss.implementation": "liger"}}
