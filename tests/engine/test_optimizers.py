@@ -475,7 +475,7 @@ def test_it_learns_is_proven_and_keeps_known_things_in_its_groups(name: str) -> 
         if name in ("adamw", "muon", "lion"):  # the profiler takes its time
             proof = CATALOG["plain"].verify(engine, watched(engine, 0), {})
             assert proof.status is Status.ACTIVE, proof.text
-            assert f"{name}: memory of " in proof.text
+            assert f"{name}: state of " in proof.text
         assert covered(engine.optimizer) == (len(engine.parameters()),) * 2
         assert all(engine.optimizer.state[parameter] for parameter in engine.parameters())
 

@@ -130,5 +130,5 @@ def test_a_run_writes_what_it_compared_and_can_leave_it_out(tmp_path: Path, monk
     assert results["with"] == results["without"], "the comparison changed the training"
     kept = json.loads(Path("out/with/numerics.json").read_text())
     assert kept["compared"][0]["layer"] == "sdpa" and not Path("out/without/numerics.json").exists()
-    with pytest.raises(ConfigError, match="needs check or off"):
+    with pytest.raises(ConfigError, match="must be check or off"):
         api.train("quickstart", fields=fields, run="x", numerics="maybe")
