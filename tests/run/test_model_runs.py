@@ -148,7 +148,7 @@ def test_a_default_prompt_that_the_tokenizer_lacks_is_an_empty_one(here: Path) -
     Path("dna.txt").write_text("ACGT" * 2000, encoding="utf-8")
     more = {"data.path": "dna.txt", "data.tokenizer": "chars"}
     assert trained("llama", "dna", 1, **more).prompt == ""
-    with pytest.raises(ConfigError, match=r"sample.prompt = 'x': character 'x'"):
+    with pytest.raises(ConfigError, match=r"sample.prompt: character 'x'"):
         trained("llama", "dna2", 1, **more, **{"sample.prompt": "x"})
 
 
@@ -166,7 +166,7 @@ def test_the_mask_of_pretrained_weights_is_theirs(here: Path) -> None:
 
 
 def test_keys_of_experts_are_no_wish_of_a_dense_model(here: Path) -> None:
-    with pytest.raises(ConfigError, match=r"the llama of model.config has no experts to balance"):
+    with pytest.raises(ConfigError, match=r"experts: has no effect, the llama of model.config has no experts"):
         trained("llama", "dense", 1, **{"experts.balance_weight": 0.01})
 
 

@@ -382,12 +382,12 @@ def test_the_command_says_what_it_did(tmp_path: Path, capsys: pytest.CaptureFixt
     (tmp_path / "a.txt").write_text("a text for the command " * 50)
     command(str(tmp_path / "a.txt"), tmp_path / "o", train_bpe=260)
     out = capsys.readouterr().out
-    assert "tokenizer  bpe  260 ids, uint16, run by tiktoken" in out
+    assert "tokenizer  bpe  260 ids, uint16, engine tiktoken" in out
     assert "Mtok/s" in out and "unigram entropy" in out
-    assert f"train on it: gptoughts train RECIPE --data.path {tmp_path / 'o'}" in out
+    assert f"next       gptoughts train RECIPE --data.path {tmp_path / 'o'}" in out
     command(str(tmp_path / "a.txt"), tmp_path / "o", train_bpe=260)
-    assert "already there" in capsys.readouterr().out
-    with pytest.raises(DataError, match="--tokenizer bytes and --train-bpe 260 name two tokenizers"):
+    assert "already tokenized" in capsys.readouterr().out
+    with pytest.raises(DataError, match="--tokenizer bytes and --train-bpe 260: only one of them is allowed"):
         command(str(tmp_path / "a.txt"), tmp_path / "o", tokenizer="bytes", train_bpe=260)
 
 
