@@ -9,10 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Literal
-
-if TYPE_CHECKING:
-    from gptoughts.config.recipe import Recipe
+from typing import Any, Literal, Protocol
 
 Head = Literal["causal", "question-answering"]
 
@@ -81,7 +78,13 @@ PLUGIN_TASK = Task()
 """The task of an objective that a plugin brings."""
 
 
-def task_of(recipe: Recipe) -> Task:
+class _Recipe(Protocol):
+    @property
+    def objective(self) -> str:
+        """The recipe's objective; the recipe itself is checked against FORMATS and so imports this module."""
+
+
+def task_of(recipe: _Recipe) -> Task:
     """Return the task of the recipe's objective."""
     return TASKS.get(recipe.objective, PLUGIN_TASK)
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from gptoughts.engine.engine import Engine
-    from gptoughts.engine.trainer import Progress, StepStats
+from gptoughts.engine.engine import Engine
+from gptoughts.engine.progress import Progress, StepStats
 
 
 class Callback:

@@ -3,46 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from time import perf_counter
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from gptoughts.engine.accumulation import accumulate
 from gptoughts.engine.callback import Callback
 from gptoughts.engine.engine import Engine
 from gptoughts.engine.optim.lr_schedule import set_rate
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Progress of a run: all that the loop needs to resume."""
-
-    step: int = 0
-    """Updates of the weights."""
-    tokens: int = 0
-    """Tokens consumed, over all ranks."""
-    seconds: float = 0.0
-    """Time spent in steps; callbacks are not counted."""
-    cursor: Any = None
-    """Position in the data order to resume from."""
-
-
-@dataclass(frozen=True)
-class StepStats:
-    """Results of one step. Tensors stay on the device, so that the host does not wait."""
-
-    loss_sum: Tensor
-    """Summed loss of this rank."""
-    weight: Tensor
-    """Weight of the loss, over all ranks."""
-    grad_norm: Tensor
-    updated: bool
-    tokens: int
-    cursor: Any
-    rate: float
+from gptoughts.engine.progress import Progress, StepStats
 
 
 def train_step(engine: Engine, rate: float) -> StepStats:

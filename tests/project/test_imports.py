@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
 import sys
 import tomllib
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -75,3 +77,31 @@ def test_floor_0_verbs_load_nothing_heavy(words: list[str]) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     heavy, printed = json.loads(done.stdout)
     assert heavy == [] and printed > 100
+
+
+def imports_of(path: Path, modules: set[str]) -> set[str]:
+    """Modules of the package that a file imports when loaded or under TYPE_CHECKING; imports inside functions are left out."""
+    found: set[str] = set()
+    pending: list[ast.stmt] = list(ast.parse(path.read_text(encoding="utf-8")).body)
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.If | ast.Try):
+            pending += [*node.body, *node.orelse]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            found |= {name if name in modules else node.module for name in names} & modules
+    return found
+
+
+def test_no_import_circle_not_even_for_types() -> None:
+    files = {
+        str(path.relative_to(ROOT).with_suffix("")).replace("/", ".").removesuffix(".__init__"): path
+        for folder in ("gptoughts", "benchmarks")
+        for path in (ROOT / folder).rglob("*.py")
+    }
+    graph = {name: imports_of(path, set(files)) for name, path in files.items()}
+    assert sum(map(len, graph.values())) > 1000
+    try:
+        list(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        raise AssertionError(" -> ".join(error.args[1])) from None

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import codecs
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import Protocol
 
-if TYPE_CHECKING:
-    from gptoughts.data.tokenizers.tokenizer import Tokenizer
+
+class Decoder(Protocol):
+    """The part of a tokenizer that turns ids into text."""
+
+    def token_bytes(self, index: int) -> bytes | None:
+        """Return the bytes of a token; None if tokens are not bytes."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of the ids."""
 
 
 class StreamDecoder:
     """Incremental decoder; an incomplete UTF-8 character is held back until it is complete."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Decoder) -> None:
         self.tokenizer = tokenizer
         self.bytes = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self.ids: list[int] = []

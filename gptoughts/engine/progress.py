@@ -1,0 +1,37 @@
+"""The state of a run between steps, and the result of one step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Progress of a run: all that the loop needs to resume."""
+
+    step: int = 0
+    """Updates of the weights."""
+    tokens: int = 0
+    """Tokens consumed, over all ranks."""
+    seconds: float = 0.0
+    """Time spent in steps; callbacks are not counted."""
+    cursor: Any = None
+    """Position in the data order to resume from."""
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """Results of one step. Tensors stay on the device, so that the host does not wait."""
+
+    loss_sum: Tensor
+    """Summed loss of this rank."""
+    weight: Tensor
+    """Weight of the loss, over all ranks."""
+    grad_norm: Tensor
+    updated: bool
+    tokens: int
+    cursor: Any
+    rate: float
