@@ -100,7 +100,7 @@ def test_no_import_circle_not_even_for_types() -> None:
         for path in (ROOT / folder).rglob("*.py")
     }
     graph = {name: imports_of(path, set(files)) for name, path in files.items()}
-    assert sum(map(len, graph.values())) > 1000
+    assert sum(map(len, graph.values())) > 500
     try:
         list(TopologicalSorter(graph).static_order())
     except CycleError as error:
