@@ -31,9 +31,11 @@ from gptoughts.errors import DataError
 
 CHILD = """
 import sys
+from gptoughts.console import Console
 from gptoughts.data.text import job, tokenize
 job.JOURNAL_SECONDS, job.TASK_CHARACTERS = 0.0, 3000
-tokenize.tokenize(sys.argv[1], "bpe", sys.argv[2], train_bpe=300, val_fraction=0.2, shard_tokens=7001, processes=int(sys.argv[3]))
+with Console(sys.stderr).logging():
+    tokenize.tokenize(sys.argv[1], "bpe", sys.argv[2], train_bpe=300, val_fraction=0.2, shard_tokens=7001, processes=int(sys.argv[3]))
 """
 
 
