@@ -64,6 +64,7 @@ def test_ids_are_those_of_transformers(
     family: str, chats: dict[str, ChatTokenizer], oracles: dict[str, Any], pairs: list[tuple[str, str]]
 ) -> None:
     messages, one = chat(pairs), chats[family]
+    assume(not one.mark_spelled(messages)[1])  # a spelled special token is text here, and the token itself in transformers
     ids = one.encode(render_chat(one, messages, "all").texts)[0].ids.tolist()
     assert ids == oracles[family].apply_chat_template(messages, return_dict=True)["input_ids"]
     # Answers in a prompt keep the ids that they were learned with, so only questions are compared.
@@ -77,6 +78,7 @@ def test_generation_tags_mark_what_transformers_marks(
     chats: dict[str, ChatTokenizer], oracles: dict[str, Any], pairs: list[tuple[str, str]]
 ) -> None:
     messages, one = chat(pairs), chats["tagged"]
+    assume(not one.mark_spelled(messages)[1])
     encoded = one.encode(render_chat(one, messages, "answers").texts)[0]
     expected = oracles["tagged"].apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
     assert encoded.learned.astype(int).tolist() == expected["assistant_masks"]
