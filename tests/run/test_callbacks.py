@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from gptoughts.console import Console, SilentConsole, count, duration, note, share
+from gptoughts.engine.callback import Callback
 from gptoughts.engine.checkpoint.store import Snapshot, Writer
 from gptoughts.engine.distributed.ranks import Ranks
 from gptoughts.engine.objectives.base import Objective
@@ -24,7 +25,7 @@ from gptoughts.inference.eval.perplexity import mean_loss
 from gptoughts.run.callbacks import Evaluate, Log, Save, every
 from gptoughts.run.throughput import Throughput
 from gptoughts.run.tracking.jsonl import Jsonl, attempts, read
-from gptoughts.run.tracking.sink import SINKS, RunInfo, Sink, Sinks, check_sinks
+from gptoughts.run.tracking.sink import SINKS, CallbackSink, RunInfo, Sink, Sinks, check_sinks
 from tests.support.engines import engine_of, plan_of, random_batches, recipe_of
 
 
@@ -211,6 +212,15 @@ def test_a_sink_that_fails_is_reported_once_and_left_out() -> None:
             sinks.log(step, {"train/loss": 1.0})
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert text.getvalue().count("\n") == 1 and "tracker Broken failed" in text.getvalue()
+
+
+def test_an_error_in_a_users_callback_is_raised() -> None:
+    class Wrong(Callback):
+        def on_log(self, step: int, values: Any) -> None:
+            raise ValueError("mine")
+
+    with pytest.raises(ValueError, match="mine"):
+        Sinks([CallbackSink(Wrong())]).log(1, {"train/loss": 1.0})
 
 
 def test_unknown_trackers_are_refused_with_the_nearest_name() -> None:

@@ -60,7 +60,7 @@ class CallbackSink(Sink):
 
 
 class Sinks(Sink):
-    """Several sinks as one. A sink that raises is reported once, closed and left out; training goes on."""
+    """Several sinks as one. A sink that raises is reported once and left out; training goes on. Errors of callbacks are raised."""
 
     def __init__(self, sinks: Iterable[Sink] = ()) -> None:
         self._sinks = list(sinks)
@@ -87,6 +87,8 @@ class Sinks(Sink):
             try:
                 call(sink)
             except Exception as error:
+                if isinstance(sink, CallbackSink):
+                    raise  # the user's own code: its error is theirs to see
                 self._sinks.remove(sink)
                 LOGGER.warning(
                     "tracker %s failed and is off for the rest of the run: %s: %s",
