@@ -13,6 +13,8 @@ KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
 LOGGER = logging.getLogger("gptoughts")
 """Where code without a console reports. Silent in a library, printed by a running console."""
+NOISY_LOGGERS = ("torchao", "torch.utils._pytree")
+"""Loggers of libraries that warn at import about kernels for other machines and about deprecations."""
 
 
 class Console:

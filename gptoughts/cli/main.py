@@ -13,7 +13,7 @@ import warnings
 import click
 
 from gptoughts.cli.options import CommandGroup, argument, command, group, option, recipe_command, recipe_options
-from gptoughts.console import Console
+from gptoughts.console import NOISY_LOGGERS, Console
 from gptoughts.errors import GptoughtsError
 from gptoughts.planning.environment import Process
 
@@ -271,7 +271,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _quiet_libraries() -> None:
     """Hide import and deprecation warnings of libraries, which a user of the command line cannot act on."""
-    for name in ("torchao", "torch.utils._pytree"):
+    for name in NOISY_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|torchao|transformers|peft)\b")
 

@@ -27,7 +27,7 @@ ALLOWED = {
     ("gptoughts/data/text/workers.py", "_exit"),  # os._exit, which is documented
     ("gptoughts/data/tokenizers/bpe.py", "_mergeable_ranks"),  # tiktoken
     ("gptoughts/engine/optim/low_bit.py", "_new_buffer"),  # torchao, whose class is extended there
-    ("gptoughts/engine/optim/low_bit.py", "torch.utils._pytree"),  # the name of a logger
+    ("gptoughts/console.py", "torch.utils._pytree"),  # the name of a logger
 }
 BY_NAME = ("getattr", "setattr", "hasattr", "delattr", "attrgetter", "__setattr__", "__delattr__", "get", "pop")
 DOTTED = re.compile(rf"({'|'.join(LIBRARIES)})(\.\w+)*\._[a-zA-Z]\w*(\.\w+)*")

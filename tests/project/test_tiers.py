@@ -29,6 +29,8 @@ def test_some(x): pass
 QUICK, SLOW = {"test_quick", "test_some[a]"}, {"test_slow", "test_some[b]"}
 WHOLLY_SLOW = {"project/test_wheel.py"}
 """Files without a test in the default tier."""
+MARKS = ("pytest.mark.slow", "slow_unless(", "slow_except(")
+"""What puts a test, or some of its parameters, into the slow tier."""
 
 
 @pytest.fixture
@@ -81,7 +83,8 @@ def test_this_session_holds_its_tier(request: pytest.FixtureRequest) -> None:
     if narrowed:
         pytest.skip("a part of a tier was asked for")
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    marked = {item.path for item in items if "pytest.mark.slow" in item.path.read_text(encoding="utf-8")} - {Path(__file__)}
+    texts = {item.path: item.path.read_text(encoding="utf-8") for item in items if item.path != Path(__file__)}
+    marked = {path for path, text in texts.items() if any(mark in text for mark in MARKS)}
     assert slow == (marked if config.option.all else set())
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gptoughts.config.loader import OptimConfig
+from gptoughts.console import NOISY_LOGGERS
 from gptoughts.engine.optim.param_groups import Group
 from gptoughts.errors import CheckpointError, LayerError
 from gptoughts.models.adapters.nf4 import bitsandbytes_package
@@ -41,7 +42,7 @@ TABLES = ("qmap1", "qmap2")
 @contextmanager
 def quiet() -> Iterator[None]:
     """Suppress torchao's import warnings about kernels for other machines."""
-    loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
+    loggers = [logging.getLogger(name) for name in NOISY_LOGGERS]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
