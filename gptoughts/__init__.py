@@ -5,7 +5,6 @@ From Python: `gptoughts.train(recipe)`, `gptoughts.plan(recipe)`, `gptoughts.fit
 
 from __future__ import annotations
 
-import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +15,6 @@ __all__ = ["Callback", "__version__", "fit", "plan", "train"]
 if TYPE_CHECKING:
     from gptoughts.api import fit, plan, train
     from gptoughts.engine.callback import Callback
-
-
-# A library prints nothing by itself: records of this logger are shown by a running console, or by the user's own handlers.
-logging.getLogger("gptoughts").addHandler(logging.NullHandler())
 
 
 def __getattr__(name: str) -> Any:

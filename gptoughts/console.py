@@ -12,7 +12,8 @@ from typing import Any, Literal, TextIO
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
 LOGGER = logging.getLogger("gptoughts")
-"""Where code without a console reports. Silent in a library, printed by a running console."""
+"""Where code without a console reports. Shown by a running console, or by the user's own handlers; otherwise silent."""
+LOGGER.addHandler(logging.NullHandler())
 NOISY_LOGGERS = ("torchao", "torch.utils._pytree")
 """Loggers of libraries that warn at import about kernels for other machines and about deprecations."""
 

@@ -5,7 +5,6 @@ Every message follows one formula: `<option or file>: <problem>. Found <x>. Try:
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -60,6 +59,8 @@ class LayerError(GptoughtsError):
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return ` (did you mean 'hopper'?)` for the closest known word, or an empty string."""
+    import difflib
+
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f" (did you mean {close[0]!r}?)" if close else ""
 

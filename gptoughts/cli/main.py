@@ -5,15 +5,12 @@ Commands import their module when they run, so `--help` and `plan` load nothing 
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
-import warnings
 
 import click
 
 from gptoughts.cli.options import CommandGroup, argument, command, group, option, recipe_command, recipe_options
-from gptoughts.console import NOISY_LOGGERS, Console
 from gptoughts.errors import GptoughtsError
 from gptoughts.planning.environment import Process
 
@@ -252,11 +249,8 @@ def main(arguments: list[str] | None = None) -> None:
     Without `arguments` the process is ours and may be restarted with other environment variables.
     """
     process = Process.OURS if arguments is None else Process.CALLERS
-    if process is Process.OURS:
-        _quiet_libraries()
     try:
-        with Console(sys.stderr).logging():
-            build_cli().main(args=arguments, prog_name="gptoughts", standalone_mode=False, obj=process)
+        build_cli().main(args=arguments, prog_name="gptoughts", standalone_mode=False, obj=process)
     except click.ClickException as error:
         _exit(f"error: {error.format_message()}", error.exit_code)
     except (click.exceptions.Abort, KeyboardInterrupt):
@@ -267,13 +261,6 @@ def main(arguments: list[str] | None = None) -> None:
         # The reader of our output has exited; the interpreter must not flush into the closed pipe at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-
-
-def _quiet_libraries() -> None:
-    """Hide import and deprecation warnings of libraries, which a user of the command line cannot act on."""
-    for name in NOISY_LOGGERS:
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|torchao|transformers|peft)\b")
 
 
 def _exit(message: str, code: int) -> None:

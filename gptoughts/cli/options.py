@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
 from gptoughts.errors import describe, listed, nearest
+from gptoughts.planning.environment import Process
 
 CONTEXT = {
     "token_normalize_func": lambda token: token.replace("_", "-"),
@@ -178,7 +180,7 @@ def command(name: str, target: str, text: str, params: Sequence[click.Parameter]
     """Build a command with the help `text` that runs `target`, given as `module.function` in `gptoughts.cli`."""
 
     def run(**values: Any) -> None:
-        sys.exit(_imported(target)(**values) or 0)
+        _run(target, values)
 
     return Command(name, params=list(params), callback=run, help=text, context_settings=CONTEXT)
 
@@ -188,16 +190,31 @@ def recipe_command(name: str, target: str, text: str, params: Sequence[click.Par
 
     def run(**values: Any) -> None:
         recipe, layers, rest = split_flags(values)
-        sys.exit(_imported(target)(fields=recipe, layers=layers, **rest) or 0)
+        _run(target, {"fields": recipe, "layers": layers, **rest})
 
     return RecipeCommand(name, params=list(params), callback=run, help=text, context_settings=CONTEXT)
 
 
-def _imported(target: str) -> Callable[..., int | None]:
-    """Import `module.function` when the command runs, so that the start of the command line stays fast."""
+def _run(target: str, values: Mapping[str, Any]) -> NoReturn:
+    """Run `module.function` and exit with its code. Imports happen here, so that `--help` stays fast."""
+    from gptoughts.console import Console
+
+    if click.get_current_context().obj is Process.OURS:
+        _quiet_libraries()
     module, _, function = target.partition(".")
-    found: Callable[..., int | None] = getattr(import_module(f"gptoughts.cli.{module}"), function)
-    return found
+    with Console(sys.stderr).logging():
+        sys.exit(getattr(import_module(f"gptoughts.cli.{module}"), function)(**values) or 0)
+
+
+def _quiet_libraries() -> None:
+    """Hide import and deprecation warnings of libraries, which a user of the command line cannot act on."""
+    import logging
+
+    from gptoughts.console import NOISY_LOGGERS
+
+    for name in NOISY_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|torchao|transformers|peft)\b")
 
 
 def argument(name: str, **keywords: Any) -> click.Argument:

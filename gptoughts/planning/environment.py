@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -31,6 +30,8 @@ def in_effect(plan: Plan, environment: Mapping[str, str]) -> Plan:
         if current != value and _set_by_user(name, environment):
             values[name] = current
             notes.append(f"{name}={current} (set by you) overrides the plan's {name}={value}")
+    from dataclasses import replace
+
     return replace(plan, environment=values, notes=tuple(notes))
 
 
