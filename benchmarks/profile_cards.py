@@ -17,8 +17,9 @@ from gptoughts.config.loader import Recipe, load
 from gptoughts.config.model_spec import spec_for
 from gptoughts.console import bytes_in_words
 from gptoughts.errors import PlanError
-from gptoughts.hardware.machine import Machine, World
+from gptoughts.hardware.machine import Machine
 from gptoughts.hardware.machine import read as read_machine
+from gptoughts.hardware.world import World
 from gptoughts.layers import CATALOG
 from gptoughts.planning.layer import SLOTS, Choice, Layer
 from gptoughts.planning.profile import LayerRequest, Match, Profile, names, pick

@@ -12,7 +12,8 @@ from gptoughts.config.loader import Recipe, Resolved, from_values, load
 from gptoughts.config.model_spec import UNKNOWN, ModelSpec, spec_for
 from gptoughts.config.resolve import resolve_recipe
 from gptoughts.errors import ConfigError, ErrorCollector
-from gptoughts.hardware.machine import Machine, World, probe, read, world_from_environment
+from gptoughts.hardware.machine import Machine, probe, read
+from gptoughts.hardware.world import World, world_from_environment
 from gptoughts.layers.plugins import Extensions, extensions
 from gptoughts.planning import environment
 from gptoughts.planning.environment import in_effect, missing_variables

@@ -6,7 +6,8 @@ from gptoughts.api import default_recipe
 from gptoughts.config import loader as config
 from gptoughts.config.model_spec import spec_for
 from gptoughts.errors import ConfigError, PlanError, nearest
-from gptoughts.hardware.machine import World, probe
+from gptoughts.hardware.machine import probe
+from gptoughts.hardware.world import World
 from gptoughts.layers import CATALOG
 from gptoughts.planning import profile
 from gptoughts.planning.layer import SLOTS, Case, Kind, Layer

@@ -6,25 +6,20 @@ import os
 import sys
 import typing
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
-from functools import cache
+from dataclasses import asdict, dataclass, field
 from json import dumps
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
-from pydantic import ConfigDict, NonNegativeInt, TypeAdapter, ValidationError
+from pydantic import ConfigDict, NonNegativeInt
 
-from gptoughts.errors import ConfigError, describe, nearest
+from gptoughts.errors import ConfigError
 from gptoughts.hardware.cpu import ROOT, Cpu, read_cpu, read_free_bytes, read_memory_bytes
 from gptoughts.hardware.nvml import Gpu, read_gpus
 from gptoughts.hardware.packages import installed_packages
+from gptoughts.hardware.records import STRICT, validate
 
-__all__ = ["Cpu", "Gpu", "Machine", "World", "probe", "read", "world_from_environment"]
-
-STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-"""Of machine files; nested records inherit it."""
-
-RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+__all__ = ["Cpu", "Gpu", "Machine", "probe", "read"]
 
 
 @dataclass(frozen=True)
@@ -76,29 +71,7 @@ class Machine:
     @staticmethod
     def from_json(value: object, source: str = "machine") -> Machine:
         """Return the machine of a JSON value. Raises ConfigError listing every unknown key and wrong value with its path."""
-        return _validate(Machine, dumps(value), source)
-
-
-@dataclass(frozen=True)
-class World:
-    """Rank and world size of this process; `launcher` is `single` or `torchrun`."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
-
-    rank: NonNegativeInt = 0
-    local_rank: NonNegativeInt = 0
-    world_size: NonNegativeInt = 1
-    local_world_size: NonNegativeInt = 1
-    launcher: str = "single"
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain numbers and strings."""
-        return asdict(self)
-
-    @staticmethod
-    def from_json(value: object, source: str = "world") -> World:
-        """Return the world of a JSON value. Raises ConfigError as `Machine.from_json`."""
-        return _validate(World, dumps(value), source)
+        return validate(Machine, dumps(value), source)
 
 
 def probe(environment: Mapping[str, str] | None = None, system: str = sys.platform, root: Path = ROOT) -> Machine:
@@ -137,35 +110,7 @@ def read(path: str | Path) -> Machine:
         raise ConfigError(f"machine file {path}: no such file") from None
     except OSError as error:
         raise ConfigError(f"machine file {path}: cannot read it ({error.strerror})") from None
-    return _validate(Machine, content, f"machine file {path}")
-
-
-def world_from_environment(environment: Mapping[str, str]) -> World:
-    """Return the rank that torchrun set, or a single process without its variables.
-
-    Raises ConfigError naming variables that are missing, not integers or contradictory.
-    """
-    present = {name: environment[name] for name in RANK_VARIABLES if name in environment}
-    if not present:
-        return World()
-    found = ", ".join(f"{name}={value}" for name, value in present.items())
-    missing = [name for name in RANK_VARIABLES if name not in present]
-    if missing:
-        raise ConfigError(
-            f"environment: {found} without {', '.join(missing)}",
-            fix=f"start the ranks with torchrun, or unset {', '.join(present)}",
-        )
-    wrong = [f"{name}={value!r}" for name, value in present.items() if not value.strip().isdecimal()]
-    if wrong:
-        raise ConfigError(f"environment: {', '.join(wrong)}: not a whole number")
-    rank, world_size, local_rank, local_world_size = (int(present[name]) for name in RANK_VARIABLES)
-    if not (rank < world_size and local_rank < local_world_size <= world_size and local_rank <= rank):
-        raise ConfigError(
-            "environment: contradictory rank variables; required: RANK < WORLD_SIZE, LOCAL_RANK < LOCAL_WORLD_SIZE"
-            " <= WORLD_SIZE and LOCAL_RANK <= RANK",
-            found=found,
-        )
-    return World(rank, local_rank, world_size, local_world_size, "torchrun")
+    return validate(Machine, content, f"machine file {path}")
 
 
 def _plain(value: Any) -> Any:
@@ -173,36 +118,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(one) for key, one in value.items()}
     return [_plain(one) for one in value] if isinstance(value, list | tuple) else value
-
-
-Record = TypeVar("Record", Machine, World)
-
-
-@cache
-def _adapter(kind: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(kind)
-
-
-def _validate(kind: type[Record], content: str | bytes, source: str) -> Record:
-    """Return `content`, JSON, as `kind`. Raises ConfigError listing every problem with its key path."""
-    try:
-        # Only JSON input lets strict mode take lists for tuples and objects for records.
-        return typing.cast("Record", _adapter(typing.cast("Any", kind)).validate_json(content))
-    except ValidationError as error:
-        problems = error.errors(include_url=False)
-    if problems[0]["type"] == "json_invalid":
-        raise ConfigError(f"{source}: not valid JSON ({problems[0]['ctx']['error']})")
-    raise ConfigError(f"{source}:\n" + "\n".join(f"  {_problem(kind, problem)}" for problem in problems))
-
-
-def _problem(kind: type, problem: Mapping[str, Any]) -> str:
-    """Return one pydantic error as `gpus[0].mig: input should be a valid boolean. Found 0`."""
-    place = problem["loc"]
-    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).removeprefix(".") or "top level"
-    if problem["type"] == "missing":
-        return f"{path}: missing"
-    if problem["type"] == "unexpected_keyword_argument":
-        record = {"gpus": Gpu, "cpu": Cpu}.get(place[0], kind) if len(place) > 1 else kind
-        return f"{path}: unknown key{nearest(str(place[-1]), [part.name for part in fields(record)])}"
-    text = problem["msg"]
-    return describe(f"{path}: {text[:1].lower()}{text[1:]}", found=f"{problem['input']!r:.60}")

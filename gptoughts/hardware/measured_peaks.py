@@ -14,8 +14,9 @@ from typing import Any
 
 from gptoughts.errors import ConfigError
 from gptoughts.files import cache_dir, write_json
-from gptoughts.hardware.machine import Machine, World
+from gptoughts.hardware.machine import Machine
 from gptoughts.hardware.peak_flops import peaks
+from gptoughts.hardware.world import World
 
 COMMAND = "gptoughts bench gemm"
 

@@ -22,7 +22,7 @@ from gptoughts.engine.distributed.ranks import Ranks
 from gptoughts.engine.engine import Engine, Source
 from gptoughts.engine.from_recipe import ModelBundle, initial_weights, model_bundle, resumed_weights
 from gptoughts.errors import CheckpointError, ConfigError, LayerError, nearest
-from gptoughts.hardware.machine import World
+from gptoughts.hardware.world import World
 from gptoughts.models.adapters.folder import read_config as read_adapter
 from gptoughts.models.gpt.sdpa import attend
 from gptoughts.models.sources import meta_model

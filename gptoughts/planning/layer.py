@@ -17,7 +17,8 @@ from typing import Any
 from gptoughts.config.loader import Recipe
 from gptoughts.config.model_spec import ModelSpec
 from gptoughts.errors import ConfigError, listed, nearest
-from gptoughts.hardware.machine import Machine, World
+from gptoughts.hardware.machine import Machine
+from gptoughts.hardware.world import World
 from gptoughts.planning.evidence import Evidence, Operator, Status, StepTrace, active, inactive, unproven
 from gptoughts.planning.memory_model import Budget
 

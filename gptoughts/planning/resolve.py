@@ -13,7 +13,8 @@ from typing import Any
 from gptoughts.config.loader import Recipe
 from gptoughts.config.model_spec import ModelSpec
 from gptoughts.errors import ConfigError, PlanError
-from gptoughts.hardware.machine import Machine, World
+from gptoughts.hardware.machine import Machine
+from gptoughts.hardware.world import World
 from gptoughts.planning.layer import SLOTS, Case, Choice, Kind, Layer, Reason, unsupported
 from gptoughts.planning.memory_fit import Choices, fit
 from gptoughts.planning.memory_model import baseline

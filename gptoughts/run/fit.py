@@ -19,7 +19,7 @@ from gptoughts.engine.checkpoint import state, store
 from gptoughts.engine.objectives.base import Batch, Objective, Rows, as_objective
 from gptoughts.engine.trainer import Progress, train
 from gptoughts.errors import ConfigError, DataError
-from gptoughts.hardware.machine import World
+from gptoughts.hardware.world import World
 from gptoughts.planning.plan import Plan
 from gptoughts.run.callbacks import Log
 from gptoughts.run.evidence import EvidenceCheck, LayerEvidence

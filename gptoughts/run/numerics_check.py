@@ -21,7 +21,7 @@ from gptoughts.engine.distributed.ranks import Ranks
 from gptoughts.engine.engine import Engine, Source
 from gptoughts.engine.objectives.base import Batch, Objective
 from gptoughts.errors import LayerError
-from gptoughts.hardware.machine import World
+from gptoughts.hardware.world import World
 from gptoughts.models.family import Family
 from gptoughts.models.torch_internals import dropout_type
 from gptoughts.planning.layer import SLOTS, Choice, Layer

@@ -19,7 +19,8 @@ from gptoughts.data.corpus import Corpus, open_corpus, prepare_batches, prepare_
 from gptoughts.data.device import to_device
 from gptoughts.engine.callback import Callback
 from gptoughts.engine.checkpoint import state, store
-from gptoughts.engine.distributed.ranks import Ranks, process_group
+from gptoughts.engine.distributed.process_group import process_group
+from gptoughts.engine.distributed.ranks import Ranks
 from gptoughts.engine.engine import Engine
 from gptoughts.engine.from_recipe import ModelBundle, initial_weights, model_bundle, resumed_weights
 from gptoughts.engine.memory_usage import resident_bytes
@@ -28,7 +29,8 @@ from gptoughts.engine.run_length import RunLength
 from gptoughts.engine.trainer import Progress
 from gptoughts.errors import LayerError, PlanError
 from gptoughts.files import write_json, write_text
-from gptoughts.hardware.machine import Machine, World
+from gptoughts.hardware.machine import Machine
+from gptoughts.hardware.world import World
 from gptoughts.layers.plugins import Extensions
 from gptoughts.models.family import custom_family
 from gptoughts.models.sources import CurrentWeights, meta_model
@@ -71,6 +73,8 @@ class TrainingJob:
     callbacks: tuple[Callback, ...] = ()
     track: tuple[str, ...] = ("jsonl", "plot")
     """Names of sinks."""
+    collectives: str = "auto"
+    """Backend of the process group: auto takes NCCL on GPUs and gloo on CPUs."""
     weights_seed: int | None = None
     """Seed of the initial weights if it is not the recipe's; data and their order stay."""
     own: OwnModel | None = None
@@ -148,7 +152,7 @@ def open_session(job: TrainingJob) -> Iterator[Session]:
                 store.clean(job.folder.checkpoints)  # a kill can leave a checkpoint hidden while it was replaced
         # Before ranks meet: tokenizing can take longer than the timeout of the process group.
         corpus = None if job.own else open_corpus(job.recipe)
-        ranks = stack.enter_context(process_group(job.world, device))
+        ranks = stack.enter_context(process_group(job.world, device, job.collectives))
         ranks.same("the plan", job.plan.digest())
         ranks.same("the recipe", job.resolved.to_toml())
         if corpus is None:

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from gptoughts.config.model_spec import ModelSpec, flops_per_token
-from gptoughts.hardware.machine import Machine, World
+from gptoughts.hardware.machine import Machine
 from gptoughts.hardware.measured_peaks import gemm_utilization
 from gptoughts.hardware.peak_flops import peaks
+from gptoughts.hardware.world import World
 from gptoughts.planning.plan import Plan
 
 Mfu = Callable[[float], float | None]

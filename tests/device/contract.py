@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from gptoughts.errors import GptoughtsError, PlanError
-from gptoughts.hardware.machine import World, probe
+from gptoughts.hardware.machine import probe
+from gptoughts.hardware.world import World
 from gptoughts.layers import CATALOG
 from gptoughts.planning.layer import Case, Layer, Status, StepTrace
 from tests.device.kept import Deadline, Kept

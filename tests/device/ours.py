@@ -18,7 +18,7 @@ from gptoughts.engine.distributed.ranks import Ranks
 from gptoughts.engine.engine import Engine
 from gptoughts.engine.objectives.base import NextToken
 from gptoughts.engine.trainer import Progress, train
-from gptoughts.hardware.machine import World
+from gptoughts.hardware.world import World
 from gptoughts.layers import CATALOG
 from gptoughts.models.family import Family, family_of
 from gptoughts.models.sources import meta_model

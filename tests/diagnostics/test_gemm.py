@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from gptoughts.cli.main import main
 from gptoughts.diagnostics.bench.gemm import Effort, bench_gemm, effort_for, gemm_markdown, gemm_text, measured_peaks_of
 from gptoughts.errors import ConfigError
-from gptoughts.hardware.machine import Machine, World, probe, read
+from gptoughts.hardware.machine import Machine, probe, read
 from gptoughts.hardware.measured_peaks import (
     MeasuredPeaks,
     cache_file,
@@ -23,6 +23,7 @@ from gptoughts.hardware.measured_peaks import (
     measured_peaks_for,
     save_measured_peaks,
 )
+from gptoughts.hardware.world import World
 from gptoughts.layers import CATALOG
 from tests.support.engines import plan_of, recipe_of
 

@@ -20,7 +20,7 @@ from gptoughts.api import decide
 from gptoughts.cli.trace import steps_to_trace
 from gptoughts.diagnostics import trace as tracing
 from gptoughts.errors import ConfigError, DataError
-from gptoughts.hardware.machine import World
+from gptoughts.hardware.world import World
 from gptoughts.run.memory_snapshot import UNKNOWN, history, memory_report
 from tests.support.engines import engine_of, plan_of, recipe_of, steps
 

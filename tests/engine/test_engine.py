@@ -12,7 +12,7 @@ from gptoughts.engine.distributed.ranks import Ranks
 from gptoughts.engine.engine import Engine, allocate
 from gptoughts.engine.objectives.base import NextToken
 from gptoughts.errors import LayerError, RunError
-from gptoughts.hardware.machine import World
+from gptoughts.hardware.world import World
 from gptoughts.layers import CATALOG
 from gptoughts.models.family import FAMILIES
 from gptoughts.models.sources import Initialization, meta_model

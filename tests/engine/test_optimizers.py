@@ -27,7 +27,7 @@ from gptoughts.engine.optim.factory import averaged, covered, hidden_matrices, o
 from gptoughts.engine.optim.lr_schedule import set_rate
 from gptoughts.engine.optim.param_groups import GROUP_STATE
 from gptoughts.errors import CheckpointError, ConfigError, PlanError
-from gptoughts.hardware.machine import World
+from gptoughts.hardware.world import World
 from gptoughts.inference.eval.perplexity import mean_loss
 from gptoughts.layers import CATALOG
 from gptoughts.models.family import FAMILIES, custom_family

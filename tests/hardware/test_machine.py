@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from gptoughts.config.loader import from_values
 from gptoughts.config.model_spec import UNKNOWN
 from gptoughts.errors import ConfigError
-from gptoughts.hardware.machine import Cpu, Gpu, Machine, World, probe, read, world_from_environment
+from gptoughts.hardware.machine import Cpu, Gpu, Machine, probe, read
 from gptoughts.hardware.packages import extras, installed_packages, recorded_names
+from gptoughts.hardware.world import World, world_from_environment
 from gptoughts.layers import CATALOG
 from gptoughts.planning.layer import Case, Layer
 

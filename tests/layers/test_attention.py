@@ -29,7 +29,7 @@ from gptoughts.config.model_spec import spec_for
 from gptoughts.engine.engine import Engine
 from gptoughts.errors import LayerError, PlanError
 from gptoughts.hardware import machine
-from gptoughts.hardware.machine import World
+from gptoughts.hardware.world import World
 from gptoughts.layers import CATALOG
 from gptoughts.models.gpt import flash, flex, sdpa
 from gptoughts.models.gpt.attention import document_mask, math_attention

@@ -20,7 +20,8 @@ from torch import nn
 from gptoughts.config.model_spec import spec_for
 from gptoughts.console import Console
 from gptoughts.errors import LayerError, PlanError
-from gptoughts.hardware.machine import World, probe, read
+from gptoughts.hardware.machine import probe, read
+from gptoughts.hardware.world import World
 from gptoughts.layers import CATALOG
 from gptoughts.layers.support import compile as compiling
 from gptoughts.planning.evidence import Operator, Status, StepTrace

@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from gptoughts.config.model_spec import spec_for
-from gptoughts.hardware.machine import World, probe
+from gptoughts.hardware.machine import probe
+from gptoughts.hardware.world import World
 from gptoughts.layers import CATALOG
 from gptoughts.models.family import custom_family
 from gptoughts.models.sources import meta_model
@@ -112,14 +113,14 @@ def test_every_slot_has_a_baseline_and_names_are_unique_keys() -> None:
 def test_needs_are_answered_without_torch() -> None:
     program = (
         "import sys, pathlib\n"
-        "from gptoughts.config import loader as config, model_spec as known\nfrom gptoughts.hardware import machine\n"
+        "from gptoughts.config import loader as config, model_spec as known\nfrom gptoughts.hardware import machine, world\n"
         "from gptoughts.planning.layer import Case\n"
         "from gptoughts.layers import CATALOG\n"
         "recipe = config.load('gpt-1b').recipe\n"
         "for path in sorted(pathlib.Path('tests/machines').glob('*.json')):\n"
         "    for ranks in (1, 2):\n"
         "        for spec in (known.spec_for(recipe), known.ModelSpec()):\n"
-        "            case = Case(machine.read(path), spec, recipe, machine.World(0, 0, ranks, ranks))\n"
+        "            case = Case(machine.read(path), spec, recipe, world.World(0, 0, ranks, ranks))\n"
         "            for layer in CATALOG.values():\n"
         "                options = layer.read_options({}, 'the test')\n"
         "                assert all(str(reason) for reason in layer.rejections(case, options))\n"

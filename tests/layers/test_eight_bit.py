@@ -22,7 +22,8 @@ from gptoughts.engine.optim import low_bit as lowbit
 from gptoughts.engine.optim.factory import optimizer
 from gptoughts.engine.optim.lr_schedule import set_rate
 from gptoughts.errors import CheckpointError, ConfigError, LayerError
-from gptoughts.hardware.machine import World, probe
+from gptoughts.hardware.machine import probe
+from gptoughts.hardware.world import World
 from gptoughts.layers import CATALOG
 from gptoughts.models.sources import meta_model
 from gptoughts.planning.layer import Case, Kind, Status

@@ -17,7 +17,8 @@ from gptoughts.engine.checkpoint import state as training_state
 from gptoughts.engine.checkpoint import store as checkpoint
 from gptoughts.engine.trainer import Progress, run_step
 from gptoughts.errors import PlanError, RunError
-from gptoughts.hardware.machine import World, read
+from gptoughts.hardware.machine import read
+from gptoughts.hardware.world import World
 from gptoughts.layers import CATALOG
 from gptoughts.layers.precision_fp16 import LEAST_SCALE, SKIPPED, LossScale
 from gptoughts.planning.layer import Case, Kind, Status

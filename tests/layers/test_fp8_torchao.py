@@ -16,7 +16,8 @@ from gptoughts.config.model_spec import spec_for
 from gptoughts.engine.checkpoint import state as training_state
 from gptoughts.engine.checkpoint import store as checkpoint
 from gptoughts.errors import LayerError
-from gptoughts.hardware.machine import World, read
+from gptoughts.hardware.machine import read
+from gptoughts.hardware.world import World
 from gptoughts.layers import CATALOG
 from gptoughts.models.kernels.fusion import projections
 from gptoughts.planning.evidence import Operator

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from gptoughts.data.device import as_tensor
 from gptoughts.data.prefetch import Ring
-from gptoughts.hardware.machine import World, read
+from gptoughts.hardware.machine import read
+from gptoughts.hardware.world import World
 from gptoughts.layers import CATALOG, host_threads
 from gptoughts.planning.evidence import Status
 from gptoughts.planning.layer import Case

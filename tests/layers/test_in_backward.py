@@ -13,7 +13,8 @@ from gptoughts.engine.engine import Engine
 from gptoughts.engine.optim.param_groups import Group
 from gptoughts.engine.trainer import Progress, run_step
 from gptoughts.errors import LayerError, PlanError
-from gptoughts.hardware.machine import World, probe
+from gptoughts.hardware.machine import probe
+from gptoughts.hardware.world import World
 from gptoughts.layers import CATALOG
 from gptoughts.planning.layer import Case, Kind, Status
 from tests.support.engines import engine_of, plan_of, recipe_of, watched

@@ -24,7 +24,7 @@ from torch import Tensor
 from gptoughts.config.model_spec import spec_for
 from gptoughts.errors import LayerError
 from gptoughts.hardware import machine
-from gptoughts.hardware.machine import World
+from gptoughts.hardware.world import World
 from gptoughts.layers import CATALOG
 from gptoughts.models.gpt.attention import rotate_both
 from gptoughts.models.gpt.gpt import Attention

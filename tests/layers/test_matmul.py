@@ -11,7 +11,8 @@ import torch
 
 from gptoughts.config.model_spec import spec_for
 from gptoughts.errors import PlanError
-from gptoughts.hardware.machine import World, probe, read
+from gptoughts.hardware.machine import probe, read
+from gptoughts.hardware.world import World
 from gptoughts.layers import CATALOG
 from gptoughts.layers.matmul_tf32 import BF16_CPU, apply, verify
 from gptoughts.planning.layer import Case, Kind, Status

@@ -29,7 +29,8 @@ from gptoughts.engine.distributed.ranks import Ranks
 from gptoughts.engine.engine import Engine
 from gptoughts.engine.optim.factory import optimizer
 from gptoughts.errors import CheckpointError, LayerError
-from gptoughts.hardware.machine import World, probe, read
+from gptoughts.hardware.machine import probe, read
+from gptoughts.hardware.world import World
 from gptoughts.layers import CATALOG
 from gptoughts.layers.recompute_ops import is_kept
 from gptoughts.layers.support.activation_offload import HostActivations

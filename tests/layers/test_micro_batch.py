@@ -9,7 +9,8 @@ import torch
 
 from gptoughts.config.model_spec import spec_for
 from gptoughts.errors import ConfigError, PlanError, RunError
-from gptoughts.hardware.machine import World, probe
+from gptoughts.hardware.machine import probe
+from gptoughts.hardware.world import World
 from gptoughts.layers import CATALOG
 from gptoughts.layers.microbatch_auto import divisors
 from gptoughts.layers.support.micro_batch_search import Trial, _largest

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from gptoughts.config.loader import load
 from gptoughts.config.model_spec import UNKNOWN
 from gptoughts.errors import ConfigError
-from gptoughts.hardware.machine import World, read
+from gptoughts.hardware.machine import read
+from gptoughts.hardware.world import World
 from gptoughts.layers import CATALOG
 from gptoughts.planning.layer import (
     SLOTS,

@@ -16,7 +16,8 @@ from gptoughts import api
 from gptoughts.config import loader as config
 from gptoughts.config.loader import Recipe
 from gptoughts.config.model_spec import spec_for
-from gptoughts.hardware.machine import World, probe, read
+from gptoughts.hardware.machine import probe, read
+from gptoughts.hardware.world import World
 from gptoughts.layers import CATALOG
 from gptoughts.planning import memory_fit
 from gptoughts.planning import memory_model as memory

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from gptoughts.config.loader import Recipe, load
 from gptoughts.config.model_spec import UNKNOWN, spec_for, vocabulary_of
 from gptoughts.errors import ConfigError, PlanError
-from gptoughts.hardware.machine import Machine, World, read
+from gptoughts.hardware.machine import Machine, read
+from gptoughts.hardware.world import World
 from gptoughts.layers import CATALOG
 from gptoughts.planning import resolve as resolving
 from gptoughts.planning.layer import REPLACED_HOOKS, SLOTS, Kind, Layer, Option, Reason, active

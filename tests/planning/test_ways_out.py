@@ -13,7 +13,8 @@ from gptoughts.cli import lists
 from gptoughts.cli.generate import check_room
 from gptoughts.config.model_path import resolve_model_folder
 from gptoughts.errors import ConfigError, PlanError
-from gptoughts.hardware.machine import World, read
+from gptoughts.hardware.machine import read
+from gptoughts.hardware.world import World
 from gptoughts.inference.generate.write import check_sampling
 from gptoughts.layers import CATALOG
 from gptoughts.planning.profile import pick

@@ -20,7 +20,7 @@ from gptoughts.engine.objectives.base import Objective
 from gptoughts.engine.run_length import RunLength
 from gptoughts.engine.trainer import Progress, StepStats, train
 from gptoughts.errors import ConfigError, DataError, RunError
-from gptoughts.hardware.machine import World
+from gptoughts.hardware.world import World
 from gptoughts.inference.eval.perplexity import mean_loss
 from gptoughts.run.callbacks import Evaluate, Log, Save, every
 from gptoughts.run.throughput import Throughput

@@ -19,7 +19,8 @@ from gptoughts.config.model_spec import UNKNOWN
 from gptoughts.engine.checkpoint.store import damage
 from gptoughts.engine.objectives.base import NextToken
 from gptoughts.errors import CheckpointError, ConfigError, DataError, LayerError, PlanError
-from gptoughts.hardware.machine import World, read
+from gptoughts.hardware.machine import read
+from gptoughts.hardware.world import World
 from gptoughts.inference.load import load
 from gptoughts.layers import CATALOG
 from gptoughts.planning.layer import Status

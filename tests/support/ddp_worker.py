@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import save_file
 
 from gptoughts.config.loader import Recipe
-from gptoughts.engine.distributed.ranks import Ranks, process_group
-from gptoughts.hardware.machine import World, world_from_environment
+from gptoughts.engine.distributed.process_group import process_group
+from gptoughts.engine.distributed.ranks import Ranks
+from gptoughts.hardware.world import World, world_from_environment
 from gptoughts.layers import CATALOG
 from gptoughts.planning.layer import Status
 from tests.support.engines import engine_of, plan_of, random_batches, recipe_of, steps, watched

@@ -22,7 +22,8 @@ from gptoughts.engine.objectives.base import NextToken, Objective
 from gptoughts.engine.objectives.masked_diffusion import MaskedDiffusion
 from gptoughts.engine.objectives.span_qa import QuestionAnswering
 from gptoughts.engine.trainer import Progress, run_step
-from gptoughts.hardware.machine import Machine, World, probe
+from gptoughts.hardware.machine import Machine, probe
+from gptoughts.hardware.world import World
 from gptoughts.layers import CATALOG
 from gptoughts.models.family import FAMILIES, Family
 from gptoughts.models.sources import Initialization, meta_model

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from gptoughts.engine.distributed.ranks import process_group
+from gptoughts.engine.distributed.process_group import process_group
 from gptoughts.engine.trainer import Progress, run_step
-from gptoughts.hardware.machine import world_from_environment
+from gptoughts.hardware.world import world_from_environment
 from tests.support.ddp_worker import share
 from tests.support.engines import engine_of, plan_of, recipe_of
 

@@ -13,7 +13,7 @@ from torch.nn import functional
 from gptoughts.engine.distributed.ranks import Ranks
 from gptoughts.engine.engine import Engine
 from gptoughts.engine.objectives.base import NextToken
-from gptoughts.hardware.machine import World
+from gptoughts.hardware.world import World
 from gptoughts.models.family import custom_family
 from tests.support.engines import recipe_of
 

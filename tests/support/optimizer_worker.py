@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gptoughts.config.recipe import OptimConfig
-from gptoughts.engine.distributed.ranks import Ranks, process_group
-from gptoughts.hardware.machine import world_from_environment
+from gptoughts.engine.distributed.process_group import process_group
+from gptoughts.engine.distributed.ranks import Ranks
+from gptoughts.hardware.world import world_from_environment
 from tests.support.ddp_worker import share
 from tests.support.engines import engine_of, plan_of, recipe_of, steps
 

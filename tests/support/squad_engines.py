@@ -16,11 +16,12 @@ from gptoughts.config.loader import Recipe, from_values
 from gptoughts.data.device import to_device
 from gptoughts.data.squad.examples import Questions, prepare_squad
 from gptoughts.data.table import Table
-from gptoughts.engine.distributed.ranks import Ranks, process_group
+from gptoughts.engine.distributed.process_group import process_group
+from gptoughts.engine.distributed.ranks import Ranks
 from gptoughts.engine.engine import Engine
 from gptoughts.engine.objectives.span_qa import QuestionAnswering
 from gptoughts.engine.optim.param_groups import adamw
-from gptoughts.hardware.machine import World, world_from_environment
+from gptoughts.hardware.world import World, world_from_environment
 from gptoughts.inference.eval.squad import evaluate, predict
 from gptoughts.models.family import custom_family
 

@@ -16,8 +16,9 @@ from gptoughts.diagnostics.bench.gains import BASELINE, PLAN, gains, with_, with
 from gptoughts.diagnostics.bench.variant import Job
 from gptoughts.diagnostics.bench.variants import Layers, RunRequest, baseline_of, job_of, layers_of, plan_of, why_not, with_slot
 from gptoughts.errors import LayerError, PlanError
-from gptoughts.hardware.machine import Machine, World
+from gptoughts.hardware.machine import Machine
 from gptoughts.hardware.measured_peaks import gemm_utilization, measured_peaks_for
+from gptoughts.hardware.world import World
 from gptoughts.planning.resolve import Plan
 
 

@@ -1,19 +1,16 @@
-"""Collectives over ranks, and the process group."""
+"""Collectives over ranks."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from gptoughts.errors import RunError
-from gptoughts.hardware.machine import World
+from gptoughts.hardware.world import World
 
 
 @dataclass(frozen=True)
@@ -93,23 +90,3 @@ class Vote:
         if before[1] is not None:
             before[1].synchronize()
         return bool(before[0].item() > 0)
-
-
-@contextmanager
-def process_group(world: World, device: torch.device) -> Iterator[Ranks]:
-    """Open the process group for the block; a single process opens none."""
-    if world.world_size == 1:
-        yield Ranks(world, device)
-        return
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(
-        backend,
-        rank=world.rank,
-        world_size=world.world_size,
-        timeout=timedelta(minutes=10),
-        device_id=device if backend == "nccl" else None,
-    )
-    try:
-        yield Ranks(world, device)
-    finally:
-        dist.destroy_process_group()

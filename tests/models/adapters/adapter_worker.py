@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from gptoughts.config.recipe import AdapterConfig
-from gptoughts.engine.distributed.ranks import process_group
-from gptoughts.hardware.machine import world_from_environment
+from gptoughts.engine.distributed.process_group import process_group
+from gptoughts.hardware.world import world_from_environment
 from gptoughts.layers import CATALOG
 from gptoughts.models.adapters.adapter import is_trained
 from gptoughts.planning.layer import Status

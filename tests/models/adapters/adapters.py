@@ -14,7 +14,7 @@ from gptoughts.config.recipe import AdapterConfig, ModelConfig
 from gptoughts.engine.distributed.ranks import Ranks
 from gptoughts.engine.engine import Engine, Source
 from gptoughts.engine.objectives.base import NextToken
-from gptoughts.hardware.machine import World
+from gptoughts.hardware.world import World
 from gptoughts.layers import CATALOG
 from gptoughts.models.adapters.adapter import adapted
 from gptoughts.models.adapters.weights import AdapterSource

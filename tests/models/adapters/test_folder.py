@@ -16,7 +16,7 @@ from gptoughts.engine.distributed.ranks import Ranks
 from gptoughts.engine.engine import Engine
 from gptoughts.engine.objectives.base import NextToken
 from gptoughts.errors import CheckpointError, ConfigError, RunError
-from gptoughts.hardware.machine import World
+from gptoughts.hardware.world import World
 from gptoughts.layers import CATALOG
 from gptoughts.models.adapters.adapter import adapted, adapter_layers, is_trained, merge, summary
 from gptoughts.models.adapters.folder import (

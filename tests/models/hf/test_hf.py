@@ -19,7 +19,7 @@ from gptoughts.engine.distributed.ranks import Ranks
 from gptoughts.engine.engine import Engine, Source
 from gptoughts.engine.objectives.base import NextToken
 from gptoughts.errors import ConfigError, LayerError, RunError
-from gptoughts.hardware.machine import World
+from gptoughts.hardware.world import World
 from gptoughts.layers import CATALOG
 from gptoughts.models.family import Family, draw
 from gptoughts.models.gpt.attention import math_attention

@@ -1,0 +1,36 @@
+"""Open and close the process group of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from gptoughts.engine.distributed.ranks import Ranks
+from gptoughts.hardware.world import World
+
+
+@contextmanager
+def process_group(world: World, device: torch.device, collectives: str = "auto") -> Iterator[Ranks]:
+    """Open the process group for the block; a single process opens none.
+
+    `collectives` is auto (NCCL on GPUs, gloo on CPUs) or the name of a backend.
+    """
+    if world.world_size == 1:
+        yield Ranks(world, device)
+        return
+    backend = collectives if collectives != "auto" else "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(
+        backend,
+        rank=world.rank,
+        world_size=world.world_size,
+        timeout=timedelta(minutes=10),
+        device_id=device if backend == "nccl" else None,
+    )
+    try:
+        yield Ranks(world, device)
+    finally:
+        dist.destroy_process_group()
