@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from gptoughts.config.loader import Recipe
 from gptoughts.engine.distributed.ranks import Ranks
+from gptoughts.engine.distributed.shards import fill, whole
 from gptoughts.engine.objectives.base import Batch, Objective
 from gptoughts.errors import RunError
 from gptoughts.models.family import Family
@@ -72,6 +73,8 @@ class Engine:
     """Sequences per forward; None for the rank's whole share."""
     reduced_from: int | None = None
     """Sequences per forward before the first out-of-memory error; None if there was none."""
+    storage: torch.device | None = None
+    """Device that holds the parameters between forwards if it is not `device`."""
     repeatable: bool = True
     """Whether a batch may be computed again: False where weights change during the backward."""
     extras: dict[str, Stateful] = field(default_factory=dict)
@@ -175,7 +178,7 @@ class Engine:
 
     def _clip(self) -> Tensor:
         limit = self.recipe.optim.clip_norm
-        return nn.utils.clip_grad_norm_(self.parameters(), limit if limit > 0 else float("inf"))
+        return whole(nn.utils.clip_grad_norm_(self.parameters(), limit if limit > 0 else float("inf")))
 
     def _step(self) -> bool:
         assert self.optimizer is not None
@@ -184,7 +187,7 @@ class Engine:
         return True
 
     def _materialize(self, source: Source) -> None:
-        allocate(self.bare, self.device)
+        allocate(self.bare, self.device, self.storage)
         self.family.retie(self.bare)
         self.family.buffers(self.bare, self.device)
         unwritten = []
@@ -198,7 +201,7 @@ class Engine:
                     raise RunError(
                         f"{name}: the model needs shape {tuple(parameter.shape)}", found=f"shape {tuple(value.shape)}"
                     )
-                parameter.copy_(value)
+                fill(parameter, value)
             kept = self.bare.state_dict().keys()
             for name, buffer in self.bare.named_buffers():
                 saved = source.buffer(name) if name in kept else None
@@ -210,14 +213,20 @@ class Engine:
             raise RunError("weights: do not match the model\n  " + "\n  ".join(problems))
 
 
-def allocate(model: nn.Module, device: torch.device) -> None:
-    """Allocate parameters that are on meta on `device`, and move all other tensors there; values, ties and identity stay."""
+def allocate(model: nn.Module, device: torch.device, storage: torch.device | None = None) -> None:
+    """Allocate parameters that are on meta on `storage` (default: `device`), and move all other tensors to `device`.
+
+    Values, ties and identity stay. Of a sharded parameter only this rank's part is allocated.
+    """
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in parameter_table(module).items():
             if parameter is not None and parameter.is_meta:
                 if id(parameter) not in made:
-                    made[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device=device), parameter.requires_grad)
+                    made[id(parameter)] = nn.Parameter(
+                        torch.empty_like(parameter, device=storage or device), parameter.requires_grad
+                    )
                 parameter_table(module)[name] = made[id(parameter)]
     # As Module.to moves tensors: only this refreshes the flat weight views of RNN modules.
-    convert_tensors(model, lambda tensor: tensor if tensor.is_meta else tensor.to(device))
+    held = {id(parameter) for parameter in made.values()}
+    convert_tensors(model, lambda tensor: tensor if tensor.is_meta or id(tensor) in held else tensor.to(device))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gptoughts.engine.distributed.shards import local
 from gptoughts.engine.engine import Engine
 
 
@@ -22,7 +23,8 @@ def bytes_in_use(engine: Engine) -> int:
     tensors: list[Any] = [*engine.bare.parameters(), *(parameter.grad for parameter in engine.parameters())]
     for state in engine.optimizer.state.values() if engine.optimizer else ():
         tensors += state.values()
-    storages = [part.untyped_storage() for tensor in tensors if isinstance(tensor, Tensor) for part in _parts(tensor)]
+    held = [local(tensor) for tensor in tensors if isinstance(tensor, Tensor)]
+    storages = [part.untyped_storage() for tensor in held for part in _parts(tensor)]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 

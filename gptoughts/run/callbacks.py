@@ -290,7 +290,8 @@ class Save(Callback):
     period: int
     writer: Writer | None
     """None on ranks that do not write."""
-    take: Callable[[Engine, Progress], Snapshot]
+    take: Callable[[Engine, Progress], Snapshot | None]
+    """A collective. Returns None on ranks that do not write."""
     criterion: Callable[[], tuple[int, float] | None] = lambda: None
     """(step, value) of the newest validation, lower being better."""
 
@@ -303,10 +304,11 @@ class Save(Callback):
         finite = bool(torch.isfinite(stats.grad_norm).item()) and bool(torch.isfinite(stats.loss_sum).item())
         if not finite:
             raise RunError(f"step {progress.step}: gradient is not finite; no checkpoint is written, earlier ones are intact")
-        if self.writer is None:
+        taken = self.take(engine, progress)
+        if self.writer is None or taken is None:
             return
         newest = self.criterion()
         value = newest[1] if newest is not None and newest[0] == progress.step else None
-        self.writer.save(self.take(engine, progress), value)
+        self.writer.save(taken, value)
         if last:
             self.writer.wait()

@@ -95,11 +95,12 @@ def _train(session: Session, result: FitResult) -> None:
             callback.on_end(engine, result.progress)
     finally:
         sinks.close()
-    if writes:
-        assert folder is not None
+    if folder is not None:
         kept = {"progress": {"step": result.progress.step}, "plan_digest": job.plan.digest()}
         documents = {"plan.json": json.dumps(job.plan.to_json(), indent=1)}
-        store.write(state.snapshot(engine, result.progress.step, kept, documents, {}), folder.checkpoints)
+        taken = state.snapshot(engine, result.progress.step, kept, documents, {})
+        if taken is not None:
+            store.write(taken, folder.checkpoints)
 
 
 def _as_objective(objective: Any) -> Objective:

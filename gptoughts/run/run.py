@@ -14,6 +14,7 @@ from gptoughts.config.tasks import load, task_of
 from gptoughts.data.corpus import TableCorpus
 from gptoughts.engine.callback import Callback
 from gptoughts.engine.checkpoint import state, store
+from gptoughts.engine.distributed.shards import is_sharded
 from gptoughts.engine.engine import Engine
 from gptoughts.engine.from_recipe import checkpoint_documents
 from gptoughts.engine.trainer import Progress, train
@@ -64,9 +65,8 @@ class _Run:
         self.signals = SignalWatcher(session.ranks)
         self.sinks = self._open_sinks()
         self.evaluate = self._evaluate() if self.corpus.validates else None
-        self.writer = (
-            store.Writer(self.folder.checkpoints, self.recipe.save.keep, self.recipe.save.keep_best) if self.first else None
-        )
+        self.sharded = is_sharded(self.engine.bare)
+        self.writer = self._open_writer()
 
     def execute(self) -> RunResult:
         """Resume, train, and return the result."""
@@ -143,6 +143,14 @@ class _Run:
         sinks.start(RunInfo(self.folder.name, self.folder.out, self.session.attempt, recipe, self.job.plan.to_json()))
         return sinks
 
+    def _open_writer(self) -> store.Writer | None:
+        """Return the writer of checkpoints; None on ranks that write nothing."""
+        if not (self.first or self.sharded):
+            return None
+        save, ranks = self.recipe.save, self.session.ranks
+        together = ranks if self.sharded and ranks.size > 1 else None
+        return store.Writer(self.folder.checkpoints, save.keep, save.keep_best, together)
+
     def _evaluate(self) -> Evaluate:
         settings, session = self.recipe.eval, self.session
         return Evaluate(
@@ -158,7 +166,8 @@ class _Run:
         return lambda engine: evaluate(engine, table, questions, out=self.folder.out)
 
     def _write_sample(self, engine: Engine) -> str:
-        if not self.first or not task_of(self.recipe).samples:
+        # With sharded weights every rank computes the sample, because each forward gathers weights.
+        if not (self.first or self.sharded) or not task_of(self.recipe).samples:
             return ""
         prompt = self.session.prompt
         # Each text length would compile another graph, so compiled blocks run eagerly here.
@@ -166,7 +175,7 @@ class _Run:
             written = generate_text(engine.bare, self.corpus.tokenizer, [prompt], self.recipe, self.session.bundle.mask_id)
         return prompt + written[0]
 
-    def _snapshot(self, engine: Engine, progress: Progress) -> store.Snapshot:
+    def _snapshot(self, engine: Engine, progress: Progress) -> store.Snapshot | None:
         job, evaluate = self.job, self.evaluate
         documents = {"plan.json": json.dumps(job.plan.to_json(), indent=1), "recipe.toml": job.resolved.to_toml()}
         documents |= checkpoint_documents(self.recipe)

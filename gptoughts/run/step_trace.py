@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from gptoughts.engine.distributed.shards import sums
 from gptoughts.engine.engine import Engine
 from gptoughts.engine.memory_usage import bytes_in_use, peak_of
 from gptoughts.engine.trainer import Progress, StepStats, run_step
@@ -45,7 +46,7 @@ def watch(engine: Engine, progress: Progress, schedule: Callable[[Progress], flo
 
 def trace_step(engine: Engine, step: Callable[[], object]) -> StepTrace:
     """Call `step` under the profiler and return operators, kernels, counters and peak memory."""
-    sums, counted, call_counts = checksums(engine), vars(engine.counters).copy(), engine.counters.call_counts.copy()
+    before_step, counted, call_counts = checksums(engine), vars(engine.counters).copy(), engine.counters.call_counts.copy()
     before = bytes_in_use(engine)
     if engine.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(engine.device)
@@ -55,7 +56,7 @@ def trace_step(engine: Engine, step: Callable[[], object]) -> StepTrace:
         engine.synchronize()
         seconds = perf_counter() - began
     counters = engine.counters
-    moved = any(old != new for old, new in zip(sums, checksums(engine), strict=True))
+    moved = any(old != new for old, new in zip(before_step, checksums(engine), strict=True))
     return StepTrace(
         operators={name: Operator(name, calls, dict(totals.dtypes[name])) for name, calls in totals.calls.items()},
         kernels=dict(totals.kernels),
@@ -75,9 +76,8 @@ def trace_step(engine: Engine, step: Callable[[], object]) -> StepTrace:
 
 
 def checksums(engine: Engine) -> list[float]:
-    """Return one float64 sum per parameter, to detect whether a step moved it."""
-    sums = [parameter.detach().double().sum() for parameter in engine.parameters()]
-    return torch.stack(sums).tolist() if sums else []
+    """Return one float64 sum per parameter on this rank, to detect whether a step moved it."""
+    return sums(engine.parameters())
 
 
 def _peak(engine: Engine, before: int, totals: ProfilerTotals) -> int | None:

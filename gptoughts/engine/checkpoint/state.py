@@ -17,10 +17,11 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from gptoughts.engine.checkpoint.store import FORMAT, Snapshot, read_state
+from gptoughts.engine.checkpoint.parts import TensorFiles
+from gptoughts.engine.checkpoint.store import FORMAT, FORMAT_PARTS, Snapshot, read_state
+from gptoughts.engine.distributed.shards import is_sharded, like, part_of
 from gptoughts.engine.engine import Engine
 from gptoughts.engine.optim.param_groups import GROUP_STATE, CustomStateOptimizer
 from gptoughts.errors import CheckpointError
@@ -36,23 +37,32 @@ def snapshot(
     documents: Mapping[str, str],
     folders: Mapping[str, Path],
     weights: Which = "all",
-) -> Snapshot:
+) -> Snapshot | None:
     """Copy weights, optimizer, generators and layer state to the host. `state` is the caller's JSON, stored under `run`.
 
-    Persistent buffers are always included, because they can change without a gradient.
+    Persistent buffers are always included, because they can change without a gradient. A collective: ranks exchange the states of their
+    generators. Returns None on ranks that write nothing; with sharded weights each rank writes its part.
     """
+    ranks = engine.ranks
+    generators, words = _generators(engine)
+    split = is_sharded(engine.bare)
+    if not (ranks.first or split):
+        return None
     with torch.no_grad(), engine.eval_context():
-        held = {
-            name: _host(parameter)
-            for name, parameter in engine.bare.named_parameters()
-            if weights == "all" or parameter.requires_grad
-        }
-        held |= {name: _host(buffer) for name, buffer in _persistent_buffers(engine)}
+        held = _Host(ranks.first)
+        for name, parameter in engine.bare.named_parameters():
+            if weights == "all" or parameter.requires_grad:
+                held.add(name, parameter)
+        for name, buffer in _persistent_buffers(engine):
+            held.add(name, buffer)
         moments, numbers = _optimizer_state(engine)
     extras, plain = _extras(engine)
-    generators, words = _generators(engine.device)
+    tensors: dict[str, dict[str, Tensor]] = {"model": held.tensors, "optimizer": moments.tensors}
+    ranges = {"model": held.ranges, "optimizer": moments.ranges} if split else {}
+    if not ranks.first:
+        return Snapshot(step, tensors, {}, {}, ranks.world.rank, ranks.size, ranges)
     written = {
-        "format": FORMAT,
+        "format": FORMAT_PARTS if split and ranks.size > 1 else FORMAT,
         "step": step,
         "weights": weights,
         "run": dict(state),
@@ -62,10 +72,31 @@ def snapshot(
     }
     return Snapshot(
         step,
-        {"model": held, "optimizer": moments, "state": {**extras, **generators}},
+        {**tensors, "state": {**extras, **generators}},
         {**documents, "state.json": json.dumps(written, indent=1)},
         folders,
+        0,
+        ranks.size if split else 1,
+        ranges,
     )
+
+
+class _Host:
+    """Tensors copied to the host: whole ones on rank 0, of sharded ones this rank's part."""
+
+    def __init__(self, writes_whole: bool) -> None:
+        self._writes_whole = writes_whole
+        self.tensors: dict[str, Tensor] = {}
+        self.ranges: dict[str, tuple[int, tuple[int, ...]]] = {}
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Copy `tensor` if this rank writes it."""
+        part = part_of(tensor.detach())
+        if part is None:
+            if self._writes_whole:
+                self.tensors[name] = _host(tensor)
+        elif part.is_first_copy and part.value.numel():
+            self.tensors[name], self.ranges[name] = _host(part.value), (part.start, part.shape)
 
 
 def _host(tensor: Tensor) -> Tensor:
@@ -81,18 +112,18 @@ def _names(engine: Engine) -> dict[int, str]:
     return {id(parameter): name for name, parameter in engine.bare.named_parameters()}
 
 
-def _optimizer_state(engine: Engine) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _optimizer_state(engine: Engine) -> tuple[_Host, dict[str, Any]]:
+    tensors = _Host(engine.ranks.first)
     if engine.optimizer is None:
-        return {}, {}
+        return tensors, {}
     names = _names(engine)
-    tensors: dict[str, Tensor] = {}
     numbers: dict[str, Any] = {}
     for parameter, values in engine.optimizer.state.items():
         kept = engine.optimizer.stored(parameter) if isinstance(engine.optimizer, CustomStateOptimizer) else values
         for key, value in kept.items():
             place = f"{names[id(parameter)]}/{key}"
             if isinstance(value, Tensor):
-                tensors[place] = _host(value)
+                tensors.add(place, value)
             else:
                 numbers[place] = value
     groups = [{key: group[key] for key in GROUP_STATE if key in group} for group in engine.optimizer.param_groups]
@@ -123,52 +154,66 @@ def _extras(engine: Engine) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, plain
 
 
-def _generators(device: torch.device) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    tensors = {"generator/torch": torch.get_rng_state()}
+def _generators(engine: Engine) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the states of torch's generators on all ranks, and of NumPy's and Python's on this one. A collective."""
+    device, ranks = engine.device, engine.ranks
+    own = {"generator/torch": torch.get_rng_state()}
     if device.type == "cuda":
-        tensors["generator/cuda"] = torch.cuda.get_rng_state(device)
+        own["generator/cuda"] = torch.cuda.get_rng_state(device)
+    tensors = {}
+    for name, state in own.items():
+        for rank, other in enumerate(ranks.gather(state)):
+            tensors[_of_rank(name, rank)] = other
     kind, keys, position, has_gauss, gauss = np.random.get_state()
     version, internal, gauss_next = random.getstate()
     words = {
         "numpy": [str(kind), [int(key) for key in keys], int(position), int(has_gauss), float(gauss)],
         "python": [version, list(internal), gauss_next],
+        "ranks": ranks.size,
     }
     return tensors, words
+
+
+def _of_rank(name: str, rank: int) -> str:
+    return f"{name}/{rank}" if rank else name
 
 
 def restore(engine: Engine, folder: Path) -> dict[str, Any]:
     """Restore optimizer, generators and layer state from a checkpoint. Returns the caller's state.
 
-    Weights are restored before, by `materialize(Weights(folder))`. Raises CheckpointError where the optimizer differs.
+    Weights are restored before, by `materialize(Weights(folder))`. Raises CheckpointError where the optimizer differs. With another number
+    of ranks than the checkpoint's, only rank 0 continues its generators; the others keep those seeded by rank and step.
     """
     state = read_state(folder)
     with torch.no_grad(), engine.eval_context():
-        _restore_optimizer(engine, _tensors(folder / "optimizer.safetensors"), state["optimizer"], folder)
-    kept = _tensors(folder / "state.safetensors")
+        _restore_optimizer(engine, TensorFiles(folder, "optimizer"), state["optimizer"], folder)
+    files = TensorFiles(folder, "state")
+    kept = {name: files.tensor(name) for name in files.names()}
     for layer, stateful in engine.extras.items():
         prefix = f"layer/{layer}/"
         mine = {key.removeprefix(prefix): value for key, value in kept.items() if key.startswith(prefix)}
         stateful.load_state_dict({**mine, **state["layers"].get(layer, {})})
-    if not engine.ranks.first:
-        return dict(state["run"])  # only rank 0's generators were saved; the others are seeded by rank and step
-    torch.set_rng_state(kept["generator/torch"])
-    if engine.device.type == "cuda" and "generator/cuda" in kept:
-        torch.cuda.set_rng_state(kept["generator/cuda"], engine.device)
-    kind, keys, position, has_gauss, gauss = state["generators"]["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, gauss))
-    version, internal, gauss_next = state["generators"]["python"]
-    random.setstate((version, tuple(internal), gauss_next))
+    saved_ranks, rank = state["generators"].get("ranks", 1), engine.ranks.world.rank
+    if rank and saved_ranks != engine.ranks.size:
+        return dict(state["run"])
+    torch.set_rng_state(kept[_of_rank("generator/torch", rank)])
+    if engine.device.type == "cuda" and _of_rank("generator/cuda", rank) in kept:
+        torch.cuda.set_rng_state(kept[_of_rank("generator/cuda", rank)], engine.device)
+    if engine.ranks.first:
+        kind, keys, position, has_gauss, gauss = state["generators"]["numpy"]
+        np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, gauss))
+        version, internal, gauss_next = state["generators"]["python"]
+        random.setstate((version, tuple(internal), gauss_next))
     return dict(state["run"])
 
 
-def _restore_optimizer(engine: Engine, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any], folder: Path) -> None:
+def _restore_optimizer(engine: Engine, files: TensorFiles, numbers: Mapping[str, Any], folder: Path) -> None:
     if engine.optimizer is None or not numbers:
         return
     _check_maker(engine, numbers, folder)
-    saved: dict[str, dict[str, Any]] = defaultdict(dict)
-    for place, value in [*numbers["values"].items(), *tensors.items()]:
-        name, _, key = place.rpartition("/")
-        saved[name][key] = value
+    saved: dict[str, list[str]] = defaultdict(list)
+    for place in (*numbers["values"], *files.names()):
+        saved[place.rpartition("/")[0]].append(place)
     names = _names(engine)
     missing = set(saved) - set(names.values())
     if missing:
@@ -177,12 +222,16 @@ def _restore_optimizer(engine: Engine, tensors: Mapping[str, Tensor], numbers: M
         )
     for group in engine.optimizer.param_groups:
         for parameter in group["params"]:
-            values = saved.get(names[id(parameter)])
+            places = saved.get(names[id(parameter)], [])
+            values = {
+                place.rpartition("/")[2]: files.tensor(place) if place in files else numbers["values"][place]
+                for place in places
+            }
             if values and isinstance(engine.optimizer, CustomStateOptimizer):
                 engine.optimizer.take(parameter, values)
             elif values:
                 engine.optimizer.state[parameter] = {
-                    key: _placed(key, value, group, parameter.device) for key, value in values.items()
+                    key: _placed(key, value, group, parameter) for key, value in values.items()
                 }
     for group, kept in zip(engine.optimizer.param_groups, numbers.get("groups", []), strict=False):
         group.update(kept)
@@ -202,26 +251,26 @@ def _check_maker(engine: Engine, numbers: Mapping[str, Any], folder: Path) -> No
         )
 
 
-def _placed(key: str, value: Any, group: Mapping[str, Any], device: torch.device) -> Any:
-    """Return `value` on the device that its optimizer expects: plain AdamW keeps `step` on the host, fused AdamW on the device."""
+def _placed(key: str, value: Any, group: Mapping[str, Any], parameter: Tensor) -> Any:
+    """Return `value` where its optimizer expects it: sharded as `parameter`; plain AdamW keeps `step` on the host, fused on the device."""
     if not isinstance(value, Tensor) or (key == "step" and value.dim() == 0 and not group.get("fused")):
         return value
-    return value.to(device)
+    return like(parameter, value) if value.shape == parameter.shape else value.to(parameter.device)
 
 
 class Weights:
     """Weights of a checkpoint as a source for `materialize`."""
 
     def __init__(self, folder: Path) -> None:
-        self._file = safe_open(folder / "model.safetensors", framework="pt")
-        self._left = set(self._file.keys())
+        self._files = TensorFiles(folder, "model")
+        self._left = set(self._files.names())
 
     def tensor(self, name: str, shape: torch.Size) -> Tensor | None:
         """Return the saved value of `name`, or None."""
-        if name not in self._file.keys():  # noqa: SIM118  # not a dict
+        if name not in self._files:
             return None
         self._left.discard(name)
-        return self._file.get_tensor(name)
+        return self._files.tensor(name)
 
     def buffer(self, name: str) -> Tensor | None:
         """Return the saved value of a persistent buffer, or None."""
@@ -230,8 +279,3 @@ class Weights:
     def unused(self) -> list[str]:
         """Return the saved names that were not read."""
         return sorted(self._left)
-
-
-def _tensors(path: Path) -> dict[str, Tensor]:
-    with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict

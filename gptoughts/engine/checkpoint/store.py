@@ -2,6 +2,9 @@
 
 <folder>/step-000100/{model,optimizer,state}.safetensors, state.json, plan.json, recipe.toml, tokenizer/, manifest.json, and beside
 them `latest`, which is updated last. A folder without a complete manifest is not a checkpoint.
+
+With sharded weights every rank writes its own part of model and optimizer (`parts.py`) into one folder, which all ranks must see; rank 0
+waits for the parts and completes the checkpoint. The threads that write use no collectives.
 """
 
 from __future__ import annotations
@@ -12,8 +15,9 @@ import math
 import os
 import shutil
 import threading
-from collections.abc import Mapping
-from dataclasses import dataclass
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +25,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from gptoughts.engine.checkpoint.parts import Ranges, file_name, metadata
+from gptoughts.engine.distributed.ranks import Ranks
 from gptoughts.errors import CheckpointError
 from gptoughts.files import write_text
 
 FORMAT = 1
+FORMAT_PARTS = 2
+"""Of a checkpoint whose tensors are split over the files of several ranks."""
+PART_SECONDS = 1800
+"""Limit of rank 0's wait for the part of another rank."""
 TEMPORARY = ".writing-"
 REPLACED = ".replaced-"
 DROPPED = ".dropped-"
@@ -42,38 +52,67 @@ class Snapshot:
     """File name -> text."""
     folders: Mapping[str, Path]
     """Name in the checkpoint -> folder to copy, such as the tokenizer's."""
+    rank: int = 0
+    ranks: int = 1
+    """Ranks that write a part; 1 if rank 0 holds all tensors."""
+    ranges: Mapping[str, Ranges] = field(default_factory=dict)
+    """File stem -> ranges of its tensors that are parts."""
+
+    def file(self, stem: str) -> str:
+        """Return the name of this rank's file."""
+        return file_name(stem, self.rank, self.ranks if stem in self.ranges else 1)
 
 
 def read_state(folder: Path) -> dict[str, Any]:
     """Return a checkpoint's `state.json`. Raises CheckpointError for another format version."""
     state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    if state.get("format") != FORMAT:
-        raise CheckpointError(f"{folder}: this version reads format {FORMAT}", found=f"format {state.get('format')!r}")
+    if state.get("format") not in (FORMAT, FORMAT_PARTS):
+        raise CheckpointError(
+            f"{folder}: this version reads formats {FORMAT} and {FORMAT_PARTS}", found=f"format {state.get('format')!r}"
+        )
     return dict(state)
+
+
+def begin(folder: Path, step: int) -> Path:
+    """Create the empty temporary folder of a checkpoint, before any rank writes into it."""
+    temporary = _temporary(folder, step)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    return temporary
+
+
+def _temporary(folder: Path, step: int) -> Path:
+    return folder / f"{TEMPORARY}{_name(step)}"
+
+
+def _name(step: int) -> str:
+    return f"step-{step:06d}"
 
 
 def write(snapshot: Snapshot, folder: Path) -> Path:
     """Write `folder`/step-N atomically. Returns its path.
 
-    Writes a temporary folder, syncs and reopens every file, adds a manifest with sizes and SHA-256, renames, then updates `latest`.
+    Writes a temporary folder, syncs and reopens every file, adds a manifest with sizes and SHA-256, renames, then updates `latest`. With
+    several ranks `begin` was called before, and this one waits for the parts of the others; raises CheckpointError if one failed.
     """
-    final = folder / f"step-{snapshot.step:06d}"
-    temporary = folder / f"{TEMPORARY}{final.name}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    for stem, tensors in snapshot.tensors.items():
-        save_file(dict(tensors), temporary / f"{stem}.safetensors", metadata={"format": "pt"})
+    final = folder / _name(snapshot.step)
+    temporary = begin(folder, snapshot.step) if snapshot.ranks == 1 else _temporary(folder, snapshot.step)
     for name, text in snapshot.documents.items():
         (temporary / name).parent.mkdir(exist_ok=True)
         (temporary / name).write_text(text, encoding="utf-8")
     for name, source in snapshot.folders.items():
         shutil.copytree(source, temporary / name)
-    files = sorted(path for path in temporary.rglob("*") if path.is_file())
-    for path in files:
-        _sync(path)
-    manifest = {str(path.relative_to(temporary)): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
-    _reopen(temporary, snapshot)
-    (temporary / "manifest.json").write_text(json.dumps({"format": FORMAT, "files": manifest}, indent=1), encoding="utf-8")
+    own = {
+        str(path.relative_to(temporary))
+        for name in (*snapshot.documents, *snapshot.folders)
+        for path in _files(temporary / name)
+    }
+    manifest = _hashed(temporary, own) | _write_tensors(snapshot, temporary)
+    json.loads((temporary / "state.json").read_text(encoding="utf-8"))
+    for rank in range(1, snapshot.ranks):
+        manifest |= _wait_for_part(temporary, rank)
+    content = {"format": FORMAT, "files": dict(sorted(manifest.items()))}
+    (temporary / "manifest.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
     _sync(temporary / "manifest.json")
     for inner in (path for path in temporary.rglob("*") if path.is_dir()):
         _sync(inner)
@@ -89,12 +128,60 @@ def write(snapshot: Snapshot, folder: Path) -> Path:
     return final
 
 
-def _reopen(folder: Path, snapshot: Snapshot) -> None:
+def write_part(snapshot: Snapshot, folder: Path) -> None:
+    """Write the files of a rank above 0, then tell rank 0 by a small file, also if that failed."""
+    temporary = _temporary(folder, snapshot.step)
+    try:
+        record: dict[str, Any] = {"files": _write_tensors(snapshot, temporary)}
+    except BaseException as error:
+        write_text(temporary / _part_name(snapshot.rank), json.dumps({"error": f"{type(error).__name__}: {error}"}))
+        raise
+    write_text(temporary / _part_name(snapshot.rank), json.dumps(record), durable=True)
+
+
+def _part_name(rank: int) -> str:
+    return f"part-{rank + 1:05d}.json"
+
+
+def _wait_for_part(temporary: Path, rank: int) -> dict[str, Any]:
+    """Return the manifest entries of a rank, when it has written them. Raises CheckpointError if it failed or is late."""
+    path, deadline = temporary / _part_name(rank), time.monotonic() + PART_SECONDS
+    while not path.is_file():
+        if time.monotonic() > deadline:
+            raise CheckpointError(
+                f"{temporary}: rank {rank} wrote no part in {PART_SECONDS} s; is the folder on a file system that all nodes share?"
+            )
+        time.sleep(0.02)
+    record = json.loads(path.read_text(encoding="utf-8"))
+    path.unlink()
+    if "error" in record:
+        raise CheckpointError(f"{temporary}: rank {rank} could not write its part: {record['error']}")
+    return dict(record["files"])
+
+
+def _write_tensors(snapshot: Snapshot, folder: Path) -> dict[str, Any]:
+    """Write, sync and reopen the safetensors files of a rank. Returns their manifest entries."""
     for stem, tensors in snapshot.tensors.items():
-        with safe_open(folder / f"{stem}.safetensors", framework="pt") as file:
+        path = folder / snapshot.file(stem)
+        save_file(dict(tensors), path, metadata=metadata(snapshot.ranges.get(stem, {})))
+    manifest = _hashed(folder, [snapshot.file(stem) for stem in snapshot.tensors])
+    for stem, tensors in snapshot.tensors.items():
+        path = folder / snapshot.file(stem)
+        with safe_open(path, framework="pt") as file:
             if set(file.keys()) != set(tensors):
-                raise CheckpointError(f"{folder / stem}.safetensors: tensor names differ from those written")
-    json.loads((folder / "state.json").read_text(encoding="utf-8"))
+                raise CheckpointError(f"{path}: tensor names differ from those written")
+    return manifest
+
+
+def _files(path: Path) -> list[Path]:
+    return [path] if path.is_file() else sorted(one for one in path.rglob("*") if one.is_file())
+
+
+def _hashed(folder: Path, names: Iterable[str]) -> dict[str, Any]:
+    """Sync files. Returns name -> size and SHA-256."""
+    for name in names:
+        _sync(folder / name)
+    return {name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in names}
 
 
 def _sync(path: Path) -> None:
@@ -184,28 +271,45 @@ def locate(path: Path) -> Path:
 class Writer:
     """Checkpoint writer: one snapshot at a time in a thread; keeps the newest `keep` checkpoints and the best one."""
 
-    def __init__(self, folder: Path, keep: int, keep_best: bool) -> None:
-        self.folder, self._keep, self._keep_best = folder, keep, keep_best
+    def __init__(self, folder: Path, keep: int, keep_best: bool, ranks: Ranks | None = None) -> None:
+        """Create a writer. `ranks` is given if every rank has one, because each writes a part."""
+        self.folder, self._keep, self._keep_best, self._ranks = folder, keep, keep_best, ranks
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
     def save(self, snapshot: Snapshot, val_loss: float | None = None) -> None:
-        """Start writing. Waits for the write before; raises CheckpointError if that one failed."""
+        """Start writing. Waits for the write before; raises CheckpointError if that one failed on any rank."""
+        self._join()
+        if self._ranks is not None:
+            if self._ranks.any(self._error is not None) and self._error is None:
+                raise CheckpointError(
+                    f"{self.folder}: another rank could not write its part; the previous checkpoint is intact"
+                )
+            self.wait()
+            if self._ranks.first:
+                begin(self.folder, snapshot.step)
+            self._ranks.barrier()
         self.wait()
         self._thread = threading.Thread(target=self._write, args=(snapshot, val_loss), name="checkpoint")
         self._thread.start()
 
     def wait(self) -> None:
         """Wait until the snapshot is on disk. Raises CheckpointError if writing failed."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        self._join()
         if self._error is not None:
             error, self._error = self._error, None
             raise CheckpointError(f"{self.folder}: writing a checkpoint failed: {error}; the previous one is intact") from error
 
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
     def _write(self, snapshot: Snapshot, val_loss: float | None) -> None:
         try:
+            if snapshot.rank:
+                write_part(snapshot, self.folder)
+                return
             path = write(snapshot, self.folder)
             self._abandon_later(path)
             self._note_best(path, val_loss)

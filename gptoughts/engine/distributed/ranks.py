@@ -51,6 +51,15 @@ class Ranks:
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
         return float(most)
 
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        """Return a CPU tensor of every rank, equal in shape, in the order of ranks. The host waits."""
+        if self.size == 1:
+            return [tensor]
+        mine = tensor.to(self.device)
+        found = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(found, mine)
+        return [one.cpu() for one in found]
+
     def barrier(self) -> None:
         """Wait for every rank."""
         if self.size > 1:
