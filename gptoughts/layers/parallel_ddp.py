@@ -1,6 +1,7 @@
 """One copy of the model per rank, gradients averaged during the backward: throughput grows with GPUs, memory per GPU does not shrink.
 
-It hurts where model and optimizer state barely fit one GPU, and over slow links. Start ranks with torchrun.
+It hurts where model and optimizer state barely fit one GPU, and over slow links; `compress=bf16` halves what ranks exchange and rounds
+gradients. `static` lets DDP assume that every step uses the same parameters in the same order.
 Source: Li et al. 2020, PyTorch Distributed; `torch.nn.parallel.DistributedDataParallel`.
 """
 
@@ -17,29 +18,35 @@ from gptoughts.planning.layer import (
     Engine,
     Evidence,
     Layer,
+    Option,
     Options,
     Reason,
     StepTrace,
     active,
     inactive,
+    slower,
     unsupported,
 )
+from gptoughts.planning.memory_fit import SOURCE as MEMORY_SOURCE
+from gptoughts.planning.memory_fit import memory_headroom
 
 
 def unmet(case: Case, options: Options) -> Iterator[Reason]:
     """More than one rank, and a global batch that divides evenly among them."""
     ranks = case.world.world_size
     if ranks == 1:
-        yield unsupported(
-            "needs more than one process", remedy="torchrun --standalone --nproc-per-node N -m gptoughts -- train ..."
-        )
-    elif case.recipe.train.global_batch % ranks:
+        yield unsupported("needs more than one process", remedy="gptoughts train --ranks N")
+        return
+    if case.recipe.train.global_batch % ranks:
         below = case.recipe.train.global_batch // ranks * ranks
         near = f"{below} or {below + ranks}" if below else f"{ranks}"
         yield unsupported(
             f"train.global_batch = {case.recipe.train.global_batch} is not divisible by {ranks} ranks",
             remedy=f"--train.global-batch {near}",
         )
+    room = memory_headroom(case, lambda budget: memory(case, options, budget))
+    if room is not None and not room.is_enough:
+        yield slower(f"a replica does not fit: {room}", MEMORY_SOURCE)
 
 
 def memory(case: Case, options: Options, budget: Budget) -> Budget:
@@ -55,8 +62,16 @@ def apply(engine: Engine, options: Options) -> Iterator[None]:
     before = engine.model
     on_gpu = engine.device.type == "cuda"
     wrapped = DistributedDataParallel(
-        before, device_ids=[engine.device.index] if on_gpu else None, gradient_as_bucket_view=True
+        before,
+        device_ids=[engine.device.index] if on_gpu else None,
+        gradient_as_bucket_view=True,
+        bucket_cap_mb=options["bucket_mb"],
+        static_graph=options["static"],
     )
+    if options["compress"] == "bf16":
+        from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+
+        wrapped.register_comm_hook(None, bf16_compress_hook)
     engine.model = wrapped
 
     def only_in_last(last: bool) -> AbstractContextManager[Any]:
@@ -95,6 +110,11 @@ LAYER = Layer(
     verify=verify,
     memory=memory,
     unmet=unmet,
+    options={
+        "bucket_mb": Option(25, "MiB of gradients that are exchanged together", kind=int),
+        "static": Option(False, "assume the same parameters in the same order in every step", kind=bool),
+        "compress": Option("none", "dtype in which gradients are exchanged", choices=("none", "bf16")),
+    },
     wraps=("grad_sync",),
     changes_numerics=True,
 )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from gptoughts.console import GIB, bytes_in_words
-from gptoughts.planning.layer import Case, Choice, Kind, Layer
+from gptoughts.planning.layer import SLOTS, Case, Choice, Kind, Layer
 from gptoughts.planning.memory_model import Budget, Verdict, baseline, verdict
 
 Choices = Mapping[str, Choice]
@@ -26,13 +26,16 @@ class MemoryCheck:
     changes: tuple[str, ...] | None = ()
     is_free: bool = False
     """Whether `memory_bytes` is the free memory rather than the total."""
+    strategies: tuple[tuple[str, int], ...] = ()
+    """With several ranks: (layer, peak bytes of a rank) of the other layers of the parallel slot."""
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data; empty if the model's sizes are unknown."""
         if self.budget is None:
             return {}
         changes = None if self.changes is None else list(self.changes)
-        return {**self.budget.to_json(), "memory_bytes": self.memory_bytes, "verdict": str(self.verdict), "changes": changes}
+        kept: dict[str, Any] = {"memory_bytes": self.memory_bytes, "verdict": str(self.verdict), "changes": changes}
+        return {**self.budget.to_json(), **kept, **({"strategies": dict(self.strategies)} if self.strategies else {})}
 
     def lines(self) -> Iterator[str]:
         """Yield the lines of the printed plan."""
@@ -45,6 +48,7 @@ class MemoryCheck:
         result = f" of {available}: {self.verdict}" if self.memory_bytes else ""
         yield f"memory per rank: {named}"
         yield f"  peak {bytes_in_words(parts['peak'])}{result}"
+        yield from (f"  peak {bytes_in_words(peak)} with --layer.parallel {name}" for name, peak in self.strategies)
         if self.verdict in (Verdict.DOES_NOT, Verdict.TIGHT):
             other = "no known layers suffice; use a smaller model, --adapter.kind lora or more ranks"
             yield f"  to fit: {other if self.changes is None else ' '.join(self.changes)}"
@@ -131,7 +135,26 @@ def fit(case: Case, choices: Choices, catalog: Mapping[str, Layer], compatible: 
         return MemoryCheck(None, available, Verdict.UNKNOWN)
     found = verdict(budget.peak, available)
     changes = _changes(case, choices, catalog, compatible, available) if found in (Verdict.DOES_NOT, Verdict.TIGHT) else ()
-    return MemoryCheck(budget, available, found, changes, free is not None)
+    return MemoryCheck(
+        budget, available, found, changes, free is not None, tuple(_strategies(case, choices, catalog, compatible))
+    )
+
+
+def _strategies(
+    case: Case, choices: Choices, catalog: Mapping[str, Layer], compatible: Callable[[Choices], bool]
+) -> Iterator[tuple[str, int]]:
+    """Yield the other layers of the parallel slot that could run, each with the expected peak of a rank."""
+    for layer in catalog.values() if case.world.world_size > 1 else ():
+        if layer.slot != "parallel" or layer.baseline or layer.name == choices["parallel"].layer:
+            continue
+        options = layer.read_options({}, "memory")
+        before = {slot: choice for slot, choice in choices.items() if SLOTS.index(slot) < SLOTS.index("parallel")}
+        reasons = layer.rejections(replace(case, chosen=before), options)
+        tried = {**choices, "parallel": Choice("parallel", layer.name, options, "memory")}
+        if compatible(tried) and not any(reason.kind is Kind.UNSUPPORTED for reason in reasons):
+            budget = expected(case, tried, catalog)
+            if budget is not None:
+                yield layer.name, budget.peak
 
 
 def _changes(

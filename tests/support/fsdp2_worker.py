@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from gptoughts.config.loader import Recipe
 from gptoughts.engine.distributed.process_group import process_group
 from gptoughts.engine.distributed.ranks import Ranks
 from gptoughts.engine.distributed.shards import whole
@@ -44,7 +43,6 @@ def run(job: Mapping[str, Any], out: Path, world: World, ranks: Ranks) -> None:
         record: dict[str, Any] = {"losses": steps(engine, 2)}
         weights = {name: whole(parameter.detach()).clone() for name, parameter in engine.bare.named_parameters()}
         if world.world_size > 1:
-            choice = plan.choice("parallel")
             trace = watched(engine, 0)
             lines = judge(engine, plan, CATALOG, trace)
             proof = next(line.evidence for line in lines if line.slot == "parallel")

@@ -28,7 +28,11 @@ Ranges = Mapping[str, tuple[int, tuple[int, ...]]]
 
 def file_name(stem: str, rank: int = 0, ranks: int = 1) -> str:
     """Return the file of one rank: `model.safetensors`, or `model-00002-of-00004.safetensors`."""
-    return f"{stem}.safetensors" if ranks == 1 else f"{stem}-{rank + 1:05d}-of-{ranks:05d}.safetensors"
+    return f"{stem}.safetensors" if ranks == 1 else _part_name(stem, rank, ranks)
+
+
+def _part_name(stem: str, rank: int, ranks: int) -> str:
+    return f"{stem}-{rank + 1:05d}-of-{ranks:05d}.safetensors"
 
 
 def metadata(ranges: Ranges) -> dict[str, str]:
@@ -105,7 +109,7 @@ def _paths(folder: Path, stem: str) -> list[Path]:
         return [single]
     found = sorted(folder.glob(f"{stem}-*-of-*.safetensors"))
     count = found[0].stem.rpartition("-")[2] if found else "0"
-    expected = [folder / file_name(stem, rank, int(count)) for rank in range(int(count) if count.isdecimal() else 0)]
+    expected = [folder / _part_name(stem, rank, int(count)) for rank in range(int(count) if count.isdecimal() else 0)]
     if not found or found != expected:
         raise CheckpointError(
             f"{folder}: {stem} is incomplete", found=", ".join(path.name for path in found[:5]) or f"no {single.name}"

@@ -52,7 +52,7 @@ def part_of(tensor: Tensor) -> Part | None:
     if not isinstance(tensor, DTensor):
         return None
     shape, value = tuple(tensor.shape), tensor.to_local()
-    mesh, rows, first_copy = tensor.device_mesh, range(0, shape[0] if shape else 1), True
+    mesh, rows, first_copy = tensor.device_mesh, range(shape[0] if shape else 1), True
     for dimension, placement in enumerate(tensor.placements):
         ranks, mine = mesh.size(dimension), mesh.get_local_rank(dimension)
         if isinstance(placement, Shard) and placement.dim == 0 and shape:
