@@ -78,7 +78,7 @@ FOREIGN = {
     "resume_from": "--resume",
     "data_path": "data.path",
     "dataset_name": "data.path",
-    "run_name": "--run",
+    "run_name": "--name",
     "num_workers": "--layer.loader.batches (prefetched batches); --processes for tokenize",
     "optimizer": "optim.name (the algorithm); --layer.optimizer selects the implementation",
     "optimizer_type": "optim.name",

@@ -30,16 +30,21 @@ def unmet(case: Case, options: Options) -> Iterator[Reason]:
     """More than one rank, and a global batch that divides evenly among them."""
     ranks = case.world.world_size
     if ranks == 1:
-        yield unsupported(
-            "needs more than one process", remedy="torchrun --standalone --nproc-per-node N -m gptoughts -- train ..."
-        )
+        yield unsupported("needs more than one process", remedy="gptoughts train ... --ranks N")
     elif case.recipe.train.global_batch % ranks:
         below = case.recipe.train.global_batch // ranks * ranks
         near = f"{below} or {below + ranks}" if below else f"{ranks}"
         yield unsupported(
             f"train.global_batch = {case.recipe.train.global_batch} is not divisible by {ranks} ranks",
-            remedy=f"--train.global-batch {near}",
+            remedy=f"--train.global-batch {near}, or {_fewer(case)}",
         )
+
+
+def _fewer(case: Case) -> str:
+    """Return the flag for the most ranks that divide the global batch."""
+    batch = case.recipe.train.global_batch
+    most = next(ranks for ranks in range(case.world.world_size, 0, -1) if batch % ranks == 0)
+    return f"--gpus {most}" if case.on_gpu and most <= case.world.local_world_size else f"--ranks {most}"
 
 
 def memory(case: Case, options: Options, budget: Budget) -> Budget:

@@ -117,7 +117,7 @@ def test_lines_are_found() -> None:
     text = (
         "```bash\nA=1 gptoughts plan quickstart > x.json && gptoughts layers  # all\n"
         "for n in 1; do echo gptoughts; done\ncat > a <<'END'\ngptoughts no\nEND\n"
-        "torchrun --nproc-per-node 8 -m gptoughts -- train \\\n  gpt-1b\n```\n```text\ngptoughts nothing\n```\n"
+        "torchrun --nproc-per-node 8 -m gptoughts train \\\n  gpt-1b\n```\n```text\ngptoughts nothing\n```\n"
     )
     assert list(command_lines(text)) == ["plan quickstart", "layers", "train gpt-1b"]
 

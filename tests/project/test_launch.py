@@ -65,9 +65,9 @@ def test_help_says_how_to_use_it_and_does_nothing_else(script: str, tmp_path: Pa
 
 
 def test_quickstart_passes_its_words_on_from_any_folder(stand_in: Path, tmp_path: Path) -> None:
-    done = run("launch/quickstart.sh", "gpt-1b", "--run", "two words", cwd=tmp_path, VIRTUAL_ENV=str(stand_in))
+    done = run("launch/quickstart.sh", "gpt-1b", "--name", "two words", cwd=tmp_path, VIRTUAL_ENV=str(stand_in))
     assert done.returncode == 0, done.stderr
-    assert calls(stand_in)[-1][1:] == ["-m", "gptoughts", "train", "gpt-1b", "--run", "two words"]
+    assert calls(stand_in)[-1][1:] == ["-m", "gptoughts", "train", "gpt-1b", "--name", "two words"]
 
 
 def test_test_runs_every_check_and_passes_flags_to_pytest(stand_in: Path) -> None:
