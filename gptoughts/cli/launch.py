@@ -76,15 +76,11 @@ def _run(ranks: int, words: Sequence[str]) -> int:
         try:
             run(arguments)
         except ChildFailedError as error:
-            return _exit_code([failure.exitcode for failure in _in_order(error)])
+            failures = sorted(error.failures.values(), key=lambda failure: failure.timestamp)
+            return _exit_code([failure.exitcode for failure in failures])
         except SignalException as error:
             return 128 + int(error.sigval)
     return 128 + received[0] if received else 0
-
-
-def _in_order(error: object) -> list[object]:
-    failures = error.failures.values()  # type: ignore[attr-defined]
-    return sorted(failures, key=lambda failure: failure.timestamp)
 
 
 def _exit_code(codes: Sequence[int]) -> int:

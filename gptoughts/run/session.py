@@ -152,7 +152,7 @@ def open_session(job: TrainingJob) -> Iterator[Session]:
             stack.enter_context(job.folder.locked(job.world.rank == 0))
             if job.world.rank == 0:
                 store.clean(job.folder.checkpoints)  # a kill can leave a checkpoint hidden while it was replaced
-        corpus = _open_data(job)
+        corpus = None if job.own else open_data(job.recipe, job.world)
         ranks = stack.enter_context(process_group(job.world, device, job.collectives))
         ranks.same("the versions of gptoughts and torch", f"gptoughts {__version__}, torch {torch.__version__}")
         ranks.same("the plan", job.plan.digest(), job.plan.table())
@@ -163,18 +163,14 @@ def open_session(job: TrainingJob) -> Iterator[Session]:
             yield stack.enter_context(_Setup(job, ranks, console, corpus).open())
 
 
-def _open_data(job: TrainingJob) -> Corpus | None:
+def open_data(recipe: Recipe, world: World) -> Corpus:
     """Open the corpus before the process group exists: tokenizing can take longer than the limit of a collective.
 
     The first rank of a machine tokenizes. Ranks meet first, so that a rank that cannot be reached is found before hours of tokenizing.
     """
-    if job.own is not None:
-        return None
-    if job.world.world_size == 1:
-        return open_corpus(job.recipe)
-    opened: list[Corpus] = []
-    meet(job.world).wait_for_data(lambda: opened.append(open_corpus(job.recipe)))
-    return opened[0]
+    if world.world_size == 1:
+        return open_corpus(recipe)
+    return meet(world).wait_for_data(lambda: open_corpus(recipe))
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from itertools import count
+from typing import TypeVar
 
 import torch.distributed as dist
 
@@ -22,6 +23,7 @@ from gptoughts.errors import ConfigError, RunError, ToldElsewhere
 from gptoughts.hardware.endpoint import COLLECTIVE_SECONDS, RENDEZVOUS_SECONDS, Endpoint, endpoint, limit
 from gptoughts.hardware.world import World
 
+Result = TypeVar("Result")
 FIRST_PAUSE, LONGEST_PAUSE = 0.05, 1.0
 REMIND_SECONDS = 60.0
 FAILED = "failed"
@@ -45,14 +47,14 @@ class Meeting:
         self.store.add(f"arrived/{self.world.rank}", 1)
         self._collect("arrived", time.monotonic() + self.seconds)
 
-    def wait_for_data(self, work: Callable[[], object]) -> None:
-        """Let the first rank of every machine do `work`, tokenizing, then the others; return when all are done. There is no limit."""
+    def wait_for_data(self, work: Callable[[], Result]) -> Result:
+        """Let the first rank of every machine do `work`, tokenizing, then the others; return its result when all are done. There is no limit."""
         number = next(self._rounds)
         name, ready = f"data/{number}/{socket.gethostname()}", f"ready/{number}"
         if self.world.local_rank > 0:
             self._until(lambda: self._read(name) > 0, lambda: None)
         try:
-            work()
+            result = work()
         except BaseException:
             self.fail()
             raise
@@ -60,6 +62,7 @@ class Meeting:
             self.store.add(name, 1)
         self.store.add(ready, 1)
         self._until(lambda: self._read(ready) >= self.world.world_size, lambda: self._remind(ready))
+        return result
 
     def group_store(self) -> dist.Store:
         """Return a part of the store for the next process group of this process."""
