@@ -61,7 +61,13 @@ def test_one_rank_says_who_is_missing(over: str, tmp_path: Path) -> None:
     said = [str(error) for error in found if type(error) is RunError]
     assert len(said) == 1 and sum(isinstance(error, ToldElsewhere) for error in found) == 1
     assert "2 of 4 ranks arrived within 2 s; missing: ranks 2-3" in said[0]
-    for words in ("MASTER_ADDR=127.0.0.1", socket.gethostname(), "firewall", "GLOO_SOCKET_IFNAME", "GPTOUGHTS_RENDEZVOUS_SECONDS"):
+    for words in (
+        "MASTER_ADDR=127.0.0.1",
+        socket.gethostname(),
+        "firewall",
+        "GLOO_SOCKET_IFNAME",
+        "GPTOUGHTS_RENDEZVOUS_SECONDS",
+    ):
         assert words in said[0]
 
 
@@ -113,7 +119,9 @@ def test_a_rank_without_data_ends_the_others() -> None:
 
 def test_two_values_and_their_ranks_are_shown() -> None:
     said = str(differing("the plan", ["1\nslot a\nslot b", "2\nslot c\nslot d", "1\nslot a\nslot b"]))
-    assert said.startswith("the plan: differs between ranks. Found \non ranks 0, 2:\nslot a\nslot b\non rank 1:\nslot c\nslot d")
+    assert said.startswith(
+        "the plan: differs between ranks. Found \non ranks 0, 2:\nslot a\nslot b\non rank 1:\nslot c\nslot d"
+    )
 
 
 def start(ranks: int, *words: str, cwd: Path, mpi: bool = False, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -133,7 +141,13 @@ def test_a_tokenizer_slower_than_a_collective_may_be(launcher: str, tmp_path: Pa
         pytest.skip("mpirun is not installed: apt-get install openmpi-bin")
     (tmp_path / "text.txt").write_text("some text of which there is enough\n" * 200, encoding="utf-8")
     ran = start(
-        2, "-m", "tests.support.rendezvous_worker", cwd=tmp_path, mpi=launcher == "mpirun", GPTOUGHTS_COLLECTIVE_SECONDS="20", SLOW="25"
+        2,
+        "-m",
+        "tests.support.rendezvous_worker",
+        cwd=tmp_path,
+        mpi=launcher == "mpirun",
+        GPTOUGHTS_COLLECTIVE_SECONDS="20",
+        SLOW="25",
     )
     assert ran.returncode == 0, ran.stderr[-3000:]
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))

@@ -8,7 +8,17 @@ from hypothesis import strategies as st
 
 from gptoughts.errors import ConfigError
 from gptoughts.hardware.endpoint import PORTS, Endpoint, endpoint, first_host, hosts
-from gptoughts.hardware.world import LAUNCHERS, SRUN, Launcher, TORCHRUN, World, is_quiet, shares_errors, tasks_of_node, world_from_environment
+from gptoughts.hardware.world import (
+    LAUNCHERS,
+    SRUN,
+    TORCHRUN,
+    Launcher,
+    World,
+    is_quiet,
+    shares_errors,
+    tasks_of_node,
+    world_from_environment,
+)
 
 NUMBERS = st.integers(0, 40)
 
@@ -59,7 +69,13 @@ def test_hostile_values_raise_one_kind_of_error(environment: dict[str, str]) -> 
 
 def test_plain_python_and_a_batch_script_are_single_processes() -> None:
     assert world_from_environment({"PATH": "/bin"}) == World()
-    batch = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "8", "SLURM_TASKS_PER_NODE": "4(x2)"}
+    batch = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0",
+        "SLURM_NTASKS": "8",
+        "SLURM_TASKS_PER_NODE": "4(x2)",
+    }
     assert world_from_environment(batch) == World()
     shell = {**variables("srun", 0, 1, 0, 1), "SLURM_NTASKS": "8"}
     assert world_from_environment(shell) == World(), "the shell of srun --pty"
@@ -106,7 +122,12 @@ def test_tasks_of_a_node() -> None:
     assert tasks_of_node("2(x3),1", "4") == "2(x3),1", "left as it is, which is no number"
 
 
-@given(st.lists(st.tuples(st.from_regex(r"[a-z]{1,3}", fullmatch=True), st.integers(0, 990), st.integers(0, 9), st.booleans()), min_size=1))
+@given(
+    st.lists(
+        st.tuples(st.from_regex(r"[a-z]{1,3}", fullmatch=True), st.integers(0, 990), st.integers(0, 9), st.booleans()),
+        min_size=1,
+    )
+)
 def test_compressed_host_lists(parts: list[tuple[str, int, int, bool]]) -> None:
     written, expected = [], []
     for prefix, low, more, padded in parts:

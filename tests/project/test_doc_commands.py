@@ -52,8 +52,8 @@ def _ours(words: list[str]) -> str:
     """Return the arguments of gptoughts as one line, or nothing for another program."""
     while words and re.fullmatch(r"\w+=.*", words[0]):
         words = words[1:]
-    if words[:1] == ["torchrun"] and "--" in words:
-        words = ["gptoughts", *words[words.index("--") + 1 :]]
+    if words[:1] == ["torchrun"] and "gptoughts" in words:
+        words = words[words.index("gptoughts") :]
     elif words[:3] == ["python", "-m", "gptoughts"]:
         words = words[2:]
     elif words[:1] == ["launch/quickstart.sh"]:
