@@ -48,7 +48,7 @@ class Meeting:
         self._collect("arrived", time.monotonic() + self.seconds)
 
     def wait_for_data(self, work: Callable[[], Result]) -> Result:
-        """Let the first rank of every machine do `work`, tokenizing, then the others; return its result when all are done. There is no limit."""
+        """Let the first rank of every machine do `work`, tokenizing, then the others; return its result when all have it, without limit."""
         number = next(self._rounds)
         name, ready = f"data/{number}/{socket.gethostname()}", f"ready/{number}"
         if self.world.local_rank > 0:
