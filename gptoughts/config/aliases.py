@@ -159,7 +159,7 @@ FOREIGN = {
     "preallocate_memory": "--layer.allocator expandable",
     "batch_size_auto_optimize": "--layer.microbatch fixed, which splits train.global_batch to fit",
     "strategy": "--layer.parallel",
-    "distributed": "--layer.parallel ddp, the default under torchrun",
+    "distributed": "--layer.parallel ddp, the default with several ranks",
 }
 """Option name of another trainer -> our recipe key or flag."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from gptoughts.api import decide
-from gptoughts.cli import launch
+from gptoughts.engine.distributed.elastic import exit_code
 from gptoughts.errors import ConfigError, PlanError
 from tests.cli.test_main import MACHINES, here, said  # noqa: F401 - a fixture
 from tests.support.golden_files import ROOT
@@ -58,8 +59,8 @@ def test_the_old_name_of_a_flag(here: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_the_first_failure_decides_the_exit_code() -> None:
-    assert launch._exit_code([-15, 2, 1]) == 2
-    assert launch._exit_code([-9, -15]) == 137
+    assert exit_code([-15, 2, 1]) == 2
+    assert exit_code([-9, -15]) == 137
 
 
 def test_torchrun_takes_none_of_our_flags_for_its_own() -> None:
@@ -82,7 +83,7 @@ def test_two_ranks_train_and_user_errors_exit_with_2_once(tmp_path: Path) -> Non
 
     def train(words: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "gptoughts", "train", "quickstart", "--ranks", "2", *shlex.split(f"{TINY} {words}")]
-        environment = {**launch.os.environ, "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         environment.pop("OMP_NUM_THREADS", None)
         return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=400)
 
