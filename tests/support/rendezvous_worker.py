@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from gptoughts.data.text import tokenize
+from gptoughts.data.text.shards import INDEX
 from gptoughts.engine.distributed.process_group import process_group
 from gptoughts.errors import RunError
 from gptoughts.hardware.world import world_from_environment
@@ -24,8 +25,9 @@ def main() -> None:
     world, seen = world_from_environment(os.environ), {"tokenized": 0, "equal": True, "said": None, "code": 0}
 
     def slow(*arguments: Any, **keywords: Any) -> Any:
-        seen["tokenized"] += 1  # type: ignore[operator]
-        time.sleep(float(os.environ["SLOW"]))
+        if not (arguments[2] / INDEX).exists():  # otherwise it returns what is there
+            seen["tokenized"] += 1  # type: ignore[operator]
+            time.sleep(float(os.environ["SLOW"]))
         return made(*arguments, **keywords)
 
     tokenize.tokenize = slow
