@@ -56,13 +56,17 @@ def decide(
     *,
     world: World | None = None,
     ranks: int | None = None,
+    gpus: int | None = None,
+    every_gpu: bool = False,
 ) -> ResolvedRun:
     """Resolve recipe, machine and profile to a plan, without loading torch.
 
     fields   dotted keys of the recipe
     layers   slots and their options, as on the command line
     machine  a machine file, or a Machine; this machine is probed if not given
-    ranks    number of ranks to plan for
+    ranks    number of ranks to plan for, one per GPU
+    gpus     number of GPUs to use on each machine
+    every_gpu  use all GPUs of the machine where no launcher started ranks and neither `ranks` nor `gpus` is given
 
     Raises ConfigError with all problems at once, or PlanError.
     """
@@ -74,7 +78,7 @@ def decide(
     with mistakes.collect():
         known = extensions(plugins)
     with mistakes.collect():
-        world = world or (_ranks(ranks, here) if ranks and here else world_from_environment(os.environ))
+        world = world or _world(ranks, gpus, here, every_gpu)
     with mistakes.collect():
         resolved = _recipe(recipe, fields, here)
         resolved = None if resolved is None else resolve_recipe(resolved)
@@ -101,16 +105,38 @@ def decide(
     return ResolvedRun(resolved, here, world, known, made if machine is not None else in_effect(made, os.environ), seconds)
 
 
-def _ranks(ranks: int, machine: Machine) -> World:
-    """Return the first of `ranks` ranks, one per GPU, on as many machines like `machine` as needed."""
-    local = min(ranks, len(machine.gpus) or ranks)
+def _world(ranks: int | None, gpus: int | None, machine: Machine | None, every_gpu: bool) -> World | None:
+    """Return the world that the options ask for, else the one that a launcher started, else one rank per GPU."""
+    started = world_from_environment(os.environ)
+    if machine is None:  # reported already
+        return started
+    most = len(machine.gpus)
+    if gpus is not None and gpus > most:
+        raise ConfigError(
+            f"--gpus: {gpus} GPUs on {machine.label()}", found=most, fix=f"--gpus {most}" if most else f"--ranks {gpus}"
+        )
+    if started.launcher != "single":
+        for flag, wanted, found in (("--ranks", ranks, started.world_size), ("--gpus", gpus, started.local_world_size)):
+            if wanted is not None and wanted != found:
+                raise ConfigError(
+                    f"{flag} {wanted}: {started.launcher} started another number of ranks", found=found, fix=f"without {flag}"
+                )
+        return started
+    local = gpus or (most if every_gpu else 0)
+    if ranks is None:
+        return World(0, 0, local, local, "torchrun") if local > 1 else started
+    return _ranks(ranks, gpus or min(ranks, most or ranks))
+
+
+def _ranks(ranks: int, local: int) -> World:
+    """Return the first of `ranks` ranks, `local` on each machine."""
     if ranks % local:
         raise ConfigError(
             f"--ranks: must be a multiple of the {local} GPUs of a machine",
             found=ranks,
-            fix=f"--ranks {ranks // local * local}",
+            fix=f"--ranks {ranks // local * local or local}",
         )
-    return World(0, 0, ranks, local, "torchrun")
+    return World(0, 0, ranks, local, "torchrun") if ranks > 1 else World()
 
 
 def _recipe(

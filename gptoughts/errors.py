@@ -27,7 +27,7 @@ class GptoughtsError(Exception):
 
     def __init__(self, problem: str = "", *, found: object = None, fix: str = "") -> None:
         text = describe(problem, found)
-        end = "" if "\n" in text else "."  # a problem of several lines is a list
+        end = "" if "\n" in text or not text else "."  # a problem of several lines is a list
         super().__init__(f"{text}{end}\n  Try: {fix}" if fix else text)
 
 
@@ -55,6 +55,10 @@ class LayerError(GptoughtsError):
     """A planned layer could not be applied, or was inactive in the watched step."""
 
     exit_code = 3
+
+
+class ToldElsewhere(RunError):
+    """Another rank prints the cause; this one exits with the same code and prints nothing."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

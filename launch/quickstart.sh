@@ -11,7 +11,7 @@ Creates the virtual environment .venv if none is active, installs gptoughts with
 An installed torch is not replaced. Without an NVIDIA driver the CPU build is preferred.
 
   launch/quickstart.sh --train.steps 100        a shorter run
-  launch/quickstart.sh --run first              a named run: the same command resumes it
+  launch/quickstart.sh --name first              a named run: the same command resumes it
 TEXT
 }
 

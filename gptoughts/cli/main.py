@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Any
 
 import click
 
@@ -40,10 +41,35 @@ def _version(context: click.Context, parameter: click.Parameter, given: bool) ->
         context.exit()
 
 
+def _name(text: str) -> list[click.Parameter]:
+    """Return `--name`, and its old name: torchrun takes `--run` for an abbreviation of its own options."""
+    old = click.Option(["--run", "old_name"], hidden=True, expose_value=False, is_eager=True, callback=_renamed)
+    return [old, option("--name", "run_name", metavar="NAME", help=text, default=_old_name, show_default=False)]
+
+
+def _renamed(context: click.Context, parameter: click.Parameter, given: str | None) -> None:
+    if given is not None:
+        context.meta["gptoughts.old_name"] = given
+        from gptoughts.hardware.world import is_quiet
+
+        if not is_quiet(os.environ):
+            print("note: --run is now --name", file=sys.stderr)
+
+
+def _old_name() -> str | None:
+    """Return the value of `--run`, for `--name` where it is not given."""
+    found: str | None = click.get_current_context().meta.get("gptoughts.old_name")
+    return found
+
+
+def _gpus() -> list[click.Parameter]:
+    return [option("--gpus", type=click.IntRange(1), metavar="N", help="GPUs to use on each machine; default: all")]
+
+
 def _train() -> click.Command:
     params = [
         *recipe_options(),
-        option("--run", "run_name", metavar="NAME", help="name of the run; a run of this name is resumed"),
+        *_name("name of the run; a run of this name is resumed"),
         option("--run-dir", metavar="DIR", help="write everything into DIR instead of out/ and checkpoints/"),
         option("--resume", default="auto", metavar="auto|never|PATH", help="checkpoint to resume from"),
         option("--strict", is_flag=True, help="also stop if a layer cannot be proven active"),
@@ -53,6 +79,8 @@ def _train() -> click.Command:
             type=click.Choice(["check", "off"]),
             help="compare the layers with the baseline on two blocks before the first step",
         ),
+        option("--ranks", type=click.IntRange(1), help="processes to start on this machine; default: one per GPU"),
+        *_gpus(),
     ]
     text = "Train RECIPE (a name or a .toml file). Default: quickstart on a CPU, gpt-1b on a GPU."
     return recipe_command("train", "train.train", text, params)
@@ -62,7 +90,8 @@ def _plan() -> click.Command:
     params = [
         *recipe_options(),
         option("--machine", metavar="FILE", help="plan for the machine in FILE (written by gptoughts doctor --machine-json)"),
-        option("--ranks", type=click.IntRange(1), help="plan for this many ranks"),
+        option("--ranks", type=click.IntRange(1), help="plan for this many ranks; default: those that train starts"),
+        *_gpus(),
         option("--json", "as_json", is_flag=True, help="print JSON"),
     ]
     text = "Show layers, reasons and expected memory for RECIPE. Trains nothing; --machine plans for another machine."
@@ -75,7 +104,7 @@ def _trace() -> click.Command:
         *recipe_options(),
         option("--from", "first", type=step, metavar="N", help="first step to trace; default: after the warm-up steps"),
         option("--to", "last", type=step, metavar="M", help="last step to trace; default: three steps"),
-        option("--run", "run_name", metavar="NAME", help="write into out/NAME"),
+        *_name("write into out/NAME"),
         option("--run-dir", metavar="DIR", help="write into DIR instead"),
         option("--memory-history", is_flag=True, help="record GPU allocations, for the report if memory runs out"),
     ]
@@ -252,17 +281,39 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         build_cli().main(args=arguments, prog_name="gptoughts", standalone_mode=False, obj=process)
     except click.ClickException as error:
-        _exit(f"error: {error.format_message()}", error.exit_code)
+        _exit(f"error: {error.format_message()}" if _prints(error.format_message()) else "", error.exit_code)
     except (click.exceptions.Abort, KeyboardInterrupt):
         _exit("interrupted", 130)
     except GptoughtsError as error:
-        _exit(f"error: {error}", error.exit_code)
+        _exit(f"error: {error}" if str(error) and _prints(str(error)) else "", error.exit_code)
     except BrokenPipeError:
         # The reader of our output has exited; the interpreter must not flush into the closed pipe at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except Exception as error:
+        meeting = _meeting()
+        if meeting is None or meeting.claim(f"{type(error).__name__}: {error}"):
+            raise
+        sys.exit(1)  # another rank prints the traceback
+
+
+def _meeting() -> Any:
+    """Return the store that this rank shares with the others, None before they met."""
+    rendezvous = sys.modules.get("gptoughts.engine.distributed.rendezvous")
+    return rendezvous.current() if rendezvous else None
+
+
+def _prints(message: str) -> bool:
+    """Return whether this process prints an error: among ranks the first that finds it, so that one cause is one message."""
+    meeting = _meeting()
+    if meeting is not None:
+        return bool(meeting.claim(message))
+    from gptoughts.hardware.world import shares_errors
+
+    return not shares_errors(os.environ)
 
 
 def _exit(message: str, code: int) -> None:
-    print(message, file=sys.stderr)
+    if message:
+        print(message, file=sys.stderr, flush=True)
     sys.exit(code)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +27,8 @@ class Command(click.Command):
     def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
         """Parse as click does. Raises ConfigError for unknown flags."""
         known = {flag: parameter for parameter in self.get_params(context) for flag in parameter.opts if flag.startswith("--")}
-        problems = [f"{flag}: {self.unknown(flag, list(known))}" for flag in _unknown(args, known)]
+        shown = [flag for flag, parameter in known.items() if not getattr(parameter, "hidden", False)]
+        problems = [f"{flag}: {self.unknown(flag, shown)}" for flag in _unknown(args, known)]
         if problems:
             raise listed(context.command_path, problems)
         return super().parse_args(context, args)
@@ -167,7 +169,9 @@ class CommandGroup(click.Group):
         return list(self.commands)
 
     def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
-        """Parse as click does; without arguments print the help."""
+        """Parse as click does; without arguments print the help. Keeps the words for messages and for ranks."""
+        if context.parent is None:
+            context.meta["gptoughts.words"] = tuple(args)
         return super().parse_args(context, args or ["--help"])
 
 
@@ -197,17 +201,22 @@ def recipe_command(name: str, target: str, text: str, params: Sequence[click.Par
 
 def _run(target: str, values: Mapping[str, Any]) -> NoReturn:
     """Run `module.function` and exit with its code. Imports happen here, so that `--help` stays fast."""
-    from gptoughts.console import Console
+    from gptoughts.console import Console, SilentConsole
+    from gptoughts.hardware.world import is_quiet
 
+    quiet = is_quiet(os.environ)
     if click.get_current_context().obj is Process.OURS:
-        _quiet_libraries()
+        _quiet_libraries(quiet)
     module, _, function = target.partition(".")
-    with Console(sys.stderr).logging():
+    with (SilentConsole() if quiet else Console(sys.stderr)).logging():
         sys.exit(getattr(import_module(f"gptoughts.cli.{module}"), function)(**values) or 0)
 
 
-def _quiet_libraries() -> None:
-    """Hide import and deprecation warnings of libraries, which a user of the command line cannot act on."""
+def _quiet_libraries(quiet: bool) -> None:
+    """Hide import and deprecation warnings of libraries, which a user of the command line cannot act on.
+
+    `quiet` hides all warnings, on a rank that repeats those of rank 0.
+    """
     import logging
 
     from gptoughts.console import NOISY_LOGGERS
@@ -215,6 +224,9 @@ def _quiet_libraries() -> None:
     for name in NOISY_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|torchao|transformers|peft)\b")
+    if quiet:
+        warnings.simplefilter("ignore")
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 def argument(name: str, **keywords: Any) -> click.Argument:

@@ -16,10 +16,11 @@ def plan(
     plugin: Sequence[str],
     machine: str | None,
     ranks: int | None,
+    gpus: int | None,
     as_json: bool,
 ) -> int:
     """Print the plan as a table or as JSON."""
-    setting = decide(recipe, profile, fields, layers, plugin, machine, ranks=ranks)
+    setting = decide(recipe, profile, fields, layers, plugin, machine, ranks=ranks, gpus=gpus, every_gpu=True)
     if as_json:
         print(json.dumps({"recipe": setting.resolved.recipe.name, **setting.plan.to_json()}, indent=1))
         return 0

@@ -13,10 +13,14 @@ import click
 from gptoughts.api import ResolvedRun, decide, train_resolved
 from gptoughts.config.tasks import TASKS, Task
 from gptoughts.errors import ConfigError
+from gptoughts.hardware.world import world_from_environment
 from gptoughts.planning.environment import Process, missing_variables, restart
 
 if TYPE_CHECKING:
     from gptoughts.run.run import RunResult
+
+PLACES = ("--name", "--run", "--run-dir", "--run_dir")
+"""Flags that say where a run is."""
 
 
 def train(
@@ -30,10 +34,14 @@ def train(
     resume: str,
     strict: bool,
     numerics: str,
+    ranks: int | None,
+    gpus: int | None,
 ) -> int:
-    """Train. Returns the exit code: 0, or 128 + the signal that ended the run early."""
-    setting = decide(recipe, profile, fields, layers, plugin)
+    """Train, in one process per GPU. Returns the exit code: 0, or 128 + the signal that ended the run early."""
+    setting = decide(recipe, profile, fields, layers, plugin, ranks=ranks, gpus=gpus, every_gpu=True)
     require_torch()
+    if setting.world.world_size > 1 and world_from_environment(os.environ).launcher == "single":
+        return _launch(setting, ranks, run_name or run_dir)
     apply_environment(setting)
     if setting.world.rank == 0:
         print(setting.plan.table(), flush=True)
@@ -41,6 +49,26 @@ def train(
     if setting.world.rank == 0:
         _report(result, recipe, run_name, run_dir)
     return 128 + result.stopped_by if result.stopped_by else 0
+
+
+def _launch(setting: ResolvedRun, ranks: int | None, place: str | None) -> int:
+    """Start the ranks on this machine. What their plans have in common was checked by making one here."""
+    from gptoughts.cli.launch import launch
+
+    world = setting.world
+    if not world.on_one_machine:
+        raise ConfigError(
+            f"--ranks: more than the {world.local_world_size} GPUs of this machine",
+            found=ranks,
+            fix=f"--ranks {world.local_world_size}, or torchrun or srun on every machine",
+        )
+    return launch(world.world_size, given_words(), setting.plan.environment, place is not None)
+
+
+def given_words() -> list[str]:
+    """Return the words of this command line, which is another program's if it called `main`."""
+    context = click.get_current_context(silent=True)
+    return list(context.meta["gptoughts.words"]) if context is not None else sys.argv[1:]
 
 
 def apply_environment(setting: ResolvedRun) -> list[str]:
@@ -64,9 +92,9 @@ def require_torch() -> None:
 
 
 def _report(result: RunResult, recipe: str | None, run_name: str | None, run_dir: str | None) -> None:
-    place = f"--run-dir {shlex.quote(run_dir)}" if run_dir else f"--run {shlex.quote(result.out.name)}"
+    place = f"--run-dir {shlex.quote(run_dir)}" if run_dir else f"--name {shlex.quote(result.out.name)}"
     if result.stopped_by:
-        words = shlex.join(_without_place(sys.argv[1:]))
+        words = shlex.join(_without_place(given_words()))
         print(f"interrupted at step {result.progress.step}, checkpoint saved. Resume with: gptoughts {words} {place}")
         return
     if result.val_loss is not None and result.unigram_entropy is not None:
@@ -93,8 +121,8 @@ def _without_place(words: list[str]) -> list[str]:
     for word in words:
         if skip:
             skip = False
-        elif word in ("--run", "--run-dir"):
+        elif word in PLACES:
             skip = True
-        elif not word.startswith(("--run=", "--run-dir=")):
+        elif not word.startswith(tuple(f"{place}=" for place in PLACES)):
             kept.append(word)
     return kept

@@ -78,7 +78,7 @@ FOREIGN = {
     "resume_from": "--resume",
     "data_path": "data.path",
     "dataset_name": "data.path",
-    "run_name": "--run",
+    "run_name": "--name",
     "num_workers": "--layer.loader.batches (prefetched batches); --processes for tokenize",
     "optimizer": "optim.name (the algorithm); --layer.optimizer selects the implementation",
     "optimizer_type": "optim.name",
@@ -159,7 +159,7 @@ FOREIGN = {
     "preallocate_memory": "--layer.allocator expandable",
     "batch_size_auto_optimize": "--layer.microbatch fixed, which splits train.global_batch to fit",
     "strategy": "--layer.parallel",
-    "distributed": "--layer.parallel ddp, the default under torchrun",
+    "distributed": "--layer.parallel ddp, the default with several ranks",
 }
 """Option name of another trainer -> our recipe key or flag."""
 

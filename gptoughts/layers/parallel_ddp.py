@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
+from gptoughts.layers.support.several_ranks import rank_reasons
 from gptoughts.planning.layer import (
     Budget,
     Case,
@@ -25,26 +26,15 @@ from gptoughts.planning.layer import (
     active,
     inactive,
     slower,
-    unsupported,
 )
 from gptoughts.planning.memory_fit import SOURCE as MEMORY_SOURCE
 from gptoughts.planning.memory_fit import memory_headroom
 
 
 def unmet(case: Case, options: Options) -> Iterator[Reason]:
-    """More than one rank, and a global batch that divides evenly among them."""
-    ranks = case.world.world_size
-    if ranks == 1:
-        yield unsupported("needs more than one process", remedy="gptoughts train --ranks N")
-        return
-    if case.recipe.train.global_batch % ranks:
-        below = case.recipe.train.global_batch // ranks * ranks
-        near = f"{below} or {below + ranks}" if below else f"{ranks}"
-        yield unsupported(
-            f"train.global_batch = {case.recipe.train.global_batch} is not divisible by {ranks} ranks",
-            remedy=f"--train.global-batch {near}",
-        )
-    room = memory_headroom(case, lambda budget: memory(case, options, budget))
+    """More than one rank, a global batch that divides among them, and memory for a replica."""
+    yield from rank_reasons(case)
+    room = memory_headroom(case, lambda budget: memory(case, options, budget)) if case.world.world_size > 1 else None
     if room is not None and not room.is_enough:
         yield slower(f"a replica does not fit: {room}", MEMORY_SOURCE)
 

@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from gptoughts.console import bytes_in_words
+from gptoughts.layers.support.several_ranks import rank_reasons
 from gptoughts.planning.layer import (
     Budget,
     Case,
@@ -45,18 +46,9 @@ GATHERED_BLOCKS = 2
 def unmet(case: Case, options: Options) -> Iterator[Reason]:
     """Ranks that divide the batch and the replicas, an elementwise optimizer, weights that can be sharded by rows."""
     ranks, replicas, recipe = case.world.world_size, options["replicas"], case.recipe
-    if ranks == 1 and not (options["offload"] and case.on_gpu):
-        yield unsupported("needs more than one process", remedy="gptoughts train --ranks N")
-        return
+    yield from rank_reasons(case, least=1 if options["offload"] and case.on_gpu else 2)
     if case.spec.family is None:
         yield unsupported("the repeated blocks of this model are not known")
-    if recipe.train.global_batch % ranks:
-        below = recipe.train.global_batch // ranks * ranks
-        near = f"{below} or {below + ranks}" if below else f"{ranks}"
-        yield unsupported(
-            f"train.global_batch = {recipe.train.global_batch} is not divisible by {ranks} ranks",
-            remedy=f"--train.global-batch {near}",
-        )
     if ranks % replicas:
         yield unsupported(f"replicas = {replicas} does not divide {ranks} ranks")
     if recipe.optim.name not in ELEMENTWISE:

@@ -14,6 +14,9 @@ if TYPE_CHECKING:  # the command line imports this module at start-up, with or w
 GUARD = "GPTOUGHTS_ENVIRONMENT_SET"
 """`PID:NAME,NAME`: the process that gptoughts restarted, and the variables it set there."""
 
+SHORTAGE = "GPTOUGHTS_SHORTAGE"
+"""Environment variable with a file into which a rank writes that it saved a smaller micro-batch, for the launcher to start the ranks again."""
+
 
 class Process(Enum):
     """Owner of the process: our command line, which can be restarted with other variables, or a caller such as a notebook or test."""
@@ -64,6 +67,11 @@ def restart(missing: Mapping[str, str]) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **missing, GUARD: guard})
+
+
+def preset_guard(*names: str) -> str:
+    """Return a value of GUARD for child processes: `names` count as set by gptoughts, and each child may still restart once."""
+    return f"0:{','.join(names)}"
 
 
 def _set_by_user(name: str, environment: Mapping[str, str]) -> bool:

@@ -78,9 +78,7 @@ def _repeats(layer: Layer, case: Case) -> bool:
 def _one_gpu_per_rank(case: Case) -> None:
     gpus, ranks = len(case.machine.gpus), case.world.local_world_size
     if gpus and ranks > gpus:
-        raise PlanError(
-            f"{ranks} ranks on {case.machine.label()}: every rank needs its own GPU", fix=f"torchrun --nproc-per-node {gpus}"
-        )
+        raise PlanError(f"{ranks} ranks on {case.machine.label()}: every rank needs its own GPU", fix=f"--gpus {gpus}")
 
 
 @dataclass
@@ -244,8 +242,7 @@ def _finish(profile: Profile, case: Case, choices: Mapping[str, Choice], catalog
         how = ". To train on the CPU: CUDA_VISIBLE_DEVICES= gptoughts train ..." if profile.match.gpu is False else ""
         notes.append(f"profile {profile.name} is for other hardware: its [match] does not apply to this machine{how}")
     if gpus > used:
-        command = f"torchrun --standalone --nproc-per-node {gpus} -m gptoughts -- train ..."
-        notes.append(f"{used} of {gpus} GPUs used. To use all: {command}")
+        notes.append(f"{used} of {gpus} GPUs used. To use all: gptoughts train ... --gpus {gpus}")
     return Plan(
         profile=profile.name,
         machine=case.machine.label(),

@@ -13,10 +13,8 @@ import torch.distributed
 from gptoughts.engine.engine import Engine
 from gptoughts.engine.oom import OutOfMemory, ReducedMicroBatch, is_out_of_memory, write_reduced
 from gptoughts.errors import RunError
+from gptoughts.planning.environment import SHORTAGE
 from gptoughts.run.memory_snapshot import memory_report
-
-SHORTAGE = "GPTOUGHTS_SHORTAGE"
-"""Environment variable with a file that launch/torchrun.sh reads to restart the ranks."""
 
 
 @contextmanager

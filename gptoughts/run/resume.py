@@ -65,7 +65,7 @@ def find(folder: RunFolder, resume: str) -> tuple[ResumePoint | None, list[str]]
             raise RunError(
                 f"--resume never: would overwrite checkpoints in {folder.checkpoints}",
                 found=f"{len(there)} checkpoints",
-                fix="--run with a new name",
+                fix="--name with a new name",
             )
         return None, []
     found, skipped = store.newest(folder.checkpoints)
@@ -73,7 +73,7 @@ def find(folder: RunFolder, resume: str) -> tuple[ResumePoint | None, list[str]]
         if there:
             raise CheckpointError(
                 f"{folder.checkpoints}: no intact checkpoint to resume from\n  " + "\n  ".join(skipped),
-                fix="--run with a new name, to start over",
+                fix="--name with a new name, to start over",
             )
         return None, []
     return ResumePoint(found, store.read_state(found)["run"]), skipped
@@ -112,7 +112,7 @@ def check_shape(point: ResumePoint, now: Mapping[str, Any]) -> None:
     if differing:
         raise CheckpointError(
             f"{point.folder}: checkpoint of a different model (checkpoint | now)\n" + "\n".join(differing),
-            fix="--run with a new name, to start a new run",
+            fix="--name with a new name, to start a new run",
         )
 
 

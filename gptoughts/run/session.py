@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gptoughts import __version__
 from gptoughts.config.loader import Recipe, Resolved
 from gptoughts.config.model_spec import ModelSpec
 from gptoughts.console import Console, SilentConsole
@@ -21,6 +22,7 @@ from gptoughts.engine.callback import Callback
 from gptoughts.engine.checkpoint import state, store
 from gptoughts.engine.distributed.process_group import process_group
 from gptoughts.engine.distributed.ranks import Ranks
+from gptoughts.engine.distributed.rendezvous import meet
 from gptoughts.engine.engine import Engine
 from gptoughts.engine.from_recipe import ModelBundle, initial_weights, model_bundle, resumed_weights
 from gptoughts.engine.memory_usage import resident_bytes
@@ -150,15 +152,25 @@ def open_session(job: TrainingJob) -> Iterator[Session]:
             stack.enter_context(job.folder.locked(job.world.rank == 0))
             if job.world.rank == 0:
                 store.clean(job.folder.checkpoints)  # a kill can leave a checkpoint hidden while it was replaced
-        # Before ranks meet: tokenizing can take longer than the timeout of the process group.
-        corpus = None if job.own else open_corpus(job.recipe)
+        corpus = None if job.own else open_data(job.recipe, job.world)
         ranks = stack.enter_context(process_group(job.world, device, job.collectives))
-        ranks.same("the plan", job.plan.digest())
+        ranks.same("the versions of gptoughts and torch", f"gptoughts {__version__}, torch {torch.__version__}")
+        ranks.same("the plan", job.plan.digest(), job.plan.table())
         ranks.same("the recipe", job.resolved.to_toml())
         if corpus is None:
             yield stack.enter_context(_open_own(job, ranks, console))
         else:
             yield stack.enter_context(_Setup(job, ranks, console, corpus).open())
+
+
+def open_data(recipe: Recipe, world: World) -> Corpus:
+    """Open the corpus before the process group exists: tokenizing can take longer than the limit of a collective.
+
+    The first rank of a machine tokenizes. Ranks meet first, so that a rank that cannot be reached is found before hours of tokenizing.
+    """
+    if world.world_size == 1:
+        return open_corpus(recipe)
+    return meet(world).wait_for_data(lambda: open_corpus(recipe))
 
 
 @contextmanager

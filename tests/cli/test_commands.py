@@ -39,7 +39,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("place")
     (folder / "text.txt").write_text(WORDS * 120, encoding="utf-8")
     ran = gptoughts(
-        "train", "shakespeare-char", "--data.path", "text.txt", "--data.cache", "cache", "--run", "words", *FLAGS, cwd=folder
+        "train", "shakespeare-char", "--data.path", "text.txt", "--data.cache", "cache", "--name", "words", *FLAGS, cwd=folder
     )
     assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-2000:]
     (folder / "said").write_text(ran.stdout, encoding="utf-8")
@@ -68,7 +68,7 @@ def test_the_resolved_recipe_tells_where_values_came_from_and_can_be_trained_aga
     text = (place / "out" / "words" / "recipe.toml").read_text(encoding="utf-8")
     assert "width = 32  # --model.width" in text
     assert "recipes/shakespeare-char.toml" in text
-    ran = gptoughts("train", "out/words/recipe.toml", "--run", "again", cwd=place)
+    ran = gptoughts("train", "out/words/recipe.toml", "--name", "again", cwd=place)
     assert ran.returncode == 0, ran.stderr
     first, second = (
         [json.loads(line).get("train/loss") for line in (place / "out" / name / "metrics.jsonl").read_text().splitlines()]
@@ -158,7 +158,7 @@ def test_bad_text_and_words_leave_no_checkpoint(
         "text.txt",
         "--data.cache",
         "cache",
-        "--run",
+        "--name",
         "bad",
         *FLAGS,
         *flags,
@@ -173,7 +173,7 @@ def test_bad_text_and_words_leave_no_checkpoint(
 
 def test_a_run_can_be_as_long_as_the_clock_says(place: Path) -> None:
     ran = gptoughts(
-        "train", "shakespeare-char", "--data.path", "text.txt", "--data.cache", "cache", "--run", "clock", "--model.width", "32",
+        "train", "shakespeare-char", "--data.path", "text.txt", "--data.cache", "cache", "--name", "clock", "--model.width", "32",
         "--model.heads", "2", "--model.depth", "2", "--data.sequence-length", "32", "--train.hours", "0.003", "--sample.tokens", "4",
         cwd=place,
     )  # fmt: skip

@@ -97,7 +97,7 @@ def test_all_mistakes_at_once(here: Path, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_a_profile_that_cannot_run_here(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, _, err = said("plan gpt2-124m --profile h100-fp8 --machine MACHINES/a100x8-80gb.json", capsys)
+    code, _, err = said("plan gpt2-124m --profile h100-fp8 --gpus 1 --machine MACHINES/a100x8-80gb.json", capsys)
     assert code == 2
     first, second, third = err.splitlines()
     assert first == "error: profile h100-fp8 cannot run on 8 x NVIDIA A100-SXM4-80GB (sm 8.0)"

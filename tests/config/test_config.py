@@ -175,7 +175,9 @@ def test_foreign_words_lead_to_keys_that_exist() -> None:
         assert word not in KINDS
         first = our_flag(f"--{word.replace('_', '-')}").partition(" ")[0].rstrip(",;")
         assert (
-            first in known or first in ("--profile", "--run", "--run-dir", "--resume", "RECIPE") or first.startswith("--layer.")
+            first in known
+            or first in ("--profile", "--name", "--run-dir", "--resume", "RECIPE")
+            or first.startswith("--layer.")
         )
     assert ours("train.batch-size") == ours("--batch_size") != "" and ours("color") == ""
 

@@ -183,7 +183,7 @@ def test_the_verb_trains_writes_and_prints(tmp_path: Path) -> None:
     ]
     command = [
         sys.executable, "-m", "gptoughts", "trace", "shakespeare-char", "--data.path", "text.txt", "--data.cache", "cache",
-        "--run", "look", "--from", "4", "--to", "5", "--memory-history", *sizes,
+        "--name", "look", "--from", "4", "--to", "5", "--memory-history", *sizes,
     ]  # fmt: skip
     ran = subprocess.run(
         command, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False

@@ -250,7 +250,7 @@ def flags(tmp_path: Path) -> list[str]:
 
 
 def test_ranks_leave_together_and_are_started_again_with_less(tmp_path: Path, flags: list[str]) -> None:
-    words = ["-m", "gptoughts", "--", "train", "quickstart", "--run", "two", *flags]
+    words = ["-m", "gptoughts", "train", "quickstart", "--name", "two", *flags]
     first = launch(2, *words, cwd=tmp_path, MOST="2", GREEDY_RANK="1")
     assert first.returncode != 0
     assert "out of memory on rank 1 with 4 sequences per forward" in first.stderr

@@ -572,7 +572,7 @@ def test_the_state_of_another_optimizer_is_refused(was: Any, now: Any, said: str
         folder = take(engine, 1, tmp_path)
     with (
         engine_from(other, training_state.Weights(folder), random_batches(other)) as engine,
-        pytest.raises(CheckpointError, match=rf"another optimizer \(checkpoint \| now\)\n  {said}(.|\n)*--run NAME"),
+        pytest.raises(CheckpointError, match=rf"another optimizer \(checkpoint \| now\)\n  {said}(.|\n)*--name NAME"),
     ):
         training_state.restore(engine, folder)
 

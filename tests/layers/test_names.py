@@ -34,6 +34,7 @@ OTHER_MEANINGS: dict[str, dict[str, str]] = {
         **dict.fromkeys(("fp32", "tf32", "bf16", "fp16"), "dtype of a matmul"),
     },
     "gptoughts/engine/": {
+        "auto": "collectives by the device",
         "fused": "argument of torch's AdamW, and an implementation",
         "plain": "implementation of an optimizer",
         "whole": "attribute of a low-bit optimizer",

@@ -202,7 +202,7 @@ def test_ranks_take_ddp_and_one_process_says_how() -> None:
     assert planned("h100x8", world=ranks(8)).layers["parallel"] == "ddp"
     alone = planned("h100x8")
     assert alone.layers["parallel"] == "single"
-    assert any("1 of 8 GPUs used. To use all: torchrun" in note for note in alone.notes)
+    assert any("1 of 8 GPUs used. To use all: gptoughts train ... --gpus 8" in note for note in alone.notes)
 
 
 def test_more_ranks_than_gpus() -> None:

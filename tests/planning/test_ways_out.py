@@ -29,7 +29,7 @@ def test_a_refused_alternative_is_no_way_out() -> None:
     machine, recipe = read(MACHINES / "h100x8.json"), recipe_of("modern", train={"steps": 1, "global_batch": 16})
     with pytest.raises(PlanError) as raised:
         resolve(pick("auto", machine), machine, spec_for(recipe), recipe, World(0, 0, 3, 3), CATALOG)
-    assert str(raised.value).splitlines()[-1] == "  Try: --train.global-batch 15 or 18"
+    assert str(raised.value).splitlines()[-1] == "  Try: --train.global-batch 15 or 18, or --gpus 2"
 
 
 def test_layers_stand_in_columns(capsys: pytest.CaptureFixture[str]) -> None:

@@ -183,7 +183,7 @@ def test_commands_of_the_page_run(section: str, toys: Path) -> None:
             words.remove("--")  # it keeps torchrun from reading our flags as its own
             planned = [*words[2:], "--ranks", ranks, "--machine", "tests/machines/h100x8.json"]
             planned += ["--model.path", "encoder", "--data.sequence-length", "48"] if "bert-squad" in words else []
-            gptoughts(["plan", *without(planned, "--run")])
+            gptoughts(["plan", *without(planned, "--name")])
         elif "h100-fp8" in words:
             gptoughts(["plan", *words[2:], "--machine", "tests/machines/h100.json"])
         if words[0] == "gptoughts":

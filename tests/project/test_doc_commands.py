@@ -52,8 +52,8 @@ def _ours(words: list[str]) -> str:
     """Return the arguments of gptoughts as one line, or nothing for another program."""
     while words and re.fullmatch(r"\w+=.*", words[0]):
         words = words[1:]
-    if words[:1] == ["torchrun"] and "--" in words:
-        words = ["gptoughts", *words[words.index("--") + 1 :]]
+    if words[:1] == ["torchrun"] and "gptoughts" in words:
+        words = words[words.index("gptoughts") :]
     elif words[:3] == ["python", "-m", "gptoughts"]:
         words = words[2:]
     elif words[:1] == ["launch/quickstart.sh"]:
@@ -117,7 +117,7 @@ def test_lines_are_found() -> None:
     text = (
         "```bash\nA=1 gptoughts plan quickstart > x.json && gptoughts layers  # all\n"
         "for n in 1; do echo gptoughts; done\ncat > a <<'END'\ngptoughts no\nEND\n"
-        "torchrun --nproc-per-node 8 -m gptoughts -- train \\\n  gpt-1b\n```\n```text\ngptoughts nothing\n```\n"
+        "torchrun --nproc-per-node 8 -m gptoughts train \\\n  gpt-1b\n```\n```text\ngptoughts nothing\n```\n"
     )
     assert list(command_lines(text)) == ["plan quickstart", "layers", "train gpt-1b"]
 

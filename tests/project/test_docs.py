@@ -192,7 +192,7 @@ def test_write_a_layer_is_the_example_and_its_control_says_no(shell: tuple[Path,
     line = [str(here.parent / "programs" / "gptoughts"), "train", "quickstart", "--plugin", "examples/gc_freeze.py"]
     for layer, code, word in (("gc-freeze", 0, "active"), ("gc-control", 3, "inactive")):
         done = subprocess.run(
-            [*line, "--layer.host", layer, "--run", layer],
+            [*line, "--layer.host", layer, "--name", layer],
             check=False,
             cwd=here,
             env=environment,
@@ -218,8 +218,8 @@ def test_every_skipped_line_is_in_use() -> None:
 
 def test_shortening_keeps_what_was_asked_for() -> None:
     assert shortened(["plan", "quickstart"]) == ["plan", "quickstart"]
-    words = shortened(["train", "x", "--train.steps", "600", "--model.width=128", "--run", "a"])
-    assert words[:7] == ["train", "x", "--train.steps", "6", "--model.width=128", "--run", "a"]
+    words = shortened(["train", "x", "--train.steps", "600", "--model.width=128", "--name", "a"])
+    assert words[:7] == ["train", "x", "--train.steps", "6", "--model.width=128", "--name", "a"]
     assert "--model.depth" in words and words.count("--train.steps") == 1 and "--model.width" not in words
     words = shortened(["bench", "parity", "x", "--layer.precision", "bf16", "--steps", "200", "--seeds", "2"])
     assert words[words.index("--layer.precision") + 1] == "bf16" and words.count("--layer.precision") == 1

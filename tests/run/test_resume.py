@@ -222,7 +222,7 @@ def test_another_model_shape_is_refused(text: Path, finished: Path, tmp_path: Pa
     ran = run(text, place, "--model.width", "32")
     assert ran.returncode == 2
     assert "model.width: 64 | 32" in ran.stderr
-    assert "--run with a new name" in ran.stderr
+    assert "--name with a new name" in ran.stderr
     assert hashes(place) == hashes(finished)
 
 

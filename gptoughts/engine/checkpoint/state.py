@@ -247,7 +247,7 @@ def _check_maker(engine: Engine, numbers: Mapping[str, Any], folder: Path) -> No
     if differing:
         raise CheckpointError(
             f"{folder}: state of another optimizer (checkpoint | now)\n" + "\n".join(differing),
-            fix="--run NAME to start a new run",
+            fix="--name NAME to start a new run",
         )
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from gptoughts.engine.distributed.ranks import Ranks
+from gptoughts.engine.distributed.rendezvous import collective_limit, meet
 from gptoughts.hardware.world import World
 
 
@@ -17,7 +17,7 @@ from gptoughts.hardware.world import World
 def process_group(world: World, device: torch.device, collectives: str = "auto") -> Iterator[Ranks]:
     """Open the process group for the block; a single process opens none.
 
-    `collectives` is auto (NCCL on GPUs, gloo on CPUs) or the name of a backend.
+    `collectives` is auto (NCCL on GPUs, gloo on CPUs) or the name of a backend. Raises RunError if ranks do not meet within the limit.
     """
     if world.world_size == 1:
         yield Ranks(world, device)
@@ -25,9 +25,10 @@ def process_group(world: World, device: torch.device, collectives: str = "auto")
     backend = collectives if collectives != "auto" else "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(
         backend,
+        store=meet(world).group_store(),
         rank=world.rank,
         world_size=world.world_size,
-        timeout=timedelta(minutes=10),
+        timeout=collective_limit(),
         device_id=device if backend == "nccl" else None,
     )
     try:

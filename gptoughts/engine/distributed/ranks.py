@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gptoughts.errors import RunError
+from gptoughts.errors import RunError, ToldElsewhere
 from gptoughts.hardware.world import World
 
 
@@ -65,8 +66,11 @@ class Ranks:
         if self.size > 1:
             self.sum(0.0).item()
 
-    def same(self, what: str, text: str) -> None:
-        """Raise RunError on every rank unless `text` is the same on all. `what` names it in the message."""
+    def same(self, what: str, text: str, shown: str = "") -> None:
+        """Raise on every rank unless `text` is the same on all: RunError with all values on rank 0, ToldElsewhere on the others.
+
+        `what` names it in the message; `shown` is printed instead of a text that is a digest.
+        """
         if self.size == 1:
             return
         digest = int(hashlib.sha256(text.encode()).hexdigest()[:12], 16)  # 48 bits are exact in float64
@@ -74,8 +78,45 @@ class Ranks:
         least, most = mine.clone(), mine.clone()
         dist.all_reduce(least, op=dist.ReduceOp.MIN)
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
-        if least.item() != most.item():
-            raise RunError(f"{what}: differs between ranks", found=f"on rank {self.world.rank}:\n{text}")
+        if least.item() == most.item():
+            return
+        texts = self.texts(f"{digest}\n{shown or text}")
+        raise differing(what, texts) if self.first else ToldElsewhere
+
+    def texts(self, text: str) -> list[str]:
+        """Return the text of every rank, in rank order. The host waits."""
+        if self.size == 1:
+            return [text]
+        content = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self.device)
+        longest = int(self.largest(float(len(content))))
+        padded = torch.zeros(longest, dtype=torch.uint8, device=self.device)  # no text of ours holds a zero byte
+        padded[: len(content)] = content
+        found = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather(found, padded)
+        return [bytes(other.cpu().tolist()).rstrip(b"\0").decode() for other in found]
+
+
+def differing(what: str, texts: Sequence[str]) -> RunError:
+    """Return the error for texts that differ, one per rank, each with a first line that identifies it.
+
+    Shows the two most common values and which ranks have which.
+    """
+    ranks: dict[str, list[int]] = {}
+    shown: dict[str, str] = {}
+    for rank, text in enumerate(texts):
+        key, _, value = text.partition("\n")
+        ranks.setdefault(key, []).append(rank)
+        shown.setdefault(key, value)
+    (first, others), *rest = sorted(ranks.items(), key=lambda item: (-len(item[1]), item[1]))
+    values = [(_ranks(others), shown[first]), (_ranks(rest[0][1]), shown[rest[0][0]])]
+    lines = [f"{where}:\n{value}" if "\n" in value else f"{where}: {value}" for where, value in values]
+    more = f"\n{len(rest) - 1} more values on other ranks" if len(rest) > 1 else ""
+    return RunError(f"{what}: differs between ranks", found="\n".join(["", *lines]) + more)
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    some = ", ".join(map(str, ranks[:8]))
+    return f"on rank{'s' if len(ranks) > 1 else ''} {some}{f' and {len(ranks) - 8} others' if len(ranks) > 8 else ''}"
 
 
 class Vote:

@@ -41,7 +41,7 @@ class RunFolder:
             file.seek(0)
             holder = file.read().strip() or "unknown"
             file.close()
-            raise RunError(f"{self.out}: run folder is in use", found=f"process {holder}", fix="--run with another name")
+            raise RunError(f"{self.out}: run folder is in use", found=f"process {holder}", fix="--name with another name")
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
@@ -66,5 +66,5 @@ def run_folder(name: str, run_dir: str | None) -> RunFolder:
     if run_dir is not None:
         return RunFolder(Path(run_dir).name, Path(run_dir), Path(run_dir) / "checkpoints")
     if not name or "/" in name or name.startswith("."):
-        raise RunError(f"--run: {name!r} is not a folder name", fix="letters, digits, - and _")
+        raise RunError(f"--name: {name!r} is not a folder name", fix="letters, digits, - and _")
     return RunFolder(name, Path("out") / name, Path("checkpoints") / name)
