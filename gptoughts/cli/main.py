@@ -53,6 +53,12 @@ def _train() -> click.Command:
             type=click.Choice(["check", "off"]),
             help="compare the layers with the baseline on two blocks before the first step",
         ),
+        option(
+            "--collectives",
+            default="auto",
+            type=click.Choice(["auto", "gloo", "nccl", "mpi"]),
+            help="library that ranks communicate by; auto: nccl on GPUs, gloo on CPUs",
+        ),
     ]
     text = "Train RECIPE (a name or a .toml file). Default: quickstart on a CPU, gpt-1b on a GPU."
     return recipe_command("train", "train.train", text, params)
