@@ -109,6 +109,7 @@ def test_ddp_over_mpi_equals_gloo_and_one_process(place: Path) -> None:
     assert ours["losses"] == pytest.approx(gloo["losses"], abs=1e-6)
     assert ours["losses"] == pytest.approx(single["losses"], abs=1e-6)
     assert ours["proof"][0] and ours["negative"]
+    assert ", 0 exchanges" not in ours["proof"][1], "the profiler does not see collectives over MPI"
     weights = [load_file(f"{place}-{name}.safetensors") for name in ("mpi", "single")]
     assert all((weights[0][name] - value).abs().max() < 1e-5 for name, value in weights[1].items())
 

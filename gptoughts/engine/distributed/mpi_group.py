@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.profiler import record_function
 
 from gptoughts.engine.distributed.mpi_worker import MPIWork, Worker
 from gptoughts.errors import RunError
@@ -64,6 +65,8 @@ class Buffers:
         return [self._memory(tensor), self._mpi.BYTE]
 
     def _memory(self, tensor: Tensor) -> Any:
+        if tensor.is_cuda:
+            torch.cuda.current_stream(tensor.device).synchronize()  # MPI does not wait for conversions
         return self._mpi.buffer.fromaddress(tensor.data_ptr(), tensor.numel() * tensor.element_size())
 
 
@@ -138,7 +141,7 @@ class MPIGroup(dist.ProcessGroup):
 
     def allreduce(self, tensors: Sequence[Tensor], opts: Any = None) -> MPIWork:
         """Reduce each tensor over the ranks, in place."""
-        return self._queue(tensors, lambda: each(lambda tensor: self._allreduce(tensor, opts), tensors))
+        return self._queue("all_reduce", tensors, lambda: each(lambda tensor: self._allreduce(tensor, opts), tensors))
 
     allreduce_coalesced = allreduce
 
@@ -150,7 +153,7 @@ class MPIGroup(dist.ProcessGroup):
 
     def reduce(self, tensors: Sequence[Tensor], opts: Any) -> MPIWork:
         """Reduce each tensor to the root rank, in place there."""
-        return self._queue(tensors, lambda: each(lambda tensor: self._reduce(tensor, opts), tensors))
+        return self._queue("reduce", tensors, lambda: each(lambda tensor: self._reduce(tensor, opts), tensors))
 
     def _reduce(self, tensor: Tensor, opts: Any) -> None:
         used, operation, finish = self._prepared(tensor, opts)
@@ -161,11 +164,11 @@ class MPIGroup(dist.ProcessGroup):
         if first:
             finish(used, tensor)
 
-    def reduce_scatter_single_coalesced(
-        self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], opts: Any = None
-    ) -> MPIWork:
+    def reduce_scatter_single_coalesced(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], opts: Any = None) -> MPIWork:
         """Reduce each input over the ranks; each rank gets its part, in `outputs`."""
-        return self._queue(outputs, lambda: each(lambda out, given: self._reduce_scatter(out, given, opts), outputs, inputs))
+        return self._queue(
+            "reduce_scatter", outputs, lambda: each(lambda out, given: self._reduce_scatter(out, given, opts), outputs, inputs)
+        )
 
     reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
 
@@ -207,7 +210,7 @@ class MPIGroup(dist.ProcessGroup):
 
     def broadcast(self, tensors: Sequence[Tensor], opts: Any) -> MPIWork:
         """Copy each tensor of the root rank to all."""
-        return self._queue(tensors, lambda: each(lambda tensor: self._broadcast(tensor, opts.rootRank), tensors))
+        return self._queue("broadcast", tensors, lambda: each(lambda tensor: self._broadcast(tensor, opts.rootRank), tensors))
 
     def _broadcast(self, tensor: Tensor, root: int) -> None:
         used = self._buffers.readable(tensor)
@@ -216,7 +219,7 @@ class MPIGroup(dist.ProcessGroup):
 
     def all_gather_single_coalesced(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], opts: Any = None) -> MPIWork:
         """Concatenate each input of all ranks, in `outputs`."""
-        return self._queue(outputs, lambda: each(self._all_gather, outputs, inputs))
+        return self._queue("all_gather", outputs, lambda: each(self._all_gather, outputs, inputs))
 
     allgather_into_tensor_coalesced = all_gather_single_coalesced
 
@@ -246,7 +249,7 @@ class MPIGroup(dist.ProcessGroup):
                 for part, row in zip(parts, whole, strict=True):
                     part.copy_(row)
 
-        return self._queue(inputs, job, [list(parts) for parts in outputs])
+        return self._queue("all_gather", inputs, job, [list(parts) for parts in outputs])
 
     def gather(self, outputs: Sequence[Sequence[Tensor]], inputs: Sequence[Tensor], opts: Any) -> MPIWork:
         """Gather the input of every rank into a list of tensors of the root rank."""
@@ -259,7 +262,7 @@ class MPIGroup(dist.ProcessGroup):
             for part, row in zip(outputs[0], whole, strict=True) if whole is not None else ():
                 part.copy_(row)
 
-        return self._queue(inputs, job)
+        return self._queue("gather", inputs, job)
 
     def scatter(self, outputs: Sequence[Tensor], inputs: Sequence[Sequence[Tensor]], opts: Any) -> MPIWork:
         """Give each rank its tensor of the root's list."""
@@ -271,7 +274,7 @@ class MPIGroup(dist.ProcessGroup):
             self._comm.Scatter(source, self._buffers.raw(used), root)  # MPI: each rank gets its part of the root's tensor
             return_to(outputs[0], used)
 
-        return self._queue(outputs, job)
+        return self._queue("scatter", outputs, job)
 
     def all_to_all_single(
         self, output: Tensor, given: Tensor, output_sizes: Sequence[int], input_sizes: Sequence[int], opts: Any = None
@@ -286,7 +289,7 @@ class MPIGroup(dist.ProcessGroup):
             self._comm.Alltoallv(sent, got)  # MPI: every rank sends every rank its part
             return_to(output, used)
 
-        return self._queue([output], job)
+        return self._queue("all_to_all", [output], job)
 
     alltoall_base = all_to_all_single
 
@@ -299,12 +302,12 @@ class MPIGroup(dist.ProcessGroup):
 
     def barrier(self, opts: Any = None) -> MPIWork:
         """Wait for every rank."""
-        return self._queue([], self._comm.Barrier)  # MPI: returns when every rank has come here
+        return self._queue("barrier", [], self._comm.Barrier)  # MPI: returns when every rank has come here
 
     # --- the thread
 
-    def _queue(self, tensors: Sequence[Tensor], job: Callable[[], Any], result: Any = None) -> MPIWork:
-        """Queue a collective that writes `tensors`, after what their GPU has to do before. Returns its work."""
+    def _queue(self, name: str, tensors: Sequence[Tensor], job: Callable[[], Any], result: Any = None) -> MPIWork:
+        """Queue a collective that writes `tensors`, after what their GPU has to do before. Profilers see `mpi:name`."""
         device = next((tensor.device for tensor in tensors if tensor.is_cuda), None)
         ready = torch.cuda.current_stream(device).record_event() if device else None
         value = list(tensors) if result is None else result
@@ -318,4 +321,5 @@ class MPIGroup(dist.ProcessGroup):
                     torch.cuda.current_stream(device).synchronize()  # copies back end before anybody waits no longer
             return value
 
-        return MPIWork(self._worker.run(run, device))
+        with record_function(f"mpi:{name}"):
+            return MPIWork(self._worker.run(run, device))
