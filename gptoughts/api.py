@@ -173,6 +173,7 @@ def train(
     resume: str = "auto",
     strict: bool = False,
     numerics: str = "check",
+    collectives: str = "auto",
     plugins: Sequence[str] = (),
     callbacks: Sequence[Callback] = (),
     track: Sequence[str] = ("jsonl", "plot"),
@@ -180,14 +181,28 @@ def train(
 ) -> RunResult:
     """Train a recipe in this process and return the result. The same as `gptoughts train`.
 
-    numerics   "off" skips the comparison of layers with the baseline before the first step
-    callbacks  objects with the methods of gptoughts.Callback
-    track      names of trackers that receive the metrics
-    verbose    False prints nothing
+    numerics     "off" skips the comparison of layers with the baseline before the first step
+    collectives  library that ranks communicate by: auto (NCCL on GPUs, gloo on CPUs), gloo, nccl or mpi
+    callbacks    objects with the methods of gptoughts.Callback
+    track        names of trackers that receive the metrics
+    verbose      False prints nothing
     """
     job = {"strict": strict, "numerics": numerics, "callbacks": tuple(callbacks), "track": tuple(track)}
+    job["collectives"] = collectives
     setting = decide(recipe, profile, fields, layers, plugins)
     return train_resolved(setting, run, run_dir, resume=resume, verbose=verbose, **job)
+
+
+def check_collectives(name: str, setting: ResolvedRun) -> None:
+    """Raise ConfigError for collectives that are unknown or cannot run in this process."""
+    if name not in ("auto", "gloo", "nccl", "mpi"):
+        raise ConfigError("collectives: must be auto, gloo, nccl or mpi", found=repr(name))
+    if name == "nccl" and not setting.machine.gpus:
+        raise ConfigError("--collectives nccl: needs GPUs", found=setting.machine.label(), fix="--collectives gloo")
+    if name == "mpi":
+        from gptoughts.engine.distributed.mpi_library import require_mpi
+
+        require_mpi(setting.world, os.environ)
 
 
 def train_resolved(
@@ -196,6 +211,7 @@ def train_resolved(
     """Run what `decide` returned. `job` are fields of `run.session.TrainingJob`. Raises ConfigError for invalid values."""
     if job.get("numerics", "check") not in ("check", "off"):
         raise ConfigError("numerics: must be check or off", found=repr(job["numerics"]))
+    check_collectives(job.get("collectives", "auto"), setting)
     if not environment.torch_is_loaded():  # from Python the plan's variables are not set yet, and still take effect
         os.environ.update(missing_variables(setting.plan, os.environ))
     from gptoughts.console import Console, SilentConsole

@@ -81,6 +81,12 @@ def _train() -> click.Command:
         ),
         option("--ranks", type=click.IntRange(1), help="processes to start on this machine; default: one per GPU"),
         *_gpus(),
+        option(
+            "--collectives",
+            default="auto",
+            type=click.Choice(["auto", "gloo", "nccl", "mpi"]),
+            help="library that ranks communicate by; auto: nccl on GPUs, gloo on CPUs",
+        ),
     ]
     text = "Train RECIPE (a name or a .toml file). Default: quickstart on a CPU, gpt-1b on a GPU."
     return recipe_command("train", "train.train", text, params)

@@ -6,11 +6,11 @@ import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from gptoughts.api import ResolvedRun, decide, train_resolved
+from gptoughts.api import ResolvedRun, check_collectives, decide, train_resolved
 from gptoughts.config.tasks import TASKS, Task
 from gptoughts.errors import ConfigError
 from gptoughts.hardware.world import world_from_environment
@@ -36,16 +36,19 @@ def train(
     numerics: str,
     ranks: int | None,
     gpus: int | None,
+    collectives: str,
 ) -> int:
     """Train, in one process per GPU. Returns the exit code: 0, or 128 + the signal that ended the run early."""
     setting = decide(recipe, profile, fields, layers, plugin, ranks=ranks, gpus=gpus, every_gpu=True)
     require_torch()
+    check_collectives(collectives, setting)
     if setting.world.world_size > 1 and world_from_environment(os.environ).launcher == "single":
         return _launch(setting, ranks, run_name or run_dir)
     apply_environment(setting)
     if setting.world.rank == 0:
         print(setting.plan.table(), flush=True)
-    result = train_resolved(setting, run_name, run_dir, resume=resume, strict=strict, numerics=numerics)
+    job: dict[str, Any] = {"strict": strict, "numerics": numerics, "collectives": collectives}
+    result = train_resolved(setting, run_name, run_dir, resume=resume, **job)
     if setting.world.rank == 0:
         _report(result, recipe, run_name, run_dir)
     return 128 + result.stopped_by if result.stopped_by else 0

@@ -54,6 +54,8 @@ BAD = [
     ("train quickstart --layer.microbatch.sequences none-at-all", ["--layer.microbatch.sequences: needs an integer above 0"]),
     ("train quickstart --layer.precision.scaling fast", ["--layer.precision.scaling: needs one of delayed, current"]),
     ("train quickstart --layer.precision bf16 --layer.precision.scaling current", ["--layer.precision.scaling: bf16: no such option"]),
+    ("train quickstart --collectives mpi", ["--collectives mpi: not started by mpirun. Found launcher single, 1 ranks", "Try: mpirun -np 2"]),
+    ("train quickstart --collectives smoke", ["'smoke' is not one of 'auto', 'gloo', 'nccl', 'mpi'"]),
     ("train quickstart --train.steps ten", ["train.steps: input should be a valid integer", "(--train.steps)"]),
     ("train quickstart --train.steps -1", ["train.steps: input should be greater than 0. Found -1"]),
     ("train quickstart --train.steps 3 --train.hours 1", ["needs one of steps, tokens, epochs, hours. Found steps, hours"]),

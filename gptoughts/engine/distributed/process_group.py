@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
+from gptoughts.engine.distributed import mpi
 from gptoughts.engine.distributed.ranks import Ranks
 from gptoughts.engine.distributed.rendezvous import collective_limit, meet
 from gptoughts.hardware.world import World
@@ -17,10 +18,15 @@ from gptoughts.hardware.world import World
 def process_group(world: World, device: torch.device, collectives: str = "auto") -> Iterator[Ranks]:
     """Open the process group for the block; a single process opens none.
 
-    `collectives` is auto (NCCL on GPUs, gloo on CPUs) or the name of a backend. Raises RunError if ranks do not meet within the limit.
+    `collectives` is auto (NCCL on GPUs, gloo on CPUs), mpi, or the name of a backend of torch.
+    Raises RunError if ranks do not meet within the limit.
     """
     if world.world_size == 1:
         yield Ranks(world, device)
+        return
+    if collectives == "mpi":
+        with mpi.open_group(world):
+            yield Ranks(world, device)
         return
     backend = collectives if collectives != "auto" else "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(
