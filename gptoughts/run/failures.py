@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-
 from gptoughts.engine.engine import Engine
 from gptoughts.engine.oom import OutOfMemory, ReducedMicroBatch, is_out_of_memory, write_reduced
 from gptoughts.errors import RunError

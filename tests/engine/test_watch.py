@@ -203,7 +203,7 @@ def test_weights_that_differ_between_ranks_are_named(monkeypatch: pytest.MonkeyP
     replicas.demand_equal_weights(engine)
     with torch.no_grad():
         model[1].bias[0] += 0.5
-    with pytest.raises(RunError, match="1 of 4 differ between ranks, so they no longer train one model. Found 1.bias"):
+    with pytest.raises(RunError, match=r"1 of 4 differ between ranks, so they no longer train one model. Found 1.bias"):
         replicas.demand_equal_weights(engine)
 
 
