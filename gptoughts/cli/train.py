@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -32,6 +33,7 @@ def train(
     numerics: str,
 ) -> int:
     """Train. Returns the exit code: 0, or 128 + the signal that ended the run early."""
+    end_at_sigterm()
     setting = decide(recipe, profile, fields, layers, plugin)
     require_torch()
     apply_environment(setting)
@@ -41,6 +43,19 @@ def train(
     if setting.world.rank == 0:
         _report(result, recipe, run_name, run_dir)
     return 128 + result.stopped_by if result.stopped_by else 0
+
+
+def end_at_sigterm() -> None:
+    """End this process with one line and code 143 at SIGTERM, until training handles it; inside another program do nothing."""
+    context = click.get_current_context(silent=True)
+    if context is not None and context.find_root().obj is Process.OURS:
+        signal.signal(signal.SIGTERM, _end)
+
+
+def _end(number: int, frame: Any) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what is open is undone now
+    print("terminated; saved checkpoints stay", file=sys.stderr, flush=True)
+    raise SystemExit(128 + number)
 
 
 def apply_environment(setting: ResolvedRun) -> list[str]:

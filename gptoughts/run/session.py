@@ -157,7 +157,7 @@ def open_session(job: TrainingJob) -> Iterator[Session]:
         corpus = None if job.own else open_corpus(job.recipe)
         watch = stack.enter_context(FailureWatch(job.world, job.folder.out if job.folder else None))
         ranks = stack.enter_context(process_group(job.world, device, job.collectives))
-        watch.start()
+        watch.start(ranks)
         ranks.same("the plan", job.plan.digest())
         ranks.same("the recipe", job.resolved.to_toml())
         opened = _open_own(job, ranks, console) if corpus is None else _Setup(job, ranks, console, corpus).open()

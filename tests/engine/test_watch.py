@@ -20,6 +20,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from gptoughts.engine.distributed import replicas, watch
+from gptoughts.engine.distributed.ranks import Ranks
 from gptoughts.engine.distributed.verdict import (
     DISCONNECTED,
     DONE,
@@ -156,7 +157,7 @@ def test_one_process_has_no_threads() -> None:
 
     before = threading.active_count()
     with FailureWatch(World()) as alone:
-        alone.start()
+        alone.start(Ranks(World(), torch.device("cpu")))
         assert not alone.active and threading.active_count() == before
 
 
@@ -166,12 +167,11 @@ def pair(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[FailureWatch, Failur
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     monkeypatch.setattr(watch, "default_store", lambda: store)
     monkeypatch.setattr(watch.threading, "Thread", lambda **_: SimpleNamespace(start=lambda: None, join=lambda seconds: None))
-    monkeypatch.setattr(watch, "_opened", 0)
+    ranks: Any = SimpleNamespace(first=True, largest=lambda value: 1.0)
     first = FailureWatch(World(0, 0, 2, 2, "torchrun"))
-    first.start()
-    monkeypatch.setattr(watch, "_opened", 0)
+    first.start(ranks)
     second = FailureWatch(World(1, 1, 2, 2, "torchrun"))
-    second.start()
+    second.start(ranks)
     yield first, second
 
 
@@ -275,7 +275,7 @@ def test_a_stopped_rank_is_named_and_everything_ends(job: Callable[..., Job]) ->
 @pytest.mark.slow
 def test_a_torchrun_restart_continues_bit_for_bit_and_a_long_callback_is_left_alone(job: Callable[..., Job]) -> None:
     """The reference has a callback on one rank that takes longer than the limit of a step."""
-    reference, again = job("long", seconds=3), job("kill", restarts=1)
+    reference, again = job("long", seconds=3), job("kill", restarts=1, seconds=180)
     assert (reference.code, again.code) == (0, 0), reference.said[-2000:] + again.said[-3000:]
     assert "resuming from" in again.said and reference.errors == []
     assert reference.losses() == again.losses() and len(reference.losses()) == 8

@@ -25,6 +25,7 @@ from typing import Any, Self
 
 import torch.distributed as dist
 
+from gptoughts.engine.distributed.ranks import Ranks
 from gptoughts.engine.distributed.verdict import DISCONNECTED, DONE, FAILED, SILENT_SECONDS, RankState, Seen, Verdict, decide
 from gptoughts.errors import ConfigError, RunError
 from gptoughts.hardware.world import World
@@ -42,8 +43,6 @@ BEAT_SECONDS = 1.0
 END_SECONDS = 20.0
 """Longest time from the verdict to the exit."""
 LOST_WORDS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed", "Connection refused")
-
-_opened = 0
 
 
 def stall_seconds(environment: Any = os.environ) -> float:
@@ -134,15 +133,15 @@ class FailureWatch:
         self._ending = threading.Lock()
         self._threads: list[threading.Thread] = []
 
-    def start(self) -> None:
+    def start(self, ranks: Ranks) -> None:
         """Begin to watch. Call it on every rank after the process group was opened."""
-        global _opened
         if not self.active:
             return
-        _opened += 1  # a process may open several sessions with the same store, one after another
+        # The store outlives sessions and restarts of torchrun, so each watch has a name of its own, which rank 0 draws.
+        name = ranks.largest(float(int.from_bytes(os.urandom(6), "big")) if ranks.first else 0.0)
         store = default_store().clone()
         store.set_timeout(timedelta(seconds=self._silence))
-        self._store = dist.PrefixStore(f"watch/{_opened}", store)
+        self._store = dist.PrefixStore(f"watch/{name:.0f}", store)
         self._store.set(str(self._world.rank), self._state().to_text())
         if self._world.rank == 0:
             self._store.set("verdict", "")
