@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,7 @@ def train(
     collectives: str,
 ) -> int:
     """Train, in one process per GPU. Returns the exit code: 0, or 128 + the signal that ended the run early."""
+    end_at_sigterm()
     setting = decide(recipe, profile, fields, layers, plugin, ranks=ranks, gpus=gpus, every_gpu=True)
     require_torch()
     check_collectives(collectives, setting)
@@ -72,6 +74,19 @@ def given_words() -> list[str]:
     """Return the words of this command line, which is another program's if it called `main`."""
     context = click.get_current_context(silent=True)
     return list(context.meta["gptoughts.words"]) if context is not None else sys.argv[1:]
+
+
+def end_at_sigterm() -> None:
+    """End this process with one line and code 143 at SIGTERM, until training handles it; inside another program do nothing."""
+    context = click.get_current_context(silent=True)
+    if context is not None and context.find_root().obj is Process.OURS:
+        signal.signal(signal.SIGTERM, _end)
+
+
+def _end(number: int, frame: Any) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what is open is undone now
+    print("terminated; saved checkpoints stay", file=sys.stderr, flush=True)
+    raise SystemExit(128 + number)
 
 
 def apply_environment(setting: ResolvedRun) -> list[str]:

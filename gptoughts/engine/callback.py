@@ -17,6 +17,8 @@ class Callback:
 
     touches_weights = False
     """Whether it reads the model: the trainer then waits for the device first, and switches back to training mode afterwards."""
+    phase = "callback"
+    """What the failure watch of several ranks calls the time in `on_step`."""
     on_stop = False
     """Whether it also runs when a signal ends the run, where only seconds may be left."""
 

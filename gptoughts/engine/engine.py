@@ -79,6 +79,8 @@ class Engine:
     """Whether a batch may be computed again: False where weights change during the backward."""
     extras: dict[str, Stateful] = field(default_factory=dict)
     counters: Counters = field(default_factory=Counters)
+    report: Callable[[str], None] = lambda phase: None
+    """Tells the failure watch that a phase began or made progress: `step`, `evaluation`, `save`, ..."""
     _contexts: dict[str, list[Callable[..., AbstractContextManager[Any]]]] = field(init=False)
     _hooks: dict[str, Callable[..., Any]] = field(init=False)
     _wrappers: dict[str, list[Callable[..., Any]]] = field(init=False)

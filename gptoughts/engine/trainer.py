@@ -37,6 +37,7 @@ def train_step(engine: Engine, rate: float) -> StepStats:
 
 def run_step(engine: Engine, progress: Progress, schedule: Callable[[Progress], float]) -> tuple[Progress, StepStats]:
     """Run one step. Returns the progress after it and the step's results."""
+    engine.report("step")
     began = perf_counter()
     stats = train_step(engine, schedule(progress))
     reached = replace(
@@ -60,6 +61,7 @@ def run_callbacks(
         engine.synchronize()
         progress = replace(progress, seconds=progress.seconds + perf_counter() - began)
     for callback in due:
+        engine.report(callback.phase)
         callback.on_step(engine, progress, stats, last)
         if callback.touches_weights:
             engine.model.train()

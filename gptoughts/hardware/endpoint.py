@@ -16,7 +16,7 @@ from gptoughts.hardware.world import World
 RENDEZVOUS_SECONDS = "GPTOUGHTS_RENDEZVOUS_SECONDS"
 """Environment variable: limit in seconds for all ranks to meet; 300 by default."""
 COLLECTIVE_SECONDS = "GPTOUGHTS_COLLECTIVE_SECONDS"
-"""Environment variable: limit in seconds for one collective operation; 600 by default."""
+"""Environment variable: limit in seconds for one collective operation; 3600 by default: the failure watch ends a stalled run long before."""
 DEFAULT_PORT = 29500
 LOOPBACK = "127.0.0.1"
 PORTS = range(15_000, 31_000)

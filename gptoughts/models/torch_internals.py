@@ -298,3 +298,11 @@ def experts_implementation(config: Any) -> str | None:
 def ignored_on_load(model: nn.Module) -> list[str]:
     """Return regular expressions of checkpoint tensors that the model does not load. Checked on transformers 5.24.0."""
     return list(_read(model, "_keys_to_ignore_on_load_unexpected", "transformers") or ())
+
+
+# --- torch.distributed
+
+
+def default_store() -> Any:
+    """Return the store of the process group. Checked on torch 2.13.0."""
+    return _read(_module("torch.distributed.distributed_c10d"), "_get_default_store")()

@@ -80,7 +80,11 @@ class _Run:
         if self.evaluate is not None:
             self.evaluate.load_state(validations)
         with self.signals.listening(), report_failures(self.engine, self.folder.out):
-            return self._train(session.start)
+            try:
+                return self._train(session.start)
+            except RuntimeError as error:
+                session.watch.end_if_lost(error)
+                raise
 
     def _is_complete(self, point: resume.ResumePoint, validations: Mapping[str, Any]) -> bool:
         early = validations.get("ended") is not None and validations.get("patience") == self.recipe.eval.patience

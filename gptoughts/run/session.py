@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from gptoughts.engine.checkpoint import state, store
 from gptoughts.engine.distributed.process_group import process_group
 from gptoughts.engine.distributed.ranks import Ranks
 from gptoughts.engine.distributed.rendezvous import meet
+from gptoughts.engine.distributed.watch import FailureWatch
 from gptoughts.engine.engine import Engine
 from gptoughts.engine.from_recipe import ModelBundle, initial_weights, model_bundle, resumed_weights
 from gptoughts.engine.memory_usage import resident_bytes
@@ -109,6 +110,8 @@ class Session:
     """Everything that decides the next steps' numbers, to compare on resume."""
     bytes_before_model: int | None = None
     """Resident memory of the process before the model existed."""
+    watch: FailureWatch = field(default_factory=lambda: FailureWatch(World()))
+    """Ends all ranks if one is lost or none makes progress."""
 
     @property
     def start(self) -> Progress:
@@ -153,14 +156,17 @@ def open_session(job: TrainingJob) -> Iterator[Session]:
             if job.world.rank == 0:
                 store.clean(job.folder.checkpoints)  # a kill can leave a checkpoint hidden while it was replaced
         corpus = None if job.own else open_data(job.recipe, job.world)
+        watch = stack.enter_context(FailureWatch(job.world, job.folder.out if job.folder else None))
         ranks = stack.enter_context(process_group(job.world, device, job.collectives))
+        watch.start(ranks)
         ranks.same("the versions of gptoughts and torch", f"gptoughts {__version__}, torch {torch.__version__}")
         ranks.same("the plan", job.plan.digest(), job.plan.table())
         ranks.same("the recipe", job.resolved.to_toml())
-        if corpus is None:
-            yield stack.enter_context(_open_own(job, ranks, console))
-        else:
-            yield stack.enter_context(_Setup(job, ranks, console, corpus).open())
+        opened = _open_own(job, ranks, console) if corpus is None else _Setup(job, ranks, console, corpus).open()
+        session = stack.enter_context(opened)
+        if watch.active:
+            session.engine.report = watch.report
+        yield replace(session, watch=watch)
 
 
 def open_data(recipe: Recipe, world: World) -> Corpus:

@@ -25,6 +25,7 @@ ALLOWED = {
     ("gptoughts/data/chat/template.py", "_marks_answers"),  # an attribute of its own enclosing class
     ("gptoughts/data/chat/template.py", "_tracking"),
     ("gptoughts/data/text/workers.py", "_exit"),  # os._exit, which is documented
+    ("gptoughts/engine/distributed/watch.py", "_exit"),
     ("gptoughts/data/tokenizers/bpe.py", "_mergeable_ranks"),  # tiktoken
     ("gptoughts/engine/optim/low_bit.py", "_new_buffer"),  # torchao, whose class is extended there
     ("gptoughts/console.py", "torch.utils._pytree"),  # the name of a logger
@@ -420,3 +421,18 @@ def test_tensors_that_are_not_loaded(model: Any) -> None:
 
     assert internals.ignored_on_load(model) == []
     assert internals.ignored_on_load(DeepseekV3ForCausalLM) != []  # type: ignore[arg-type]
+
+
+# --- torch.distributed
+
+
+def test_the_store_of_the_process_group(tmp_path: Path) -> None:
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        store = internals.default_store().clone()
+        store.set("key", "value")
+        assert internals.default_store().get("key") == b"value"
+    finally:
+        dist.destroy_process_group()

@@ -161,7 +161,7 @@ def current() -> Meeting | None:
 
 def collective_limit() -> timedelta:
     """Return how long one collective may take."""
-    return timedelta(seconds=limit(COLLECTIVE_SECONDS, os.environ, 600))
+    return timedelta(seconds=limit(COLLECTIVE_SECONDS, os.environ, 3600))
 
 
 def _store(world: World, place: Endpoint, seconds: int) -> dist.Store:

@@ -19,6 +19,7 @@ def mean_loss(engine: Engine, batches: Iterable[dict[str, Any]]) -> tuple[float,
     total = torch.zeros(2, dtype=torch.float64, device=engine.device)
     with torch.no_grad(), engine.eval_context():
         for host_batch in batches:
+            engine.report("evaluation")
             batch = to_device(host_batch, engine.device)
             for micro_batch in engine.micro_batches(batch):
                 total[0] += engine.objective(model, micro_batch).double()
