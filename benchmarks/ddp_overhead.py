@@ -26,6 +26,7 @@ from benchmarks import front
 from benchmarks.step import AGAIN, OURS, Ours, Run, Subject, plain_run, plain_settings
 from gptoughts.api import ResolvedRun, decide
 from gptoughts.cli.options import CONTEXT, RecipeCommand, option, recipe_options, split_flags
+from gptoughts.config.loader import Recipe
 from gptoughts.console import count
 from gptoughts.diagnostics.bench.children import order
 from gptoughts.diagnostics.bench.figures import machine_figures, paired, spread
@@ -95,7 +96,7 @@ def _wrapped(model: nn.Module) -> nn.Module:
 
 
 def bench_overhead(
-    setting: ResolvedRun, job: RankJob, ranks: int, threads: int, rounds: int, steps: int, command: str,
+    setting: ResolvedRun, job: RankJob, *, ranks: int, threads: int, rounds: int, steps: int, command: str,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Return all figures as plain data; a round's time is that of the slowest rank. Raises ConfigError if the ranks cannot start."""
@@ -126,15 +127,17 @@ def bench_overhead(
                 seconds[name].append(max(answer["seconds"] for answer in answers))
                 losses[name] = [answer["loss"] for answer in answers]
             load.append(round(os.getloadavg()[0], 2))
-    first, recipe = ready[0], setting.resolved.recipe
+    counts = {"command": command, "rounds": rounds, "steps_per_round": steps, "ranks": ranks, "threads_per_rank": threads}
+    return _figures(setting.resolved.recipe, ready[0], seconds, losses, {**counts, "load_averages": load})
+
+
+def _figures(
+    recipe: Recipe, first: Mapping[str, Any], seconds: Mapping[str, Sequence[float]], losses: Mapping[str, Sequence[float]],
+    counts: Mapping[str, Any],
+) -> dict[str, Any]:  # fmt: skip
     return {
         "what": "bench ddp overhead",
-        "command": command,
-        "rounds": rounds,
-        "steps_per_round": steps,
-        "ranks": ranks,
-        "threads_per_rank": threads,
-        "load_averages": load,
+        **counts,
         "machine": first["machine"],
         "recipe": recipe.name,
         "model": first["model"],
@@ -190,7 +193,9 @@ def _main(
         raise ConfigError("--ranks: more than the GPUs of this machine", found=ranks)
     path = front.target(out)
     job = RankJob(recipe, profile, fields, layers, plugin)
-    run = bench_overhead(setting, job, ranks, threads, rounds, steps, front.typed(MODULE), front.progress)
+    run = bench_overhead(
+        setting, job, ranks=ranks, threads=threads, rounds=rounds, steps=steps, command=front.typed(MODULE), say=front.progress
+    )
     print(overhead_table(run))
     front.write(path, run, SAME_MEASUREMENT)
 

@@ -108,7 +108,7 @@ def scaling(
     from gptoughts.diagnostics.bench.scaling_table import scaling_csv, scaling_markdown, scaling_text
     from gptoughts.files import write_text
 
-    run = bench_scaling(setting, ask, request, rounds, steps, _command(), _progress)
+    run = bench_scaling(setting, ask, request, rounds=rounds, steps=steps, command=_command(), say=_progress)
     print(scaling_text(run))
     if path is not None:
         runs = keep(path, run, (*SAME_MEASUREMENT, "threads_per_rank"))

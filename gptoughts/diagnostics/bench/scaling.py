@@ -26,9 +26,13 @@ MEMORY = {
 }
 
 
+BUSY = 0.25
+"""Load average per usable core before the first run from which other programs disturb ranks that need all cores."""
+
+
 def bench_scaling(
-    setting: ResolvedRun, ask: RunRequest, request: ScalingRequest, rounds: int, steps: int, command: str,
-    say: Say = lambda text: None, *, turns: Turns | None = None,
+    setting: ResolvedRun, ask: RunRequest, request: ScalingRequest, *, rounds: int, steps: int, command: str,
+    say: Say = lambda text: None, turns: Turns | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Return the figures as plain data; `say` receives progress lines.
 
@@ -54,6 +58,7 @@ def bench_scaling(
         "processes": str(how),
         "seconds_in_all": round(time.perf_counter() - began, 1),
         "load_averages": load,
+        "busy_before": load[0] > BUSY * setting.machine.cpu.usable_cores,
         "machine": machine_figures(setting.machine, request.threads),
         "threads_per_rank": request.threads,
         "recipe": setting.resolved.recipe.name,

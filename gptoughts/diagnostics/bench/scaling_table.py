@@ -109,6 +109,11 @@ def _notes(run: Mapping[str, Any]) -> list[str]:
     """Return what the table does not say of single rows."""
     lines = [f"  {name}: not counted, {row['failure']}" for name, row in run["arms"].items() if row["failure"]]
     lines += [f"  {name}: cannot run, {why}" for name, why in run["left_out"].items()]
+    if run["busy_before"]:
+        lines.append(
+            f"  the machine was shared: load {run['load_averages'][0]} on {run['machine']['cores']} cores before the first run; other "
+            "programs slow two ranks more than one process, so repeat on an idle machine"
+        )
     if any(row["oversubscribed"] for row in run["arms"].values()):
         lines.append(
             f"  *: oversubscribed, more threads of ranks than the {run['machine']['cores']} usable cores; not a measurement of scaling"
