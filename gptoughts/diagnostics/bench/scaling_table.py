@@ -112,7 +112,7 @@ def _notes(run: Mapping[str, Any]) -> list[str]:
     if run["busy_before"]:
         lines.append(
             f"  the machine was shared: load {run['load_averages'][0]} on {run['machine']['cores']} cores before the first run; other "
-            "programs slow two ranks more than one process, so repeat on an idle machine"
+            "programs competed with the ranks for the cores, so repeat on an idle machine"
         )
     if any(row["oversubscribed"] for row in run["arms"].values()):
         lines.append(
