@@ -151,7 +151,7 @@ def _figures(
             f"{AGAIN} / {OURS}": paired(seconds[AGAIN], seconds[OURS]),
         },
         "overhead": round(median(one / other for one, other in zip(_both(seconds), seconds[BARE], strict=True)) - 1, 5),
-        "last_logged_losses_of_rank_0": {name: round(values[0], 4) for name, values in losses.items()},
+        "last_logged_losses": {name: [round(value, 4) for value in values] for name, values in losses.items()},
     }
 
 
