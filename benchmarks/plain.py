@@ -47,8 +47,12 @@ def plain_loop(
     device: torch.device,
     settings: Settings,
     rate: Callable[[int], float],
+    wrap: Callable[[nn.Module], nn.Module] = lambda model: model,
 ) -> Callable[[int], float]:
-    """Return a function `run(steps)` that trains the recipe's model and returns the last logged loss."""
+    """Return a function `run(steps)` that trains the recipe's model and returns the last logged loss.
+
+    `wrap` adds data parallelism; batches, weight and loss are then those of this rank.
+    """
     with device:
         model = family.build(recipe.model, rows, recipe.data.sequence_length)
     initialize(model, family, recipe.model, recipe.seed)
@@ -58,6 +62,7 @@ def plain_loop(
         for block in family.blocks(model).values():
             block.compile(fullgraph=True, dynamic=False)
     optim, parameters = recipe.optim, list(model.parameters())
+    model = wrap(model)
     decayed = {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": optim.weight_decay}
     kept = {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}
     optimizer = torch.optim.AdamW(

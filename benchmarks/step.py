@@ -19,6 +19,7 @@ from typing import Any
 
 import click
 import torch
+from torch import nn
 
 from benchmarks import front
 from benchmarks.outside import outside_verbs
@@ -75,11 +76,14 @@ SAME_MEASUREMENT = ("what", "recipe", "plan", "model")
 
 
 class Subject:
-    """The recipe's data and model spec, opened once for all variants. Raises ConfigError if the plain loop cannot train it."""
+    """The recipe's data and model spec, opened once for all variants. Raises ConfigError if the plain loop cannot train it.
 
-    def __init__(self, setting: ResolvedRun) -> None:
+    `ranks` are those of an open process group; without them the process must be alone.
+    """
+
+    def __init__(self, setting: ResolvedRun, ranks: Ranks | None = None) -> None:
         self.setting, self.recipe = setting, setting.resolved.recipe
-        if setting.world.world_size > 1:
+        if setting.world.world_size > 1 and ranks is None:
             raise ConfigError("benchmarks.step: runs in one process, not under torchrun")
         if self.recipe.objective != "next-token":
             raise ConfigError("objective: benchmarks.step trains next-token only", found=repr(self.recipe.objective))
@@ -95,7 +99,7 @@ class Subject:
             self.recipe, self.corpus.tokenizer, setting.extensions.families, setting.extensions.objectives
         )
         self.spec, self.rows = self.parts.spec, self.parts.rows
-        self.ranks = Ranks(setting.world, select_device(setting.machine, setting.world))
+        self.ranks = ranks or Ranks(setting.world, select_device(setting.machine, setting.world))
         self.length = RunLength(self.recipe, self.ranks, self.corpus.samples)
         self.mfu = utilization(self.spec, setting.machine, 1)
 
@@ -106,7 +110,8 @@ class Subject:
 
     def batches(self, recipe: Recipe) -> Iterator[Any]:
         """Return the recipe's batches from the start, for one variant."""
-        return self.corpus.train(recipe, 0, 1, None, self.rows)
+        world = self.ranks.world
+        return self.corpus.train(recipe, world.rank, world.world_size, None, self.rows)
 
     def synchronize(self) -> None:
         """Wait for the device."""
@@ -195,9 +200,9 @@ def bench_step(
         settings = plain_settings(setting.plan, ours.engine)
         variants: dict[str, Run] = {
             OURS: ours,
-            PLAIN: _plain(subject, settings),
+            PLAIN: plain_run(subject, settings),
             AGAIN: again,
-            FP32: _in_float32(_plain(subject, Settings(settings.micro_batch))),
+            FP32: _in_float32(plain_run(subject, Settings(settings.micro_batch))),
         }
         measured = Measured()
         warm = 1 + warmup_steps(setting.plan, setting.extensions.catalog)
@@ -209,7 +214,7 @@ def bench_step(
             variants[name](warm + 1)  # compilation, first allocations, optimizer state; as many steps as ours
         for number in range(rounds):
             say(f"round {number + 1} of {rounds}")
-            _take_turns(subject, variants, measured, number, steps)
+            take_turns(subject, variants, measured, number, steps)
         say("framework overhead")
         outside = outside_verbs(subject.engine, subject.recipe, setting.plan, subject.length.rate, ours.engine.micro_batch)
     counts = {"command": command, "rounds": rounds, "steps_per_round": steps}
@@ -228,7 +233,9 @@ def plain_settings(plan: Plan, engine: Engine) -> Settings:
     )
 
 
-def _plain(subject: Subject, settings: Settings) -> Run:
+def plain_run(subject: Subject, settings: Settings, wrap: Callable[[nn.Module], nn.Module] = lambda model: model) -> Run:
+    """Return the plain loop over the subject's data."""
+
     def rate(step: int) -> float:
         return subject.length.rate(Progress(step=step))
 
@@ -241,6 +248,7 @@ def _plain(subject: Subject, settings: Settings) -> Run:
         device=subject.ranks.device,
         settings=settings,
         rate=rate,
+        wrap=wrap,
     )
 
 
@@ -258,7 +266,7 @@ def _in_float32(run: Run) -> Run:
     return alone
 
 
-def _take_turns(subject: Subject, variants: dict[str, Run], measured: Measured, number: int, steps: int) -> None:
+def take_turns(subject: Subject, variants: dict[str, Run], measured: Measured, number: int, steps: int) -> None:
     """Run one round of all variants in rotated order."""
     names = list(variants)
     first = number % len(names)

@@ -79,6 +79,46 @@ def parity(
     return 0 if run["passed"] else 1
 
 
+def scaling(
+    fields: Mapping[str, str],
+    layers: Mapping[str, str],
+    recipe: str | None,
+    profile: str,
+    plugin: Sequence[str],
+    ranks: str | None,
+    strategies: str | None,
+    only: str | None,
+    threads: int | None,
+    rounds: int,
+    steps: int,
+    out: str | None,
+) -> int:
+    """Measure strong and weak scaling. Returns 3 if the single process or every other run could not be measured."""
+    from gptoughts.diagnostics.bench.scaling_arms import STRONG, WEAK, request_of, split_layers
+
+    layers, options = split_layers(layers)
+    setting, ask = _resolve(recipe, profile, fields, layers, plugin)
+    request = request_of(setting, ranks, strategies, options, threads, (only,) if only else (STRONG, WEAK))
+    path = _target(out)
+    if ranks is not None and "1" not in [word.strip() for word in ranks.split(",")]:
+        print("note: --ranks without 1: the single process is measured too, as the base", flush=True)
+    from gptoughts.diagnostics.bench.figures import keep
+    from gptoughts.diagnostics.bench.picture import draw_scaling
+    from gptoughts.diagnostics.bench.scaling import bench_scaling
+    from gptoughts.diagnostics.bench.scaling_table import scaling_csv, scaling_markdown, scaling_text
+    from gptoughts.files import write_text
+
+    run = bench_scaling(setting, ask, request, rounds=rounds, steps=steps, command=_command(), say=_progress)
+    print(scaling_text(run))
+    if path is not None:
+        runs = keep(path, run, (*SAME_MEASUREMENT, "threads_per_rank"))
+        draw_scaling(run, path.with_suffix(".png"))
+        write_text(path.with_suffix(".csv"), scaling_csv(runs))
+        write_text(path.with_suffix(".md"), scaling_markdown(runs, path.with_suffix(".png").name))
+        _print_kept(path, ".md", ".csv", ".png")
+    return 0 if any("speed_up" in row and row["ranks"] > 1 for row in run["arms"].values()) else LayerError.exit_code
+
+
 def gemm(largest: int | None, out: str | None) -> int:
     """Measure matrix products and copies, keep the best in the user's cache, and print them beside the datasheet values."""
     require_torch()

@@ -265,7 +265,41 @@ def _bench_plan() -> list[click.Command]:
         "Compare the training loss of the plan with its reference. Exits with code 1 if it differs by more than 0.5 % "
         "and twice the noise of seeds."
     )
-    return [recipe_command("layers", "bench.layers", gain, layers), recipe_command("parity", "bench.parity", same, parity)]
+    return [
+        recipe_command("layers", "bench.layers", gain, layers),
+        recipe_command("parity", "bench.parity", same, parity),
+        _bench_scaling(),
+    ]
+
+
+def _bench_scaling() -> click.Command:
+    params = [
+        *recipe_options(),
+        option(
+            "--ranks",
+            metavar="N,...",
+            help="numbers of ranks; 1 is added; default: 1, 2, 4, ... up to the GPUs, else the cores",
+        ),
+        option(
+            "--strategies",
+            metavar="LAYER,...",
+            help="layers of the slot parallel; default: all that can run. Their options: --layer.parallel.OPTION",
+        ),
+        option("--only", type=click.Choice(["strong", "weak"]), help="one kind of scaling; default: both"),
+        option(
+            "--threads",
+            type=click.IntRange(1),
+            help="threads of every rank; default: 1, beside GPUs an even share of the cores",
+        ),
+        option("--rounds", type=click.IntRange(1), default=5, help="rounds over all runs"),
+        option("--steps", type=click.IntRange(1), default=5, help="steps per round and run"),
+        option("--to", "--out", "out", metavar="FILE.json", help="write JSON, Markdown, CSV and a picture, named after FILE"),
+    ]
+    text = (
+        "Measure speed-up, efficiency, time in collectives and memory per rank of several ranks against one process of equal "
+        "settings, interleaved."
+    )
+    return recipe_command("scaling", "bench.scaling", text, params)
 
 
 def _doctor() -> click.Command:

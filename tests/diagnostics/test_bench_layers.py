@@ -21,12 +21,9 @@ from gptoughts.diagnostics.bench.children import (
     NoRoom,
     Result,
     Turns,
-    Variant,
-    VariantFailed,
     _add_losses,
     _refuse_crowding,
     _roomy,
-    environment_of,
     measure,
     order,
 )
@@ -38,6 +35,7 @@ from gptoughts.diagnostics.bench.layers_table import layers_markdown, layers_tex
 from gptoughts.diagnostics.bench.text import aligned
 from gptoughts.diagnostics.bench.training import open_training
 from gptoughts.diagnostics.bench.variant import OUT_OF_MEMORY, Job
+from gptoughts.diagnostics.bench.variant_process import Variant, VariantFailed, environment_of
 from gptoughts.diagnostics.bench.variants import job_of, plan_of
 from gptoughts.errors import ConfigError, DataError, LayerError
 from gptoughts.planning.environment import GUARD

@@ -56,13 +56,14 @@ SMALL = {
 """What a training run gets unless its line says otherwise."""
 
 FEW_LAYERS = {"layer.host": "system", "layer.attention": "math", "layer.precision": "fp32", "layer.compile": "eager"}
-"""Layers of `bench layers` and `bench parity`, where every variant is a process, unless a line names them."""
+"""Layers of `bench layers`, `parity` and `scaling`, where every variant is a process, unless a line names them."""
 
 BENCH = {
     "step": {"rounds": "2", "steps": "2"},
     "layers": {"rounds": "1", "steps": "1"},
     "parity": {"steps": "6", "seeds": "0"},
     "gemm": {"largest": "256"},
+    "scaling": {"rounds": "1", "steps": "1"},
 }
 """How long a measurement is, whatever its line says."""
 
@@ -93,7 +94,7 @@ def shortened(words: list[str]) -> list[str]:
         lengths = BENCH.get(words[1], {})
         given -= set(lengths)  # the last of two flags counts, and what a line gives would still be long
         sizes = {key: SMALL[key] for key in SMALL if key.startswith(("model", "data"))} if "steps" in lengths else {}
-        small = {**lengths, **sizes, **(FEW_LAYERS if words[1] in ("layers", "parity") else {})}
+        small = {**lengths, **sizes, **(FEW_LAYERS if words[1] in ("layers", "parity", "scaling") else {})}
     else:
         small = fitting(words, given)
     return [*short, *(part for key, value in small.items() if key not in given for part in (f"--{key}", value))]

@@ -7,8 +7,6 @@ round are compared. If the variants do not fit into memory together, each round 
 from __future__ import annotations
 
 import math
-import os
-import signal
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -17,10 +15,8 @@ from time import perf_counter
 from typing import Any
 
 from gptoughts import errors
-from gptoughts.diagnostics.bench import variant
 from gptoughts.diagnostics.bench.variant import OUT_OF_MEMORY, Job
-from gptoughts.planning.environment import GUARD
-from gptoughts.processes import Child, ChildDied
+from gptoughts.diagnostics.bench.variant_process import VariantFailed, VariantProcess, start_variant
 
 Say = Callable[[str], None]
 
@@ -36,14 +32,6 @@ class Turns(StrEnum):
     TOGETHER = "interleaved, all alive"
     APART = "interleaved, one at a time, restarted each round"
     IN_A_ROW = "one after the other, all steps at once"
-
-
-class VariantFailed(Exception):
-    """A variant that cannot continue: kind of error and message."""
-
-    def __init__(self, kind: str, message: str) -> None:
-        super().__init__(f"{kind}: {message}" if message else kind)
-        self.kind, self.message = kind, message
 
 
 class NoRoom(Exception):
@@ -69,32 +57,6 @@ class Result:
     def counted(self) -> bool:
         """Return whether the figures are valid."""
         return not self.failure and bool(self.seconds)
-
-
-class Variant(Child):
-    """The child process of one job: the first request is the job, each further one `{"steps": n}`."""
-
-    def __init__(self, job: Job) -> None:
-        super().__init__(variant.__name__, "serve", environment=environment_of(job))
-        self.job = job
-
-    def request(self, message: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the answer to `message`. Raises VariantFailed."""
-        try:
-            answer: dict[str, Any] = self.ask(message)[0]
-        except ChildDied as error:
-            if error.code == -signal.SIGKILL:
-                raise VariantFailed(OUT_OF_MEMORY, "killed by SIGKILL") from None
-            raise VariantFailed(str(error), "") from None
-        if "failed" in answer:
-            raise VariantFailed(answer["failed"]["kind"], answer["failed"]["message"])
-        return answer
-
-
-def environment_of(job: Job) -> dict[str, str]:
-    """Return the variables of a variant's process: this process's, without those gptoughts set for another plan, plus the plan's."""
-    ours = os.environ.get(GUARD, "").partition(":")[2].split(",")
-    return {**{name: value for name, value in os.environ.items() if name not in (GUARD, *ours)}, **job.environment}
 
 
 def measure(
@@ -129,7 +91,7 @@ def order(names: list[str], number: int) -> list[str]:
 
 def _together(jobs: Mapping[str, Job], rounds: int, steps: int, say: Say, forced: bool) -> dict[str, Result]:
     results = {name: Result() for name in jobs}
-    children: dict[str, Variant] = {}
+    children: dict[str, VariantProcess] = {}
 
     def drop_failed(name: str) -> None:
         """Close a failed variant. Raises NoRoom if it ran out of memory beside others: alone it may fit."""
@@ -144,7 +106,7 @@ def _together(jobs: Mapping[str, Job], rounds: int, steps: int, say: Say, forced
             if not forced and not _roomy(results.values()):
                 raise NoRoom(f"no memory for {len(jobs)} processes at once, {number} started")
             say(f"starting {number + 1} of {len(jobs)}: {name}")
-            children[name] = stack.enter_context(Variant(job))
+            children[name] = stack.enter_context(start_variant(job))
             _start(children[name], results[name], not any(one.ready for one in results.values()))
             drop_failed(name)
         for number in range(rounds):
@@ -167,7 +129,7 @@ def _apart(jobs: Mapping[str, Job], rounds: int, steps: int, say: Say) -> dict[s
         for place, name in enumerate(order(alive, number)):
             result = results[name]
             say(f"round {number + 1} of {rounds}, {place + 1} of {len(alive)}: {name}")
-            with Variant(jobs[name]) as child:
+            with start_variant(jobs[name]) as child:
                 result.losses = []  # each start trains the same steps
                 _start(child, result, not any(one.ready for one in results.values()))
                 if not result.failure:
@@ -185,7 +147,7 @@ def _roomy(results: Iterable[Result]) -> bool:
     return free is None or not held or free >= ROOM * max(held)
 
 
-def _start(child: Variant, result: Result, first: bool) -> None:
+def _start(child: VariantProcess, result: Result, first: bool) -> None:
     began = perf_counter()
     try:
         result.ready = child.request(child.job.to_json())
@@ -204,7 +166,7 @@ def _start(child: Variant, result: Result, first: bool) -> None:
         result.failure = "inactive: " + "; ".join(f"{line['slot']}={line['layer']}: {line['proof']}" for line in inactive)
 
 
-def _run(child: Variant, result: Result, steps: int) -> None:
+def _run(child: VariantProcess, result: Result, steps: int) -> None:
     try:
         ran = child.request({"steps": steps})
     except VariantFailed as error:

@@ -1,4 +1,4 @@
-"""Draw bench figures: bars with spread for layers, loss curves for parity."""
+"""Draw bench figures: bars with spread for layers, loss curves for parity, lines for scaling."""
 
 from __future__ import annotations
 
@@ -84,6 +84,33 @@ def draw_parity(run: Mapping[str, Any], picture: Path) -> None:
     below.set(xlabel="tokens", ylabel="plan - reference, %")
     for axes in (above, below):
         axes.grid(alpha=0.3)
+    _saved(figure, picture)
+
+
+def draw_scaling(run: Mapping[str, Any], picture: Path) -> None:
+    """Draw speed-up and efficiency over ranks, one line per kind and strategy with quartiles over rounds; dashed is linear speed-up."""
+    figure, ((left, right),) = _figure(1, 2, (11, 4.6))
+    lines: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for row in run["arms"].values():
+        if row["ranks"] > 1 and "speed_up" in row:
+            lines.setdefault((row["kind"], row["strategy"]), []).append(row)
+    most = max(row["ranks"] for row in run["arms"].values())
+    left.plot([1, most], [1, most], color=BASELINE_COLOR, linewidth=1, linestyle="--", label="linear")
+    right.axhline(1, color=BASELINE_COLOR, linewidth=1, linestyle="--")
+    for (kind, strategy), rows in lines.items():
+        for axes, key in ((left, "speed_up"), (right, "efficiency")):
+            found = [row[key] for row in rows]
+            below = [0, *(one["median"] - one["q1"] for one in found)]
+            above = [0, *(one["q3"] - one["median"] for one in found)]
+            ranks, values = [1, *(row["ranks"] for row in rows)], [1, *(one["median"] for one in found)]
+            style = "o-" if kind == "strong" else "s:"
+            axes.errorbar(ranks, values, yerr=[below, above], fmt=style, capsize=3, label=f"{strategy}, {kind}")
+    for axes, name in ((left, "speed-up in tokens per second"), (right, "efficiency")):
+        axes.set(xlabel="ranks", ylabel=name, ylim=(0, None), xticks=sorted({row["ranks"] for row in run["arms"].values()}))
+        axes.grid(alpha=0.3)
+    left.legend(fontsize=8)
+    threads = run["threads_per_rank"]
+    figure.suptitle(f"{run['recipe']}, threads per rank: {threads}; {run['machine']['label']}", fontsize=9)
     _saved(figure, picture)
 
 

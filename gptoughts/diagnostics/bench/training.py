@@ -15,6 +15,8 @@ from torch import Tensor
 from gptoughts.api import ResolvedRun
 from gptoughts.config.model_spec import flops_per_token
 from gptoughts.console import SilentConsole
+from gptoughts.diagnostics.bench.collectives import CollectiveTimes, collective_times
+from gptoughts.diagnostics.bench.equal_settings import settings_of
 from gptoughts.engine.callback import Callback
 from gptoughts.engine.engine import Engine
 from gptoughts.engine.memory_usage import proc_bytes, resident_bytes
@@ -82,6 +84,14 @@ class Training:
         job = self.session.job
         self.progress, trace = watch_update(self.engine, self.progress, self.session.length.rate, [self.losses])
         return judge(self.engine, job.plan, job.extensions.catalog, trace)
+
+    def collectives(self, count: int) -> list[CollectiveTimes]:
+        """Run `count` more steps, each under a profiler that records collectives; other ranks do the same."""
+        return [collective_times(self.engine, lambda: self.steps(1)) for _ in range(count)]
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings of this process that runs must share to be compared."""
+        return settings_of(self.engine, self.session.job)
 
     def peak_bytes(self) -> int | None:
         """Return the peak: on a GPU allocated by torch, on a CPU of the process, less what it held before the model."""

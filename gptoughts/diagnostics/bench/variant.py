@@ -7,7 +7,7 @@ imported: every variant has its own process and environment.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from time import perf_counter
 from typing import IO, TYPE_CHECKING, Any
@@ -37,6 +37,10 @@ class Job:
     weights_seed: int | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
     """Environment variables of the plan."""
+    rank_environments: Sequence[Mapping[str, str]] = ()
+    """Variables of every rank's plan; empty for a single process outside of a process group."""
+    profiled_steps: int = 0
+    """Steps after the watched one whose time in collectives is measured."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the job as JSON values."""
@@ -80,6 +84,7 @@ def _ready(job: Job, training: Training, began: float) -> dict[str, Any]:
     training.steps(job.warmup_steps - 1)
     peak = training.peak_bytes()  # before the profiler, whose records take memory
     seen = training.watched()
+    collectives = training.collectives(job.profiled_steps)
     if training.engine.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(training.engine.device)
     else:
@@ -95,6 +100,8 @@ def _ready(job: Job, training: Training, began: float) -> dict[str, Any]:
         "device": training.engine.device.type,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "collectives": [asdict(step) for step in collectives],
+        "settings": training.settings(),
         **training.figures(),
     }
 
