@@ -14,7 +14,6 @@ from typing import Any
 from gptoughts.engine.distributed.ranks import Ranks, Vote
 from gptoughts.engine.trainer import Progress
 
-
 SAVING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 """Signals that end a run with a checkpoint; the exit code is 128 + the number."""
 INTERRUPTING = (signal.SIGINT, signal.SIGTERM)

@@ -157,7 +157,6 @@ def output(checkout: Path, number: str) -> str:
 def test_a_job_is_signalled_saved_requeued_and_equals_an_unbroken_one(cluster: Cluster, checkout: Path) -> None:
     settings = {"VIRTUAL_ENV": sys.prefix, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
     two_nodes = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--job-name=broken", "launch/slurm.sbatch"]
-    one_node = ["--nodes=1", "--ntasks-per-node=2", "--gpus-per-node=2", "--job-name=whole", "launch/slurm.sbatch"]
     broken = cluster.submit(*two_nodes, *RUN, "--name", "broken", cwd=checkout, **settings)
     deadline = time.monotonic() + 300
     while len(losses(checkout, "broken")) < 2 and time.monotonic() < deadline:
@@ -170,7 +169,11 @@ def test_a_job_is_signalled_saved_requeued_and_equals_an_unbroken_one(cluster: C
     assert said.count("start 1, nodes n[1-2]") == 1 and said.count("start 2, nodes n[1-2]") == 1
     assert "interrupted at step" in said and f"requeueing job {broken}" in said
     assert "step-000600" in said
-    whole = cluster.submit(*one_node, *RUN, "--name", "whole", cwd=checkout, **settings)
+    launch = [sys.executable, "-m", "gptoughts", "launch", "slurm", *RUN, "--name", "whole", "--gpus-per-node", "2"]
+    written = cluster.run(*launch, cwd=checkout, PYTHONPATH=str(ROOT))
+    assert written.returncode == 0, written.stderr
+    assert written.stdout.splitlines()[-1] == "next        sbatch logs/whole.sbatch"
+    whole = cluster.submit("logs/whole.sbatch", cwd=checkout, PYTHONPATH=str(ROOT), **settings)
     assert cluster.wait(whole, 600)["JobState"] == "COMPLETED", output(checkout, whole)
     assert (checkout / "logs" / f"whole_{whole}.out").is_file() and (checkout / "logs" / f"broken_{broken}.err").is_file()
     assert len(losses(checkout, "whole")) == 600

@@ -11,7 +11,7 @@ import socket
 import stat
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,7 +157,7 @@ def cluster(folder: Path, gpus: int = 2) -> Iterator[Cluster]:
             with (folder / f"{words[0]}-{len(started)}.log").open("wb") as log:
                 started.append(subprocess.Popen(words, env=known, stdout=log, stderr=log, stdin=subprocess.DEVNULL))
             if words is munge:
-                _until(lambda: (folder / "munge.socket").exists(), "munged", here)
+                _until((folder / "munge.socket").exists, "munged", here)
         _until(lambda: _idle(here), "two idle nodes", here)
         yield here
     finally:
@@ -176,9 +176,8 @@ def _idle(here: Cluster) -> bool:
     return len(states) == len(NODES) and set(states) == {"idle"}
 
 
-def _until(holds: object, what: str, here: Cluster, seconds: float = 60) -> None:
+def _until(holds: Callable[[], bool], what: str, here: Cluster, seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
-    assert callable(holds)
     while not holds():
         if time.monotonic() > deadline:
             raise TimeoutError(f"{what}: not within {seconds:.0f} s\n{here.logs()}")
