@@ -21,7 +21,7 @@ def build_cli() -> CommandGroup:
         "gptoughts",
         "Train language models at the speed of the hardware, with evidence that every optimization is active.\n\n"
         "A recipe defines the training, a profile the optimizations for a kind of hardware, a run is one training.",
-        _train(), _plan(), _trace(), *_lists(), _tokenize(), _data(), _generate(), _export(), _eval(), _bench(), _doctor(), _launch(),
+        _train(), _plan(), _trace(), *_lists(), _fetch(), _tokenize(), _data(), _generate(), _export(), _eval(), _bench(), _doctor(), _launch(),
         epilog="Start with: gptoughts plan, then gptoughts train quickstart",
     )  # fmt: skip
     tree.params.append(
@@ -89,6 +89,15 @@ def _lists() -> list[click.Command]:
         command("profiles", "lists.profiles", "List profiles, or print one.", [name]),
         command("layers", "lists.layers", "List layers and their state on this machine, or print one.", [name, markdown]),
     ]
+
+
+def _fetch() -> click.Command:
+    params = [
+        argument("names", nargs=-1),
+        option("--dataset", multiple=True, metavar="OWNER/NAME", help="dataset of the Hugging Face Hub; repeatable"),
+    ]
+    text = "Download the models and datasets of NAMES (recipes, or OWNER/MODEL), for jobs without a network."
+    return command("fetch", "fetch.fetch", text, params)
 
 
 def _tokenize() -> click.Command:
