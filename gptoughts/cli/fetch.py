@@ -22,6 +22,8 @@ def fetch(names: Sequence[str], dataset: Sequence[str]) -> int:
         )
     wanted = dict.fromkeys([*(one for name in names for one in _wanted(name)), *(("dataset", name) for name in dataset)])
     problems = []
+    if not wanted:
+        print(f"nothing to fetch: {', '.join(names)} needs no files from the hub")
     for kind, name in wanted:
         try:
             print(f"{kind:<8} {name}  {_download(kind, name)}", flush=True)

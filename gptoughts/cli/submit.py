@@ -29,7 +29,8 @@ export MASTER_PORT="${{MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}}"
 
 step='' time_is_up=''
 trap 'time_is_up=yes; [ -z "$step" ] || kill -USR1 "$step" || true' USR1 # srun passes it on to every rank
-srun --kill-on-bad-exit=1 --ntasks-per-node {ranks} \\
+# --wait: ranks that still run 60 s after the first one ended are ended too
+srun --wait=60 --ntasks-per-node {ranks} \\
     {train} </dev/null &
 step=$! code=0
 wait "$step" || code=$?

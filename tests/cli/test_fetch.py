@@ -57,6 +57,11 @@ def test_models_and_datasets_land_on_scratch(
     assert not list((here / "home").iterdir())
 
 
+def test_a_recipe_that_needs_nothing_says_so(hub: list[tuple[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
+    assert said("fetch quickstart", capsys)[:2] == (0, "nothing to fetch: quickstart needs no files from the hub\n")
+    assert hub == []
+
+
 def test_offline_every_missing_name_is_listed_and_nothing_is_asked(
     hub: list[tuple[str, Any]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

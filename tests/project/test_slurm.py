@@ -80,8 +80,8 @@ def test_one_rank_per_task_with_a_name_of_the_job(stand_in: Path, tmp_path: Path
     first, second = job.steps()
     train = [str(stand_in / "bin" / "python"), "-m", "gptoughts", "train", "gpt-1b"]
     name = ["--train.steps", "3", "--name", "gptoughts_20007"]
-    assert first == ["node1:20007", "--kill-on-bad-exit=1", "--ntasks-per-node", "8", *train, *name]
-    assert second == ["from-env-file:20007", "--kill-on-bad-exit=1", "--ntasks-per-node", "1", *train, "--name", "a b"]
+    assert first == ["node1:20007", "--wait=60", "--ntasks-per-node", "8", *train, *name]
+    assert second == ["from-env-file:20007", "--wait=60", "--ntasks-per-node", "1", *train, "--name", "a b"]
     assert job.requeued() == ""
 
 
@@ -167,7 +167,7 @@ def test_a_job_is_signalled_saved_requeued_and_equals_an_unbroken_one(cluster: C
     said = output(checkout, broken)
     assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), said
     assert said.count("start 1, nodes n[1-2]") == 1 and said.count("start 2, nodes n[1-2]") == 1
-    assert "interrupted at step" in said and f"requeueing job {broken}" in said
+    assert "interrupted at step" in said and f"the ranks ended with code 138; requeueing job {broken}" in said
     assert "step-000600" in said
     launch = [sys.executable, "-m", "gptoughts", "launch", "slurm", *RUN, "--name", "whole", "--gpus-per-node", "2"]
     written = cluster.run(*launch, cwd=checkout, PYTHONPATH=str(ROOT))
