@@ -101,7 +101,8 @@ def test_a_preset_trains(preset: str, tmp_path: Path) -> None:
     sizes = {key: value for key, value in TINY.items() if not key.startswith("model.") or preset == "train_max_gpu"}
     if preset == "train_deepseek_stable":
         config = json.loads((ROOT / "gptoughts" / "recipes" / "configs" / "deepseek-small.json").read_text(encoding="utf-8"))
-        tiny = {"hidden_size": 32, "intermediate_size": 64, "moe_intermediate_size": 16, "num_hidden_layers": 2, "vocab_size": 256,
+        tiny = {"hidden_size": 32, "intermediate_size": 64, "moe_intermediate_size": 16, "num_hidden_layers": 2,
+                "vocab_size": 257, "bos_token_id": 256, "eos_token_id": 256,
                 "num_attention_heads": 2, "num_key_value_heads": 2, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
                 "qk_nope_head_dim": 8, "v_head_dim": 8}  # fmt: skip
         (tmp_path / "config.json").write_text(json.dumps({**config, **tiny}), encoding="utf-8")
