@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from gptoughts.config.loader import load, recipe_names
 from gptoughts.config.model_path import HUB_NAME, is_offline, resolve_model_folder
@@ -65,6 +66,6 @@ def _download(kind: str, name: str) -> str:
     return _rows(hub_dataset(name))
 
 
-def _rows(loaded: object) -> str:
+def _rows(loaded: Any) -> str:
     splits = loaded if isinstance(loaded, dict) else {"train": loaded}
     return ", ".join(f"{split} {len(rows):,} rows" for split, rows in splits.items())
