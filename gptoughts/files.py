@@ -15,9 +15,29 @@ TEMPORARY = ".tmp"
 
 
 def cache_dir(*parts: str, environment: Mapping[str, str] = os.environ) -> Path:
-    """Return `$XDG_CACHE_HOME/gptoughts/PARTS`, by default below ~/.cache. Does not create it."""
-    root = environment.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    """Return `$XDG_CACHE_HOME/gptoughts/PARTS`, by default below scratch or ~/.cache. Does not create it."""
+    root = environment.get("XDG_CACHE_HOME") or scratch_dir(environment) or Path.home() / ".cache"
     return Path(root).expanduser().joinpath("gptoughts", *parts)
+
+
+def scratch_dir(environment: Mapping[str, str] = os.environ) -> Path | None:
+    """Return the cluster's folder for large files, where HOME has a quota: `$SCRATCH`, or `$SLURM_TMPDIR` in a job of one node.
+
+    `$SLURM_TMPDIR` is a disk of each node, so the nodes of a larger job would not see each other's files. None if neither can be written.
+    """
+    names = ["SCRATCH"]
+    if environment.get("SLURM_JOB_NUM_NODES", environment.get("SLURM_NNODES")) == "1":
+        names.append("SLURM_TMPDIR")
+    found = [Path(environment[name]) for name in names if environment.get(name)]
+    return next((path for path in found if path.is_absolute() and path.is_dir() and os.access(path, os.W_OK | os.X_OK)), None)
+
+
+def hub_home(environment: Mapping[str, str] = os.environ) -> Path:
+    """Return the folder of Hugging Face's caches: `$HF_HOME`, else below `$XDG_CACHE_HOME`, scratch or ~/.cache."""
+    if environment.get("HF_HOME"):
+        return Path(environment["HF_HOME"]).expanduser()
+    root = environment.get("XDG_CACHE_HOME") or scratch_dir(environment) or Path.home() / ".cache"
+    return Path(root).expanduser() / "huggingface"
 
 
 @contextmanager

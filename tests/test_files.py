@@ -70,3 +70,24 @@ def test_a_lock_is_exclusive_until_its_process_ends(tmp_path: Path) -> None:
 def test_the_cache_folder_follows_xdg(tmp_path: Path) -> None:
     assert files.cache_dir("data", environment={"XDG_CACHE_HOME": str(tmp_path)}) == tmp_path / "gptoughts" / "data"
     assert files.cache_dir(environment={}) == Path.home() / ".cache" / "gptoughts"
+
+
+def test_caches_go_to_scratch_and_never_to_a_disk_that_other_nodes_do_not_see(tmp_path: Path) -> None:
+    scratch, local = tmp_path / "scratch", tmp_path / "local"
+    scratch.mkdir(), local.mkdir()
+    home = Path.home() / ".cache"
+    both = {"SCRATCH": str(scratch), "SLURM_TMPDIR": str(local), "SLURM_JOB_NUM_NODES": "1"}
+    cases: list[tuple[dict[str, str], Path]] = [
+        ({}, home),
+        (both, scratch),
+        ({**both, "XDG_CACHE_HOME": "/x"}, Path("/x")),
+        ({**both, "SCRATCH": str(tmp_path / "absent")}, local),
+        ({**both, "SCRATCH": ""}, local),
+        ({"SLURM_TMPDIR": str(local), "SLURM_JOB_NUM_NODES": "2"}, home),
+        ({"SLURM_TMPDIR": str(local)}, home),
+        ({"SCRATCH": "relative"}, home),
+    ]
+    for environment, root in cases:
+        assert files.cache_dir("data", environment=environment) == root / "gptoughts" / "data"
+        assert files.hub_home(environment) == root / "huggingface"
+    assert files.hub_home({**both, "HF_HOME": "/hf"}) == Path("/hf")

@@ -22,7 +22,7 @@ def build_cli() -> CommandGroup:
         "gptoughts",
         "Train language models at the speed of the hardware, with evidence that every optimization is active.\n\n"
         "A recipe defines the training, a profile the optimizations for a kind of hardware, a run is one training.",
-        _train(), _plan(), _trace(), *_lists(), _tokenize(), _data(), _generate(), _export(), _eval(), _bench(), _doctor(),
+        _train(), _plan(), _trace(), *_lists(), _fetch(), _tokenize(), _data(), _generate(), _export(), _eval(), _bench(), _doctor(), _launch(),
         epilog="Start with: gptoughts plan, then gptoughts train quickstart",
     )  # fmt: skip
     tree.params.append(
@@ -124,6 +124,15 @@ def _lists() -> list[click.Command]:
         command("profiles", "lists.profiles", "List profiles, or print one.", [name]),
         command("layers", "lists.layers", "List layers and their state on this machine, or print one.", [name, markdown]),
     ]
+
+
+def _fetch() -> click.Command:
+    params = [
+        argument("names", nargs=-1),
+        option("--dataset", multiple=True, metavar="OWNER/NAME", help="dataset of the Hugging Face Hub; repeatable"),
+    ]
+    text = "Download the models and datasets of NAMES (recipes, or OWNER/MODEL), for jobs without a network."
+    return command("fetch", "fetch.fetch", text, params)
 
 
 def _tokenize() -> click.Command:
@@ -310,6 +319,34 @@ def _doctor() -> click.Command:
     ]
     text = "Check this machine for missing or slow parts. Prints the cost of each problem and the command that fixes it."
     return command("doctor", "doctor.doctor", text, params)
+
+
+def _launch() -> click.Command:
+    shared = [
+        *recipe_options(),
+        option("--name", metavar="NAME", help="name of the run; a run of this name is resumed"),
+        option("--submit", is_flag=True, help="also submit or start it"),
+        option("--dry-run", is_flag=True, help="only print it"),
+    ]
+    site = [
+        option("--site", metavar="FILE.toml", help="file with a table [slurm]; options given here win"),
+        option("--to", "out", metavar="FILE", help="job file to write; default: logs/NAME.sbatch"),
+        option("--nodes", type=click.IntRange(1), help="nodes"),
+        option("--gpus-per-node", type=click.IntRange(0), help="GPUs per node, one rank each"),
+        option("--tasks-per-node", type=click.IntRange(1), help="ranks per node without GPUs"),
+        option("--cpus-per-task", type=click.IntRange(1), help="cores per rank"),
+        option("--time", metavar="D-HH:MM:SS", help="time limit; the run saves before it and is requeued"),
+        *(option(f"--{name}", metavar="NAME", help=f"sbatch --{name}") for name in ("partition", "account", "qos")),
+    ]
+    ranks = option("--ranks", type=click.IntRange(1), required=True, help="number of ranks")
+    hosts = option("--hostfile", metavar="FILE", help="hosts for mpirun")
+    return group(
+        "launch",
+        "Run RECIPE in many processes.",
+        recipe_command("slurm", "submit.slurm", "Write a SLURM job file for RECIPE, and submit it.", [*shared, *site]),
+        recipe_command("mpi", "submit.mpi", "Print the mpirun command for RECIPE, or start it.", [*shared, ranks, hosts]),
+        recipe_command("torchrun", "submit.torchrun", "Print the torchrun command for RECIPE, or start it.", [*shared, ranks]),
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:

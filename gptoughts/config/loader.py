@@ -119,7 +119,7 @@ def load(name: str, flags: Mapping[str, Any] | None = None) -> Resolved:
     Raises ConfigError listing every problem with its file or flag.
     """
     path = find_recipe(name)
-    values = _flatten(read_toml(path))
+    values = _flatten({key: value for key, value in read_toml(path).items() if key != "slurm"})  # config/site.py reads it
     sources = dict.fromkeys(values, shown(path))
     flag_sources = {key: f"--{key.replace('_', '-')}" for key in flags or {}}
     return _resolved(values, sources, flags or {}, flag_sources, f"recipe {name}")

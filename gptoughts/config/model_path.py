@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from gptoughts.errors import ConfigError
-from gptoughts.files import cache_dir, wait_for_lock
+from gptoughts.files import cache_dir, hub_home, wait_for_lock
 
 PACKAGE = "package:"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -147,8 +147,13 @@ def _from_hub(name: str) -> Path:
     return _cached(name) or _fetched(name, FILES)
 
 
+def is_offline() -> bool:
+    """Return whether a variable forbids downloads."""
+    return any(os.environ.get(word, "0").upper() in ("1", "ON", "YES", "TRUE") for word in OFFLINE)
+
+
 def _fetched(name: str, files: list[str]) -> Path:
-    if any(os.environ.get(word, "0").upper() in ("1", "ON", "YES", "TRUE") for word in OFFLINE):
+    if is_offline():
         raise ConfigError(f"model {name}: not a local folder, not fully cached, and HF_HUB_OFFLINE is set", fix=WAYS)
     try:
         from huggingface_hub import snapshot_download
@@ -159,20 +164,25 @@ def _fetched(name: str, files: list[str]) -> Path:
             fix="pip install 'gptoughts[hf]', or --model.path FOLDER",
         ) from None
     try:
-        return Path(snapshot_download(name, allow_patterns=files))
+        return Path(snapshot_download(name, allow_patterns=files, cache_dir=hub_caches()[0]))
     except (OSError, ValueError, RuntimeError, HfHubHTTPError) as error:  # no network, no such model, gated, disk full
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ConfigError(f"model {name}: not a local folder, and the download failed: {reason[:200]}", fix=WAYS) from None
 
 
-def _hub_cache() -> Path:
-    home = os.environ.get("HF_HOME") or str(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface")
-    return Path(os.environ.get("HF_HUB_CACHE") or str(Path(home) / "hub")).expanduser()
+def hub_caches() -> list[Path]:
+    """Return the folders with downloaded models: the one for downloads; if that is on scratch, also Hugging Face's default."""
+    written = Path(os.environ.get("HF_HUB_CACHE") or hub_home() / "hub").expanduser()
+    chosen = any(os.environ.get(name) for name in ("HF_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"))
+    return [written] if chosen else list(dict.fromkeys([written, Path.home() / ".cache" / "huggingface" / "hub"]))
 
 
 def _cached(name: str) -> Path | None:
     """Return the cached snapshot of `name`; None if weights are missing."""
-    repository = _hub_cache() / f"models--{name.replace('/', '--')}"
+    return next((found for folder in hub_caches() if (found := _snapshot(folder / f"models--{name.replace('/', '--')}"))), None)
+
+
+def _snapshot(repository: Path) -> Path | None:
     try:
         commit = (repository / "refs" / "main").read_text(encoding="utf-8").strip()
     except OSError:

@@ -119,6 +119,7 @@ class _Run:
                 self.writer.wait()
             session.console.end_row()
             self.sinks.close()
+        session.ranks.barrier()  # launchers end the ranks that remain when one exits; rank 0 may still write its checkpoint
         if self.first and not check.evidence:
             check.report_unwatched()
         newest = store.newest(self.folder.checkpoints)[0] if self.first else None

@@ -1,4 +1,7 @@
-"""End a run on SIGINT or SIGTERM after the current step, at the same step on all ranks."""
+"""End a run on a signal after the current step, at the same step on all ranks.
+
+SIGINT and SIGTERM come from users and launchers, SIGUSR1 from SLURM before the time limit (`--signal`), SIGHUP from a closed terminal.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,11 @@ from typing import Any
 
 from gptoughts.engine.distributed.ranks import Ranks, Vote
 from gptoughts.engine.trainer import Progress
+
+SAVING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+"""Signals that end a run with a checkpoint; the exit code is 128 + the number."""
+INTERRUPTING = (signal.SIGINT, signal.SIGTERM)
+"""Those that interrupt at once if a signal came before. A launcher may deliver the others twice, to the job and to its steps."""
 
 
 class SignalWatcher:
@@ -30,17 +38,21 @@ class SignalWatcher:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Handle signals in the block: the first ends the run after the step with a checkpoint, the second interrupts at once."""
+        """Handle signals in the block: the first ends the run after the step with a checkpoint, a second Ctrl-C interrupts at once.
+
+        A signal that the process was started to ignore, as SIGHUP under nohup, stays ignored.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
 
         def note(number: int, frame: Any) -> None:
-            if self.signal is not None:
+            if self.signal is not None and number in INTERRUPTING:
                 raise KeyboardInterrupt
-            self.signal = number
+            self.signal = self.signal or number
 
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        heeded = [number for number in SAVING if signal.getsignal(number) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, note) for number in heeded}
         try:
             yield
         finally:

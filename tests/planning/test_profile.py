@@ -15,7 +15,7 @@ from gptoughts.planning.layer import SLOTS
 from gptoughts.planning.profile import Match, Profile, pick
 from tests.support.golden_files import ROOT
 
-SHIPPED = ["a100-bf16", "ada", "ampere", "blackwell", "cpu", "h100-fp8", "hopper", "turing"]
+SHIPPED = ["a100-bf16", "ada", "ampere", "blackwell", "cpu", "h100-fp8", "hopper", "stable", "turing"]
 
 
 def machine(name: str) -> Machine:
@@ -35,7 +35,7 @@ def test_shipped() -> None:
         assert read_back.name == name and read_back.note
         for slot, wants in read_back.slots.items():
             assert slot in SLOTS and all(CATALOG[want.layer].slot == slot for want in wants)
-    assert [name for name in SHIPPED if not profile.read(name).auto] == ["h100-fp8"]
+    assert [name for name in SHIPPED if not profile.read(name).auto] == ["h100-fp8", "stable"]
 
 
 def test_every_profile_is_keyed_on_capability_and_memory_only() -> None:

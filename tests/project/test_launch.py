@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = ["launch/environment.sh", "launch/quickstart.sh", "launch/test.sh", "launch/torchrun.sh", ".ci/run"]
+LAUNCH = sorted(path.name for path in (ROOT / "launch").iterdir() if path.suffix in (".sh", ".sbatch"))
+SCRIPTS = [*(f"launch/{name}" for name in LAUNCH), ".ci/run"]
+SOURCED = ("launch/environment.sh", "launch/preset.sh", ".ci/run")
+"""Scripts without a help page."""
 TINY = {
     "model.depth": 1, "model.width": 32, "model.heads": 2, "data.tokenizer": "bytes", "data.sequence-length": 16,
     "train.global-batch": 2, "train.steps": 3, "eval.batches": 1, "sample.tokens": 4,
@@ -56,11 +59,12 @@ def test_shellcheck_has_nothing_to_say(script: str) -> None:
     subprocess.run(["shellcheck", "-x", script], check=True, cwd=ROOT)
 
 
-@pytest.mark.parametrize("script", ["launch/quickstart.sh", "launch/test.sh", "launch/torchrun.sh"])
+@pytest.mark.parametrize("script", [name for name in SCRIPTS if name not in SOURCED])
 def test_help_says_how_to_use_it_and_does_nothing_else(script: str, tmp_path: Path) -> None:
     done = run(script, "--help", cwd=tmp_path)
     assert done.returncode == 0
-    assert done.stdout.startswith(f"usage: {script}")
+    assert done.stdout.startswith("usage: ")
+    assert script in done.stdout.splitlines()[0]
     assert not list(tmp_path.iterdir())
 
 
@@ -102,6 +106,23 @@ def test_torchrun_starts_the_ranks(stand_in: Path) -> None:
     words = calls(stand_in)[-1]
     assert words[0] == "3", "what the user set stays"
     assert " ".join(words[1:]) == "-m gptoughts train quickstart --ranks 2"
+
+
+def test_mpirun_starts_the_ranks(stand_in: Path, tmp_path: Path) -> None:
+    mpirun = tmp_path / "mpirun"
+    mpirun.write_text(
+        f'#!/bin/sh\n[ "$1" = --version ] && echo "mpirun (Open MPI) 4.1.4" && exit 0\nprintf "%s\\n" "$@" > "{tmp_path}/mpi"\n',
+        encoding="utf-8",
+    )
+    mpirun.chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = run("launch/mpirun.sh", "4", "--hostfile", "hosts", "gpt-1b", "--name", "a b", VIRTUAL_ENV=str(stand_in), PATH=path)
+    assert done.returncode == 0, done.stderr
+    words = (tmp_path / "mpi").read_text(encoding="utf-8").splitlines()
+    assert words[:4] == ["-np", "4", "--bind-to", "none"]
+    assert words[-8:] == ["hosts", str(stand_in / "bin" / "python"), "-m", "gptoughts", "train", "gpt-1b", "--name", "a b"]
+    for wrong in ([], ["gpt-1b"], ["0"]):
+        assert run("launch/mpirun.sh", *wrong).returncode == 2
 
 
 def test_an_old_python_is_named(tmp_path: Path) -> None:

@@ -266,7 +266,15 @@ def test_a_folder_in_use_is_refused(text: Path, finished: Path, tmp_path: Path) 
     assert f"run folder is in use. Found process {os.getpid()}" in ran.stderr
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)])
+SIGNALS = [
+    (signal.SIGINT, 130),
+    (signal.SIGUSR1, 138),
+    pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow),
+    pytest.param(signal.SIGHUP, 129, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("number", "code"), SIGNALS)
 def test_ctrl_c_saves_and_says_how_to_go_on(text: Path, finished: Path, tmp_path: Path, number: int, code: int) -> None:
     place = tmp_path / "stopped"
     process = subprocess.Popen(

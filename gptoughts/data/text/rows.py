@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import zlib
 from collections.abc import Iterator
 from importlib import metadata
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from gptoughts.errors import DataError, nearest
+from gptoughts.files import hub_home, scratch_dir
 
 Row = tuple[str, str]
 """Location (`file:line` or `file:row`, counted from 1) and text, which can be empty."""
@@ -135,16 +137,22 @@ def saved_dataset_rows(path: Path, spec: str, text_key: str) -> Iterator[Row]:
 
 def hub_dataset_rows(spec: str, text_key: str) -> Iterator[Row]:
     """Yield the rows of the Hugging Face Hub dataset `owner/name`."""
+    yield from dataset_rows(spec, hub_dataset(spec), text_key)
+
+
+def hub_dataset(spec: str) -> Any:
+    """Return the Hugging Face Hub dataset `owner/name`, downloaded unless cached. Raises DataError."""
     require("datasets", "hf", spec)
     import datasets
 
+    # datasets chooses its folder by itself, and does not know scratch.
+    scratch = {"cache_dir": str(hub_home() / "datasets")} if scratch_dir() and "HF_DATASETS_CACHE" not in os.environ else {}
     try:
-        loaded = datasets.load_dataset(spec)
+        return datasets.load_dataset(spec, **scratch)
     except Exception as error:  # Network, name, permission and script errors have no common type.
         raise DataError(
             f"source {spec!r}: not a local file or folder, and loading it from the Hugging Face Hub failed ({first_line(error)})"
         ) from error
-    yield from dataset_rows(spec, loaded, text_key)
 
 
 def dataset_rows(spec: str, loaded: Any, text_key: str) -> Iterator[Row]:
