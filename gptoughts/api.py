@@ -115,7 +115,7 @@ def _world(ranks: int | None, gpus: int | None, machine: Machine | None, every_g
         raise ConfigError(
             f"--gpus: {gpus} GPUs on {machine.label()}", found=most, fix=f"--gpus {most}" if most else f"--ranks {gpus}"
         )
-    if started.launcher != "single":
+    if started.launched:
         for flag, wanted, found in (("--ranks", ranks, started.world_size), ("--gpus", gpus, started.local_world_size)):
             if wanted is not None and wanted != found:
                 raise ConfigError(

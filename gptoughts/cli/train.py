@@ -44,7 +44,7 @@ def train(
     setting = decide(recipe, profile, fields, layers, plugin, ranks=ranks, gpus=gpus, every_gpu=True)
     require_torch()
     check_collectives(collectives, setting)
-    if setting.world.world_size > 1 and world_from_environment(os.environ).launcher == "single":
+    if setting.world.world_size > 1 and not world_from_environment(os.environ).launched:
         return _launch(setting, ranks, run_name or run_dir)
     apply_environment(setting)
     if setting.world.rank == 0:

@@ -27,6 +27,11 @@ class World:
     launcher: str = "single"
 
     @property
+    def launched(self) -> bool:
+        """Whether a launcher started this process as one of its ranks."""
+        return self.launcher != "single"
+
+    @property
     def on_one_machine(self) -> bool:
         """Whether all ranks run on this machine."""
         return self.local_world_size == self.world_size

@@ -15,10 +15,26 @@ from gptoughts.engine.distributed.ranks import Ranks
 from gptoughts.engine.engine import Engine, Source
 from gptoughts.engine.moe_balance import add_balance_loss
 from gptoughts.engine.objectives.base import Objective
-from gptoughts.errors import GptoughtsError, LayerError
+from gptoughts.errors import GptoughtsError, LayerError, PlanError
+from gptoughts.hardware.machine import Machine
+from gptoughts.hardware.world import World
 from gptoughts.models.family import Family
 from gptoughts.planning.layer import Layer, Phase
 from gptoughts.planning.resolve import Plan
+
+
+def select_device(machine: Machine, world: World) -> torch.device:
+    """Return this rank's GPU, or the CPU if the plan has no GPU. Raises PlanError if this torch cannot use the GPU."""
+    if not machine.gpus:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise PlanError(
+            f"torch {torch.__version__}: sees no GPU, and the plan is for {machine.label()}",
+            fix="gptoughts doctor, which names the build that fits the driver, or CUDA_VISIBLE_DEVICES= to train on the CPU",
+        )
+    device = torch.device("cuda", world.local_rank)
+    torch.cuda.set_device(device)
+    return device
 
 
 def seed_rngs(seed: int, rank: int, step: int) -> None:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from gptoughts.console import Console, count, duration, share
 from gptoughts.engine.callback import Callback
-from gptoughts.engine.checkpoint.store import Snapshot, Writer
+from gptoughts.engine.checkpoint.store import Snapshot
+from gptoughts.engine.checkpoint.writer import Writer
 from gptoughts.engine.distributed.replicas import demand_equal_weights
 from gptoughts.engine.engine import Engine
 from gptoughts.engine.run_length import RunLength

@@ -14,6 +14,7 @@ from gptoughts.config.tasks import load, task_of
 from gptoughts.data.corpus import TableCorpus
 from gptoughts.engine.callback import Callback
 from gptoughts.engine.checkpoint import state, store
+from gptoughts.engine.checkpoint.writer import Writer
 from gptoughts.engine.distributed.shards import is_sharded
 from gptoughts.engine.engine import Engine
 from gptoughts.engine.from_recipe import checkpoint_documents
@@ -148,13 +149,13 @@ class _Run:
         sinks.start(RunInfo(self.folder.name, self.folder.out, self.session.attempt, recipe, self.job.plan.to_json()))
         return sinks
 
-    def _open_writer(self) -> store.Writer | None:
+    def _open_writer(self) -> Writer | None:
         """Return the writer of checkpoints; None on ranks that write nothing."""
         if not (self.first or self.sharded):
             return None
         save, ranks = self.recipe.save, self.session.ranks
         together = ranks if self.sharded and ranks.size > 1 else None
-        return store.Writer(self.folder.checkpoints, save.keep, save.keep_best, together)
+        return Writer(self.folder.checkpoints, save.keep, save.keep_best, together)
 
     def _evaluate(self) -> Evaluate:
         settings, session = self.recipe.eval, self.session

@@ -30,7 +30,7 @@ from gptoughts.engine.memory_usage import resident_bytes
 from gptoughts.engine.objectives.base import Objective
 from gptoughts.engine.run_length import RunLength
 from gptoughts.engine.trainer import Progress
-from gptoughts.errors import LayerError, PlanError
+from gptoughts.errors import LayerError
 from gptoughts.files import write_json, write_text
 from gptoughts.hardware.machine import Machine
 from gptoughts.hardware.world import World
@@ -39,7 +39,7 @@ from gptoughts.models.family import custom_family
 from gptoughts.models.sources import CurrentWeights, meta_model
 from gptoughts.planning.plan import Plan
 from gptoughts.run import numerics_check, preflight, resume
-from gptoughts.run.build import build_engine, seed_rngs
+from gptoughts.run.build import build_engine, seed_rngs, select_device
 from gptoughts.run.tracking.jsonl import FILE, attempts
 from gptoughts.run.tracking.run_dir import RunFolder
 
@@ -125,20 +125,6 @@ class Session:
         read = self.corpus.validation(recipe, world.rank, world.world_size, self.bundle.rows)
         prepare = self.bundle.objective.prepare_validation
         return prepare_validation_batches(read, prepare, recipe.train.global_batch, world.rank, world.world_size)
-
-
-def select_device(machine: Machine, world: World) -> torch.device:
-    """Return this rank's GPU, or the CPU if the plan has no GPU. Raises PlanError if this torch cannot use the GPU."""
-    if not machine.gpus:
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise PlanError(
-            f"torch {torch.__version__}: sees no GPU, and the plan is for {machine.label()}",
-            fix="gptoughts doctor, which names the build that fits the driver, or CUDA_VISIBLE_DEVICES= to train on the CPU",
-        )
-    device = torch.device("cuda", world.local_rank)
-    torch.cuda.set_device(device)
-    return device
 
 
 @contextmanager

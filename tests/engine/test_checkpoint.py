@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from gptoughts.engine.checkpoint import store as checkpoint
-from gptoughts.engine.checkpoint.store import Snapshot, Writer, all_steps, best, clean, newest
+from gptoughts.engine.checkpoint.store import Snapshot, all_steps, best, clean, newest
+from gptoughts.engine.checkpoint.writer import Writer
 
 
 def snapshot(step: int, words: str = "") -> Snapshot:

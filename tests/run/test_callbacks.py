@@ -14,7 +14,8 @@ import torch
 
 from gptoughts.console import Console, SilentConsole, count, duration, note, share
 from gptoughts.engine.callback import Callback
-from gptoughts.engine.checkpoint.store import Snapshot, Writer
+from gptoughts.engine.checkpoint.store import Snapshot
+from gptoughts.engine.checkpoint.writer import Writer
 from gptoughts.engine.distributed.ranks import Ranks
 from gptoughts.engine.objectives.base import Objective
 from gptoughts.engine.run_length import RunLength

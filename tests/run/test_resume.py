@@ -307,7 +307,7 @@ def test_a_disk_that_is_full_loses_nothing(finished: Path, tmp_path: Path, monke
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "_sync", full)
-    writer = checkpoint.Writer(place, keep=3, keep_best=False)
+    writer = Writer(place, keep=3, keep_best=False)
     writer.save(checkpoint.Snapshot(41, {"model": {}}, {"state.json": "{}"}, {}))
     with pytest.raises(CheckpointError, match=r"No space left on device.*; the previous one is intact"):
         writer.wait()
