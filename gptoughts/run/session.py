@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -12,7 +13,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from gptoughts import __version__
 from gptoughts.config.loader import Recipe, Resolved
 from gptoughts.config.model_spec import ModelSpec
 from gptoughts.console import Console, SilentConsole
@@ -154,13 +154,19 @@ def open_session(job: TrainingJob) -> Iterator[Session]:
                 store.clean(job.folder.checkpoints)  # a kill can leave a checkpoint hidden while it was replaced
         corpus = None if job.own else open_data(job.recipe, job.world)
         ranks = stack.enter_context(process_group(job.world, device, job.collectives))
-        ranks.same("the versions of gptoughts and torch", f"gptoughts {__version__}, torch {torch.__version__}")
+        ranks.same("the versions of gptoughts and torch", f"gptoughts {code_version()}, torch {torch.__version__}")
         ranks.same("the plan", job.plan.digest(), job.plan.table())
         ranks.same("the recipe", job.resolved.to_toml())
         if corpus is None:
             yield stack.enter_context(_open_own(job, ranks, console))
         else:
             yield stack.enter_context(_Setup(job, ranks, console, corpus).open())
+
+
+def code_version() -> str:
+    """Return the version of this package."""
+    version: str = sys.modules["gptoughts"].__version__  # the root imports this module for types
+    return version
 
 
 def open_data(recipe: Recipe, world: World) -> Corpus:
