@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -12,7 +13,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from gptoughts import __version__
 from gptoughts.config.loader import Recipe, Resolved
 from gptoughts.config.model_spec import ModelSpec
 from gptoughts.console import Console, SilentConsole
@@ -145,7 +145,7 @@ def open_session(job: TrainingJob) -> Iterator[Session]:
         watch = stack.enter_context(FailureWatch(job.world, job.folder.out if job.folder else None))
         ranks = stack.enter_context(process_group(job.world, device, job.collectives))
         watch.start(ranks)
-        ranks.same("the versions of gptoughts and torch", f"gptoughts {__version__}, torch {torch.__version__}")
+        ranks.same("the versions of gptoughts and torch", f"gptoughts {code_version()}, torch {torch.__version__}")
         ranks.same("the plan", job.plan.digest(), job.plan.table())
         ranks.same("the recipe", job.resolved.to_toml())
         opened = _open_own(job, ranks, console) if corpus is None else _Setup(job, ranks, console, corpus).open()
@@ -153,6 +153,12 @@ def open_session(job: TrainingJob) -> Iterator[Session]:
         if watch.active:
             session.engine.report = watch.report
         yield replace(session, watch=watch)
+
+
+def code_version() -> str:
+    """Return the version of this package."""
+    version: str = sys.modules["gptoughts"].__version__  # the root imports this module for types
+    return version
 
 
 def open_data(recipe: Recipe, world: World) -> Corpus:

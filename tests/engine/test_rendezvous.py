@@ -54,8 +54,9 @@ def test_one_rank_says_who_is_missing(over: str, tmp_path: Path) -> None:
     made: list[Meeting] = []
 
     def arrive(rank: int) -> None:
-        made.append(meeting(rank, 4, port, 2, file))
-        made[-1].wait_for_all()
+        one = meeting(rank, 4, port, 2, file)
+        made.append(one)  # the store of rank 0 stays
+        one.wait_for_all()
 
     found = together(2, arrive)
     said = [str(error) for error in found if type(error) is RunError]
@@ -108,9 +109,10 @@ def test_a_rank_without_data_ends_the_others() -> None:
     port, made = free_port(), list[Meeting]()
 
     def read(rank: int) -> None:
-        made.append(meeting(rank, 2, port, 20))
-        made[-1].wait_for_all()
-        made[-1].wait_for_data(lambda: 1 // rank)
+        one = meeting(rank, 2, port, 20)
+        made.append(one)
+        one.wait_for_all()
+        one.wait_for_data(lambda: 1 // rank)
 
     found = together(2, read)
     assert isinstance(found[0], ZeroDivisionError) and isinstance(found[1], ToldElsewhere)

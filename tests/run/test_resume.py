@@ -297,6 +297,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(text: Path, finished: Path, tmp_path
 def test_a_disk_that_is_full_loses_nothing(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The write fails half-way: the error names the folder, the checkpoint before is whole, nothing half lies under a good name."""
     from gptoughts.engine.checkpoint import store as checkpoint
+    from gptoughts.engine.checkpoint.writer import Writer
     from gptoughts.errors import CheckpointError
 
     place = copy(finished, tmp_path) / "checkpoints"

@@ -182,7 +182,7 @@ def _no_store(place: Endpoint, error: RuntimeError, seconds: int, world: World) 
     cause = str(error).splitlines()[0]
     if "EADDRINUSE" in str(error) or "address already in use" in str(error):
         return ConfigError(
-            f"MASTER_PORT: port {place.port} is in use on {socket.gethostname()}, and rank 0 would listen there",
+            f"MASTER_PORT: port {place.port} is in use on {socket.gethostname()}, where rank 0 listens",
             found=place.source,
             fix="MASTER_PORT with another number; `ss -ltnp` names the process that uses it",
         )
