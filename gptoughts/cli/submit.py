@@ -116,17 +116,7 @@ def mpi(ranks: int, submit: bool, dry_run: bool, hostfile: str | None, **trainin
 
 def torchrun(ranks: int, submit: bool, dry_run: bool, **training: Any) -> int:
     """Print the torchrun command; with `submit` replace this process by it."""
-    words = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(ranks),
-        "-m",
-        "gptoughts",
-        "--",
-    ]
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m", "gptoughts"]
     return _print_or_start([*words, *_training(training)], submit and not dry_run)
 
 
