@@ -15,7 +15,7 @@ from gptoughts.data.corpus import TableCorpus
 from gptoughts.engine.callback import Callback
 from gptoughts.engine.checkpoint import state, store
 from gptoughts.engine.checkpoint.writer import Writer
-from gptoughts.engine.distributed.shards import is_sharded
+from gptoughts.engine.distributed.shards import gathered_outside_blocks, is_sharded
 from gptoughts.engine.engine import Engine
 from gptoughts.engine.from_recipe import checkpoint_documents
 from gptoughts.engine.trainer import Progress, train
@@ -169,7 +169,13 @@ class _Run:
         if not task.scores or not isinstance(corpus, TableCorpus) or corpus.questions is None:
             return None
         table, questions, evaluate = corpus.tables["val"], corpus.questions, load(task.scores)
-        return lambda engine: evaluate(engine, table, questions, out=self.folder.out)
+
+        def scores(engine: Engine) -> Mapping[str, float]:
+            with gathered_outside_blocks(engine.bare):
+                found: Mapping[str, float] = evaluate(engine, table, questions, out=self.folder.out)
+            return found
+
+        return scores
 
     def _write_sample(self, engine: Engine) -> str:
         # With sharded weights every rank computes the sample, because each forward gathers weights.
@@ -177,7 +183,7 @@ class _Run:
             return ""
         prompt = self.session.prompt
         # Each text length would compile another graph, so compiled blocks run eagerly here.
-        with engine.eval_context(), torch.compiler.set_stance("force_eager"):
+        with engine.eval_context(), gathered_outside_blocks(engine.bare), torch.compiler.set_stance("force_eager"):
             written = generate_text(engine.bare, self.corpus.tokenizer, [prompt], self.recipe, self.session.bundle.mask_id)
         return prompt + written[0]
 

@@ -6,13 +6,15 @@ not sharded is its own only part.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
 from gptoughts.errors import RunError
@@ -45,6 +47,22 @@ def local(tensor: Tensor) -> Tensor:
 def whole(tensor: Tensor) -> Tensor:
     """Return the whole tensor, or the sum of partial ones, on every rank: a collective if it is sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@contextmanager
+def gathered_outside_blocks(model: nn.Module) -> Iterator[None]:
+    """Hold sharded embedding, head and last norm whole, so that modules inside `model` can be called without its own forward.
+
+    A collective; blocks gather their weights themselves.
+    """
+    if not isinstance(model, FSDPModule):
+        yield
+        return
+    model.unshard()
+    try:
+        yield
+    finally:
+        model.reshard()
 
 
 def part_of(tensor: Tensor) -> Part | None:
