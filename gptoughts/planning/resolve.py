@@ -17,7 +17,7 @@ from gptoughts.hardware.machine import Machine
 from gptoughts.hardware.world import World
 from gptoughts.planning.layer import SLOTS, Case, Choice, Kind, Layer, Reason, unsupported
 from gptoughts.planning.memory_fit import Choices, fit
-from gptoughts.planning.memory_model import baseline
+from gptoughts.planning.memory_model import Budget, baseline
 from gptoughts.planning.plan import Plan, ranks_in_words
 from gptoughts.planning.profile import LayerRequest, Profile, pick
 from gptoughts.planning.requests import Catalog, layer_requests
@@ -100,9 +100,11 @@ def _one_pass(
 ) -> _Pass:
     found, first = _Pass(), requests["microbatch"][0]
     budget = baseline(case.spec, case.recipe, case.rank_sequences)
-    budget = catalog[first.layer].memory(case, first.options, budget) if budget else None
+    replica = catalog[first.layer].memory(case, first.options, budget) if budget else None
+    budget = _of_rank(requests["parallel"], replace(case, budget=replica), catalog) if replica else None
     for slot in SLOTS:
-        here = replace(case, chosen=dict(found.choices), budget=budget)
+        # Earlier slots count on the strategy that is certain; the strategy itself is chosen by what a replica needs.
+        here = replace(case, chosen=dict(found.choices), budget=replica if slot == "parallel" else budget)
         checked = []
         for request in requests[slot]:
             reasons = (
@@ -124,8 +126,21 @@ def _one_pass(
         over = tuple((other.layer, tuple(why)) for other, why in before)
         dtype = catalog[request.layer].compute_dtype
         found.choices[slot] = Choice(slot, request.layer, dict(request.options), request.origin, over, tuple(reasons), dtype)
-        budget = catalog[request.layer].memory(here, request.options, budget) if budget else None
+        replica = catalog[request.layer].memory(here, request.options, replica) if replica else None
+        after = SLOTS.index(slot) >= SLOTS.index("parallel")
+        budget = (replica if after else catalog[request.layer].memory(here, request.options, budget)) if budget else None
     return found
+
+
+def _of_rank(requests: tuple[LayerRequest, ...], case: Case, catalog: Catalog) -> Budget | None:
+    """Return the memory of a rank before its layers are chosen: sharded if weights, gradients and optimizer state alone exceed it."""
+    assert case.budget is not None
+    states = replace(case, budget=replace(case.budget, tokens=0))
+    for request in requests if case.world.world_size > 1 else ():
+        layer = catalog[request.layer]
+        if not layer.rejections(states, request.options):
+            return layer.memory(case, request.options, case.budget)
+    return case.budget
 
 
 def _environment_too_late(needed: Mapping[str, str], there: Mapping[str, str]) -> Iterator[Reason]:

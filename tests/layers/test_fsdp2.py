@@ -184,6 +184,7 @@ def test_profiles_shard_only_what_does_not_fit() -> None:
     assert name == "ddp"
     assert [reason.kind for reason in why] == [Kind.SLOWER]
     assert "a replica does not fit" in str(why[0])
+    assert large.layers["recompute"] == "recompute-ops", "earlier slots count on the shards, not on a replica"
     assert fits.memory is not None
     assert "with --layer.parallel fsdp2" in fits.table()
 
