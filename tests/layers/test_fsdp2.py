@@ -148,7 +148,7 @@ def reasons(ranks: int, options: dict[str, Any], **recipe: Any) -> str:
 def test_what_cannot_be_sharded_is_rejected_with_the_reason() -> None:
     assert "more than one process" in reasons(1, {})
     assert reasons(1, {"offload": "true"}) == ""
-    assert "not divisible by 8 ranks (--train.global-batch 8)" in reasons(8, {})
+    assert "not divisible by 8 ranks (--train.global-batch 8, or --gpus 4)" in reasons(8, {})
     assert "replicas = 3 does not divide 2 ranks" in reasons(2, {"replicas": "3"})
     assert "muon needs whole matrices" in reasons(2, {}, optim={"name": "muon"})
     assert reasons(2, {}) == ""
