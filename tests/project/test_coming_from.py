@@ -180,7 +180,6 @@ def test_commands_of_the_page_run(section: str, toys: Path) -> None:
         words = [STANDS_FOR.get(word, word) for word in words]
         if words[0] == "torchrun":
             ranks, words = words[words.index("--nproc-per-node") + 1], words[words.index("-m") + 1 :]
-            words.remove("--")  # it keeps torchrun from reading our flags as its own
             planned = [*words[2:], "--ranks", ranks, "--machine", "tests/machines/h100x8.json"]
             planned += ["--model.path", "encoder", "--data.sequence-length", "48"] if "bert-squad" in words else []
             gptoughts(["plan", *without(planned, "--name")])
