@@ -45,11 +45,9 @@ JOBS = [
     job("modern"),
     job("llama", "llama"),
     job("llada", "llada"),
-    job("gpt2", "gpt2"),
     job("bert", "bert", weight=1e-3),
     job("deepseek", "deepseek"),
     job("bf16", loss=1e-3, weight=1e-2, layers={"precision": "bf16"}),
-    job("float32-gathers", layers={"precision": "bf16", "parallel.gather": "float32"}, loss=1e-3, weight=1e-2),
     job("fp8", loss=5e-3, weight=2e-2, layers={"precision": "fp8-torchao"}),
     job("recompute-blocks", layers={"recompute": "recompute-blocks"}),
     job("recompute-ops", layers={"recompute": "recompute-ops"}),
@@ -57,14 +55,13 @@ JOBS = [
     job("kept", layers={"parallel.reshard": "false"}),
     job("compiled", layers={"compile": "compile-blocks"}),
     job("lion", recipe={"optim": {"name": "lion", **OPTIM}}),
-    job("ademamix", recipe={"optim": {"name": "ademamix", **OPTIM}}),
 ]
 DEFAULT = JOBS[0]["name"]
 HYBRID = job("hybrid", layers={"parallel.replicas": "2"})
 NAMED = {one["name"]: one for one in (*JOBS, HYBRID)}
 SETS = {
     "default": {2: (DEFAULT,)},
-    "all": {2: tuple(one["name"] for one in JOBS), 3: (DEFAULT, "llada", "deepseek", "bf16"), 4: (DEFAULT, "hybrid")},
+    "all": {2: tuple(one["name"] for one in JOBS), 3: (DEFAULT, "llada"), 4: ("hybrid",)},
 }
 """Tier -> ranks -> jobs. Three ranks divide no dimension of the models."""
 

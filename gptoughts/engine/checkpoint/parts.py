@@ -36,9 +36,10 @@ def _part_name(stem: str, rank: int, ranks: int) -> str:
 
 
 def metadata(ranges: Ranges) -> dict[str, str]:
-    """Return the metadata of a safetensors file with these ranges."""
-    entry = {METADATA: json.dumps({name: [start, list(shape)] for name, (start, shape) in ranges.items()})} if ranges else {}
-    return {"format": "pt", **entry}
+    """Return the metadata of a safetensors file with these ranges: one key, because safetensors writes several in a random order."""
+    if not ranges:
+        return {"format": "pt"}
+    return {METADATA: json.dumps({name: [start, list(shape)] for name, (start, shape) in ranges.items()})}
 
 
 @dataclass(frozen=True)
