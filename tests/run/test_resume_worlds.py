@@ -34,7 +34,7 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Train:
         flags = {
             "data.path": text, "data.cache": base / "cache", "train.steps": steps, "train.global-batch": 12, "log.every": 1, "eval.every": 0,
             "eval.batches": 2, "save.every": 1, "save.keep": 9, "sample.tokens": 4, "model.vocab-size": 101, "model.width": 32,
-            "model.heads": 2, "model.depth": 2, "model.dropout": dropout, "data.sequence-length": 32, "layer.precision": "fp32",
+            "model.heads": 2, "model.depth": 2, "model.bias": "true", "model.dropout": dropout, "data.sequence-length": 32, "layer.precision": "fp32",
             "layer.parallel": strategy, "layer.microbatch": "fixed", "layer.microbatch.sequences": 1,
             "run-dir": base / name, "numerics": "off", **({"resume": resume} if resume else {}),
         }  # fmt: skip
