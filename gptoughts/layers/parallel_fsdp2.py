@@ -49,6 +49,8 @@ def unmet(case: Case, options: Options) -> Iterator[Reason]:
     yield from rank_reasons(case, least=1 if options["offload"] and case.on_gpu else 2)
     if case.spec.family is None:
         yield unsupported("the repeated blocks of this model are not known")
+    if options["offload"] and case.on_gpu and ranks > 1:
+        yield unsupported("offload with several GPUs needs collectives on CPU tensors, which their process group does not have")
     if ranks % replicas:
         yield unsupported(f"replicas = {replicas} does not divide {ranks} ranks")
     if recipe.optim.name not in ELEMENTWISE:

@@ -95,7 +95,7 @@ def record(folder: Path, name: str, ranks: int) -> dict[str, Any]:
     return found
 
 
-def same(trained: Callable[[int, str], Path], name: str, ranks: int, which: str) -> None:
+def expect_equal(trained: Callable[[int, str], Path], name: str, ranks: int, which: str) -> None:
     """Compare a job's losses and weights with one process."""
     loss, weight = NAMED[name]["bounds"]
     alone, together = trained(1, which), trained(ranks, which)
@@ -108,7 +108,7 @@ def same(trained: Callable[[int, str], Path], name: str, ranks: int, which: str)
 
 
 def test_two_ranks_train_as_one_process(trained: Callable[[int, str], Path]) -> None:
-    same(trained, DEFAULT, 2, "default")
+    expect_equal(trained, DEFAULT, 2, "default")
 
 
 def test_the_proof_counts_shards_and_refuses_an_optimizer_made_before_sharding(trained: Callable[[int, str], Path]) -> None:
@@ -125,7 +125,7 @@ def test_the_proof_counts_shards_and_refuses_an_optimizer_made_before_sharding(t
 @pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "name"), [(ranks, name) for ranks, names in SETS["all"].items() for name in names])
 def test_every_family_and_layer_trains_as_one_process(trained: Callable[[int, str], Path], ranks: int, name: str) -> None:
-    same(trained, name, ranks, "all")
+    expect_equal(trained, name, ranks, "all")
     found = record(trained(ranks, "all"), name, ranks)
     assert found["status"] == "active", found["proof"]
     assert found["inactive"] == [], "layers of the plan that sharding makes inactive"
@@ -145,6 +145,7 @@ def reasons(ranks: int, options: dict[str, Any], **recipe: Any) -> str:
 def test_what_cannot_be_sharded_is_rejected_with_the_reason() -> None:
     assert "more than one process" in reasons(1, {})
     assert reasons(1, {"offload": "true"}) == ""
+    assert "needs collectives on CPU tensors" in reasons(2, {"offload": "true"})
     assert "not divisible by 8 ranks (--train.global-batch 8, or --gpus 4)" in reasons(8, {})
     assert "replicas = 3 does not divide 2 ranks" in reasons(2, {"replicas": "3"})
     assert "muon needs whole matrices" in reasons(2, {}, optim={"name": "muon"})

@@ -36,7 +36,7 @@ class MPIWork(dist.Work):
 class Worker:
     """The thread that calls MPI, one call after another, so that backward and collectives overlap.
 
-    DDP waits for the future of a bucket, which nobody would complete if the requests of MPI were waited for in `Work.wait`. One
+    DDP waits for the future of a bucket, which would never complete if the requests of MPI were waited for in `Work.wait`. One
     calling thread needs MPI_THREAD_SERIALIZED only.
     """
 
