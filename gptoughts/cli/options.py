@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
+from itertools import pairwise
 from typing import Any, NoReturn
 
 import click
@@ -54,7 +55,11 @@ class RecipeCommand(Command):
         return super().get_params(context)
 
     def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
-        """Parse as above. With a plugin, accept any layer option; those of its layers are checked after it is loaded."""
+        """Parse as above. With a plugin, accept any layer option; those of its layers are checked after it is loaded.
+
+        Raises ConfigError for a DeepSpeed configuration, with our flags for its keys.
+        """
+        _refuse_deepspeed(args)
         if any(arg.partition("=")[0] == "--plugin" for arg in args):
             there = {flag for parameter in self.get_params(context) for flag in parameter.opts}
             named = {spelled(arg.partition("=")[0]) for arg in args if arg.startswith("--layer.") and arg.count(".") > 1}
@@ -115,6 +120,18 @@ def _unknown(args: Sequence[str], known: Mapping[str, click.Parameter]) -> Itera
             yield flag
         elif isinstance(parameter, click.Option) and not parameter.is_flag and not equals:
             next(words, None)
+
+
+def _refuse_deepspeed(args: Sequence[str]) -> None:
+    """Raise ConfigError for `--deepspeed FILE`, also as `--deepspeed_config`; without a file the alias answers."""
+    words = [word for arg in args for word in ((arg.partition("=")[::2]) if "=" in arg else (arg,))]
+    for word, value in pairwise(words):
+        if spelled(word) in ("--deepspeed", "--deepspeed-config") and not value.startswith("--"):
+            from pathlib import Path
+
+            from gptoughts.config.deepspeed_json import refusal
+
+            raise refusal(Path(value))
 
 
 def _section(flag: str) -> str:

@@ -1,7 +1,7 @@
 """The engine: model, optimizer, batches and step hooks. Layers wrap or replace hooks; the loop calls them.
 
 `forward_context`, `eval_context` and `grad_sync` are context hooks: layers push context factories, the first pushed is outermost.
-`backward`, `clip`, `step` and `materialize` are function hooks: any number of layers may wrap one, and one layer may replace it.
+`attach`, `backward`, `clip`, `step` and `materialize` are function hooks: any number of layers may wrap one, and one layer may replace it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from gptoughts.engine.distributed.shards import fill, whole
 from gptoughts.engine.objectives.base import Batch, Objective
 from gptoughts.errors import RunError
 from gptoughts.models.family import Family
-from gptoughts.models.sources import Source
+from gptoughts.models.sources import Source, shape_of
 from gptoughts.models.torch_internals import convert_tensors, parameter_table
 
 __all__ = ["Counters", "Engine", "Source", "Stateful", "Undo", "allocate"]
@@ -89,7 +89,13 @@ class Engine:
         self.bare = self.model
         self.blocks = self.family.blocks(self.model)
         self._contexts = {"forward_context": [], "eval_context": [], "grad_sync": []}
-        self._hooks = {"backward": Tensor.backward, "clip": self._clip, "step": self._step, "materialize": self._materialize}
+        self._hooks = {
+            "attach": self._attach,
+            "backward": Tensor.backward,
+            "clip": self._clip,
+            "step": self._step,
+            "materialize": self._materialize,
+        }
         self._wrappers = {hook: [] for hook in self._hooks}
 
     # Context hooks.
@@ -118,6 +124,10 @@ class Engine:
         return lambda: self._contexts[hook].remove(factory)
 
     # Function hooks.
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Set `optimizer` over the model's parameters; a layer may shard its state first."""
+        self._wrapped("attach")(optimizer)
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradient of `loss`, a scalar."""
@@ -178,6 +188,9 @@ class Engine:
 
     # Baseline hooks.
 
+    def _attach(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+
     def _clip(self) -> Tensor:
         limit = self.recipe.optim.clip_norm
         return whole(nn.utils.clip_grad_norm_(self.parameters(), limit if limit > 0 else float("inf")))
@@ -195,14 +208,13 @@ class Engine:
         unwritten = []
         with torch.no_grad():
             for name, parameter in self.bare.named_parameters():
-                value = source.tensor(name, parameter.shape)
+                shape = shape_of(parameter)
+                value = source.tensor(name, shape)
                 if value is None:
                     unwritten.append(name)
                     continue
-                if value.shape != parameter.shape:
-                    raise RunError(
-                        f"{name}: the model needs shape {tuple(parameter.shape)}", found=f"shape {tuple(value.shape)}"
-                    )
+                if value.shape != shape:
+                    raise RunError(f"{name}: the model needs shape {tuple(shape)}", found=f"shape {tuple(value.shape)}")
                 fill(parameter, value)
             kept = self.bare.state_dict().keys()
             for name, buffer in self.bare.named_buffers():

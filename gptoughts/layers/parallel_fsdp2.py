@@ -131,10 +131,9 @@ def _mesh(engine: Engine, replicas: int, stack: ExitStack) -> Any:
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
 
-    if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if engine.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        stack.callback(dist.destroy_process_group)
+    from gptoughts.engine.distributed.process_group import own_group
+
+    stack.enter_context(own_group(engine.device))
     ranks = dist.get_world_size()
     if replicas == 1:
         return init_device_mesh(engine.device.type, (ranks,))

@@ -25,6 +25,11 @@ class Source(Protocol):
         """Return stored names that were never read."""
 
 
+def shape_of(tensor: Tensor) -> torch.Size:
+    """Return the shape of the whole tensor, also of a ZeRO-3 parameter, which is empty between uses."""
+    return torch.Size(getattr(tensor, "ds_shape", tensor.shape))
+
+
 class Initialization:
     """Initial weights: a pure function of (seed, native name, full shape), the same on every rank."""
 

@@ -48,7 +48,7 @@ SLOTS = (
 """Each slot gets one layer. Layers of one phase are applied in this order; the command line and all tables use it too."""
 
 WRAPPED_HOOKS = ("forward_context", "eval_context", "grad_sync")
-REPLACED_HOOKS = ("backward", "clip", "step", "materialize")
+REPLACED_HOOKS = ("attach", "backward", "clip", "step", "materialize")
 
 
 class Phase(StrEnum):

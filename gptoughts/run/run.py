@@ -151,10 +151,11 @@ class _Run:
 
     def _open_writer(self) -> Writer | None:
         """Return the writer of checkpoints; None on ranks that write nothing."""
-        if not (self.first or self.sharded):
+        split = state.is_split(self.engine)
+        if not (self.first or split):
             return None
         save, ranks = self.recipe.save, self.session.ranks
-        together = ranks if self.sharded and ranks.size > 1 else None
+        together = ranks if split and ranks.size > 1 else None
         return Writer(self.folder.checkpoints, save.keep, save.keep_best, together)
 
     def _evaluate(self) -> Evaluate:

@@ -23,8 +23,9 @@ from gptoughts.planning.memory_model import baseline
 from tests.support.engines import plan_of, recipe_of
 
 ROOT = Path(__file__).parents[2]
-ROWS = {"train": {"steps": 100, "global_batch": 12}}
-"""A batch that 2, 3 and 4 ranks divide."""
+OPTIM = {"learning_rate": 1e-3, "warmup_steps": 0, "weight_decay": 5.0}
+ROWS = {"train": {"steps": 100, "global_batch": 12}, "optim": OPTIM}
+"""A batch that 2, 3 and 4 ranks divide, and a decay that shows where it is missing."""
 
 
 def job(name: str, family: str = "modern", loss: float = 1e-5, weight: float = 1e-4, **more: Any) -> dict[str, Any]:
@@ -39,7 +40,6 @@ def job(name: str, family: str = "modern", loss: float = 1e-5, weight: float = 1
     }
 
 
-OPTIM = {"learning_rate": 1e-3, "warmup_steps": 0}
 # Gathered bf16 weights round norms too, and fp8 scales what was rounded: their losses differ like two bf16 runs.
 JOBS = [
     job("modern"),
@@ -68,7 +68,7 @@ SETS = {
 
 def launch(ranks: int, folder: Path, jobs: list[dict[str, Any]]) -> None:
     """Train `jobs` in this many ranks."""
-    words = ["-m", "tests.support.fsdp2_worker", str(folder), json.dumps(jobs)]
+    words = ["-m", "tests.support.shard_worker", str(folder), json.dumps(jobs)]
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [*start, *words] if ranks > 1 else [sys.executable, *words]

@@ -18,6 +18,7 @@ OTHER_MEANINGS: dict[str, dict[str, str]] = {
         "whole": "key of a bench result",
     },
     "gptoughts/config/aliases.py": dict.fromkeys(("fp16", "bf16", "tf32"), "an option name of another trainer"),
+    "gptoughts/config/deepspeed_json.py": dict.fromkeys(("fp16", "bf16", "auto"), "a key or value of DeepSpeed"),
     "gptoughts/config/recipe.py": {"auto": "a choice of a key"},
     "gptoughts/data/": {
         "system": "role of a chat message",

@@ -129,7 +129,7 @@ def test_declared_needs() -> None:
     [
         ({"slot": "los"}, "layer mine: no slot 'los' (did you mean 'loss'?)"),
         ({"needs_slots": {"compiler": ("x",)}}, "no slot 'compiler'"),
-        ({"replaces": ("forward_context",)}, "'forward_context' is not one of backward, clip"),
+        ({"replaces": ("forward_context",)}, "'forward_context' is not one of attach, backward, clip"),
         ({"wraps": ("forward",)}, "'forward' is not one of forward_context"),
     ],
 )

@@ -37,6 +37,7 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Train:
             "model.heads": 2, "model.depth": 2, "model.bias": "true", "model.dropout": dropout, "data.sequence-length": 32, "layer.precision": "fp32",
             "layer.parallel": strategy, "layer.microbatch": "fixed", "layer.microbatch.sequences": 1,
             "run-dir": base / name, "numerics": "off", **({"resume": resume} if resume else {}),
+            **({"layer.compile": "eager"} if strategy == "zero3" else {}),
         }  # fmt: skip
         words = ["-m", "gptoughts", "train", "shakespeare-char"]
         words += [part for key, value in flags.items() for part in (f"--{key}", str(value))]
@@ -82,7 +83,9 @@ def test_each_rank_writes_its_part_and_all_losses_equal_one_process(train: Train
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "strategy"), [(1, "single"), (2, "ddp"), (4, "fsdp2")])
+@pytest.mark.parametrize(
+    ("ranks", "strategy"), [(1, "single"), (2, "ddp"), (4, "fsdp2"), (2, "zero1"), (3, "zero2"), (3, "zero3")]
+)
 def test_another_world_continues_with_the_same_samples(train: Train, ranks: int, strategy: str) -> None:
     unbroken = losses(train("two", 2, "fsdp2"))
     resumed = train(f"from-{strategy}-{ranks}", ranks, strategy, saved(train("two", 2, "fsdp2"), SAVED))
@@ -93,7 +96,7 @@ def test_another_world_continues_with_the_same_samples(train: Train, ranks: int,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["fsdp2", "ddp"])
+@pytest.mark.parametrize("strategy", ["fsdp2", "ddp", "zero1", "zero2", "zero3"])
 def test_the_same_world_continues_bit_for_bit_with_dropout(train: Train, strategy: str) -> None:
     unbroken = train(f"dropout-{strategy}", 2, strategy, dropout=0.1)
     resumed = train(f"dropout-{strategy}-again", 2, strategy, saved(unbroken, SAVED), dropout=0.1)
@@ -109,6 +112,20 @@ def test_a_checkpoint_survives_several_worlds(train: Train) -> None:
     three = train("chain-3", 3, "fsdp2", saved(two, SAVED), steps=SAVED + 1)
     assert len(list(saved(three, SAVED + 1).glob("optimizer-*-of-00003.safetensors"))) == 3
     one = train("chain-1", 1, "single", saved(three, SAVED + 1))
+    for step, loss in losses(one).items():
+        assert loss == pytest.approx(losses(two)[step], abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3"])
+def test_a_checkpoint_of_zero_goes_on_alone_and_sharded(train: Train, strategy: str) -> None:
+    """Two ranks save, four load and save at once with FSDP2, one loads and finishes."""
+    two = train(f"{strategy}-two", 2, strategy)
+    for step, loss in losses(train("alone", 1, "single")).items():
+        assert losses(two)[step] == pytest.approx(loss, abs=1e-5)
+    four = train(f"{strategy}-four", 4, "fsdp2", saved(two, SAVED), steps=SAVED + 1)
+    one = train(f"{strategy}-one", 1, "single", saved(four, SAVED + 1))
+    assert losses(one).keys() == set(range(SAVED + 2, STEPS + 1))
     for step, loss in losses(one).items():
         assert loss == pytest.approx(losses(two)[step], abs=1e-5)
 

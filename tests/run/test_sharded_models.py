@@ -76,11 +76,13 @@ def test_the_recipes_are_valid(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("sharded", ["fsdp2", "zero2", "zero3"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_sharded_run_equals_one_process(tmp_path: Path, kind: str) -> None:
+def test_a_sharded_run_equals_one_process(tmp_path: Path, kind: str, sharded: str) -> None:
     recipe, rows, samples = write(tmp_path, kind), {}, {}
-    for ranks, strategy in ((1, "single"), (2, "fsdp2")):
+    for ranks, strategy in ((1, "single"), (2, sharded)):
         words = ["train", str(recipe), "--layer.precision", "fp32", "--numerics", "off", "--layer.parallel", strategy]
+        words += ["--layer.compile", "eager"] if sharded == "zero3" else []
         words += ["--ranks", str(ranks), "--run-dir", str(tmp_path / strategy)]
         variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         command = [sys.executable, "-m", "gptoughts", *words]
@@ -90,9 +92,9 @@ def test_a_sharded_run_equals_one_process(tmp_path: Path, kind: str) -> None:
         rows[strategy] = [row[key] for key in ("train/loss", "eval/loss") for row in lines if key in row]
         samples[strategy] = ran.stdout.rpartition("step 6  sample:")[2].partition("run  ")[0]
     assert len(rows["single"]) == 8
-    assert rows["fsdp2"] == pytest.approx(rows["single"], abs=1e-5)
-    assert samples["fsdp2"] == samples["single"] != ""
-    one, two = (TensorFiles(tmp_path / strategy / "checkpoints" / "step-000006", "model") for strategy in ("single", "fsdp2"))
+    assert rows[sharded] == pytest.approx(rows["single"], abs=1e-5)
+    assert samples[sharded] == samples["single"] != ""
+    one, two = (TensorFiles(tmp_path / strategy / "checkpoints" / "step-000006", "model") for strategy in ("single", sharded))
     assert set(one.names()) == set(two.names())
     assert max((one.tensor(name) - two.tensor(name)).abs().max() for name in one.names()) < 1e-4
     assert all("lora" in name for name in two.names()) is (kind == "lora")

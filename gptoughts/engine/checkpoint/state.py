@@ -21,7 +21,7 @@ from torch import Tensor
 
 from gptoughts.engine.checkpoint.parts import TensorFiles
 from gptoughts.engine.checkpoint.store import FORMAT, FORMAT_PARTS, Snapshot, read_state
-from gptoughts.engine.distributed.shards import is_sharded, like, part_of
+from gptoughts.engine.distributed.shards import Part, is_sharded, like, part_of
 from gptoughts.engine.engine import Engine
 from gptoughts.engine.optim.param_groups import GROUP_STATE, CustomStateOptimizer
 from gptoughts.errors import CheckpointError
@@ -45,7 +45,7 @@ def snapshot(
     """
     ranks = engine.ranks
     generators, words = _generators(engine)
-    split = is_sharded(engine.bare)
+    split = (["model"] if is_sharded(engine.bare) else []) + (["optimizer"] if is_split(engine) else [])
     if not (ranks.first or split):
         return None
     with torch.no_grad(), engine.eval_context():
@@ -57,10 +57,12 @@ def snapshot(
             held.add(name, buffer)
         moments, numbers = _optimizer_state(engine)
     extras, plain = _extras(engine)
-    tensors: dict[str, dict[str, Tensor]] = {"model": held.tensors, "optimizer": moments.tensors}
-    ranges = {"model": held.ranges, "optimizer": moments.ranges} if split else {}
+    copied = {"model": held, "optimizer": moments}
+    ranges = {stem: copied[stem].ranges for stem in split}
     if not ranks.first:
-        return Snapshot(step, tensors, {}, {}, ranks.world.rank, ranks.size, ranges)
+        parts = {stem: copied[stem].tensors for stem in split}
+        return Snapshot(step, parts, {}, {}, ranks.world.rank, ranks.size, ranges)
+    tensors: dict[str, dict[str, Tensor]] = {stem: host.tensors for stem, host in copied.items()}
     written = {
         "format": FORMAT_PARTS if split and ranks.size > 1 else FORMAT,
         "step": step,
@@ -81,6 +83,11 @@ def snapshot(
     )
 
 
+def is_split(engine: Engine) -> bool:
+    """Return whether ranks hold different parts of weights or optimizer state, so that each writes its own."""
+    return is_sharded(engine.bare) or getattr(engine.optimizer, "shards_state", False)
+
+
 class _Host:
     """Tensors copied to the host: whole ones on rank 0, of sharded ones this rank's part."""
 
@@ -89,10 +96,11 @@ class _Host:
         self.tensors: dict[str, Tensor] = {}
         self.ranges: dict[str, tuple[int, tuple[int, ...]]] = {}
 
-    def add(self, name: str, tensor: Tensor) -> None:
+    def add(self, name: str, tensor: Tensor | Part) -> None:
         """Copy `tensor` if this rank writes it."""
-        part = part_of(tensor.detach())
+        part = part_of(tensor)
         if part is None:
+            assert isinstance(tensor, Tensor)
             if self._writes_whole:
                 self.tensors[name] = _host(tensor)
         elif part.is_first_copy and part.value.numel():
@@ -122,7 +130,7 @@ def _optimizer_state(engine: Engine) -> tuple[_Host, dict[str, Any]]:
         kept = engine.optimizer.stored(parameter) if isinstance(engine.optimizer, CustomStateOptimizer) else values
         for key, value in kept.items():
             place = f"{names[id(parameter)]}/{key}"
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor | Part):
                 tensors.add(place, value)
             else:
                 numbers[place] = value

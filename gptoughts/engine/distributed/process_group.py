@@ -41,3 +41,17 @@ def process_group(world: World, device: torch.device, collectives: str = "auto")
         yield Ranks(world, device)
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def own_group(device: torch.device) -> Iterator[None]:
+    """Open a process group of this process alone for the block, with collectives on CPU tensors too; keep one that exists."""
+    if dist.is_initialized():
+        yield
+        return
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
+from gptoughts.engine.distributed.shards import local
 from gptoughts.engine.engine import Engine
 from gptoughts.errors import RunError
 
@@ -14,13 +14,13 @@ BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def demand_equal_weights(engine: Engine) -> None:
-    """Raise RunError on every rank if a replicated weight differs between ranks. Sharded weights (DTensor) are left out.
+    """Raise RunError on every rank if a replicated weight differs between ranks. Sharded weights are left out.
 
     A weight's checksum is the sum of its bits as integers, exact in any order. The host waits.
     """
     if engine.ranks.size == 1:
         return
-    whole = {name: weight.data for name, weight in engine.bare.named_parameters() if not isinstance(weight.data, DTensor)}
+    whole = {name: weight.data for name, weight in engine.bare.named_parameters() if local(weight) is weight}
     if not whole:
         return
     mine = torch.stack([_checksum(weight) for weight in whole.values()])

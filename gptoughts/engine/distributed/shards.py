@@ -1,7 +1,8 @@
 """Parts of sharded tensors: which elements this rank holds, and copying whole tensors in.
 
-A part is a contiguous range of the flattened tensor. FSDP2 shards the first dimension, so each rank holds whole rows. A tensor that is
-not sharded is its own only part.
+A part is a contiguous range of the flattened tensor. FSDP2 (DTensor) shards the first dimension, so each rank holds whole rows. ZeRO-3
+divides the flattened tensor, padded to equal ranges: the parameter itself is empty between uses, its attribute `ds_tensor` is this
+rank's range and `ds_shape` the shape of the whole. A tensor that is not sharded is its own only part.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ from math import prod
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
 from gptoughts.errors import RunError
+from gptoughts.models.sources import shape_of
 
 
 @dataclass(frozen=True)
@@ -36,17 +39,28 @@ class Part:
 
 def is_sharded(model: nn.Module) -> bool:
     """Return whether any parameter is sharded over ranks."""
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    return any(local(parameter) is not parameter for parameter in model.parameters())
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return the elements on this rank, sharing memory with `tensor`."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    """Return the elements on this rank, sharing memory with `tensor`; of a ZeRO-3 parameter with its padding."""
+    if isinstance(tensor, DTensor):
+        return tensor.to_local()
+    partition: Tensor | None = getattr(tensor, "ds_tensor", None)
+    return tensor if partition is None else partition
 
 
 def whole(tensor: Tensor) -> Tensor:
     """Return the whole tensor, or the sum of partial ones, on every rank: a collective if it is sharded."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if isinstance(tensor, DTensor):
+        return tensor.full_tensor()
+    partition = local(tensor)
+    if partition is tensor:
+        return tensor
+    ranges = [torch.empty_like(partition) for _ in range(dist.get_world_size())]
+    dist.all_gather(ranges, partition)
+    shape = shape_of(tensor)
+    return torch.cat(ranges)[: shape.numel()].view(shape)
 
 
 @contextmanager
@@ -65,10 +79,12 @@ def gathered_outside_blocks(model: nn.Module) -> Iterator[None]:
         model.reshard()
 
 
-def part_of(tensor: Tensor) -> Part | None:
+def part_of(tensor: Tensor | Part) -> Part | None:
     """Return this rank's part of a sharded tensor; None if it is not sharded. Raises RunError for other layouts than rows."""
+    if isinstance(tensor, Part):
+        return tensor
     if not isinstance(tensor, DTensor):
-        return None
+        return _zero_part(tensor)
     shape, value = tuple(tensor.shape), tensor.to_local()
     mesh, rows, first_copy = tensor.device_mesh, range(shape[0] if shape else 1), True
     for dimension, placement in enumerate(tensor.placements):
@@ -85,6 +101,14 @@ def part_of(tensor: Tensor) -> Part | None:
             "sharded tensor: the part of this rank has another size than its layout says", found=f"{tuple(value.shape)}"
         )
     return Part(value, rows.start * prod(shape[1:]), shape, first_copy)
+
+
+def _zero_part(tensor: Tensor) -> Part | None:
+    partition, shape = local(tensor), shape_of(tensor)
+    if partition is tensor:
+        return None
+    start = min(dist.get_rank() * partition.numel(), shape.numel())
+    return Part(partition[: min(partition.numel(), shape.numel() - start)], start, tuple(shape))
 
 
 def fill(tensor: Tensor, value: Tensor) -> None:
@@ -115,10 +139,10 @@ def _range(value: Tensor, part: Part) -> Tensor:
 def held_bytes(tensors: Sequence[Tensor]) -> tuple[int, int]:
     """Return the bytes of `tensors` on this rank, and of the whole tensors."""
     mine = sum(local(tensor).numel() * tensor.element_size() for tensor in tensors)
-    return mine, sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return mine, sum(shape_of(tensor).numel() * tensor.element_size() for tensor in tensors)
 
 
 def sums(tensors: Sequence[Tensor]) -> list[float]:
     """Return one float64 sum per tensor over the elements on this rank."""
-    found: list[Any] = [local(tensor.detach()).double().sum() for tensor in tensors]
+    found: list[Any] = [local(tensor).detach().double().sum() for tensor in tensors]
     return torch.stack(found).tolist() if found else []

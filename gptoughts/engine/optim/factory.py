@@ -82,7 +82,7 @@ def attached(engine: Engine, implementation: Implementation) -> Iterator[None]:
     recipe = engine.recipe
     before = engine.optimizer
     made = optimizer(engine.bare, recipe.optim, implementation, engine.blocks.values(), recipe.seed, known_updates(recipe))
-    engine.optimizer = made
+    engine.attach(made)
     averages = hasattr(made, "eval")
     undo = engine.wrap_context("eval_context", lambda: averaged(made)) if averages else None
     try:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gptoughts.config.loader import OptimConfig
 from gptoughts.errors import ConfigError
+from gptoughts.models.sources import shape_of
 
 GROUP_STATE = ("step", "k", "weight_sum", "lr_max", "scheduled_lr", "train_mode")
 """Per-group values that optimizers change. All other values in a group come from the recipe."""
@@ -51,8 +52,8 @@ def groups(model: nn.Module, config: OptimConfig) -> list[Group]:
 def by_decay(parameters: Iterable[nn.Parameter], config: OptimConfig) -> list[Group]:
     """Split `parameters` into at most two groups, as in `groups`."""
     parameters = list(parameters)
-    decayed = [parameter for parameter in parameters if parameter.dim() >= 2]
-    kept = [parameter for parameter in parameters if parameter.dim() < 2]
+    decayed = [parameter for parameter in parameters if len(shape_of(parameter)) >= 2]
+    kept = [parameter for parameter in parameters if len(shape_of(parameter)) < 2]
     made = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": kept, "weight_decay": 0.0}]
     return [group for group in made if group["params"]]
 

@@ -22,6 +22,7 @@ from gptoughts.config.recipe import AdapterConfig, ModelConfig
 from gptoughts.errors import ConfigError, nearest
 from gptoughts.models.adapters.nf4 import NF4Linear, is_turned, quantize, quiet
 from gptoughts.models.family import Family, Initial
+from gptoughts.models.sources import shape_of
 
 NAME = "default"  # peft's default adapter name
 TRAINED = re.compile(rf"\.lora_(A|B|magnitude_vector)\.{NAME}\.weight$")
@@ -247,7 +248,7 @@ def base_shape(module: Any) -> tuple[int, ...]:
     if isinstance(module, NF4Linear):
         outer, inner = module.shape
         return (inner, outer) if module.transposed else (outer, inner)
-    return tuple(module.weight.shape)
+    return tuple(shape_of(module.weight))
 
 
 # --- initialization

@@ -71,7 +71,12 @@ def negatives(engine: Engine, trace: Any, plan: Any) -> dict[str, bool]:
     early = refused()
     for group, parameters in zip(groups, kept, strict=True):
         group["params"] = parameters
-    return {"optimizer made before sharding": early, "restored": not refused()}
+    found = {"optimizer made before sharding": early}
+    if choice.layer.startswith("zero"):
+        started, engine.optimizer = engine.optimizer, torch.optim.AdamW(engine.parameters())
+        found["no sharding"] = refused()
+        engine.optimizer = started
+    return {**found, "restored": not refused()}
 
 
 def jobs_of(families: Iterator[str]) -> list[dict[str, Any]]:
