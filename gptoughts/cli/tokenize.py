@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
 from gptoughts.errors import DataError
+from gptoughts.hardware.world import world_from_environment
 
 SHARD_TOKENS = 100_000_000
 
@@ -25,6 +27,7 @@ def tokenize(
 ) -> None:
     """Tokenize `source` into the folder `out`; print sizes, speed and the command to train on it.
 
+    The tasks of `srun` divide the work, and the first one prints.
     The default tokenizer is GPT-2's; `train_bpe` trains a BPE of this vocabulary size on the text. Raises DataError.
     """
     from gptoughts.data.text.shards import INDEX
@@ -36,10 +39,14 @@ def tokenize(
     folder = Path(out)
     done = (folder / INDEX).exists() and not overwrite
     begun = time.monotonic()
+    world = world_from_environment(os.environ)
     index = tokenize(
         source, name, folder, train_bpe=train_bpe, val_fraction=val_fraction,
-        val_from=val_from, shard_tokens=shard_tokens, processes=processes, text_key=text_key, overwrite=overwrite, progress="console",
+        val_from=val_from, shard_tokens=shard_tokens, processes=processes, text_key=text_key, overwrite=overwrite,
+        progress="none" if world.rank else "console", world=world,
     )  # fmt: skip
+    if world.rank:
+        return
     seconds = time.monotonic() - begun
     read = index.source
     size = f", {read['bytes'] / 1e6:.1f} MB" if read["bytes"] is not None else ""

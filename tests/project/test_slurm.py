@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.data.text.test_tokenize import digest
 from tests.project.test_launch import ROOT, installed_here, stand_in
 from tests.support import slurm_cluster
 from tests.support.slurm_cluster import Cluster
@@ -178,6 +179,20 @@ def test_a_job_is_signalled_saved_requeued_and_equals_an_unbroken_one(cluster: C
     assert (checkout / "logs" / f"whole_{whole}.out").is_file() and (checkout / "logs" / f"broken_{broken}.err").is_file()
     assert len(losses(checkout, "whole")) == 600
     assert losses(checkout, "broken") == losses(checkout, "whole")
+
+
+@pytest.mark.slow
+def test_tasks_of_srun_tokenize_together(cluster: Cluster, checkout: Path) -> None:
+    words = [sys.executable, "-m", "gptoughts", "tokenize", "text.txt", "--tokenizer", "chars", "--val-fraction", "0.1", "--to"]
+    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    alone = subprocess.run(
+        [*words, "alone"], cwd=checkout, env=os.environ | environment, capture_output=True, text=True, check=False
+    )
+    assert alone.returncode == 0, alone.stderr
+    together = cluster.run("srun", "--nodes=2", "--ntasks=4", *words, "together", cwd=checkout, **environment)
+    assert together.returncode == 0, together.stderr
+    assert together.stdout.count("next       gptoughts train RECIPE") == 1, together.stdout
+    assert digest(checkout / "together") == digest(checkout / "alone")
 
 
 @pytest.mark.slow

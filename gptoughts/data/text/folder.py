@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from gptoughts.console import LOGGER
+from gptoughts.data.text import tasks
 from gptoughts.data.text.shards import INDEX, JOURNAL, TOKENIZER_FOLDER
 from gptoughts.errors import DataError
 from gptoughts.files import TEMPORARY, try_lock, wait_for_lock
@@ -17,7 +18,7 @@ from gptoughts.files import TEMPORARY, try_lock, wait_for_lock
 def is_ours(name: str) -> bool:
     """Whether tokenizing writes files of this name."""
     base = name.replace(TEMPORARY, "")
-    return base in (INDEX, JOURNAL, TOKENIZER_FOLDER) or (
+    return base in (INDEX, JOURNAL, TOKENIZER_FOLDER, tasks.FOLDER) or (
         base.startswith(("train_", "val_")) and base.endswith((".npy", ".npy.part"))
     )
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from gptoughts.data.text.folder import clear, is_ours
 from gptoughts.data.text.progress import Report
 from gptoughts.data.text.shards import FORMAT, INDEX, JOURNAL, TOKENIZER_FOLDER, VERSION, Index
 from gptoughts.data.text.sources import Document, Source
-from gptoughts.data.text.workers import Piece, WorkerDied, encode_all
+from gptoughts.data.text.tasks import Tasks
+from gptoughts.data.text.workers import Encoded, Piece, WorkerDied, encode_all
 from gptoughts.data.text.writer import SplitWriter, entropy
 from gptoughts.data.tokenizers.tokenizer import Tokenizer, build_tokenizer
 from gptoughts.errors import DataError
@@ -58,14 +60,22 @@ class Job:
         self.check_tokenizer(index.tokenizer["hash"])
         return index
 
-    def run(self, processes: int, report: Report) -> Index:
-        """Tokenize the remaining text, then write the index."""
+    def run(self, processes: int, report: Report, tasks: Tasks | None = None) -> Index:
+        """Tokenize the remaining text, together with other tasks if there are some, then write the index."""
         rule = splits.resolve_rule(self.source, self.settings.val_fraction, self.settings.val_from)
         journal = self.read_journal()
         tokenizer = self.save_tokenizer(journal is not None)
         writers = self.open_writers(tokenizer, rule, journal)
+        done = journal["pieces"] if journal else 0
+
+        def encode(groups: Iterator[list[Piece]]) -> Iterator[Encoded]:
+            return encode_all(tokenizer, self.folder / TOKENIZER_FOLDER, groups, processes)
+
+        if tasks is not None:
+            tasks.begin(done, self.described())
+        together = partial(tasks.collect, encode=encode) if tasks else encode
         try:
-            self.write_tokens(tokenizer, rule, writers, journal["pieces"] if journal else 0, processes, report)
+            self.write_tokens(tokenizer, rule, writers, done, together, report)
         except WorkerDied:
             raise
         except DataError:
@@ -75,6 +85,21 @@ class Job:
         for writer in writers.values():
             writer.finish_shard()
         return self.write_index(tokenizer, rule, writers)
+
+    def assist(self, processes: int, tasks: Tasks, overwrite: bool) -> Index:
+        """Encode this task's share of the text for task 0. Returns the index that task 0 wrote."""
+        plan = tasks.follow(overwrite)
+        if plan is None:
+            return self.finished()
+        with tasks.reporting():
+            self.check_settings(plan["settings"])
+            if plan["fingerprint"] != self.fingerprint:
+                raise DataError(f"{self.source.spec}: differs between tasks; do all nodes see these files?")
+            tokenizer = Tokenizer.load(self.folder / TOKENIZER_FOLDER)
+            rule = splits.resolve_rule(self.source, self.settings.val_fraction, self.settings.val_from)
+            groups = group_pieces(islice(self.pieces(tokenizer, rule), plan["pieces"], None))
+            tasks.contribute(groups, lambda own: encode_all(tokenizer, self.folder / TOKENIZER_FOLDER, own, processes))
+        return Index.read(self.folder)
 
     def open_writers(self, tokenizer: Tokenizer, rule: str, journal: dict[str, Any] | None) -> dict[str, SplitWriter]:
         """Open a writer for each split at the position recorded in the journal."""
@@ -95,13 +120,13 @@ class Job:
         rule: str,
         writers: dict[str, SplitWriter],
         done: int,
-        processes: int,
+        encode: Callable[[Iterator[list[Piece]]], Iterator[Encoded]],
         report: Report,
     ) -> None:
         """Encode and write the pieces after the first `done`; update the journal every `JOURNAL_SECONDS`."""
-        pieces = islice(self.pieces(tokenizer, rule), done, None)
+        groups = group_pieces(islice(self.pieces(tokenizer, rule), done, None))
         last = time.monotonic()
-        for encoded in encode_all(tokenizer, self.folder / TOKENIZER_FOLDER, group_pieces(pieces), processes):
+        for encoded in encode(groups):
             write_pieces(encoded.pieces, encoded.tokens, encoded.lengths, writers)
             done += len(encoded.pieces)
             report(sum(len(piece.text) for piece in encoded.pieces), len(encoded.tokens))
@@ -153,13 +178,11 @@ class Job:
     def write_journal(self, pieces: int, writers: dict[str, SplitWriter]) -> None:
         """Sync the written tokens and record the position from which a killed run resumes."""
         state = {name: writer.state() for name, writer in writers.items()}
-        content = {
-            "settings": asdict(self.settings),
-            "fingerprint": self.fingerprint,
-            "pieces": pieces,
-            "splits": state,
-        }
-        write_json(self.folder / JOURNAL, content, durable=True)
+        write_json(self.folder / JOURNAL, {**self.described(), "pieces": pieces, "splits": state}, durable=True)
+
+    def described(self) -> dict[str, Any]:
+        """Return what must be equal for another process to go on here: settings, and a digest of the source's files."""
+        return {"settings": asdict(self.settings), "fingerprint": self.fingerprint}
 
     def write_index(self, tokenizer: Tokenizer, rule: str, writers: dict[str, SplitWriter]) -> Index:
         """Write the index, which completes the folder, and remove the journal."""

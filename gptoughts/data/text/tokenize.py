@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal
 
@@ -19,9 +20,11 @@ from gptoughts.data.text.job import Job, Settings
 from gptoughts.data.text.progress import console, silent
 from gptoughts.data.text.shards import INDEX, JOURNAL, VERSION, Index
 from gptoughts.data.text.sources import TEXT_SUFFIXES, Source, open_source
+from gptoughts.data.text.tasks import Tasks
 from gptoughts.data.tokenizers.tokenizer import Tokenizer
 from gptoughts.errors import DataError
 from gptoughts.files import cache_dir
+from gptoughts.hardware.world import World
 
 SHARD_TOKENS = 100_000_000
 MIN_BYTES_PER_PROCESS = 16 << 20  # A worker takes about half a second to start.
@@ -40,11 +43,13 @@ def tokenize(
     text_key: str = "text",
     overwrite: bool = False,
     progress: Literal["console", "none"] = "none",
+    world: World | None = None,
 ) -> Index:
     """Write `source` as shards into the folder `out` and return their index.
 
     An interrupted folder is resumed; a finished one with the same settings is returned unchanged. `processes` None chooses a
-    number by cores and text size. A second process on the same folder waits for the first. Raises DataError for text that cannot
+    number by cores and text size. With the `world` of a launched job its tasks divide the work; the folder must be seen by all of
+    them. A second process on the same folder waits for the first. Raises DataError for text that cannot
     be read or encoded, and for a folder made with other settings, unless `overwrite`.
     """
     corpus = open_source(source, text_key) if isinstance(source, str) else source
@@ -58,15 +63,18 @@ def tokenize(
         train_bpe if tokenizer_name == "bpe" else None, val_fraction, val_from, shard_tokens,
     )  # fmt: skip
     folder = Path(out)
-    with folder_lock(folder):
+    tasks = Tasks.of(world or World(), os.environ, folder)
+    job = Job(corpus, tokenizer, folder, settings)
+    if tasks is not None and not tasks.first:
+        return job.assist(processes or default_processes(corpus), tasks, overwrite)
+    with folder_lock(folder), tasks.leading() if tasks else nullcontext():
         if overwrite:
             clear(folder)
-        job = Job(corpus, tokenizer, folder, settings)
         if (folder / INDEX).exists():
             return job.finished()
         with console(text_bytes(corpus)) if progress == "console" else silent() as report:
             try:
-                return job.run(processes or default_processes(corpus), report)
+                return job.run(processes or default_processes(corpus), report, tasks)
             except OSError as error:
                 problem = f"{error.filename or folder}: cannot be written ({error.strerror or error})"
                 raise DataError(problem, fix="run again; it continues from here") from None
