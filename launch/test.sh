@@ -38,8 +38,8 @@ fi
 # SLURM and MPI, started by the slow tier's tests; they are skipped where Debian packages cannot be installed.
 case " $* " in
     *' --all '*)
-        if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1 && ! { command -v slurmctld && command -v mpirun; } >/dev/null 2>&1; then
-            packages='slurmctld slurmd slurm-client munge openmpi-bin libopenmpi-dev'
+        if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1 && ! { command -v slurmctld && command -v mpirun && command -v mpirun.mpich; } >/dev/null 2>&1; then
+            packages='slurmctld slurmd slurm-client munge openmpi-bin libopenmpi-dev mpich'
             # shellcheck disable=SC2086 # several names
             { apt-get update -qq && apt-get install -y -qq $packages; } >/dev/null 2>&1 ||
                 echo "note: $packages could not be installed; tests on a real SLURM and MPI are skipped" >&2

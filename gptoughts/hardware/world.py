@@ -25,6 +25,8 @@ class World:
     world_size: NonNegativeInt = 1
     local_world_size: NonNegativeInt = 1
     launcher: str = "single"
+    own_gpus: bool = False
+    """Whether this rank sees its own GPUs alone, as with `srun --gpus-per-task=1`, and not all of its machine."""
 
     @property
     def launched(self) -> bool:
@@ -157,7 +159,18 @@ def _read(launcher: Launcher, environment: Mapping[str, str]) -> World:
             f" {local} <= {first}",
             found=found,
         )
-    return World(rank, local_rank, world_size, local_world_size, launcher.name)
+    return World(
+        rank, local_rank, world_size, local_world_size, launcher.name, launcher is SRUN and _gpus_per_task(environment)
+    )
+
+
+def _gpus_per_task(environment: Mapping[str, str]) -> bool:
+    """Return whether SLURM gave each task GPUs of its own; since 23.02 it says so in SLURM_TRES_PER_TASK."""
+    bind = environment.get("SLURM_GPU_BIND", "").removeprefix("verbose,")
+    if bind.startswith("none"):
+        return False
+    asked = "SLURM_GPUS_PER_TASK" in environment or "gpu" in environment.get("SLURM_TRES_PER_TASK", "")
+    return asked or bind.startswith(("per_task", "single"))
 
 
 def _not_numbers(values: Mapping[str, str]) -> Iterator[str]:

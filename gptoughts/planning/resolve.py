@@ -14,7 +14,7 @@ from gptoughts.config.loader import Recipe
 from gptoughts.config.model_spec import ModelSpec
 from gptoughts.errors import ConfigError, PlanError
 from gptoughts.hardware.machine import Machine
-from gptoughts.hardware.world import World
+from gptoughts.hardware.world import SRUN, World
 from gptoughts.planning.layer import SLOTS, Case, Choice, Kind, Layer, Reason, unsupported
 from gptoughts.planning.memory_fit import Choices, fit
 from gptoughts.planning.memory_model import Budget, baseline
@@ -77,8 +77,9 @@ def _repeats(layer: Layer, case: Case) -> bool:
 
 def _one_gpu_per_rank(case: Case) -> None:
     gpus, ranks = len(case.machine.gpus), case.world.local_world_size
-    if gpus and ranks > gpus:
-        raise PlanError(f"{ranks} ranks on {case.machine.label()}: every rank needs its own GPU", fix=f"--gpus {gpus}")
+    if gpus and ranks > gpus and not case.world.own_gpus:
+        fix = "srun --gpus-per-task=1" if case.world.launcher == SRUN.name else f"--gpus {gpus}"
+        raise PlanError(f"{ranks} ranks on {case.machine.label()}: every rank needs its own GPU", fix=fix)
 
 
 @dataclass
@@ -253,11 +254,13 @@ def _finish(profile: Profile, case: Case, choices: Mapping[str, Choice], catalog
         return needs and not clash
 
     notes, gpus, used = list(case.machine.notes), len(case.machine.gpus), case.world.local_world_size
+    used = 1 if used > gpus else used  # each rank sees its own GPUs
     if not profile.match.holds(case.machine):
         how = ". To train on the CPU: CUDA_VISIBLE_DEVICES= gptoughts train ..." if profile.match.gpu is False else ""
         notes.append(f"profile {profile.name} is for other hardware: its [match] does not apply to this machine{how}")
     if gpus > used:
-        notes.append(f"{used} of {gpus} GPUs used. To use all: gptoughts train ... --gpus {gpus}")
+        how = "srun --gpus-per-task=1" if case.world.own_gpus else f"gptoughts train ... --gpus {gpus}"
+        notes.append(f"{used} of {gpus} GPUs used. To use all: {how}")
     return Plan(
         profile=profile.name,
         machine=case.machine.label(),

@@ -32,7 +32,7 @@ def select_device(machine: Machine, world: World) -> torch.device:
             f"torch {torch.__version__}: sees no GPU, and the plan is for {machine.label()}",
             fix="gptoughts doctor, which names the build that fits the driver, or CUDA_VISIBLE_DEVICES= to train on the CPU",
         )
-    device = torch.device("cuda", world.local_rank)
+    device = torch.device("cuda", world.local_rank % len(machine.gpus))  # a rank may see its own GPU alone
     torch.cuda.set_device(device)
     return device
 

@@ -50,6 +50,25 @@ def test_every_launcher_is_read_or_refused(launcher: Launcher, rank: int, size: 
         assert launcher.rank in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("more", "own"),
+    [
+        ({}, False),
+        ({"SLURM_GPUS_PER_TASK": "1"}, True),
+        ({"SLURM_TRES_PER_TASK": "cpu:2,gres/gpu:1"}, True),
+        ({"SLURM_TRES_PER_TASK": "cpu:2"}, False),
+        ({"SLURM_GPU_BIND": "single:1"}, True),
+        ({"SLURM_GPU_BIND": "verbose,per_task:1"}, True),
+        ({"SLURM_GPUS_PER_TASK": "1", "SLURM_GPU_BIND": "none"}, False),
+        ({"SLURM_GPUS_PER_NODE": "4"}, False),
+    ],
+)
+def test_a_task_with_gpus_of_its_own_is_known(more: dict[str, str], own: bool) -> None:
+    assert world_from_environment(variables("srun", 1, 4, 1, 4) | more).own_gpus is own
+    inside = variables("torchrun", 1, 4, 1, 4) | variables("srun", 0, 1, 0, 1) | more
+    assert not world_from_environment(inside).own_gpus, "torchrun's ranks see what the task sees"
+
+
 @given(st.sampled_from(LAUNCHERS[:3]), st.integers(0, 3))
 def test_a_missing_variable_is_named(launcher: Launcher, missing: int) -> None:
     given = variables(launcher.name, 1, 2, 1, 2)

@@ -208,6 +208,14 @@ def test_ranks_take_ddp_and_one_process_says_how() -> None:
 def test_more_ranks_than_gpus() -> None:
     with pytest.raises(PlanError, match=r"2 ranks on 1 x NVIDIA H100.*every rank needs its own GPU"):
         planned("h100", world=ranks(2))
+    under_srun = World(0, 0, 2, 2, "srun")
+    with pytest.raises(PlanError, match="Try: srun --gpus-per-task=1"):
+        planned("h100", world=under_srun)
+    own = planned("h100", world=replace(under_srun, own_gpus=True))
+    assert own.layers["parallel"] == "ddp"
+    assert not any("GPUs used" in note for note in own.notes)
+    wasted = planned("h100x8", world=World(0, 0, 16, 16, "srun", own_gpus=True))
+    assert any("1 of 8 GPUs used. To use all: srun --gpus-per-task=1" in note for note in wasted.notes)
 
 
 def test_a_batch_that_ranks_cannot_share_is_answered_with_one_that_they_can() -> None:

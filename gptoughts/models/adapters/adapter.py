@@ -251,9 +251,6 @@ def base_shape(module: Any) -> tuple[int, ...]:
     return tuple(shape_of(module.weight))
 
 
-# --- initialization
-
-
 def adapter_initial(name: str, shape: Sequence[int]) -> Initial | None:
     """Return the initialization of a trained parameter, or None for one of the base.
 
