@@ -166,6 +166,7 @@ COMMON_CLASHES: Mapping[str, str] = {
     "8bit": "8-bit state has one scale per 256 values of a tensor, and DeepSpeed updates flattened groups",
     "state-on-cpu": "DeepSpeed holds the state; --layer.parallel.offload true keeps it on the CPU",
     "in-backward": "DeepSpeed updates after the backward, in its own step",
+    "compile-model": "DeepSpeed's hooks on the model's forward cannot be compiled",
     "cuda-graph": "DeepSpeed's hooks on gradients cannot be captured",
     "auto": "its trials restore weights and optimizer, which DeepSpeed holds flattened",
     "fp8-te": "Transformer Engine keeps FP8 copies of weights that DeepSpeed replaces",
@@ -190,7 +191,7 @@ def _layer(stage: int, what: str, **more: Any) -> Layer:
         wraps=("attach", "grad_sync"),
         replaces=("backward", "clip", "step"),
         changes_numerics=True,
-        former_names=("deepspeed", f"deepspeed-{stage}", f"zero-{stage}"),
+        former_names=(f"deepspeed-{stage}", f"zero-{stage}", *(("deepspeed",) if stage == 2 else ())),
         **more,
     )
 

@@ -150,10 +150,11 @@ class EvidenceCheck:
         while not finished(progress) and not stopped:
             progress, stats, trace = watch(engine, progress, schedule)
             ends(progress)
-            if trace.updated:
+            proves = trace.updated and stats.rate > 0  # the last update of a schedule may have the rate 0, which moves no weight
+            if proves:
                 self._judge(engine, progress, trace)
             progress = run_callbacks(engine, progress, stats, callbacks, finished(progress), stopped)
-            if trace.updated:
+            if proves:
                 break
         return progress, stopped
 
