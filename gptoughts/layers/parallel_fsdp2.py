@@ -46,7 +46,7 @@ GATHERED_BLOCKS = 2
 def unmet(case: Case, options: Options) -> Iterator[Reason]:
     """Ranks that divide the batch and the replicas, an elementwise optimizer, weights that can be sharded by rows."""
     ranks, replicas, recipe = case.world.world_size, options["replicas"], case.recipe
-    yield from rank_reasons(case, least=1 if options["offload"] and case.on_gpu else 2)
+    yield from rank_reasons(case, least=1 if options["offload"] else 2)
     if case.spec.family is None:
         yield unsupported("the repeated blocks of this model are not known")
     if options["offload"] and case.on_gpu and ranks > 1:

@@ -46,7 +46,7 @@ def _offloads(options: Options) -> bool:
 def _unmet(stage: int) -> Callable[[Case, Options], Iterator[Reason]]:
     def unmet(case: Case, options: Options) -> Iterator[Reason]:
         """Ranks that divide the batch, an elementwise optimizer, float32 weights, blocks that run eagerly under stage 3."""
-        yield from rank_reasons(case, least=1 if _offloads(options) and case.on_gpu else 2)
+        yield from rank_reasons(case, least=1 if _offloads(options) else 2)
         if case.recipe.optim.name not in ELEMENTWISE:
             yield unsupported(
                 f"optim.name = {case.recipe.optim.name} does not update flattened parameter groups", remedy="--optim.name adamw"

@@ -23,7 +23,7 @@ from tests.device.turns import Broken, Child, Job, parity_of, take_turns
 from tests.device.verbs import bench_gemm, bench_layers, bench_step
 
 STAGE_SECONDS = 8 * 60
-NAMES = ("contract", "bf16", "fp8", "ablation", "quickstart", "models", "kills", "report")
+NAMES = ("contract", "bf16", "fp8", "ablation", "sharding", "quickstart", "models", "kills", "report")
 
 
 def main() -> int:

@@ -13,6 +13,7 @@ stages, by priority:
   te-build    join and install Transformer Engine, build its torch part in the background, run one FP8 product; --dry-run only checks
   fp8         FP8 (Transformer Engine, torchao) against compiled bf16 by width, losses compared; full 1.5B and 3B models
   ablation    attention backends, determinism, allocator; gptoughts bench layers; 20 kills, bit for bit
+  sharding    FSDP2 and ZeRO-3 as one rank with host memory: Llama 1.1B beside a plain run, and a full step of 8B in 24 GB
   kills       only the 20 kills
   quickstart  the recipes quickstart and gpt-1b, started as users do
   models      LoRA, diffusion, SmolLM2; a small Llama on GPU and CPU with the same seed
@@ -25,7 +26,7 @@ TEXT
 }
 
 case "${1:-}" in
-    contract | bf16 | fp8 | ablation | kills | quickstart | models | report | te-part | te-build) stage="$1" ;;
+    contract | bf16 | fp8 | ablation | sharding | kills | quickstart | models | report | te-part | te-build) stage="$1" ;;
     -h | --help)
         usage
         exit 0

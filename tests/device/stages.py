@@ -19,6 +19,9 @@ XL = {**QUIET, "model.vocab_size": "50304", "train.global_batch": "64"}
 LLAMA_1B = {
     **QUIET, "model.config": str(HERE / "configs" / "llama-1b.json"), "data.sequence_length": "2048", "train.global_batch": "32",
 }  # fmt: skip
+LLAMA_8B = {
+    **QUIET, "model.config": str(HERE / "configs" / "llama-8b.json"), "data.sequence_length": "2048", "train.global_batch": "8", "optim.clip_norm": "1",
+}  # fmt: skip
 LLAMA_3B = {**LLAMA_1B, "model.config": str(HERE / "configs" / "llama-3b.json"), "train.global_batch": "16"}
 MODERN = {**QUIET, "model.vocab_size": "16384", "data.sequence_length": "2048", "train.global_batch": "8", "log.every": "1"}
 """16,384 tokens per update and per forward: the same at every width."""
@@ -28,7 +31,7 @@ WIDEST_IN_PAIRS = 2048
 FP8 = ("fp8-te", "fp8-torchao")
 PACKAGES = {
     "fp8-te": "transformer-engine", "fp8-torchao": "torchao", "fa3": "tokenspeed-fa3", "fa2": "flash-attn", "fa4": "flash-attn-4",
-    "liger": "liger-kernel",
+    "liger": "liger-kernel", "zero3": "deepspeed",
 }  # fmt: skip
 TINY = {
     "model.depth": "1", "model.width": "64", "model.heads": "2", "model.kv_heads": "2", "model.vocab_size": "512",
@@ -191,4 +194,23 @@ def attention_layers() -> Iterator[tuple[str, dict[str, str]]]:
             yield layer, {"attention": layer}
 
 
-STAGES = {"bf16": bf16, "fp8": fp8, "ablation": ablation}
+def sharding() -> Iterator[Turns]:
+    """One GPU as one rank, with weights, gradients and optimizer state in host memory: FSDP2 and ZeRO-3 on Llama 1.1 B and 8 B."""
+    saving = {"precision": "bf16", "compile": "eager", "recompute": "recompute-blocks", "loss": "fused-ce"}
+    small = {**saving, "microbatch": "fixed", "microbatch.sequences": "4"}
+    plain = Job("single-1b", LLAMA, LLAMA_1B, small)
+    ways = {
+        "fsdp2": {"parallel": "fsdp2", "parallel.offload": "true"},
+        "zero3": {"parallel": "zero3", "parallel.offload_weights": "true"},
+    }
+    for name, layers in ways.items():
+        if installed(name):
+            job = Job(f"{name}-1b", LLAMA, LLAMA_1B, {**small, **layers})
+            yield Turns(f"offload-{name}-1b", (plain, job), 3, 2, 120, {"parity": True})
+    for name, layers in ways.items():
+        if installed(name):
+            job = Job(f"{name}-8b", LLAMA, LLAMA_8B, {**saving, **layers, "microbatch": "fixed", "microbatch.sequences": "2"})
+            yield Turns(f"offload-{name}-8b", (job,), 2, 1, 240, {"goal_bytes": 24 * 10**9}, shown_tiny=False)
+
+
+STAGES = {"bf16": bf16, "fp8": fp8, "ablation": ablation, "sharding": sharding}

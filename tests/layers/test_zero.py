@@ -112,6 +112,23 @@ def test_every_family_and_layer_trains_as_one_process(trained: Callable[[int, st
     assert found["inactive"] == [], "layers of the plan that ZeRO makes inactive"
 
 
+@pytest.mark.slow
+def test_one_rank_with_its_state_in_host_memory_trains_as_a_plain_process(tmp_path: Path) -> None:
+    """As on a single GPU: the layers open a process group of their own."""
+    ways = {
+        "fsdp2": {"parallel": "fsdp2", "parallel.offload": "true"},
+        "zero3": {"parallel": "zero3", "parallel.offload-weights": "true"},
+    }
+    jobs = [job("plain"), *({**job(name, layers=layers), "one_rank": True} for name, layers in ways.items())]
+    launch(1, tmp_path, jobs)
+    plain = record(tmp_path, "plain", 1)["losses"]
+    for name in ways:
+        found = record(tmp_path, name, 1)
+        assert found["losses"] == pytest.approx(plain, rel=1e-5)
+        assert (found["status"], found["inactive"]) == ("active", []), found["proof"]
+        assert found["negative"]["optimizer made before sharding"]
+
+
 def reasons(stage: int, ranks: int, options: dict[str, str], **recipe: object) -> str:
     layer, case = CATALOG[f"zero{stage}"], case_of(ranks, **recipe)
     packages = {**case.machine.packages, "deepspeed": "0.19.8"}

@@ -25,7 +25,9 @@ from tests.support.engines import engine_of, plan_of, recipe_of, steps, watched
 
 
 def main(out: str, jobs: str) -> None:
-    """Run each job of a JSON list: {"name", "family", "layers", "recipe", "negative"}."""
+    """Run each job of a JSON list: {"name", "family", "layers", "recipe", "one_rank"}; a single process trains without the parallel
+    layer unless `one_rank` says that it is one rank.
+    """
     world = world_from_environment(os.environ)
     with process_group(world, torch.device("cpu")) as ranks:
         for job in json.loads(jobs):
@@ -36,13 +38,13 @@ def run(job: Mapping[str, Any], out: Path, world: World, ranks: Ranks) -> None:
     """Two steps whose losses and weights are compared, and one that is watched; rank 0 writes them."""
     recipe = recipe_of(job["family"], **job.get("recipe", {}))
     layers = {"microbatch": "fixed", "microbatch.sequences": 1, **job["layers"]}
-    if world.world_size == 1:
+    if world.world_size == 1 and not job.get("one_rank"):
         layers = {key: value for key, value in layers.items() if not key.startswith("parallel")}
     plan = plan_of(recipe, layers, world)
     with engine_of(recipe, plan, share(recipe, world), ranks) as engine:
         record: dict[str, Any] = {"losses": steps(engine, 2)}
         weights = {name: whole(parameter.detach()).clone() for name, parameter in engine.bare.named_parameters()}
-        if world.world_size > 1:
+        if world.world_size > 1 or job.get("one_rank"):
             trace = watched(engine, 0)
             lines = judge(engine, plan, CATALOG, trace)
             proof = next(line.evidence for line in lines if line.slot == "parallel")
