@@ -15,10 +15,11 @@ import torch
 from gptoughts.config.loader import Resolved
 from gptoughts.data.batches import Cursor
 from gptoughts.engine.checkpoint import store
+from gptoughts.engine.distributed.ranks import Ranks
 from gptoughts.engine.engine import Engine
 from gptoughts.engine.oom import read_reduced
 from gptoughts.engine.trainer import Progress
-from gptoughts.errors import CheckpointError, RunError
+from gptoughts.errors import CheckpointError, GptoughtsError, RunError, ToldElsewhere
 from gptoughts.planning.resolve import Plan
 from gptoughts.run.tracking.run_dir import RunFolder
 
@@ -77,6 +78,30 @@ def find(folder: RunFolder, resume: str) -> tuple[ResumePoint | None, list[str]]
             )
         return None, []
     return ResumePoint(found, store.read_state(found)["run"]), skipped
+
+
+def find_on_rank_0(folder: RunFolder, resume: str, ranks: Ranks) -> tuple[ResumePoint | None, list[str]]:
+    """Return what `find` returns on rank 0, on every rank: one rank reads and hashes the files. A collective.
+
+    Raises what `find` raises on rank 0, ToldElsewhere on the others; CheckpointError on a rank that does not see the folder.
+    """
+    point: ResumePoint | None = None
+    skipped: list[str] = []
+    failure: GptoughtsError | None = None
+    if ranks.first:
+        try:
+            point, skipped = find(folder, resume)
+        except GptoughtsError as error:
+            failure = error
+    if ranks.any(failure is not None):
+        raise failure or ToldElsewhere
+    name = ranks.texts(str(point.folder.absolute()) if point else "-")[0]
+    if ranks.first or name == "-":
+        return point, skipped
+    path = Path(name)
+    if not (path / "state.json").is_file():
+        raise CheckpointError(f"{path}: rank 0 resumes from it, rank {ranks.world.rank} does not see it")
+    return ResumePoint(path, store.read_state(path)["run"]), []
 
 
 def fingerprint(resolved: Resolved, plan: Plan, rows: int) -> dict[str, Any]:

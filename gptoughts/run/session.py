@@ -254,7 +254,7 @@ class _Setup:
     def _resume_point(self, fingerprint: Mapping[str, Any]) -> tuple[resume.ResumePoint | None, list[str]]:
         if self.job.folder is None:
             return None, []
-        point, skipped = resume.find(self.job.folder, self.job.resume)
+        point, skipped = resume.find_on_rank_0(self.job.folder, self.job.resume, self.ranks)
         if point is not None:
             resume.check_shape(point, fingerprint)
         return point, skipped

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -116,6 +117,56 @@ def test_a_checkpoint_survives_several_worlds(train: Train) -> None:
     one = train("chain-1", 1, "single", saved(three, SAVED + 1))
     for step, loss in losses(one).items():
         assert loss == pytest.approx(losses(two)[step], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_rank_0_checks_the_files_and_all_ranks_take_its_checkpoint(train: Train, tmp_path: Path) -> None:
+    two = train("two", 2, "fsdp2")
+    run = tmp_path / "run"
+    shutil.copytree(two, run)
+    part = saved(run, STEPS) / "model-00002-of-00002.safetensors"
+    part.write_bytes(part.read_bytes()[:-1] + b"\0")
+    saved_recipe = run / "recipe.toml"
+    command = [
+        sys.executable,
+        "-m",
+        "gptoughts",
+        "train",
+        str(saved_recipe),
+        "--ranks",
+        "2",
+        "--layer.parallel",
+        "fsdp2",
+        "--numerics",
+        "off",
+    ]
+    command += [
+        "--layer.precision",
+        "fp32",
+        "--layer.microbatch",
+        "fixed",
+        "--layer.microbatch.sequences",
+        "1",
+        "--run-dir",
+        str(run),
+    ]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+    def ran(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*command, *words], cwd=two.parent, env=variables, capture_output=True, text=True, check=False, timeout=300
+        )
+
+    refused = ran("--resume", "never")
+    assert refused.returncode == 2
+    assert refused.stderr.count("--resume never: would overwrite checkpoints") == 1, refused.stderr
+    again = ran()
+    assert again.returncode == 0, again.stderr[-3000:]
+    damaged = f"{saved(run, STEPS)}: damaged, skipped: {part.name} has another SHA-256 than when written"
+    assert again.stdout.count(damaged) == 1, again.stdout
+    later = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in later if row.get("attempt") == 2 and "train/loss" in row] == [STEPS]
+    assert losses(run)[STEPS] == pytest.approx(losses(two)[STEPS], abs=1e-5)
 
 
 @pytest.mark.slow
