@@ -12,10 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from gptoughts.engine.distributed.mpi_group import BACKEND
 from gptoughts.engine.distributed.process_group import own_group
 from gptoughts.engine.engine import Engine, Undo, allocate
+from gptoughts.errors import PlanError
 from gptoughts.layers.support.zero_optimizer import ZeroOptimizer, places
 from gptoughts.models.sources import shape_of
 from gptoughts.models.torch_internals import parameter_table
@@ -37,17 +40,24 @@ class Request:
 def zero_engine(engine: Engine, request: Request) -> Iterator[None]:
     """Train with DeepSpeed's engine inside the block. For stage 3, partition the model, which is on meta, at once.
 
-    DeepSpeed starts when the optimizer is attached. The weights of stage 3 stay partitioned afterwards.
+    DeepSpeed starts when the optimizer is attached. The weights of stage 3 stay partitioned afterwards. Raises PlanError for stage 3
+    over MPI.
     """
+    if request.stage == 3 and dist.is_initialized() and dist.get_backend() == BACKEND:
+        raise PlanError(
+            "zero3: deadlocks over --collectives mpi", fix="--layer.parallel fsdp2, or without --collectives mpi"
+        )
     deepspeed = _deepspeed(engine)
     with ExitStack() as stack:
         stack.enter_context(own_group(engine.device))
         config = configuration(engine, request)
         if request.stage == 3:
-            _partition(deepspeed, engine, config)
+            with _local_rank(engine):
+                _partition(deepspeed, engine, config)
 
         def started(attach: Any, made: torch.optim.Optimizer) -> None:
-            runner, optimizer = _start(deepspeed, engine, made, config, request.stage)
+            with _local_rank(engine):
+                runner, optimizer = _start(deepspeed, engine, made, config, request.stage)
             stack.callback(runner.stop)
             attach(optimizer)
 
@@ -57,9 +67,7 @@ def zero_engine(engine: Engine, request: Request) -> Iterator[None]:
 
 def _deepspeed(engine: Engine) -> Any:
     """Import DeepSpeed for the engine's device, with its log limited to errors."""
-    # Read on import. Without the first DeepSpeed takes any GPU that it finds; launchers other than torchrun set no LOCAL_RANK.
-    os.environ.setdefault("DS_ACCELERATOR", engine.device.type)
-    os.environ.setdefault("LOCAL_RANK", str(engine.ranks.world.local_rank))
+    os.environ.setdefault("DS_ACCELERATOR", engine.device.type)  # read on import; otherwise any GPU that it finds
     import deepspeed
     from deepspeed.utils import logger
 
@@ -70,6 +78,21 @@ def _deepspeed(engine: Engine) -> Any:
         "ignore", message=r".*(all_gather_into|reduce_scatter)_tensor` is deprecated", category=FutureWarning
     )
     return deepspeed
+
+
+@contextmanager
+def _local_rank(engine: Engine) -> Iterator[None]:
+    """Set LOCAL_RANK for the block: DeepSpeed takes the number of the GPU from it, and of all launchers only torchrun sets it."""
+    before = os.environ.get("LOCAL_RANK")
+    index = engine.device.index if engine.device.type == "cuda" else engine.ranks.world.local_rank
+    os.environ["LOCAL_RANK"] = str(index or 0)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["LOCAL_RANK"]
+        else:
+            os.environ["LOCAL_RANK"] = before
 
 
 def configuration(engine: Engine, request: Request) -> dict[str, Any]:

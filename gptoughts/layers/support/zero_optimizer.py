@@ -19,6 +19,9 @@ from gptoughts.engine.optim.param_groups import GROUP_STATE
 from gptoughts.errors import CheckpointError, LayerError
 from gptoughts.models.sources import shape_of
 
+COUNT = "step"
+"""Key of the number of updates, a scalar also where the parameter is one."""
+
 
 @dataclass(frozen=True)
 class Place:
@@ -97,6 +100,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.inner, self.inner_groups, self.places = inner, inner_groups, places
         self.made_by = type(inner).__name__
         super().__init__(groups, {})
+        self._group_of = {parameter: group for group in self.param_groups for parameter in group["params"]}
 
     def step(self, closure: Any = None) -> Any:
         """Refuse: DeepSpeed's engine steps."""
@@ -112,18 +116,17 @@ class ZeroOptimizer(torch.optim.Optimizer):
         for mine, theirs in zip(self.param_groups, self.inner_groups, strict=True):
             mine.update({key: theirs[key] for key in GROUP_STATE if key in theirs})
         if not self.state:
-            self._show_state()
+            for parameter in self.places:
+                self._show_state(parameter)
 
-    def _show_state(self) -> None:
-        """Set `state` to views of this rank's elements; values without elements are the whole group's."""
-        for parameter, place in self.places.items():
-            held = self.inner.state.get(place.flat, {})
-            shown = {key: place.of(value) if _is_flat(value, place) else value for key, value in held.items()}
-            self.state[parameter] = {
-                key: value
-                for key, value in shown.items()
-                if not (isinstance(value, Tensor) and value.dim() and not value.numel())
-            }
+    def _show_state(self, parameter: nn.Parameter) -> None:
+        """Set the state of `parameter` to views of this rank's elements; values without elements are the whole group's."""
+        place = self.places[parameter]
+        self.state[parameter] = {
+            key: place.of(value) if _is_flat(value, place) else value
+            for key, value in self.inner.state.get(place.flat, {}).items()
+            if place.numel or not _is_flat(value, place)
+        }
 
     def partition_bytes(self) -> tuple[int, int]:
         """Return the bytes of weights that this rank updates, and of their moments, each partition once."""
@@ -144,19 +147,19 @@ class ZeroOptimizer(torch.optim.Optimizer):
         place, shape = self.places[parameter], shape_of(parameter)
         held = self.inner.state[place.flat]
         for key, value in values.items():
-            if isinstance(value, Tensor) and value.shape == shape and value.dim():
+            if key != COUNT and isinstance(value, Tensor) and value.shape == shape:
                 flat = held.setdefault(key, torch.zeros_like(place.flat, requires_grad=False))
                 place.of(flat).copy_(value.reshape(-1)[place.start : place.start + place.numel])
                 continue
-            group = next(one for one in self.param_groups if any(parameter is other for other in one["params"]))
-            placed = value.to(place.flat.device) if isinstance(value, Tensor) and group.get("fused") else value
+            fused = self._group_of[parameter].get("fused")
+            placed = value.to(place.flat.device) if isinstance(value, Tensor) and fused else value
             if float(held.setdefault(key, placed)) != float(value):
                 raise CheckpointError(
                     f"optimizer state {key}: differs between parameters of one group, which ZeRO updates as one tensor",
                     found=f"{float(held[key]):g} and {float(value):g}",
                     fix="--layer.parallel ddp",
                 )
-        self._show_state()
+        self._show_state(parameter)
 
 
 def _is_flat(value: Any, place: Place) -> bool:
