@@ -44,9 +44,7 @@ def zero_engine(engine: Engine, request: Request) -> Iterator[None]:
     over MPI.
     """
     if request.stage == 3 and dist.is_initialized() and dist.get_backend() == BACKEND:
-        raise PlanError(
-            "zero3: deadlocks over --collectives mpi", fix="--layer.parallel fsdp2, or without --collectives mpi"
-        )
+        raise PlanError("zero3: deadlocks over --collectives mpi", fix="--layer.parallel fsdp2, or without --collectives mpi")
     deepspeed = _deepspeed(engine)
     with ExitStack() as stack:
         stack.enter_context(own_group(engine.device))
