@@ -218,6 +218,7 @@ def test_applied_steps_proves_itself_and_is_undone(layer: Layer, family: str) ->
         "clip": engine._clip,
         "step": engine._step,
         "materialize": engine._materialize,
+        "attach": engine._attach,
     }
     assert engine._hooks == default
 
