@@ -10,7 +10,7 @@ Makes the virtual environment .venv if none is active, installs gptoughts with i
 lint-imports and pytest.
 
   --all   also run the slow tier: every layer on every family, kills, notebooks, documentation commands, the wheel
-          (up to 40 minutes on 2 cores; without it up to 10)
+          (up to 45 minutes on 2 cores; without it about 12)
 
 Other flags go to pytest: launch/test.sh -k bench
 Default: two workers with one thread each. More threads than free cores make torch's tests very slow.
