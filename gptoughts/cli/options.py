@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, NoReturn
 
 import click
@@ -29,13 +30,13 @@ class Command(click.Command):
         """Parse as click does. Raises ConfigError for unknown flags."""
         known = {flag: parameter for parameter in self.get_params(context) for flag in parameter.opts if flag.startswith("--")}
         shown = [flag for flag, parameter in known.items() if not getattr(parameter, "hidden", False)]
-        problems = [f"{flag}: {self.unknown(flag, shown)}" for flag in _unknown(args, known)]
+        problems = [f"{flag}: {self.unknown(flag, value, shown)}" for flag, value in _unknown(args, known)]
         if problems:
             raise listed(context.command_path, problems)
         return super().parse_args(context, args)
 
-    def unknown(self, flag: str, known: Sequence[str]) -> str:
-        """Return the problem for a flag that is not in `known`."""
+    def unknown(self, flag: str, value: str, known: Sequence[str]) -> str:
+        """Return the problem for a flag that is not in `known`; `value` is the text after it."""
         return f"no such flag{nearest(spelled(flag), known)}"
 
 
@@ -55,22 +56,25 @@ class RecipeCommand(Command):
         return super().get_params(context)
 
     def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
-        """Parse as above. With a plugin, accept any layer option; those of its layers are checked after it is loaded.
-
-        Raises ConfigError for a DeepSpeed configuration, with our flags for its keys.
-        """
-        _refuse_deepspeed(args)
+        """Parse as above. With a plugin, accept any layer option; those of its layers are checked after it is loaded."""
         if any(arg.partition("=")[0] == "--plugin" for arg in args):
             there = {flag for parameter in self.get_params(context) for flag in parameter.opts}
             named = {spelled(arg.partition("=")[0]) for arg in args if arg.startswith("--layer.") and arg.count(".") > 1}
             self.params = [*self.params, *(_layer_flag(flag) for flag in sorted(named - there))]
         return super().parse_args(context, args)
 
-    def unknown(self, flag: str, known: Sequence[str]) -> str:
-        """Suggest our flag for an option of another trainer, then the same field in a table, then the nearest flag."""
+    def unknown(self, flag: str, value: str, known: Sequence[str]) -> str:
+        """Suggest our flag for an option of another trainer, then the same field in a table, then the nearest flag.
+
+        Raises ConfigError for a DeepSpeed configuration, with our flag for each of its keys.
+        """
         from gptoughts.config.aliases import our_flag
 
         flag = spelled(flag)
+        if flag in ("--deepspeed", "--deepspeed-config") and value and not value.startswith("--"):
+            from gptoughts.config.deepspeed_json import refusal
+
+            raise refusal(Path(value))
         ours, field = our_flag(flag), flag.lstrip("-").rpartition(".")[2]
         if ours:
             return describe("no such flag", fix=ours)
@@ -106,32 +110,20 @@ def split_flags(values: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, st
     return parts["field"], parts["layer"], parts[""]
 
 
-def _unknown(args: Sequence[str], known: Mapping[str, click.Parameter]) -> Iterator[str]:
-    """Yield unknown flags. The value of a known flag is skipped, even if it begins with `--`."""
-    words = iter(args)
-    for word in words:
+def _unknown(args: Sequence[str], known: Mapping[str, click.Parameter]) -> Iterator[tuple[str, str]]:
+    """Yield unknown flags, each with the text after it. The value of a known flag is skipped, even if it begins with `--`."""
+    words = pairwise([*args, ""])
+    for word, following in words:
         if word == "--":
             return
-        flag, equals, _ = word.partition("=")
+        flag, equals, value = word.partition("=")
         if not flag.startswith("--"):
             continue
         parameter = known.get(spelled(flag))
         if parameter is None:
-            yield flag
+            yield flag, value or following
         elif isinstance(parameter, click.Option) and not parameter.is_flag and not equals:
             next(words, None)
-
-
-def _refuse_deepspeed(args: Sequence[str]) -> None:
-    """Raise ConfigError for `--deepspeed FILE`, also as `--deepspeed_config`; without a file the alias answers."""
-    words = [word for arg in args for word in ((arg.partition("=")[::2]) if "=" in arg else (arg,))]
-    for word, value in pairwise(words):
-        if spelled(word) in ("--deepspeed", "--deepspeed-config") and not value.startswith("--"):
-            from pathlib import Path
-
-            from gptoughts.config.deepspeed_json import refusal
-
-            raise refusal(Path(value))
 
 
 def _section(flag: str) -> str:

@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from gptoughts.console import bytes_in_words
-from gptoughts.layers.support.several_ranks import rank_reasons
+from gptoughts.layers.support.several_ranks import autocasts_to_bf16, gathered_bytes, outside_host_memory, rank_reasons
 from gptoughts.planning.layer import (
     Budget,
     Case,
@@ -39,8 +39,6 @@ NAME = "fsdp2"
 GATHERS, REDUCES = ("allgather", "all_gather"), ("reduce_scatter",)
 ELEMENTWISE = ("adamw", "lion", "ademamix", "schedule-free")
 """Optimizers whose update of a weight needs no other weight, so that a shard is updated like the whole."""
-GATHERED_BLOCKS = 2
-"""Blocks whose weights exist at the same time: the one that computes, and the next one."""
 
 
 def unmet(case: Case, options: Options) -> Iterator[Reason]:
@@ -65,10 +63,7 @@ def memory(case: Case, options: Options, budget: Budget) -> Budget:
     if ranks % options["replicas"]:
         return budget
     half = options["gather"] == "auto" and budget.cast_weights > 0
-    values = budget.weights // 4
-    outside = min(values, case.spec.embedding_parameters or 0)
-    block = (values - outside) / max(1, budget.depth)
-    gathered = int(outside * 4 + GATHERED_BLOCKS * block * (2 if half else 4))
+    gathered = gathered_bytes(case, budget, 2 if half else 4)
     on_device = 0 if options["offload"] and case.on_gpu else 1
     return replace(
         budget,
@@ -120,10 +115,7 @@ def _gather_dtype(engine: Engine) -> torch.dtype | None:
     """Return bfloat16 if forwards run under bfloat16 autocast; then a gathered cast weight equals the one that autocast makes."""
     import torch
 
-    kind = engine.device.type
-    with engine.forward_context():
-        under = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
-    return torch.bfloat16 if under else None
+    return torch.bfloat16 if autocasts_to_bf16(engine) else None
 
 
 def _mesh(engine: Engine, replicas: int, stack: ExitStack) -> Any:
@@ -158,6 +150,9 @@ def verify(engine: Engine, trace: StepTrace, options: Options) -> Evidence:
     mine, total = held_bytes(parameters)
     states = [value for state in engine.optimizer.state.values() for value in state.values() if _is_large(value)]
     state_mine, state_total = held_bytes(states)
+    problem = outside_host_memory([*map(local, parameters), *map(local, states)]) if options["offload"] else ""
+    if problem:
+        return inactive(f"offload: {problem}")
     # Rows are not divided evenly: one more row of each tensor on the first ranks.
     slack = sum(parameter[:1].numel() * parameter.element_size() for parameter in parameters)
     if mine > total / ranks + slack or state_mine > state_total / ranks + 2 * slack:

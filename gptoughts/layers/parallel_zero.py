@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 from gptoughts.console import bytes_in_words
-from gptoughts.layers.support.several_ranks import rank_reasons
+from gptoughts.layers.support.several_ranks import gathered_bytes, outside_host_memory, rank_reasons
 from gptoughts.planning.layer import (
     Budget,
     Case,
@@ -35,7 +35,6 @@ from gptoughts.planning.layer import (
 
 ELEMENTWISE = ("adamw", "lion")
 """Optimizers whose update of a weight needs no other weight, and no count of updates in their groups."""
-GATHERED_BLOCKS = 2
 MIB = 2**20
 
 
@@ -75,9 +74,7 @@ def _memory(stage: int) -> Callable[[Case, Options, Budget], Budget]:
         weights, cast = budget.weights, budget.cast_weights
         if stage == 3:
             weights = 0 if offloads and options["offload_weights"] else share(budget.weights)
-            values, outside = budget.weights // 4, min(budget.weights // 4, case.spec.embedding_parameters or 0)
-            block = (values - outside) / max(1, budget.depth)
-            cast = int(outside * 4 + GATHERED_BLOCKS * block * 4) + budget.cast_weights
+            cast = gathered_bytes(case, budget, 4) + budget.cast_weights
         return replace(
             budget,
             weights=weights + copy,
@@ -105,6 +102,7 @@ def _apply(stage: int) -> Callable[[Engine, Options], AbstractContextManager[Non
 def _verify(stage: int) -> Callable[[Engine, StepTrace, Options], Evidence]:
     def verify(engine: Engine, trace: StepTrace, options: Options) -> Evidence:
         """Require DeepSpeed's update, partitions and moments of 1/N, and weights that are equal (1, 2) or partitioned (3)."""
+        from gptoughts.engine.distributed.shards import local
         from gptoughts.layers.support.zero_optimizer import ZeroOptimizer
 
         optimizer, ranks = engine.optimizer, engine.ranks.size
@@ -119,6 +117,10 @@ def _verify(stage: int) -> Callable[[Engine, StepTrace, Options], Evidence]:
         figures, problem = _weights(engine, stage)
         total = figures["trained_bytes"]
         slack = 16 * ranks * len(optimizer.places)  # padding to equal ranges
+        if not problem and _offloads(options):
+            problem = outside_host_memory(place.flat for place in optimizer.places.values())
+        if not problem and options.get("offload_weights"):
+            problem = outside_host_memory(local(parameter) for parameter in engine.bare.parameters())
         if problem:
             return inactive(problem, **figures)
         if mine > total / ranks + slack:

@@ -150,9 +150,8 @@ class EvidenceCheck:
         while not finished(progress) and not stopped:
             progress, stats, trace = watch(engine, progress, schedule)
             ends(progress)
-            proves = (
-                trace.updated and stats.rate > 0
-            )  # the last update of a schedule may have the rate 0, which moves no weight
+            # The last update of a schedule may have the rate 0, which moves no weight.
+            proves = trace.updated and stats.rate > 0
             if proves:
                 self._judge(engine, progress, trace)
             progress = run_callbacks(engine, progress, stats, callbacks, finished(progress), stopped)

@@ -19,7 +19,7 @@ from gptoughts.engine.distributed.ranks import Ranks
 from gptoughts.engine.engine import Engine
 from gptoughts.engine.oom import read_reduced
 from gptoughts.engine.trainer import Progress
-from gptoughts.errors import CheckpointError, GptoughtsError, RunError, ToldElsewhere
+from gptoughts.errors import CheckpointError, RunError, ToldElsewhere
 from gptoughts.planning.resolve import Plan
 from gptoughts.run.tracking.run_dir import RunFolder
 
@@ -87,11 +87,11 @@ def find_on_rank_0(folder: RunFolder, resume: str, ranks: Ranks) -> tuple[Resume
     """
     point: ResumePoint | None = None
     skipped: list[str] = []
-    failure: GptoughtsError | None = None
+    failure: Exception | None = None
     if ranks.first:
         try:
             point, skipped = find(folder, resume)
-        except GptoughtsError as error:
+        except Exception as error:
             failure = error
     if ranks.any(failure is not None):
         raise failure or ToldElsewhere

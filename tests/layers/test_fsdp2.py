@@ -2,17 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
 
 from gptoughts.config.model_spec import spec_for
 from gptoughts.hardware import machine
@@ -21,24 +13,7 @@ from gptoughts.layers import CATALOG
 from gptoughts.planning.layer import Case, Kind
 from gptoughts.planning.memory_model import baseline
 from tests.support.engines import plan_of, recipe_of
-
-ROOT = Path(__file__).parents[2]
-OPTIM = {"learning_rate": 1e-3, "warmup_steps": 0, "weight_decay": 5.0}
-ROWS = {"train": {"steps": 100, "global_batch": 12}, "optim": OPTIM}
-"""A batch that 2, 3 and 4 ranks divide, and a decay that shows where it is missing."""
-
-
-def job(name: str, family: str = "modern", loss: float = 1e-5, weight: float = 1e-4, **more: Any) -> dict[str, Any]:
-    """A training, with the bounds of its largest difference from one process."""
-    layers, recipe = more.get("layers", {}), {**ROWS, **more.get("recipe", {})}
-    return {
-        "name": name,
-        "family": family,
-        "layers": {"parallel": "fsdp2", **layers},
-        "recipe": recipe,
-        "bounds": (loss, weight),
-    }
-
+from tests.support.sharded_jobs import OPTIM, Sets, Trained, expect_equal, job, record, trainings
 
 # Gathered bf16 weights round norms too, and fp8 scales what was rounded: their losses differ like two bf16 runs.
 JOBS = [
@@ -59,59 +34,23 @@ JOBS = [
 DEFAULT = JOBS[0]["name"]
 HYBRID = job("hybrid", layers={"parallel.replicas": "2"})
 NAMED = {one["name"]: one for one in (*JOBS, HYBRID)}
-SETS = {
+SETS: Sets = {
     "default": {2: (DEFAULT,)},
     "all": {2: tuple(one["name"] for one in JOBS), 3: (DEFAULT, "llada"), 4: ("hybrid",)},
 }
 """Tier -> ranks -> jobs. Three ranks divide no dimension of the models."""
 
 
-def launch(ranks: int, folder: Path, jobs: list[dict[str, Any]]) -> None:
-    """Train `jobs` in this many ranks."""
-    words = ["-m", "tests.support.shard_worker", str(folder), json.dumps(jobs)]
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [*start, *words] if ranks > 1 else [sys.executable, *words]
-    ran = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=False, timeout=900)
-    assert ran.returncode == 0, ran.stderr[-4000:]
-
-
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, str], Path]:
-    """Return the folder in which a set of jobs was trained by so many ranks, once; one process trains the jobs of all."""
-
-    @cache
-    def folder(ranks: int, which: str) -> Path:
-        made = tmp_path_factory.mktemp(f"{which}-{ranks}")
-        names = SETS[which][ranks] if ranks > 1 else dict.fromkeys(name for names in SETS[which].values() for name in names)
-        launch(ranks, made, [NAMED[name] for name in names])
-        return made
-
-    return folder
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    return trainings(tmp_path_factory, SETS, NAMED)
 
 
-def record(folder: Path, name: str, ranks: int) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / f"{name}-{ranks}.json").read_text())
-    return found
+def test_two_ranks_train_as_one_process(trained: Trained) -> None:
+    expect_equal(trained, NAMED[DEFAULT], 2, "default")
 
 
-def expect_equal(trained: Callable[[int, str], Path], name: str, ranks: int, which: str) -> None:
-    """Compare a job's losses and weights with one process."""
-    loss, weight = NAMED[name]["bounds"]
-    alone, together = trained(1, which), trained(ranks, which)
-    assert record(alone, name, 1)["losses"] == pytest.approx(record(together, name, ranks)["losses"], rel=loss)
-    ours = load_file(together / f"{name}-{ranks}.safetensors")
-    theirs = load_file(alone / f"{name}-1.safetensors")
-    assert ours.keys() == theirs.keys()
-    for key, value in theirs.items():
-        assert (ours[key] - value).abs().max() < weight, key
-
-
-def test_two_ranks_train_as_one_process(trained: Callable[[int, str], Path]) -> None:
-    expect_equal(trained, DEFAULT, 2, "default")
-
-
-def test_the_proof_counts_shards_and_refuses_an_optimizer_made_before_sharding(trained: Callable[[int, str], Path]) -> None:
+def test_the_proof_counts_shards_and_refuses_an_optimizer_made_before_sharding(trained: Trained) -> None:
     found = record(trained(2, "default"), DEFAULT, 2)
     assert found["status"] == "active", found["proof"]
     assert "(1/2)" in found["proof"]
@@ -124,8 +63,8 @@ def test_the_proof_counts_shards_and_refuses_an_optimizer_made_before_sharding(t
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "name"), [(ranks, name) for ranks, names in SETS["all"].items() for name in names])
-def test_every_family_and_layer_trains_as_one_process(trained: Callable[[int, str], Path], ranks: int, name: str) -> None:
-    expect_equal(trained, name, ranks, "all")
+def test_every_family_and_layer_trains_as_one_process(trained: Trained, ranks: int, name: str) -> None:
+    expect_equal(trained, NAMED[name], ranks, "all")
     found = record(trained(ranks, "all"), name, ranks)
     assert found["status"] == "active", found["proof"]
     assert found["inactive"] == [], "layers of the plan that sharding makes inactive"

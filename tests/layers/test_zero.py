@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
-from safetensors.torch import load_file
 
 from gptoughts.hardware import machine
 from gptoughts.hardware.world import World
 from gptoughts.layers import CATALOG
 from gptoughts.planning.layer import Case
 from gptoughts.planning.memory_model import baseline
-from tests.layers.test_fsdp2 import OPTIM, case_of, job, launch, record
+from tests.layers.test_fsdp2 import case_of
 from tests.support.engines import plan_of, recipe_of
+from tests.support.sharded_jobs import OPTIM, Job, Sets, Trained, expect_equal, job, launch, record, trainings
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs the package deepspeed")
 STAGES = (1, 2, 3)
 
 
-def zero(name: str, stage: int, family: str = "modern", loss: float = 1e-5, weight: float = 1e-4, **more):  # type: ignore[no-untyped-def]
+def zero(name: str, stage: int, family: str = "modern", loss: float = 1e-5, weight: float = 1e-4, **more: Any) -> Job:
     """A training with ZeRO, and the bounds of its largest difference from one process."""
     layers = {"parallel": f"zero{stage}", **more.pop("layers", {})}
     return job(f"{name}-{stage}", family, loss, weight, layers=layers, **more)
@@ -51,7 +50,7 @@ JOBS = [
 ]
 NAMED = {one["name"]: one for one in JOBS}
 DEFAULT = ("modern-2", "modern-3")
-SETS = {
+SETS: Sets = {
     "default": {2: DEFAULT},
     "all": {2: tuple(NAMED), 3: ("modern-2", "modern-3")},
 }
@@ -59,39 +58,17 @@ SETS = {
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, str], Path]:
-    """Return the folder in which a set of jobs was trained by so many ranks, once; one process trains the jobs of all."""
-
-    @cache
-    def folder(ranks: int, which: str) -> Path:
-        made = tmp_path_factory.mktemp(f"zero-{which}-{ranks}")
-        names = SETS[which][ranks] if ranks > 1 else dict.fromkeys(name for names in SETS[which].values() for name in names)
-        launch(ranks, made, [NAMED[name] for name in names])
-        return made
-
-    return folder
-
-
-def expect_equal(trained: Callable[[int, str], Path], name: str, ranks: int, which: str) -> None:
-    """Compare a job's losses and weights with one process."""
-    loss, weight = NAMED[name]["bounds"]
-    alone, together = trained(1, which), trained(ranks, which)
-    assert record(alone, name, 1)["losses"] == pytest.approx(record(together, name, ranks)["losses"], rel=loss)
-    ours, theirs = load_file(together / f"{name}-{ranks}.safetensors"), load_file(alone / f"{name}-1.safetensors")
-    assert ours.keys() == theirs.keys()
-    for key, value in theirs.items():
-        assert (ours[key] - value).abs().max() < weight, key
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    return trainings(tmp_path_factory, SETS, NAMED)
 
 
 @pytest.mark.parametrize("name", DEFAULT)
-def test_two_ranks_train_as_one_process(trained: Callable[[int, str], Path], name: str) -> None:
-    expect_equal(trained, name, 2, "default")
+def test_two_ranks_train_as_one_process(trained: Trained, name: str) -> None:
+    expect_equal(trained, NAMED[name], 2, "default")
 
 
 @pytest.mark.parametrize("name", DEFAULT)
-def test_the_proof_counts_partitions_and_refuses_an_update_without_deepspeed(
-    trained: Callable[[int, str], Path], name: str
-) -> None:
+def test_the_proof_counts_partitions_and_refuses_an_update_without_deepspeed(trained: Trained, name: str) -> None:
     found = record(trained(2, "default"), name, 2)
     assert found["status"] == "active", found["proof"]
     figures, stage = found["figures"], int(name[-1])
@@ -105,8 +82,8 @@ def test_the_proof_counts_partitions_and_refuses_an_update_without_deepspeed(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "name"), [(ranks, name) for ranks, names in SETS["all"].items() for name in names])
-def test_every_family_and_layer_trains_as_one_process(trained: Callable[[int, str], Path], ranks: int, name: str) -> None:
-    expect_equal(trained, name, ranks, "all")
+def test_every_family_and_layer_trains_as_one_process(trained: Trained, ranks: int, name: str) -> None:
+    expect_equal(trained, NAMED[name], ranks, "all")
     found = record(trained(ranks, "all"), name, ranks)
     assert found["status"] == "active", found["proof"]
     assert found["inactive"] == [], "layers of the plan that ZeRO makes inactive"

@@ -11,7 +11,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import tee
 from pathlib import Path
@@ -66,13 +66,14 @@ class Tasks:
 
     @contextmanager
     def leading(self) -> Iterator[None]:
-        """Remove what tasks leave in the folder, after the block; if it fails, leave word for the other tasks."""
+        """Remove the files of tasks after the block; if it fails, write a plan that ends the other tasks."""
         place = self.folder / FOLDER
         try:
             yield
         except BaseException:
             shutil.rmtree(place, ignore_errors=True)
-            self._announce({"failed": True})
+            with suppress(OSError):  # on a full disk the others end after their limit
+                self._announce({"failed": True})
             raise
         shutil.rmtree(place, ignore_errors=True)
 
@@ -116,7 +117,10 @@ class Tasks:
             try:
                 plan = json.loads((self.folder / FOLDER / PLAN).read_text(encoding="utf-8"))
             except (FileNotFoundError, NotADirectoryError):
-                return index.exists() and (not overwrite or index.stat().st_mtime > began)
+                with suppress(FileNotFoundError):
+                    written = index.stat().st_mtime
+                    return not overwrite or written > began
+                return False
             if plan.get("identity") == self.identity:
                 found.append(plan)
             return bool(found)
@@ -143,7 +147,8 @@ class Tasks:
                 raise self._ended() from None
             of_text = isinstance(error, DataError) and not isinstance(error, WorkerDied)
             message = str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
-            write_json(self._error(self.number), {"of_text": of_text, "message": message})
+            with suppress(OSError):
+                write_json(self._error(self.number), {"of_text": of_text, "message": message})
             raise
 
     def _wait_for_the_first(self) -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Literal
 
@@ -49,8 +50,8 @@ def tokenize(
 
     An interrupted folder is resumed; a finished one with the same settings is returned unchanged. `processes` None chooses a
     number by cores and text size. With the `world` of a launched job its tasks divide the work; the folder must be seen by all of
-    them. A second process on the same folder waits for the first. Raises DataError for text that cannot
-    be read or encoded, and for a folder made with other settings, unless `overwrite`.
+    them. A second process on the same folder waits for the first. Raises DataError for text that cannot be read or encoded, for a
+    disk that cannot be written, and for a folder made with other settings, unless `overwrite`.
     """
     corpus = open_source(source, text_key) if isinstance(source, str) else source
     if shard_tokens < 1:
@@ -66,18 +67,25 @@ def tokenize(
     tasks = Tasks.of(world or World(), os.environ, folder)
     job = Job(corpus, tokenizer, folder, settings)
     if tasks is not None and not tasks.first:
-        return job.assist(processes or default_processes(corpus), tasks, overwrite)
+        with disk_errors(folder):
+            return job.assist(processes or default_processes(corpus), tasks, overwrite)
     with folder_lock(folder), tasks.leading() if tasks else nullcontext():
         if overwrite:
             clear(folder)
         if (folder / INDEX).exists():
             return job.finished()
-        with console(text_bytes(corpus)) if progress == "console" else silent() as report:
-            try:
-                return job.run(processes or default_processes(corpus), report, tasks)
-            except OSError as error:
-                problem = f"{error.filename or folder}: cannot be written ({error.strerror or error})"
-                raise DataError(problem, fix="run again; it continues from here") from None
+        with console(text_bytes(corpus)) if progress == "console" else silent() as report, disk_errors(folder):
+            return job.run(processes or default_processes(corpus), report, tasks)
+
+
+@contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Turn errors of the file system into a DataError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        problem = f"{error.filename or folder}: cannot be written ({error.strerror or error})"
+        raise DataError(problem, fix="run again; it continues from here") from None
 
 
 def usable_cores() -> int:

@@ -1,10 +1,37 @@
-"""What every layer that uses several ranks needs: more than one, and a global batch that divides among them."""
+"""Requirements, memory and proofs that layers for several ranks share."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
-from gptoughts.planning.layer import Case, Reason, unsupported
+from gptoughts.planning.layer import Budget, Case, Engine, Reason, unsupported
+
+GATHERED_BLOCKS = 2
+"""Blocks whose weights exist at the same time: the one that computes, and the next one."""
+
+
+def gathered_bytes(case: Case, budget: Budget, block_value_bytes: int) -> int:
+    """Return the bytes of gathered weights: the blocks in use, and embedding and head in float32."""
+    values = budget.weights // 4
+    outside = min(values, case.spec.embedding_parameters or 0)
+    block = (values - outside) / max(1, budget.depth)
+    return int(outside * 4 + GATHERED_BLOCKS * block * block_value_bytes)
+
+
+def autocasts_to_bf16(engine: Engine) -> bool:
+    """Return whether forwards run under bfloat16 autocast."""
+    import torch
+
+    kind = engine.device.type
+    with engine.forward_context():
+        return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
+
+
+def outside_host_memory(tensors: Iterable[Any]) -> str:
+    """Return what is wrong with `tensors` of a layer that keeps them in host memory; an empty text if all are there."""
+    elsewhere = [tensor.device.type for tensor in tensors if tensor.device.type != "cpu"]
+    return f"{len(elsewhere)} tensors lie on {elsewhere[0]}, not in host memory" if elsewhere else ""
 
 
 def rank_reasons(case: Case, least: int = 2) -> Iterator[Reason]:

@@ -8,7 +8,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from gptoughts.engine.distributed.mpi_group import BACKEND
 from gptoughts.engine.distributed.process_group import own_group
 from gptoughts.engine.engine import Engine, Undo, allocate
 from gptoughts.errors import PlanError
+from gptoughts.layers.support.several_ranks import autocasts_to_bf16
 from gptoughts.layers.support.zero_optimizer import ZeroOptimizer, places
 from gptoughts.models.sources import shape_of
 from gptoughts.models.torch_internals import parameter_table
@@ -126,11 +127,9 @@ def configuration(engine: Engine, request: Request) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,  # the optimizer slot's own one, also on the CPU
         "zero_optimization": zero,
     }
-    kind = engine.device.type
-    with engine.forward_context():
-        half = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
-    if half:
-        # DeepSpeed leaves autocast on only if it is told of it. Modules of this list are gathered, and their gradients reduced, in bfloat16.
+    if autocasts_to_bf16(engine):
+        # Without this, DeepSpeed disables an autocast around its forward. It gathers modules of this list, and reduces their gradients,
+        # in bfloat16.
         listed = ["torch.nn.Linear"] if request.stage == 3 else []
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": listed}
     return config
@@ -160,15 +159,16 @@ class _Runner:
 
     engine: Engine
     started: Any
-    undo: list[Undo]
-    bare: nn.Module
+    model: nn.Module
+    """`engine.model` before."""
+    undo: list[Undo] = field(default_factory=list)
     updated: bool = False
 
     def stop(self) -> None:
         """Take DeepSpeed out of the hooks and end its engine."""
         for undo in reversed(self.undo):
             undo()
-        self.engine.model = self.bare
+        self.engine.model = self.model
         self.started.module_forward_pre_hook.remove()
         self.started.module_forward_post_hook.remove()
         self.started.destroy()
@@ -194,10 +194,10 @@ def _start(
     """Start DeepSpeed's engine over the model and `made`, and route the engine's hooks to it."""
     groups = [{**group, "params": list(group["params"])} for group in made.param_groups]
     inner = list(made.param_groups)  # DeepSpeed replaces their parameters by its partitions
-    before = engine.model
+    before, repeatable = engine.model, engine.repeatable
     started, *_ = deepspeed.initialize(model=engine.bare, optimizer=made, config=dict(config), dist_init_required=False)
     optimizer = ZeroOptimizer(groups, inner, made, places(started.optimizer, groups, stage))
-    runner = _Runner(engine, started, [], before)
+    runner = _Runner(engine, started, before)
 
     @contextmanager
     def boundary(last: bool) -> Iterator[None]:
@@ -207,7 +207,7 @@ def _start(
     engine.model = started
     engine.repeatable = False  # a failed backward leaves reduced gradients behind
     runner.undo = [
-        lambda: setattr(engine, "repeatable", True),
+        lambda: setattr(engine, "repeatable", repeatable),
         engine.wrap_context("grad_sync", boundary),
         engine.replace("backward", runner.backward),
         engine.replace("clip", lambda: runner.update(optimizer)),

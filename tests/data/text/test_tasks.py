@@ -149,6 +149,22 @@ def test_an_error_in_the_share_of_another_task_reaches_the_first(tmp_path: Path)
         second.follow(overwrite=False)
 
 
+def test_a_task_that_cannot_write_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_corpus(tmp_path / "text.jsonl", 5)
+    for name, value in slurm(1, 2).items():
+        monkeypatch.setenv(name, value)
+
+    def full(self: object, plan: object) -> None:
+        raise OSError(28, "No space left on device", "tokens/00000001.tokens")
+
+    monkeypatch.setattr(module.Tasks, "follow", full)
+    with pytest.raises(DataError, match=r"tokens/00000001.tokens: cannot be written \(No space left on device\)"):
+        tokenize(str(tmp_path / "text.jsonl"), "bytes", tmp_path / "out", world=world_from_environment(os.environ))
+    first = Tasks(tmp_path / "missing" / "folder", 0, 2, "job")
+    with pytest.raises(RuntimeError, match="the cause"), first.leading():  # nothing can be written for the others
+        raise RuntimeError("the cause")
+
+
 def test_tasks_need_a_name_of_their_job(tmp_path: Path) -> None:
     assert Tasks.of(World(), {}, tmp_path) is None
     world = world_from_environment(slurm(1, 4))

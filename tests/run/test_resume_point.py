@@ -1,0 +1,60 @@
+"""One rank reads and hashes the checkpoints; the others take what it found, or end without a word."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from gptoughts.engine.checkpoint import store
+from gptoughts.engine.distributed.ranks import Ranks
+from gptoughts.errors import CheckpointError, RunError, ToldElsewhere
+from gptoughts.run.resume import find_on_rank_0
+from gptoughts.run.tracking.run_dir import RunFolder
+
+
+def ranks(rank: int, failed: bool = False, name: str = "-") -> Ranks:
+    """One of two ranks; `failed` and `name` are what rank 0 tells."""
+    world = SimpleNamespace(rank=rank)
+    return cast(Ranks, SimpleNamespace(first=rank == 0, world=world, any=lambda mine: mine or failed, texts=lambda mine: [mine if rank == 0 else name]))  # fmt: skip
+
+
+def run_folder(place: Path) -> Any:
+    return cast(RunFolder, SimpleNamespace(checkpoints=place))
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    state = {"format": store.FORMAT, "run": {"progress": 7}}
+    snapshot = store.Snapshot(3, {"model": {}}, {"state.json": json.dumps(state)}, {})
+    return store.write(snapshot, tmp_path)
+
+
+def test_another_rank_reads_no_more_than_the_state(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, skipped = find_on_rank_0(run_folder(checkpoint.parent), "auto", ranks(0))
+    assert first is not None and first.folder == checkpoint and skipped == []
+
+    def hashes(folder: Path) -> str:
+        raise AssertionError("only rank 0 hashes the files")
+
+    monkeypatch.setattr(store, "damage", hashes)
+    with pytest.raises(AssertionError):
+        find_on_rank_0(run_folder(checkpoint.parent), "auto", ranks(0))
+    other, _ = find_on_rank_0(run_folder(checkpoint.parent), "auto", ranks(1, name=str(checkpoint)))
+    assert other == first
+
+
+def test_an_error_is_told_by_rank_0_alone(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="would overwrite checkpoints"):
+        find_on_rank_0(run_folder(tmp_path), "never", ranks(0))
+    with pytest.raises(ToldElsewhere):
+        find_on_rank_0(run_folder(tmp_path), "never", ranks(1, failed=True))
+    with pytest.raises(CheckpointError, match="rank 0 resumes from it, rank 1 does not see it"):
+        find_on_rank_0(run_folder(tmp_path), "auto", ranks(1, name=str(tmp_path / "elsewhere")))
+
+
+def test_nothing_to_resume_is_nothing_on_every_rank(tmp_path: Path) -> None:
+    assert [find_on_rank_0(run_folder(tmp_path), "auto", ranks(rank)) for rank in (0, 1)] == [(None, []), (None, [])]
