@@ -49,14 +49,13 @@ def zero_engine(engine: Engine, request: Request) -> Iterator[None]:
     deepspeed = _deepspeed(engine)
     with ExitStack() as stack:
         stack.enter_context(own_group(engine.device))
+        stack.enter_context(_local_rank(engine))
         config = configuration(engine, request)
         if request.stage == 3:
-            with _local_rank(engine):
-                _partition(deepspeed, engine, config)
+            _partition(deepspeed, engine, config)
 
         def started(attach: Any, made: torch.optim.Optimizer) -> None:
-            with _local_rank(engine):
-                runner, optimizer = _start(deepspeed, engine, made, config, request.stage)
+            runner, optimizer = _start(deepspeed, engine, made, config, request.stage)
             stack.callback(runner.stop)
             attach(optimizer)
 
@@ -81,7 +80,7 @@ def _deepspeed(engine: Engine) -> Any:
 
 @contextmanager
 def _local_rank(engine: Engine) -> Iterator[None]:
-    """Set LOCAL_RANK for the block: DeepSpeed takes the number of the GPU from it, and of all launchers only torchrun sets it."""
+    """Set LOCAL_RANK for the block: DeepSpeed reads it at start and in forwards, and of all launchers only torchrun sets it."""
     before = os.environ.get("LOCAL_RANK")
     index = engine.device.index if engine.device.type == "cuda" else engine.ranks.world.local_rank
     os.environ["LOCAL_RANK"] = str(index or 0)
