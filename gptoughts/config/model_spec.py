@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gptoughts.config import hf_spec
@@ -43,6 +43,7 @@ class ModelSpec:
     experts_per_token: int | None = None
     max_positions: int | None = None  # maximum sequence length
     attention_width: int | None = None  # heads x head width, if not equal to width
+    stored_bytes: int | None = None  # per weight of the checkpoint, by its config.json
     head: str | None = None  # "linear" (logits = hidden x weight) or "own" (scaled, capped, ...)
 
 
@@ -101,7 +102,10 @@ def of(model: ModelConfig, sequence_length: int, vocab_size: int | None) -> Mode
 def of_hf(model: ModelConfig, sequence_length: int) -> ModelSpec:
     """Return the spec of a Hugging Face model from its config.json. Raises ConfigError if that cannot be read."""
     rows = None if model.path else model.vocab_size
-    return ModelSpec(**hf_spec.fields_of(hf_spec.read_config(model), sequence_length, rows))
+    config = hf_spec.read_config(model)
+    spec = ModelSpec(**hf_spec.fields_of(config, sequence_length, rows))
+    stored = str(config.get("dtype") or config.get("torch_dtype")) if model.path else ""
+    return replace(spec, stored_bytes=2) if stored in ("bfloat16", "float16") else spec
 
 
 def spec_for(recipe: Recipe) -> ModelSpec:

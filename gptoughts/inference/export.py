@@ -240,7 +240,8 @@ def _write_hf(model: nn.Module, recipe: Recipe, tokenizer: Tokenizer, folder: Pa
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
     """Return the weights by their names without an adapter; an adapter is merged."""
-    from gptoughts.models.adapters.adapter import adapter_layers, merge
+    from gptoughts.models.adapters.adapter import adapter_layers
+    from gptoughts.models.adapters.merge import merge
 
     if adapter_layers(model):
         return merge(model)

@@ -43,7 +43,7 @@ def unmet(case: Case, options: Options) -> Iterator[Reason]:
 
 def memory(case: Case, options: Options, budget: Budget) -> Budget:
     """The inside of one block at a time, and every block's input."""
-    return replace(budget, inner=0.0)
+    return replace(budget, inner=0.0, recasts=True)
 
 
 @contextmanager

@@ -57,7 +57,7 @@ def introduction(
     parameters = f"{count(spec.parameters)} parameters" if spec.parameters else "parameters n/a"
     yield f"model {spec.family}, {parameters}; data {corpus.folder}: {count(corpus.train_tokens)} tokens"
     if bundle.base is not None:
-        from gptoughts.models.adapters.adapter import summary  # imports peft
+        from gptoughts.models.adapters.merge import summary  # imports peft
 
         yield summary(model)
     yield from (f"note: {note}" for note in getattr(source, "notes", ()))
