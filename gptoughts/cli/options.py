@@ -68,7 +68,7 @@ class RecipeCommand(Command):
 
         Raises ConfigError for a DeepSpeed configuration, with our flag for each of its keys.
         """
-        from gptoughts.config.aliases import our_flag
+        from gptoughts.config.aliases import instead, our_flag
 
         flag = spelled(flag)
         if flag in ("--deepspeed", "--deepspeed-config") and value and not value.startswith("--"):
@@ -78,6 +78,8 @@ class RecipeCommand(Command):
         ours, field = our_flag(flag), flag.lstrip("-").rpartition(".")[2]
         if ours:
             return describe("no such flag", fix=ours)
+        if instead(flag):
+            return f"no such flag: {instead(flag)}"
         tables = [other for other in known if other.endswith(f".{field}") and not other.startswith("--layer.")]
         return f"no such flag (did you mean {' or '.join(tables)}?)" if tables else f"no such flag{nearest(flag, known)}"
 

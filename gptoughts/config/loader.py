@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from gptoughts.config.aliases import ours
+from gptoughts.config.aliases import instead, ours
 from gptoughts.config.recipe import (
     LENGTHS,
     DataConfig,
@@ -212,6 +212,8 @@ def unknown_key(key: str, known: Iterable[str]) -> str:
     known, leaf = list(known), key.rpartition(".")[2]
     if ours(key):
         return f"no such key; use {ours(key)}"
+    if instead(key):
+        return f"no such key: {instead(key)}"
     elsewhere = [other for other in known if other.rpartition(".")[2] == leaf]
     if elsewhere:
         return f"no such key (did you mean {' or '.join(map(repr, elsewhere))}?)"
