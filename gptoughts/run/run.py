@@ -21,10 +21,12 @@ from gptoughts.engine.from_recipe import checkpoint_documents
 from gptoughts.engine.trainer import Progress, train
 from gptoughts.inference.generate.write import generate_text
 from gptoughts.run import resume
+from gptoughts.run.advice import Advisor
 from gptoughts.run.callbacks import Evaluate, Sample, Save
 from gptoughts.run.evidence import EvidenceCheck, LayerEvidence, warmup_steps
 from gptoughts.run.failures import report_failures
 from gptoughts.run.goodput import Goodput
+from gptoughts.run.limiter import Limiter, Pauses
 from gptoughts.run.log import Log
 from gptoughts.run.session import Session, TrainingJob, open_session
 from gptoughts.run.signals import SignalWatcher
@@ -71,7 +73,8 @@ class _Run:
         self.sharded = is_sharded(self.engine.bare)
         self.writer = self._open_writer()
         self.goodput: Goodput | None = None
-        """None on ranks that write nothing."""
+        """None on ranks that write nothing, as is `limiter`."""
+        self.limiter: Limiter | None = None
 
     def execute(self) -> RunResult:
         """Resume, train, and return the result."""
@@ -121,16 +124,26 @@ class _Run:
             job.plan, catalog, session.ranks, session.console, self.folder.out, session.attempt, job.strict, report=log.add
         )
         end = "failed"
-        try:
-            progress = self._loop(progress, callbacks, check)
-            end = "interrupted" if self.signals.stopped else "finished"
-        finally:
-            self._close(end)
+        with Pauses() as pauses:
+            if self.goodput is not None:
+                log.judge = self.limiter = self._limiter(self.goodput, check, pauses)
+            try:
+                progress = self._loop(progress, callbacks, check)
+                end = "interrupted" if self.signals.stopped else "finished"
+            finally:
+                self._close(end)
         session.ranks.barrier()  # launchers end the ranks that remain when one exits; rank 0 may still write its checkpoint
         if self.first and not check.evidence:
             check.report_unwatched()
         newest = store.newest(self.folder.checkpoints)[0] if self.first else None
         return self._result(progress, newest, check.evidence, sample.text)
+
+    def _limiter(self, goodput: Goodput, check: EvidenceCheck, pauses: Pauses) -> Limiter:
+        job = self.job
+        spec, catalog = self.session.bundle.spec, job.extensions.catalog
+        advisor = Advisor(job.machine, spec, job.recipe, job.world, job.plan, catalog)
+        samples = self.folder.out / "system.jsonl"
+        return Limiter(advisor, self.session.console, goodput.attempt_parts, pauses, lambda: check.trace, samples)
 
     def _close(self, end: str) -> None:
         """Wait for the last checkpoint, and close what the run writes to. `end` is finished, interrupted or failed."""
@@ -142,6 +155,8 @@ class _Run:
         finally:
             self.session.console.end_row()
             self.sinks.close()
+            for line in self.limiter.summary() if self.limiter is not None else ():
+                self.session.console.say(line)
             if self.goodput is not None:
                 self.session.console.say(self.goodput.close(end))
 
