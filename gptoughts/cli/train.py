@@ -16,6 +16,7 @@ from gptoughts.config.tasks import TASKS, Task
 from gptoughts.errors import ConfigError
 from gptoughts.hardware.world import world_from_environment
 from gptoughts.planning.environment import Process, missing_variables, restart
+from gptoughts.processes import process_began
 
 if TYPE_CHECKING:
     from gptoughts.run.run import RunResult
@@ -50,6 +51,8 @@ def train(
     if setting.world.rank == 0:
         print(setting.plan.table(), flush=True)
     job: dict[str, Any] = {"strict": strict, "numerics": numerics, "collectives": collectives}
+    if _owns_process():
+        job["began"] = process_began()
     result = train_resolved(setting, run_name, run_dir, resume=resume, **job)
     if setting.world.rank == 0:
         _report(result, recipe, run_name, run_dir)
@@ -78,9 +81,13 @@ def given_words() -> list[str]:
 
 def end_at_sigterm() -> None:
     """End this process with one line and code 143 at SIGTERM, until training handles it; inside another program do nothing."""
-    context = click.get_current_context(silent=True)
-    if context is not None and context.find_root().obj is Process.OURS:
+    if _owns_process():
         signal.signal(signal.SIGTERM, _end)
+
+
+def _owns_process() -> bool:
+    context = click.get_current_context(silent=True)
+    return context is not None and context.find_root().obj is Process.OURS
 
 
 def _end(number: int, frame: Any) -> None:
@@ -94,8 +101,7 @@ def apply_environment(setting: ResolvedRun) -> list[str]:
 
     Returns the plan's notes, for commands that do not print its table.
     """
-    context = click.get_current_context(silent=True)
-    if context is not None and context.find_root().obj is Process.OURS:
+    if _owns_process():
         restart(missing_variables(setting.plan, os.environ))
     return list(setting.plan.notes)
 

@@ -95,6 +95,7 @@ LAYER = Layer(
     apply=apply,
     verify=verify,
     memory=memory,
+    recomputes=lambda options: (1.0, 1.0),
     unmet=unmet,
     memory_rank=40,
 )

@@ -174,6 +174,7 @@ LAYER = Layer(
     apply=apply,
     verify=verify,
     memory=memory,
+    recomputes=lambda options: (0.0 if options["keep"] == "matmuls" else 1.0, 0.0),
     unmet=unmet,
     memory_rank=20,
     options={"keep": Option("matmuls", "outputs that are kept; attention outputs always are", str, ("matmuls", "attention"))},

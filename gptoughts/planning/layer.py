@@ -216,6 +216,10 @@ def _no_environment(case: Case, options: Options) -> Mapping[str, str]:
     return {}
 
 
+def _nothing_again(options: Options) -> tuple[float, float]:
+    return 0.0, 0.0
+
+
 def _same_memory(case: Case, options: Options, budget: Budget) -> Budget:
     return budget
 
@@ -234,6 +238,8 @@ class Layer:
     environment: Callable[[Case, Options], Mapping[str, str]] = _no_environment
     memory: Callable[[Case, Options, Budget], Budget] = _same_memory
     """Return the budget as changed by this layer."""
+    recomputes: Callable[[Options], tuple[float, float]] = _nothing_again
+    """Return the shares of the blocks' forward matmuls and attention that run again in the backward, for HFU."""
     phase: Phase | None = None
     baseline: bool = False
     packages: tuple[tuple[str, str], ...] = ()

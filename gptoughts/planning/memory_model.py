@@ -177,7 +177,7 @@ def baseline(spec: ModelSpec, recipe: Recipe, sequences: int) -> Budget | None:
     width, depth, parameters = spec.width, spec.depth, spec.parameters
     if width is None or depth is None or parameters is None or spec.sequence_length is None or spec.vocab_size is None:
         return None
-    trained = parameters if recipe.adapter.kind == "none" else _adapter_parameters(spec, recipe)
+    trained = parameters if recipe.adapter.kind == "none" else adapter_parameters(spec, recipe)
     frozen = 0 if recipe.adapter.kind == "none" else parameters
     embedding = spec.embedding_parameters or 0
     head = spec.vocab_size * width
@@ -226,7 +226,7 @@ def _moments(spec: ModelSpec, recipe: Recipe) -> float:
     return 2 * outside + inside * (1 - outside)
 
 
-def _adapter_parameters(spec: ModelSpec, recipe: Recipe) -> int:
+def adapter_parameters(spec: ModelSpec, recipe: Recipe) -> int:
     """Return the parameters of low-rank factors on every projection of every block."""
     assert spec.width is not None and spec.depth is not None
     width, inner = spec.width, spec.hidden or 4 * spec.width

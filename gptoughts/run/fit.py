@@ -21,8 +21,8 @@ from gptoughts.engine.trainer import Progress, train
 from gptoughts.errors import ConfigError, DataError
 from gptoughts.hardware.world import World
 from gptoughts.planning.plan import Plan
-from gptoughts.run.callbacks import Log
 from gptoughts.run.evidence import EvidenceCheck, LayerEvidence
+from gptoughts.run.log import Log
 from gptoughts.run.session import OwnModel, Session, TrainingJob, open_session
 from gptoughts.run.throughput import Throughput
 from gptoughts.run.tracking.sink import CallbackSink, RunInfo, Sink, Sinks, make_sink

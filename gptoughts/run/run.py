@@ -21,9 +21,13 @@ from gptoughts.engine.from_recipe import checkpoint_documents
 from gptoughts.engine.trainer import Progress, train
 from gptoughts.inference.generate.write import generate_text
 from gptoughts.run import resume
-from gptoughts.run.callbacks import Evaluate, Log, Sample, Save
+from gptoughts.run.advice import Advisor
+from gptoughts.run.callbacks import Evaluate, Sample, Save
 from gptoughts.run.evidence import EvidenceCheck, LayerEvidence, warmup_steps
 from gptoughts.run.failures import report_failures
+from gptoughts.run.goodput import Goodput
+from gptoughts.run.limiter import Limiter, Pauses
+from gptoughts.run.log import Log
 from gptoughts.run.session import Session, TrainingJob, open_session
 from gptoughts.run.signals import SignalWatcher
 from gptoughts.run.throughput import throughput
@@ -68,6 +72,9 @@ class _Run:
         self.evaluate = self._evaluate() if self.corpus.validates else None
         self.sharded = is_sharded(self.engine.bare)
         self.writer = self._open_writer()
+        self.goodput: Goodput | None = None
+        """None on ranks that write nothing, as is `limiter`."""
+        self.limiter: Limiter | None = None
 
     def execute(self) -> RunResult:
         """Resume, train, and return the result."""
@@ -99,32 +106,59 @@ class _Run:
 
     def _train(self, progress: Progress) -> RunResult:
         session, job = self.session, self.job
-        figures = throughput(session.bundle.spec, job.plan, job.machine, job.world)
+        figures = throughput(session.bundle.spec, job.recipe, job.plan, job.machine, job.world, job.extensions.catalog)
         for line in figures.notes:
             session.console.say(line)
         catalog = job.extensions.catalog
         warm = warmup_steps(job.plan, catalog) + 1
         log = Log(self.recipe.log.every, self.sinks, session.console, figures, session.length, warm)
+        if self.first:
+            self.goodput = Goodput(self.folder.out, session.attempt, job.began, progress.step, warm)
         sample = Sample(self.recipe.sample.every, self._write_sample, session.console)
         save = Save(
             self.recipe.save.every, self.writer, self._snapshot, lambda: self.evaluate.criterion if self.evaluate else None
         )
         callbacks = [log, *([self.evaluate] if self.evaluate else []), save, sample, *job.callbacks]
+        callbacks += [self.goodput] if self.goodput else []
         check = EvidenceCheck(
             job.plan, catalog, session.ranks, session.console, self.folder.out, session.attempt, job.strict, report=log.add
         )
-        try:
-            progress = self._loop(progress, callbacks, check)
-        finally:
-            if self.writer is not None:
-                self.writer.wait()
-            session.console.end_row()
-            self.sinks.close()
+        end = "failed"
+        with Pauses() as pauses:
+            if self.goodput is not None:
+                log.judge = self.limiter = self._limiter(self.goodput, check, pauses)
+            try:
+                progress = self._loop(progress, callbacks, check)
+                end = "interrupted" if self.signals.stopped else "finished"
+            finally:
+                self._close(end)
         session.ranks.barrier()  # launchers end the ranks that remain when one exits; rank 0 may still write its checkpoint
         if self.first and not check.evidence:
             check.report_unwatched()
         newest = store.newest(self.folder.checkpoints)[0] if self.first else None
         return self._result(progress, newest, check.evidence, sample.text)
+
+    def _limiter(self, goodput: Goodput, check: EvidenceCheck, pauses: Pauses) -> Limiter:
+        job = self.job
+        spec, catalog = self.session.bundle.spec, job.extensions.catalog
+        advisor = Advisor(job.machine, spec, job.recipe, job.world, job.plan, catalog)
+        samples = self.folder.out / "system.jsonl"
+        return Limiter(advisor, self.session.console, goodput.attempt_parts, pauses, lambda: check.trace, samples)
+
+    def _close(self, end: str) -> None:
+        """Wait for the last checkpoint, and close what the run writes to. `end` is finished, interrupted or failed."""
+        if self.goodput is not None:
+            self.goodput.waiting_for_disk()
+        try:
+            if self.writer is not None:
+                self.writer.wait()
+        finally:
+            self.session.console.end_row()
+            self.sinks.close()
+            for line in self.limiter.summary() if self.limiter is not None else ():
+                self.session.console.say(line)
+            if self.goodput is not None:
+                self.session.console.say(self.goodput.close(end))
 
     def _loop(self, progress: Progress, callbacks: list[Callback], check: EvidenceCheck) -> Progress:
         engine, schedule = self.engine, self.session.length.rate
@@ -202,6 +236,8 @@ class _Run:
             validations=evaluate.state() if evaluate else {},
             micro_batch=engine.micro_batch,
         )
+        if self.goodput is not None:
+            self.goodput.checkpoint(progress.step)
         weights: state.Which = "all" if self.recipe.adapter.kind == "none" else "trained"
         return state.snapshot(engine, progress.step, kept, documents, {"tokenizer": self.corpus.tokenizer_folder}, weights)
 
