@@ -141,6 +141,7 @@ class Log(Callback):
             "train/num_tokens": progress.tokens,
             "train/epoch": self.length.epoch(progress) if self.length else None,
             "train/seconds": progress.seconds,
+            "train/hours": progress.seconds / 3600,
             **rates,
             "perf/data_wait": pending.data_wait / pending.seconds if pending.seconds > 0 else 0.0,
         }
@@ -251,7 +252,8 @@ class Evaluate(Callback):
         self.result = (progress.step, loss)
         self.criterion = (progress.step, -scores["f1"] if scores else loss)
         row = {"eval/loss": loss, "eval/labels": labels, **{f"eval/{name}": value for name, value in scores.items()}}
-        self.sinks.log(progress.step, {**row, "train/num_tokens": progress.tokens})
+        axes = {"train/num_tokens": progress.tokens, "train/hours": progress.seconds / 3600}
+        self.sinks.log(progress.step, {**row, **axes})
         shown = "".join(f"  {name} {value:.2f}" for name, value in scores.items())
         self.console.say(f"step {progress.step}  validation loss {loss:.4f} over {count(labels)} labels{shown}")
         self._update_best(progress.step, last)
@@ -274,6 +276,7 @@ class Sample(Callback):
     period: int
     write: Callable[[Engine], str]
     console: Console
+    sinks: Sink = field(default_factory=Sink)
     text: str = ""
 
     def due(self, step: int, last: bool) -> bool:
@@ -285,6 +288,7 @@ class Sample(Callback):
         self.text = self.write(engine)
         if self.text:
             self.console.say(f"step {progress.step}  sample:\n{self.text}\n")
+            self.sinks.text(progress.step, "sample", self.text)
 
 
 @dataclass
