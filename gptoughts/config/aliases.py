@@ -172,7 +172,7 @@ FOREIGN = {
 """Option name of another trainer -> our recipe key or flag."""
 
 _TABLES = (
-    "model.", "data.", "optim.", "train.", "adapter.", "diffusion.", "experts.", "eval.", "sample.", "save.", "log.", "seed",
+    "model.", "data.", "optim.", "train.", "adapter.", "diffusion.", "experts.", "eval.", "sample.", "save.", "log.", "track.", "seed",
 )  # fmt: skip
 
 

@@ -18,11 +18,11 @@ from gptoughts.run.tracking.figures import numbers_and_texts
 from gptoughts.run.tracking.jsonl import read, rows
 from tests.hardware.test_gpu_sampler import H100, WHOLE, A, B
 from tests.support.fake_nvml import NEEDED, compile_library
-from tests.support.wandb_file import history, records
+from tests.support.tracker_files import history, records, scalars
 
 pytest.importorskip("tensorboard")
 pytest.importorskip("wandb")
-pytestmark = NEEDED
+pytestmark = [*NEEDED, pytest.mark.slow]
 
 ROOT = Path(__file__).parents[3]
 SECRET = "wandb-key-of-nobody-0123456789abcdef"
@@ -38,18 +38,6 @@ class Tracked:
 
     def wandb_files(self) -> list[Path]:
         return sorted((self.out / "wandb").glob("offline-run-*/*.wandb"))
-
-    def scalars(self, folder: str) -> dict[str, dict[int, list[float]]]:
-        """Tag -> step -> values, as TensorBoard shows them."""
-        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-        events = EventAccumulator(str(self.out / folder), size_guidance={"scalars": 0})
-        events.Reload()
-        found: dict[str, dict[int, list[float]]] = {}
-        for tag in events.Tags()["scalars"]:
-            for event in events.Scalars(tag):
-                found.setdefault(tag, {}).setdefault(event.step, []).append(event.value)
-        return found
 
 
 @pytest.fixture(scope="module")
@@ -91,15 +79,15 @@ def attempt(here: Path, library: Path, kill_at: int) -> str:
     return printed[0]
 
 
-def numbers(row: dict[str, Any]) -> dict[str, float]:
-    return numbers_and_texts({key: value for key, value in row.items() if key not in ("step", "attempt", "sample")})[0]
+def numbers(row: dict[str, Any], axis: str = "step") -> dict[str, float]:
+    return numbers_and_texts({key: value for key, value in row.items() if key not in (axis, "attempt")})[0]
 
 
 def test_all_trackers_have_the_same_keys(tracked: Tracked) -> None:
     metrics, system = read(tracked.out / "metrics.jsonl"), rows(tracked.out / "system.jsonl")
     assert len(system) > 4
     ours = {key for row in metrics for key in numbers(row)}
-    sampled = {key for row in system for key in numbers(row)}
+    sampled = {key for row in system for key in numbers(row, "sample")}
     assert {"train/loss", "eval/loss", "train/hours", "perf/tokens_per_second"} <= ours
     assert {
         "gpu/utilization_max_rank",
@@ -107,8 +95,8 @@ def test_all_trackers_have_the_same_keys(tracked: Tracked) -> None:
         "cpu/process_percent_min",
         "memory/system_available_bytes",
     } <= sampled
-    assert set(tracked.scalars("tensorboard")) == ours
-    assert set(tracked.scalars("tensorboard/system")) == sampled
+    assert set(scalars(tracked.out / "tensorboard")) == ours
+    assert set(scalars(tracked.out / "tensorboard" / "system")) == sampled
     logged = history(tracked.wandb_files()[0])
     assert {key for row in logged for key in row if not key.startswith("samples/")} == ours | sampled | {"step", "sample"}
 
@@ -117,7 +105,7 @@ def test_no_step_or_sample_is_missing_or_doubled(tracked: Tracked) -> None:
     assert {row["attempt"] for row in rows(tracked.out / "metrics.jsonl")} == {1, 2}
     train = {row["step"]: row["train/loss"] for row in read(tracked.out / "metrics.jsonl") if "train/loss" in row}
     assert sorted(train) == list(range(1, 13))
-    shown = tracked.scalars("tensorboard")
+    shown = scalars(tracked.out / "tensorboard")
     assert {step: pytest.approx(values) for step, values in shown["train/loss"].items()} == {
         step: [loss] for step, loss in train.items()
     }
@@ -129,7 +117,7 @@ def test_no_step_or_sample_is_missing_or_doubled(tracked: Tracked) -> None:
     system = [row["sample"] for row in rows(tracked.out / "system.jsonl")]
     assert system == list(range(1, len(system) + 1))
     assert Counter(row["sample"] for row in logged if "sample" in row) == Counter(system)
-    assert sorted(tracked.scalars("tensorboard/system")["cpu/load"]) == system
+    assert sorted(scalars(tracked.out / "tensorboard" / "system")["cpu/load"]) == system
 
 
 def test_a_resumed_run_has_one_wandb_id_which_is_in_its_checkpoints(tracked: Tracked) -> None:

@@ -1,4 +1,4 @@
-"""Read a wandb offline file: records of protobuf in blocks of 32 KiB, as in LevelDB's log."""
+"""Read what trackers wrote: wandb's offline file, which is protobuf in blocks of 32 KiB as in LevelDB's log, and TensorBoard's events."""
 
 from __future__ import annotations
 
@@ -37,3 +37,16 @@ def history(path: Path) -> list[dict[str, Any]]:
             items = {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
             rows.append({key: value for key, value in items.items() if not key.startswith("_")})
     return rows
+
+
+def scalars(folder: Path) -> dict[str, dict[int, list[float]]]:
+    """Tag -> step -> values, as TensorBoard shows them."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    found: dict[str, dict[int, list[float]]] = {}
+    for tag in events.Tags()["scalars"]:
+        for event in events.Scalars(tag):
+            found.setdefault(tag, {}).setdefault(event.step, []).append(event.value)
+    return found
