@@ -22,6 +22,9 @@ CONTEXT = {
     "max_content_width": 120,
 }
 
+SHORT = {"track.sinks": ("--track",)}
+"""Recipe fields that have a second flag."""
+
 
 class Command(click.Command):
     """A command that reports all unknown flags in one error, each with the nearest known one."""
@@ -139,7 +142,9 @@ def _field_flags() -> list[click.Option]:
     from gptoughts.config.recipe import fields, type_word
 
     return [
-        click.Option([f"--{spelled(key)}", _inner("field", key)], metavar=type_word(annotation), help=description)
+        click.Option(
+            [f"--{spelled(key)}", *SHORT.get(key, ()), _inner("field", key)], metavar=type_word(annotation), help=description
+        )
         for key, annotation, description in fields()
         if key not in ("name", "note")
     ]

@@ -56,6 +56,10 @@ FOREIGN = {
     "eval_steps": "eval.every",
     "save_steps": "save.every",
     "logging_steps": "log.every",
+    "report_to": "track.sinks",
+    "wandb_project": "track.project",
+    "wandb_entity": "track.entity",
+    "wandb_log": "track.sinks",
     "log_interval": "log.every",
     "train_batch_size": "train.global_batch (sequences per update, over all ranks)",
     "micro_batch_size_per_gpu": "--layer.microbatch.sequences",
@@ -174,7 +178,6 @@ FOREIGN = {
     "liger_kernel_config": "--layer.kernels liger",
     "auto_find_batch_size": "--layer.microbatch auto",
     "logging_strategy": "log.every",
-    "report_to": "track.sinks",
     "logging_first_step": "log.every 1",
     "eval_strategy": "eval.every",
     "eval_on_start": "gptoughts eval perplexity, before training",
@@ -279,7 +282,7 @@ WITHOUT = {
 """Option name of another trainer that has no counterpart -> what is so instead."""
 
 _TABLES = (
-    "model.", "data.", "optim.", "train.", "adapter.", "diffusion.", "experts.", "eval.", "sample.", "save.", "log.", "seed",
+    "model.", "data.", "optim.", "train.", "adapter.", "diffusion.", "experts.", "eval.", "sample.", "save.", "log.", "track.", "seed",
 )  # fmt: skip
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -72,7 +72,8 @@ class Evaluate(Callback):
         self.result = (progress.step, loss)
         self.criterion = (progress.step, -scores["f1"] if scores else loss)
         row = {"eval/loss": loss, "eval/labels": labels, **{f"eval/{name}": value for name, value in scores.items()}}
-        self.sinks.log(progress.step, {**row, "train/num_tokens": progress.tokens})
+        axes = {"train/num_tokens": progress.tokens, "train/hours": progress.seconds / 3600}
+        self.sinks.log(progress.step, {**row, **axes})
         shown = "".join(f"  {name} {value:.2f}" for name, value in scores.items())
         self.console.say(f"step {progress.step}  validation loss {loss:.4f} over {count(labels)} labels{shown}")
         self._update_best(progress.step, last)
@@ -95,6 +96,7 @@ class Sample(Callback):
     period: int
     write: Callable[[Engine], str]
     console: Console
+    sinks: Sink = field(default_factory=Sink)
     text: str = ""
 
     def due(self, step: int, last: bool) -> bool:
@@ -106,6 +108,7 @@ class Sample(Callback):
         self.text = self.write(engine)
         if self.text:
             self.console.say(f"step {progress.step}  sample:\n{self.text}\n")
+            self.sinks.text(progress.step, "sample", self.text)
 
 
 @dataclass

@@ -181,6 +181,7 @@ class Log(Callback):
             "train/num_tokens": progress.tokens,
             "train/epoch": self.length.epoch(progress) if self.length else None,
             "train/seconds": progress.seconds,
+            "train/hours": progress.seconds / 3600,
             **rates,
             "perf/steady_tokens_per_second": pending.steady_speed,
             "perf/data_wait": pending.data_wait / pending.seconds if pending.seconds > 0 else 0.0,

@@ -31,7 +31,10 @@ from gptoughts.run.log import Log
 from gptoughts.run.session import Session, TrainingJob, open_session
 from gptoughts.run.signals import SignalWatcher
 from gptoughts.run.throughput import throughput
-from gptoughts.run.tracking.sink import CallbackSink, RunInfo, Sinks, make_sink
+from gptoughts.run.tracking.jsonl import SYSTEM_FILE, newest_sample
+from gptoughts.run.tracking.run_dir import run_id
+from gptoughts.run.tracking.sink import CallbackSink, RunInfo, Sinks, make_sinks
+from gptoughts.run.tracking.system import SystemMetrics
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,9 @@ class _Run:
         self.session, self.job, self.recipe, self.engine = session, session.job, session.job.recipe, session.engine
         self.corpus, self.folder, self.first = session.corpus, session.job.folder, session.ranks.first
         self.signals = SignalWatcher(session.ranks)
-        self.sinks = self._open_sinks()
+        own = [*make_sinks(self.job.track), *map(CallbackSink, self.job.callbacks)]
+        self.sinks = Sinks(own if self.first else ())
+        self.run_id = ""
         self.evaluate = self._evaluate() if self.corpus.validates else None
         self.sharded = is_sharded(self.engine.bare)
         self.writer = self._open_writer()
@@ -114,11 +119,12 @@ class _Run:
         log = Log(self.recipe.log.every, self.sinks, session.console, figures, session.length, warm)
         if self.first:
             self.goodput = Goodput(self.folder.out, session.attempt, job.began, progress.step, warm)
-        sample = Sample(self.recipe.sample.every, self._write_sample, session.console)
+        sample = Sample(self.recipe.sample.every, self._write_sample, session.console, self.sinks)
+        system = self._system_metrics()
         save = Save(
             self.recipe.save.every, self.writer, self._snapshot, lambda: self.evaluate.criterion if self.evaluate else None
         )
-        callbacks = [log, *([self.evaluate] if self.evaluate else []), save, sample, *job.callbacks]
+        callbacks = [system, log, *([self.evaluate] if self.evaluate else []), save, sample, *job.callbacks]
         callbacks += [self.goodput] if self.goodput else []
         check = EvidenceCheck(
             job.plan, catalog, session.ranks, session.console, self.folder.out, session.attempt, job.strict, report=log.add
@@ -128,9 +134,11 @@ class _Run:
             if self.goodput is not None:
                 log.judge = self.limiter = self._limiter(self.goodput, check, pauses)
             try:
+                self._start_sinks(progress)
                 progress = self._loop(progress, callbacks, check)
                 end = "interrupted" if self.signals.stopped else "finished"
             finally:
+                system.close()
                 self._close(end)
         session.ranks.barrier()  # launchers end the ranks that remain when one exits; rank 0 may still write its checkpoint
         if self.first and not check.evidence:
@@ -175,13 +183,19 @@ class _Run:
             callback.on_end(engine, progress)
         return progress
 
-    def _open_sinks(self) -> Sinks:
+    def _start_sinks(self, progress: Progress) -> None:
         if not self.first:
-            return Sinks()
-        sinks = Sinks([*map(make_sink, self.job.track), *map(CallbackSink, self.job.callbacks)])
-        recipe = self.recipe.model_dump(mode="json")
-        sinks.start(RunInfo(self.folder.name, self.folder.out, self.session.attempt, recipe, self.job.plan.to_json()))
-        return sinks
+            return
+        point, folder = self.session.resumed, self.folder
+        self.run_id = run_id(folder, point.folder if point else None, point.state.get("run_id") if point else None)
+        recipe, plan = self.recipe.model_dump(mode="json"), self.job.plan.to_json()
+        track = recipe["track"]
+        info = RunInfo(folder.name, folder.out, self.session.attempt, recipe, plan, self.run_id, progress.step, track)
+        self.sinks.start(info)
+
+    def _system_metrics(self) -> SystemMetrics:
+        before = newest_sample(self.folder.out / SYSTEM_FILE) if self.first else 0
+        return SystemMetrics(self.session.ranks, self.sinks, self.recipe.track.sample_seconds, before)
 
     def _open_writer(self) -> Writer | None:
         """Return the writer of checkpoints; None on ranks that write nothing."""
@@ -235,6 +249,7 @@ class _Run:
             val_loss=newest[1] if newest and newest[0] == progress.step else None,
             validations=evaluate.state() if evaluate else {},
             micro_batch=engine.micro_batch,
+            run_id=self.run_id,
         )
         if self.goodput is not None:
             self.goodput.checkpoint(progress.step)

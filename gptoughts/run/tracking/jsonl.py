@@ -1,4 +1,4 @@
-"""metrics.jsonl: one row per logged step, append-only. All reports read this file."""
+"""metrics.jsonl, system.jsonl and samples.jsonl: append-only rows, from which everything else can be made again. Reports read these."""
 
 from __future__ import annotations
 
@@ -10,37 +10,71 @@ from typing import IO, Any
 from gptoughts.run.tracking.metrics import RENAMED
 from gptoughts.run.tracking.sink import RunInfo, Sink
 
-FILE = "metrics.jsonl"
+FILE, SYSTEM_FILE, TEXT_FILE = "metrics.jsonl", "system.jsonl", "samples.jsonl"
 
 
 class Jsonl(Sink):
-    """Appends rows with their step and attempt. Every row is flushed before the next."""
+    """Appends rows with their attempt. Every row is flushed before the next."""
 
-    _file: IO[str] | None = None
-    _attempt = 1
+    immediate = True
+
+    def __init__(self) -> None:
+        self._run: RunInfo | None = None
+        self._files: dict[str, IO[str]] = {}
 
     def start(self, run: RunInfo) -> None:
-        """Open the file for appending; end a line that a kill left incomplete."""
-        path, self._attempt = run.out / FILE, run.attempt
-        torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
-        self._file = path.open("a", encoding="utf-8", buffering=1)
-        if torn:
-            self._file.write("\n")
+        """Open metrics.jsonl for appending; the others are made with their first row."""
+        self._run = run
+        self._open(FILE)
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """Append one row."""
-        assert self._file is not None, "start comes first"
-        self._file.write(json.dumps({"step": step, "attempt": self._attempt, **values}) + "\n")
+        """Append a row of metrics."""
+        self._append(FILE, {"step": step}, values)
+
+    def sample(self, index: int, values: Mapping[str, Any]) -> None:
+        """Append a sample of the system metrics."""
+        self._append(SYSTEM_FILE, {"sample": index}, values)
+
+    def text(self, step: int, name: str, text: str) -> None:
+        """Append a generated text."""
+        self._append(TEXT_FILE, {"step": step}, {"name": name, "text": text})
 
     def close(self) -> None:
-        """Close the file."""
-        if self._file is not None:
-            self._file.close()
+        """Close the files."""
+        for file in self._files.values():
+            file.close()
+
+    def _append(self, name: str, number: Mapping[str, int], values: Mapping[str, Any]) -> None:
+        assert self._run is not None, "start comes first"
+        self._open(name).write(json.dumps({**number, "attempt": self._run.attempt, **values}) + "\n")
+
+    def _open(self, name: str) -> IO[str]:
+        """Return the open file; where a kill left an incomplete line, end it."""
+        assert self._run is not None, "start comes first"
+        if name not in self._files:
+            path = self._run.out / name
+            file = self._files[name] = path.open("a", encoding="utf-8", buffering=1)
+            if is_torn(path):
+                file.write("\n")
+        return self._files[name]
+
+
+def is_torn(path: Path) -> bool:
+    """Return whether the last line of a file is incomplete."""
+    with path.open("rb") as file:
+        size = file.seek(0, 2)
+        file.seek(max(0, size - 1))
+        return size > 0 and file.read(1) != b"\n"
 
 
 def attempts(path: Path) -> int:
     """Return how many attempts of the run wrote rows to `path`."""
-    return max((int(row["attempt"]) for row in _rows(path)), default=0)
+    return max((int(row["attempt"]) for row in rows(path)), default=0)
+
+
+def newest_sample(path: Path) -> int:
+    """Return the number of the newest row of a system.jsonl, 0 if there is none."""
+    return max((int(row["sample"]) for row in rows(path)), default=0)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -48,22 +82,36 @@ def read(path: Path) -> list[dict[str, Any]]:
 
     Keys of earlier versions are returned under their present names.
     """
-    rows = _rows(path)
+    found = rows(path)
     first: dict[int, int] = {}
-    for row in rows:
+    for row in found:
         first[row["attempt"]] = min(first.get(row["attempt"], row["step"]), row["step"])
-    kept = [row for row in rows if not any(later > row["attempt"] and step <= row["step"] for later, step in first.items())]
+    kept = [row for row in found if not any(later > row["attempt"] and step <= row["step"] for later, step in first.items())]
     return sorted(kept, key=lambda row: int(row["step"]))
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
+def rows(path: Path) -> list[dict[str, Any]]:
+    """Return all rows of a file, of all attempts in the order written; none if there is no file. Incomplete lines are dropped."""
     if not path.exists():
         return []
-    rows = []
+    found = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
             continue  # cut off by a kill
-        rows.append({RENAMED.get(key, key): value for key, value in row.items()})
-    return rows
+        found.append({RENAMED.get(key, key): value for key, value in row.items()})
+    return found
+
+
+def replay(run: RunInfo, sink: Sink) -> None:
+    """Send `sink` what earlier attempts recorded and this one does not repeat."""
+    for row in read(run.out / FILE):
+        if row["step"] <= run.step and row["attempt"] < run.attempt:
+            sink.log(row["step"], {key: value for key, value in row.items() if key not in ("step", "attempt")})
+    for row in rows(run.out / SYSTEM_FILE):
+        if row["attempt"] < run.attempt:
+            sink.sample(row["sample"], {key: value for key, value in row.items() if key not in ("sample", "attempt")})
+    for row in read(run.out / TEXT_FILE):
+        if row["step"] <= run.step and row["attempt"] < run.attempt:
+            sink.text(row["step"], row["name"], row["text"])

@@ -2,26 +2,45 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from gptoughts.files import replacing
 from gptoughts.run.tracking.jsonl import FILE, read
 from gptoughts.run.tracking.sink import RunInfo, Sink
 
+MOST_SHARE = 0.005
+"""Largest share of the time that is spent drawing: a long history is drawn less often."""
+
 
 class LossPlot(Sink):
-    """Draws loss.png from metrics.jsonl when the run ends."""
+    """Draws loss.png from metrics.jsonl at each validation and when the run ends."""
 
     _run: RunInfo | None = None
+    _next = 0.0
 
     def start(self, run: RunInfo) -> None:
         """Remember where the run writes."""
         self._run = run
 
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        """Draw the plot again if this is the row of a validation, and the last drawing is long enough ago."""
+        if "eval/loss" in values and time.monotonic() >= self._next:
+            self._draw()
+
     def close(self) -> None:
         """Draw the plot."""
-        if self._run is not None:
-            draw_losses(self._run.out / FILE, self._run.out / "loss.png", self._run.name)
+        self._draw()
+
+    def _draw(self) -> None:
+        if self._run is None:
+            return
+        began = time.monotonic()
+        draw_losses(self._run.out / FILE, self._run.out / "loss.png", self._run.name)
+        ended = time.monotonic()
+        self._next = ended + (ended - began) / MOST_SHARE
 
 
 def draw_losses(metrics: Path, picture: Path, title: str) -> None:

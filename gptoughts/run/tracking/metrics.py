@@ -1,4 +1,4 @@
-"""The keys of metrics.jsonl and of every tracker: unit and definition. `docs/python.md` shows the generated table."""
+"""The keys of metrics.jsonl, system.jsonl and every tracker: unit and definition. `docs/python.md` shows the generated table."""
 
 from __future__ import annotations
 
@@ -11,6 +11,12 @@ class Metric(NamedTuple):
     key: str
     unit: str
     definition: str
+    axis: str = "step"
+    """The x-axis of its rows: `step`, or `sample` for the system metrics."""
+
+
+GATHERED = ("min", "max", "min_rank", "max_rank")
+"""Endings of the keys that tell how a system metric is spread over devices or processes; the key itself is their mean."""
 
 
 METRICS = (
@@ -22,6 +28,7 @@ METRICS = (
     Metric("train/num_tokens", "tokens", "tokens consumed so far, over all ranks"),
     Metric("train/epoch", "epochs", "samples consumed so far over the samples of the training split; null for `fit`"),
     Metric("train/seconds", "s", "time spent in steps so far, without evaluation, samples and checkpoints"),
+    Metric("train/hours", "h", "the same in hours; in rows of a validation too, as an x-axis"),
     Metric("train/*", "see objective", "figures of the objective, such as balance loss and expert load of a mixture of experts"),
     Metric("perf/tokens_per_second", "tokens/s", "speed since the previous row, over all ranks"),
     Metric("perf/tokens_per_second_per_gpu", "tokens/s", "the same per rank"),
@@ -49,6 +56,26 @@ METRICS = (
     Metric("eval/loss", "nats", "mean loss per label on the validation split"),
     Metric("eval/labels", "count", "labels in that mean"),
     Metric("eval/*", "see task", "scores of the task, such as `eval/f1` and `eval/exact_match` for SQuAD"),
+    Metric("sample", "count", "samples of the system metrics so far, over all attempts; the x-axis of system.jsonl", "sample"),
+    Metric("time", "s", "time of the sample, in seconds since 1970", "sample"),
+    Metric("gpu/count", "count", "GPUs of the job that answered", "sample"),
+    Metric("gpu/utilization", "%", "share of the last sample period of the driver in which a kernel ran", "sample"),
+    Metric("gpu/memory_bytes", "bytes", "memory in use, by all processes of the GPU", "sample"),
+    Metric("gpu/power_watts", "W", "power drawn", "sample"),
+    Metric("gpu/power_limit_watts", "W", "power limit in effect", "sample"),
+    Metric("gpu/temperature_celsius", "°C", "temperature of the GPU", "sample"),
+    Metric("gpu/sm_clock_mhz", "MHz", "clock of the streaming multiprocessors", "sample"),
+    Metric("gpu/memory_clock_mhz", "MHz", "clock of the memory", "sample"),
+    Metric("gpu/pcie_rx_bytes_per_second", "bytes/s", "received over PCIe in a window of 20 ms", "sample"),
+    Metric("gpu/pcie_tx_bytes_per_second", "bytes/s", "sent over PCIe in a window of 20 ms", "sample"),
+    Metric("gpu/nvlink_rx_bytes_per_second", "bytes/s", "received over NVLink since the previous sample", "sample"),
+    Metric("gpu/nvlink_tx_bytes_per_second", "bytes/s", "sent over NVLink since the previous sample", "sample"),
+    Metric("gpu/throttle", "list", "reasons for which a GPU lowered its clocks; trackers get their number", "sample"),
+    Metric("gpu/energy_joules", "J", "energy of all GPUs of the job since the attempt started", "sample"),
+    Metric("cpu/process_percent", "%", "CPU time of a rank's process since the previous sample; 100 is one core", "sample"),
+    Metric("cpu/load", "count", "load average of the node over one minute", "sample"),
+    Metric("memory/process_bytes", "bytes", "resident memory of a rank's process", "sample"),
+    Metric("memory/system_available_bytes", "bytes", "memory of the node that is free or can be freed", "sample"),
 )  # fmt: skip
 
 RENAMED = {"eval/val_loss": "eval/loss", "train/tokens": "train/num_tokens"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from gptoughts.errors import RunError
-from gptoughts.files import try_lock
+from gptoughts.files import try_lock, write_text
 
 
 @dataclass
@@ -59,6 +60,19 @@ class RunFolder:
                 empty.rmdir()
         self._lock.close()
         self._lock = None
+
+
+def run_id(folder: RunFolder, checkpoint: Path | None, saved: str | None) -> str:
+    """Return the name of the run at trackers: that of the checkpoint it resumes from, else the one in OUT/run_id, else a new one.
+
+    A checkpoint of another run folder begins a new run. `saved` is the name in the checkpoint, None in those of earlier versions.
+    """
+    file = folder.out / "run_id"
+    own = checkpoint is not None and checkpoint.resolve().parent == folder.checkpoints.resolve()
+    known = (saved if own else None) or (file.read_text(encoding="ascii").strip() if file.is_file() else "")
+    found = known or secrets.token_hex(4)
+    write_text(file, found + "\n")
+    return found
 
 
 def run_folder(name: str, run_dir: str | None) -> RunFolder:
