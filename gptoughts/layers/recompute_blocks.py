@@ -26,6 +26,7 @@ from gptoughts.planning.layer import (
     slower,
     unproven,
     unsupported,
+    until_last_projection,
 )
 from gptoughts.planning.memory_fit import SOURCE, memory_headroom
 
@@ -95,7 +96,7 @@ LAYER = Layer(
     apply=apply,
     verify=verify,
     memory=memory,
-    recomputes=lambda options: (1.0, 1.0),
+    recomputes=lambda spec, options: (until_last_projection(spec), 1.0),
     unmet=unmet,
     memory_rank=40,
 )

@@ -34,6 +34,7 @@ from gptoughts.planning.layer import (
     slower,
     unproven,
     unsupported,
+    until_last_projection,
 )
 from gptoughts.planning.memory_fit import SOURCE, memory_headroom
 
@@ -174,7 +175,7 @@ LAYER = Layer(
     apply=apply,
     verify=verify,
     memory=memory,
-    recomputes=lambda options: (0.0 if options["keep"] == "matmuls" else 1.0, 0.0),
+    recomputes=lambda spec, options: (0.0 if options["keep"] == "matmuls" else until_last_projection(spec), 0.0),
     unmet=unmet,
     memory_rank=20,
     options={"keep": Option("matmuls", "outputs that are kept; attention outputs always are", str, ("matmuls", "attention"))},

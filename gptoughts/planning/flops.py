@@ -43,6 +43,6 @@ def plan_flops(spec: ModelSpec, recipe: Recipe, plan: Plan, catalog: Mapping[str
     in_blocks = weights - (spec.vocab_size * spec.width if task_of(recipe).over_vocabulary else 0)
     again = 0.0
     for choice in plan.choices:
-        matmuls, attentions = catalog[choice.layer].recomputes(choice.options)
+        matmuls, attentions = catalog[choice.layer].recomputes(spec, choice.options)
         again += 2 * in_blocks * matmuls + attention / 3 * attentions
     return Flops(model, model + round(again), formula)

@@ -187,11 +187,11 @@ class Log(Callback):
             "perf/data_wait": pending.data_wait / pending.seconds if pending.seconds > 0 else 0.0,
             **(slowest_rank(busy) if busy else {}),
         }
-        row |= NO_SPLIT
+        row |= {**NO_SPLIT, "perf/host_bound": None}
         if pending.sample is not None:
-            split = pending.sample.split()
-            self._busy = math.nan if split.busy is None else split.busy
-            row |= {**split.row(), "perf/host_bound": split.host_bound}
+            timed = pending.sample.split()
+            self._busy = math.nan if timed.busy is None else timed.busy
+            row |= {**timed.row(), "perf/host_bound": timed.host_bound}
         split = 2 * len(pending.meters)
         pairs = zip(pending.meters, own[:split:2], own[1:split:2], strict=True)
         row |= {f"train/{name}": total / part for name, total, part in pairs if part}
