@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from gptoughts.console import LOGGER
+from gptoughts.run.tracking.lines import LineFile, read_lines
 from gptoughts.run.tracking.metrics import RENAMED
 from gptoughts.run.tracking.sink import RunInfo, Sink
 
@@ -16,21 +18,17 @@ FILE = "metrics.jsonl"
 class Jsonl(Sink):
     """Appends rows with their step and attempt. Every row is flushed before the next."""
 
-    _file: IO[str] | None = None
+    _file: LineFile | None = None
     _attempt = 1
 
     def start(self, run: RunInfo) -> None:
         """Open the file for appending; end a line that a kill left incomplete."""
-        path, self._attempt = run.out / FILE, run.attempt
-        torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
-        self._file = path.open("a", encoding="utf-8", buffering=1)
-        if torn:
-            self._file.write("\n")
+        self._file, self._attempt = LineFile(run.out / FILE), run.attempt
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Append one row."""
         assert self._file is not None, "start comes first"
-        self._file.write(json.dumps({"step": step, "attempt": self._attempt, **values}) + "\n")
+        self._file.write(json.dumps({"step": step, "attempt": self._attempt, **values}))
 
     def close(self) -> None:
         """Close the file."""
@@ -39,8 +37,11 @@ class Jsonl(Sink):
 
 
 def attempts(path: Path) -> int:
-    """Return how many attempts of the run wrote rows to `path`."""
-    return max((int(row["attempt"]) for row in _rows(path)), default=0)
+    """Return how many attempts of the run wrote rows to `path`. Lines that are no rows are counted in a note."""
+    rows, bad = read_lines(path, ("step", "attempt"))
+    if bad > 1:  # one is the line that a kill cut off
+        LOGGER.warning("%s: %d lines are no rows and are left out", path, bad)
+    return max((row["attempt"] for row in rows), default=0)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -57,13 +58,6 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # cut off by a kill
-        rows.append({RENAMED.get(key, key): value for key, value in row.items()})
-    return rows
+    """Return the rows that can be read; lines that a kill cut off, and damaged ones, are left out."""
+    rows, _ = read_lines(path, ("step", "attempt"))
+    return [{RENAMED.get(key, key): value for key, value in row.items()} for row in rows]
