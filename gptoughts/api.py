@@ -234,7 +234,7 @@ def train_resolved(
             setting.machine,
             setting.world,
             setting.extensions,
-            run_folder(name, run_dir),
+            run_folder(name, run_dir, fresh=run is None),
             console=console,
             **job,
         )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from io import TextIOWrapper
 from typing import Any, Literal, TextIO
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
@@ -35,10 +37,11 @@ class Console:
 
     def say(self, text: str) -> None:
         """Print lines that stay."""
-        if self._live is None:
-            print(text, file=self._stream, flush=True)
+        live = self._live
+        if live is None:
+            print_line(text, self._stream)
         else:
-            self._live.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            _written(lambda: live.console.print(text, markup=False, highlight=False, soft_wrap=True), self._stream)
 
     def row(self, *fields: str) -> None:
         """Show the state of the run: replaces the previous row on a terminal, a line of its own in a log.
@@ -46,8 +49,11 @@ class Console:
         On a terminal the last fields are dropped where the row would be wider than a line.
         """
         if not self._is_terminal:
-            print("  ".join(fields), file=self._stream, flush=True)
-            return
+            print_line("  ".join(fields), self._stream)
+        else:
+            _written(lambda: self._show(fields), self._stream)
+
+    def _show(self, fields: tuple[str, ...]) -> None:
         from rich.console import Console as Terminal
         from rich.live import Live
         from rich.text import Text
@@ -65,9 +71,9 @@ class Console:
 
     def end_row(self) -> None:
         """Leave the live row where it is; later output starts on a new line."""
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
+        live, self._live = self._live, None
+        if live is not None:
+            _written(live.stop, self._stream)
 
     @contextmanager
     def logging(self) -> Iterator[None]:
@@ -99,6 +105,61 @@ class SilentConsole(Console):
 
     def row(self, *fields: str) -> None:
         """Print nothing."""
+
+
+def print_line(text: str, stream: TextIO | None = None) -> None:
+    """Print lines to standard output or `stream`. Output that cannot be written is told once on standard error, and work goes on."""
+    target = stream or sys.stdout
+    _written(lambda: print(text, file=target, flush=True), target)
+
+
+_told: set[str] = set()
+"""Notes about output that were printed; each once per process."""
+
+
+def _written(write: Callable[[], None], stream: TextIO) -> None:
+    """Call `write`; escape characters that the stream cannot encode, and survive a full disk, a closed pipe and a closed stream."""
+    try:
+        try:
+            write()
+        except UnicodeEncodeError as error:
+            if not isinstance(stream, TextIOWrapper):
+                raise
+            stream.reconfigure(errors="backslashreplace")
+            _tell_once(f"note: the output's encoding is {error.encoding}; other characters are escaped")
+            write()
+    except (OSError, ValueError) as error:
+        _tell_once(f"warning: output cannot be written ({error}); work goes on without it")
+        if isinstance(error, BrokenPipeError):
+            _discard(stream)
+
+
+def _tell_once(text: str) -> None:
+    if text not in _told:
+        _told.add(text)
+        with suppress(OSError):
+            os.write(2, f"{text}\n".encode())
+
+
+def _discard(stream: TextIO) -> None:
+    """Send what the stream still holds and what follows to the null device, for good."""
+    with suppress(OSError, ValueError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
+
+
+def flush_output_at_exit() -> None:
+    """Make the exit code ours: Python exits with 120 where it cannot flush standard output, as on a full disk."""
+
+    def flush() -> None:
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except (OSError, ValueError):
+                _discard(stream)
+
+    atexit.register(flush)
 
 
 def note(text: str) -> None:

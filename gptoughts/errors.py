@@ -47,6 +47,12 @@ class CheckpointError(GptoughtsError):
     """Missing or damaged checkpoint, or one of a different model."""
 
 
+class StorageError(CheckpointError):
+    """A checkpoint could not be written where the run keeps its checkpoints. The exit code is EX_IOERR."""
+
+    exit_code = 74
+
+
 class RunError(GptoughtsError):
     """A run cannot start or continue: run folder in use, loss not finite, out of memory."""
 

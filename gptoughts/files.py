@@ -6,7 +6,7 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -86,6 +86,42 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+PROBE_BYTES = 4096
+
+
+def writing_problem(folder: Path) -> str:
+    """Write, sync and remove a small file in `folder`. Returns why that fails, an empty string if it does not."""
+    probe = folder / f".probe.{os.getpid()}{TEMPORARY}"
+    try:
+        try:
+            with probe.open("wb") as file:
+                file.write(bytes(PROBE_BYTES))
+                sync(file)
+        finally:
+            with suppress(OSError):
+                probe.unlink(missing_ok=True)
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
+
+
+def free_bytes(folder: Path) -> int | None:
+    """Return the bytes that this user may still write to the file system of `folder`; None where it does not tell. Quotas do not count."""
+    try:
+        state = os.statvfs(folder)
+    except OSError:
+        return None
+    return state.f_bavail * state.f_frsize
+
+
+def first_link(folder: Path) -> Path | None:
+    """Return `folder` or the first entry below it that is a symbolic link or a special file, None if all are plain."""
+    for path in [folder, *sorted(folder.rglob("*"))]:
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            return path
+    return None
 
 
 def try_lock(descriptor: int) -> bool:

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -23,6 +24,8 @@ ROOT = str(Path(__file__).resolve().parents[1])
 """The folder that holds the package."""
 POLL_SECONDS = 0.02
 GRACE_SECONDS = 20.0
+SIGNAL_SECONDS = 8.0
+"""Longest time between a signal and the end of a process that has nothing to save."""
 TAIL_BYTES = 20_000
 PROGRAM = "import json, sys; sys.path[:0] = json.loads(sys.argv[1])[0]; from gptoughts.processes import run_child; run_child()"
 
@@ -110,6 +113,41 @@ class Child:
 
     def __exit__(self, kind: object, *_: object) -> None:
         self.close(GRACE_SECONDS if kind is None else 0)
+
+
+class SignalClock:
+    """Ends the process if it does not act on a signal: the main thread runs Python's handlers only between two calls into native code.
+
+    `excused` tells whether the process acts on signals by itself, as a training does after its first step.
+    """
+
+    def __init__(self) -> None:
+        self.excused: Callable[[], bool] = lambda: False
+        self._reading: int | None = None
+
+    def start(self, numbers: Sequence[int]) -> None:
+        """Watch for signals `numbers` from now on. Call it in the main thread, once."""
+        if self._reading is not None:
+            return
+        self._reading, writing = os.pipe()
+        os.set_blocking(writing, False)
+        signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+        os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))  # or a fork's signals would count as ours
+        threading.Thread(target=self._watch, args=(frozenset(numbers),), name="signal-clock", daemon=True).start()
+
+    def _watch(self, numbers: frozenset[int]) -> None:
+        assert self._reading is not None
+        while True:
+            found = [number for number in os.read(self._reading, 64) if number in numbers]
+            if found:
+                time.sleep(SIGNAL_SECONDS)
+                if not self.excused():
+                    with suppress(OSError):
+                        os.write(2, f"ended by {signal.Signals(found[0]).name}; saved checkpoints stay\n".encode())
+                    os._exit(128 + found[0])
+
+
+CLOCK = SignalClock()
 
 
 def run_child() -> None:

@@ -13,6 +13,7 @@ import click
 
 from gptoughts.cli.bench_commands import bench_group
 from gptoughts.cli.options import CommandGroup, argument, command, group, option, recipe_command, recipe_options
+from gptoughts.console import flush_output_at_exit, print_line
 from gptoughts.errors import GptoughtsError
 from gptoughts.planning.environment import Process
 
@@ -276,12 +277,14 @@ def main(arguments: list[str] | None = None) -> None:
     Without `arguments` the process is ours and may be restarted with other environment variables.
     """
     process = Process.OURS if arguments is None else Process.CALLERS
+    if process is Process.OURS:
+        flush_output_at_exit()
     try:
         build_cli().main(args=arguments, prog_name="gptoughts", standalone_mode=False, obj=process)
     except click.ClickException as error:
         _exit(f"error: {error.format_message()}" if _prints(error.format_message()) else "", error.exit_code)
-    except (click.exceptions.Abort, KeyboardInterrupt):
-        _exit("interrupted", 130)
+    except (click.exceptions.Abort, KeyboardInterrupt) as error:
+        _exit("interrupted", getattr(error, "code", 130))
     except GptoughtsError as error:
         _exit(f"error: {error}" if str(error) and _prints(str(error)) else "", error.exit_code)
     except BrokenPipeError:
@@ -313,5 +316,5 @@ def _prints(message: str) -> bool:
 
 def _exit(message: str, code: int) -> None:
     if message:
-        print(message, file=sys.stderr, flush=True)
+        print_line(message, sys.stderr)
     sys.exit(code)

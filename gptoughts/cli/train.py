@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import signal
 import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gptoughts.api import ResolvedRun, check_collectives, decide, train_resolved
+from gptoughts.cli.ending import end_at_signals, signals_held
 from gptoughts.config.tasks import TASKS, Task
+from gptoughts.console import print_line
 from gptoughts.errors import ConfigError
 from gptoughts.hardware.world import world_from_environment
 from gptoughts.planning.environment import Process, missing_variables, restart
@@ -41,15 +42,16 @@ def train(
     collectives: str,
 ) -> int:
     """Train, in one process per GPU. Returns the exit code: 0, or 128 + the signal that ended the run early."""
-    end_at_sigterm()
+    end_at_signals()
     setting = decide(recipe, profile, fields, layers, plugin, ranks=ranks, gpus=gpus, every_gpu=True)
     require_torch()
     check_collectives(collectives, setting)
     if setting.world.world_size > 1 and not world_from_environment(os.environ).launched:
         return _launch(setting, ranks, run_name or run_dir)
-    apply_environment(setting)
+    with signals_held():
+        apply_environment(setting)
     if setting.world.rank == 0:
-        print(setting.plan.table(), flush=True)
+        print_line(setting.plan.table())
     job: dict[str, Any] = {"strict": strict, "numerics": numerics, "collectives": collectives}
     if _owns_process():
         job["began"] = process_began()
@@ -79,21 +81,9 @@ def given_words() -> list[str]:
     return list(context.meta["gptoughts.words"]) if context is not None else sys.argv[1:]
 
 
-def end_at_sigterm() -> None:
-    """End this process with one line and code 143 at SIGTERM, until training handles it; inside another program do nothing."""
-    if _owns_process():
-        signal.signal(signal.SIGTERM, _end)
-
-
 def _owns_process() -> bool:
     context = click.get_current_context(silent=True)
     return context is not None and context.find_root().obj is Process.OURS
-
-
-def _end(number: int, frame: Any) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what is open is undone now
-    print("terminated; saved checkpoints stay", file=sys.stderr, flush=True)
-    raise SystemExit(128 + number)
 
 
 def apply_environment(setting: ResolvedRun) -> list[str]:
@@ -119,18 +109,18 @@ def _report(result: RunResult, recipe: str | None, run_name: str | None, run_dir
     place = f"--run-dir {shlex.quote(run_dir)}" if run_dir else f"--name {shlex.quote(result.out.name)}"
     if result.stopped_by:
         words = shlex.join(_without_place(given_words()))
-        print(f"interrupted at step {result.progress.step}, checkpoint saved. Resume with: gptoughts {words} {place}")
+        print_line(f"interrupted at step {result.progress.step}, checkpoint saved. Resume with: gptoughts {words} {place}")
         return
     if result.val_loss is not None and result.unigram_entropy is not None:
         below = result.unigram_entropy - result.val_loss
-        print(
+        print_line(
             f"validation loss {result.val_loss:.4f} nats per token; unigram entropy of the same tokens "
             f"{result.unigram_entropy:.4f}: {abs(below):.4f} {'below' if below >= 0 else 'above'}"
         )
-    print(f"run         {result.out}  (plan.json, evidence.json, metrics.jsonl, recipe.toml, loss.png)")
-    print(f"checkpoint  {result.checkpoint or 'none'}")
+    print_line(f"run         {result.out}  (plan.json, evidence.json, metrics.jsonl, recipe.toml, loss.png)")
+    print_line(f"checkpoint  {result.checkpoint or 'none'}")
     if result.checkpoint:
-        print(f"next        {_next(result, shlex.quote(str(result.checkpoint)))}")
+        print_line(f"next        {_next(result, shlex.quote(str(result.checkpoint)))}")
 
 
 def _next(result: RunResult, checkpoint: str) -> str:

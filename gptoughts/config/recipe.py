@@ -242,6 +242,9 @@ class SaveConfig(Section):
     every: Count = Field(500, description="steps between checkpoints; 0: only at the end")
     keep: Positive = Field(2, description="number of latest checkpoints to keep")
     keep_best: bool = Field(True, description="also keep the checkpoint with the lowest validation loss")
+    failures: Positive = Field(
+        3, description="failed writes in a row after which the run ends with its last checkpoint elsewhere"
+    )
 
 
 class LogConfig(Section):

@@ -111,7 +111,7 @@ class Batches:
         consumed, rows = self.cursor.samples, self.end_row - self.first_row
         ahead = max(1, min(ORDER_CHUNK // rows, self.samples_per_epoch // self.global_batch))
         while True:
-            self.stream.check_sizes()
+            self.stream.check_files()
             samples = self.order(consumed, ahead)
             for batch_samples in samples:
                 consumed += self.global_batch

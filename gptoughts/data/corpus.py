@@ -21,6 +21,7 @@ from gptoughts.data.table import Table
 from gptoughts.data.text.folder import folder_lock
 from gptoughts.data.text.shards import Shards
 from gptoughts.data.text.tokenize import cache_folder, prepare
+from gptoughts.data.text.verified import verify_once
 from gptoughts.data.tokenizers.tokenizer import CARD, Tokenizer, load_tokenizer
 
 Prepare = Callable[[Batch, np.ndarray], Batch]
@@ -58,6 +59,7 @@ class TextCorpus(Corpus):
 
     def __init__(self, folder: Path, sequence_length: int) -> None:
         self.shards = Shards.open(folder)
+        verify_once(self.shards)
         self.folder, self.fingerprint = self.shards.folder, self.shards.fingerprint
         self.tokenizer, self.tokenizer_folder = self.shards.tokenizer(), self.shards.folder / "tokenizer"
         self.train_tokens = len(self.shards.split("train"))

@@ -17,6 +17,7 @@ from gptoughts.config.model_path import PACKAGE, resolve_model_folder
 from gptoughts.config.recipe import ModelConfig
 from gptoughts.config.resolve import resolve_recipe
 from gptoughts.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from gptoughts.engine.checkpoint import integrity
 from gptoughts.engine.checkpoint import store as checkpoint
 from gptoughts.engine.distributed.ranks import Ranks
 from gptoughts.engine.engine import Engine, Source
@@ -57,10 +58,10 @@ def find(name: str) -> Path:
     if is_exported(path):
         return path
     if path.exists():
-        return checkpoint.locate(path)
+        return integrity.locate(path)
     run = Path("checkpoints") / name
     if run.is_dir():
-        return checkpoint.locate(run)
+        return integrity.locate(run)
     known = sorted(folder.name for folder in Path("checkpoints").glob("*/") if any(folder.glob("step-*")))
     raise CheckpointError(
         f"{name}: no such run or checkpoint{nearest(name, known)}",

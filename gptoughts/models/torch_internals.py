@@ -219,6 +219,11 @@ def is_tracing() -> bool:
     return _read(_module("torch._guards"), "CompileContext").try_get() is not None
 
 
+def is_compiling() -> bool:
+    """Return whether torch.compile works on a graph in this thread. Checked on torch 2.13.0."""
+    return _read(_module("torch._guards"), "CompileContext").try_get() is not None
+
+
 def constant_when_traced(function: Callable[..., Any]) -> None:
     """Make Dynamo call `function` once while it traces and keep the result as a constant in the graph.
 

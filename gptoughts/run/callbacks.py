@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from gptoughts.console import Console, count
 from gptoughts.engine.callback import Callback
-from gptoughts.engine.checkpoint.store import Snapshot
-from gptoughts.engine.checkpoint.writer import Writer
 from gptoughts.engine.distributed.replicas import demand_equal_weights
 from gptoughts.engine.engine import Engine
 from gptoughts.engine.trainer import Progress, StepStats
-from gptoughts.errors import RunError
 from gptoughts.inference.eval.perplexity import mean_loss
 from gptoughts.run.log import every, take_meters
+from gptoughts.run.signals import Interrupted
 from gptoughts.run.tracking.sink import Sink
 
 
@@ -40,6 +37,8 @@ class Evaluate(Callback):
     """(step, loss) of the newest validation."""
     criterion: tuple[int, float] | None = None
     """(step, value) by which the best checkpoint is chosen; lower is better."""
+    within: Callable[[], AbstractContextManager[None]] = nullcontext
+    """Context of a validation that can end it with Interrupted."""
     _best: float = math.inf
     _stale: int = 0
     _ended: int | None = None
@@ -66,9 +65,15 @@ class Evaluate(Callback):
     def on_step(self, engine: Engine, progress: Progress, stats: StepStats, last: bool) -> None:
         """Validate and write a row."""
         demand_equal_weights(engine)
-        loss, labels = mean_loss(engine, self.batches())  # type: ignore[arg-type]
-        take_meters(engine)  # drop what validation added to the training meters
-        scores = self.scores(engine) if self.scores else {}
+        try:
+            with self.within():
+                loss, labels = mean_loss(engine, self.batches())  # type: ignore[arg-type]
+                take_meters(engine)  # drop what validation added to the training meters
+                scores = self.scores(engine) if self.scores else {}
+        except Interrupted:
+            take_meters(engine)
+            self.console.say(f"step {progress.step}  validation interrupted by a signal")
+            return
         self.result = (progress.step, loss)
         self.criterion = (progress.step, -scores["f1"] if scores else loss)
         row = {"eval/loss": loss, "eval/labels": labels, **{f"eval/{name}": value for name, value in scores.items()}}
@@ -105,42 +110,11 @@ class Sample(Callback):
 
     def on_step(self, engine: Engine, progress: Progress, stats: StepStats, last: bool) -> None:
         """Generate and print."""
-        self.text = self.write(engine)
+        try:
+            self.text = self.write(engine)
+        except Interrupted:
+            self.console.say(f"step {progress.step}  sample interrupted by a signal")
+            return
         if self.text:
             self.console.say(f"step {progress.step}  sample:\n{self.text}\n")
             self.sinks.text(progress.step, "sample", self.text)
-
-
-@dataclass
-class Save(Callback):
-    """Saves checkpoints in the background while training continues; waits for the last one."""
-
-    phase = "save"
-    touches_weights = True
-    on_stop = True
-    period: int
-    writer: Writer | None
-    """None on ranks that do not write."""
-    take: Callable[[Engine, Progress], Snapshot | None]
-    """A collective. Returns None on ranks that do not write."""
-    criterion: Callable[[], tuple[int, float] | None] = lambda: None
-    """(step, value) of the newest validation, lower being better."""
-
-    def due(self, step: int, last: bool) -> bool:
-        """Due each `period` steps and at the last."""
-        return every(self.period, step, last)
-
-    def on_step(self, engine: Engine, progress: Progress, stats: StepStats, last: bool) -> None:
-        """Copy the state and hand it to the writer. Raises RunError for weights after a loss or gradient that is not finite."""
-        finite = bool(torch.isfinite(stats.grad_norm).item()) and bool(torch.isfinite(stats.loss_sum).item())
-        if not finite:
-            raise RunError(f"step {progress.step}: gradient is not finite; no checkpoint is written, earlier ones are intact")
-        demand_equal_weights(engine)
-        taken = self.take(engine, progress)
-        if self.writer is None or taken is None:
-            return
-        newest = self.criterion()
-        value = newest[1] if newest is not None and newest[0] == progress.step else None
-        self.writer.save(taken, value)
-        if last:
-            self.writer.wait()

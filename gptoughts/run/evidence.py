@@ -13,11 +13,11 @@ from gptoughts.engine.distributed.ranks import Ranks
 from gptoughts.engine.engine import Engine
 from gptoughts.engine.trainer import Progress, run_callbacks, train
 from gptoughts.errors import LayerError
-from gptoughts.files import write_json
 from gptoughts.planning.evidence import Evidence, Status, StepTrace, unproven
 from gptoughts.planning.layer import Layer
 from gptoughts.planning.plan import Plan
 from gptoughts.run.step_trace import watch
+from gptoughts.run.storage import write_record
 
 MAX_UNWATCHED = 20
 """Steps without an update (a loss scaler skips some at first) after which `watch_update` gives up."""
@@ -194,4 +194,4 @@ class EvidenceCheck:
 
     def _write(self, record: Mapping[str, Any]) -> None:
         if self.out is not None and self.ranks.first:
-            write_json(self.out / "evidence.json", {**record, "attempt": self.attempt})
+            write_record(self.out / "evidence.json", {**record, "attempt": self.attempt})

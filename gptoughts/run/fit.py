@@ -10,15 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from gptoughts.config.loader import Recipe
 from gptoughts.console import SilentConsole
 from gptoughts.data.device import to_device
 from gptoughts.engine.checkpoint import state, store
+from gptoughts.engine.checkpoint.writer import reason
 from gptoughts.engine.objectives.base import Batch, Objective, Rows, as_objective
 from gptoughts.engine.trainer import Progress, train
-from gptoughts.errors import ConfigError, DataError
+from gptoughts.errors import ConfigError, DataError, StorageError
 from gptoughts.hardware.world import World
 from gptoughts.planning.plan import Plan
 from gptoughts.run.evidence import EvidenceCheck, LayerEvidence
@@ -100,7 +102,10 @@ def _train(session: Session, result: FitResult) -> None:
         documents = {"plan.json": json.dumps(job.plan.to_json(), indent=1)}
         taken = state.snapshot(engine, result.progress.step, kept, documents, {})
         if taken is not None:
-            store.write(taken, folder.checkpoints)
+            try:
+                store.write(taken, folder.checkpoints)
+            except (OSError, SafetensorError) as error:
+                raise StorageError(f"{folder.checkpoints}: the checkpoint could not be written ({reason(error)})") from error
 
 
 def _as_objective(objective: Any) -> Objective:

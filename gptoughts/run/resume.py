@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,12 @@ import torch
 
 from gptoughts.config.loader import Resolved
 from gptoughts.data.batches import Cursor
-from gptoughts.engine.checkpoint import store
+from gptoughts.engine.checkpoint import integrity, store
 from gptoughts.engine.distributed.ranks import Ranks
 from gptoughts.engine.engine import Engine
 from gptoughts.engine.oom import read_reduced
 from gptoughts.engine.trainer import Progress
-from gptoughts.errors import CheckpointError, RunError, ToldElsewhere
+from gptoughts.errors import CheckpointError, DataError, RunError, ToldElsewhere
 from gptoughts.planning.resolve import Plan
 from gptoughts.run.tracking.run_dir import RunFolder
 
@@ -32,6 +32,7 @@ HARMLESS = (
     "save.every",
     "save.keep",
     "save.keep_best",
+    "save.failures",
     "data.path",
     "data.cache",
 )
@@ -58,8 +59,11 @@ def find(folder: RunFolder, resume: str) -> tuple[ResumePoint | None, list[str]]
     Raises RunError if `never` would overwrite checkpoints, CheckpointError if none of the checkpoints is intact.
     """
     if resume not in ("auto", "never"):
-        path = store.locate(Path(resume))
-        return ResumePoint(path, store.read_state(path)["run"]), []
+        path = integrity.locate(Path(resume))
+        point = read_point(path)
+        if isinstance(point, str):
+            raise CheckpointError(f"{path}: cannot be resumed from: {point}", fix="another checkpoint")
+        return point, []
     there = store.all_steps(folder.checkpoints)
     if resume == "never":
         if there:
@@ -69,15 +73,46 @@ def find(folder: RunFolder, resume: str) -> tuple[ResumePoint | None, list[str]]
                 fix="--name with a new name",
             )
         return None, []
-    found, skipped = store.newest(folder.checkpoints)
-    if found is None:
-        if there:
-            raise CheckpointError(
-                f"{folder.checkpoints}: no intact checkpoint to resume from\n  " + "\n  ".join(skipped),
-                fix="--name with a new name, to start over",
-            )
+    if not there:
         return None, []
-    return ResumePoint(found, store.read_state(found)["run"]), skipped
+    skipped: list[str] = []
+    for point in _candidates(there, skipped):
+        return point, skipped
+    raise CheckpointError(
+        f"{folder.checkpoints}: no intact checkpoint to resume from\n  " + "\n  ".join(skipped),
+        fix="--name with a new name, to start over",
+    )
+
+
+def _candidates(there: Iterable[Path], skipped: list[str]) -> Iterator[ResumePoint]:
+    """Yield the checkpoints that a run can resume from; append a line to `skipped` for every other one."""
+    for path in there:
+        line = integrity.problem(path)
+        point = line or read_point(path)
+        if isinstance(point, ResumePoint):
+            yield point
+        else:
+            skipped.append(line or f"{path}: damaged, skipped: {point}")
+
+
+def read_point(folder: Path) -> ResumePoint | str:
+    """Return the resume point of an intact checkpoint, or which field of its state.json is missing or of another type."""
+    state = store.read_state(folder)
+    for key in ("run", "optimizer", "layers", "generators"):
+        if not isinstance(state.get(key), dict):
+            return f"state.json has no mapping {key!r}"
+    run, generators = {"circumstances": {}, **state["run"]}, state["generators"]
+    if not isinstance(run["circumstances"], dict) or not isinstance(run["circumstances"].get("recipe", {}), dict):
+        return "state.json: circumstances is not a mapping"
+    point = ResumePoint(folder, run)
+    try:
+        reached = point.progress
+        numbers = [reached.step, reached.tokens, reached.seconds]
+        if not all(isinstance(number, int | float) for number in numbers) or not {"numpy", "python"} <= set(generators):
+            raise ValueError("progress or generators")
+    except (KeyError, TypeError, ValueError, AttributeError, DataError) as error:
+        return f"state.json: a field is missing or of another type ({type(error).__name__}: {error})"
+    return point
 
 
 def find_on_rank_0(folder: RunFolder, resume: str, ranks: Ranks) -> tuple[ResumePoint | None, list[str]]:
@@ -101,7 +136,9 @@ def find_on_rank_0(folder: RunFolder, resume: str, ranks: Ranks) -> tuple[Resume
     path = Path(name)
     if not (path / "state.json").is_file():
         raise CheckpointError(f"{path}: rank 0 resumes from it, rank {ranks.world.rank} does not see it")
-    return ResumePoint(path, store.read_state(path)["run"]), []
+    found = read_point(path)
+    assert isinstance(found, ResumePoint)  # rank 0 read the same file
+    return found, []
 
 
 def fingerprint(resolved: Resolved, plan: Plan, rows: int) -> dict[str, Any]:
@@ -130,7 +167,7 @@ def check_shape(point: ResumePoint, now: Mapping[str, Any]) -> None:
     shape += ["seed"] if now["recipe"].get("adapter.kind") == "pissa" else []  # its base weights are split by random draws
     if now["recipe"].get("model.positions") == "learned":
         shape.append("data.sequence_length")
-    old = point.state["circumstances"]["recipe"]
+    old = point.state["circumstances"].get("recipe", {})
     # Keys that the version of the checkpoint did not have count as equal.
     differing = [
         f"  {key}: {old[key]} | {now['recipe'][key]}" for key in shape if key in old and old[key] != now["recipe"][key]
@@ -190,14 +227,10 @@ def restore_micro_batch(engine: Engine, point: ResumePoint | None, now: Mapping[
         return f"micro-batch of {kept.sequences} sequences instead of {kept.planned}: an earlier attempt ran out of memory"
     if point is None or not point.state.get("micro_batch") or share % point.state["micro_batch"]:
         return ""
-    old, new = point.state["circumstances"], now
-    same = old["world_size"] == new["world_size"] and old["recipe"]["train.global_batch"] == new["recipe"]["train.global_batch"]
+    old, new = _flat(point.state["circumstances"]), _flat(json.loads(json.dumps(now)))
     before = point.state["micro_batch"]
-    if (
-        not same
-        or old["layers"]["microbatch"] != json.loads(json.dumps(new["layers"]["microbatch"]))
-        or before == (planned or share)
-    ):
+    equal = ("world_size", "recipe.train.global_batch", "layers.microbatch")
+    if any(old.get(key) != new.get(key) for key in equal) or before == (planned or share):
         return ""
     engine.micro_batch = before
     engine.reduced_from = planned or share if before < (planned or share) else None

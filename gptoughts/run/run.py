@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ from typing import Any
 import torch
 
 from gptoughts.config.tasks import load, task_of
+from gptoughts.console import LOGGER
 from gptoughts.data.corpus import TableCorpus
 from gptoughts.engine.callback import Callback
-from gptoughts.engine.checkpoint import state, store
+from gptoughts.engine.checkpoint import integrity, state, store
 from gptoughts.engine.checkpoint.writer import Writer
 from gptoughts.engine.distributed.shards import gathered_outside_blocks, is_sharded
 from gptoughts.engine.engine import Engine
@@ -22,14 +24,16 @@ from gptoughts.engine.trainer import Progress, train
 from gptoughts.inference.generate.write import generate_text
 from gptoughts.run import resume
 from gptoughts.run.advice import Advisor
-from gptoughts.run.callbacks import Evaluate, Sample, Save
+from gptoughts.run.callbacks import Evaluate, Sample
 from gptoughts.run.evidence import EvidenceCheck, LayerEvidence, warmup_steps
 from gptoughts.run.failures import report_failures
 from gptoughts.run.goodput import Goodput
 from gptoughts.run.limiter import Limiter, Pauses
 from gptoughts.run.log import Log
+from gptoughts.run.saving import Save
 from gptoughts.run.session import Session, TrainingJob, open_session
 from gptoughts.run.signals import SignalWatcher
+from gptoughts.run.storage import checkpoint_bytes, space_problem
 from gptoughts.run.throughput import throughput
 from gptoughts.run.tracking.jsonl import SYSTEM_FILE, newest_sample
 from gptoughts.run.tracking.run_dir import run_id
@@ -70,7 +74,7 @@ class _Run:
         assert session.corpus is not None and session.job.folder is not None
         self.session, self.job, self.recipe, self.engine = session, session.job, session.job.recipe, session.engine
         self.corpus, self.folder, self.first = session.corpus, session.job.folder, session.ranks.first
-        self.signals = SignalWatcher(session.ranks)
+        self.signals = SignalWatcher(session.ranks, self.folder.out)
         own = [*make_sinks(self.job.track), *map(CallbackSink, self.job.callbacks)]
         self.sinks = Sinks(own if self.first else ())
         self.run_id = ""
@@ -92,6 +96,7 @@ class _Run:
             session.console.say(line)
         if self.evaluate is not None:
             self.evaluate.load_state(validations)
+        self._check_space(point)
         with self.signals.listening(), report_failures(self.engine, self.folder.out):
             try:
                 return self._train(session.start)
@@ -109,6 +114,14 @@ class _Run:
             )
         return complete
 
+    def _check_space(self, point: resume.ResumePoint | None) -> None:
+        if not self.first:
+            return
+        one = checkpoint_bytes(self.engine, point.folder if point else None, self.recipe.adapter.kind != "none")
+        problem = space_problem(self.folder.checkpoints, one)
+        if problem:
+            LOGGER.warning(problem)
+
     def _train(self, progress: Progress) -> RunResult:
         session, job = self.session, self.job
         figures = throughput(session.bundle.spec, job.recipe, job.plan, job.machine, job.world, job.extensions.catalog)
@@ -122,7 +135,12 @@ class _Run:
         sample = Sample(self.recipe.sample.every, self._write_sample, session.console, self.sinks)
         system = self._system_metrics()
         save = Save(
-            self.recipe.save.every, self.writer, self._snapshot, lambda: self.evaluate.criterion if self.evaluate else None
+            self.recipe.save.every,
+            self.writer,
+            self._snapshot,
+            lambda: self.evaluate.criterion if self.evaluate else None,
+            self.recipe.save.failures,
+            self.signals.save_asked,
         )
         callbacks = [system, log, *([self.evaluate] if self.evaluate else []), save, sample, *job.callbacks]
         callbacks += [self.goodput] if self.goodput else []
@@ -143,7 +161,7 @@ class _Run:
         session.ranks.barrier()  # launchers end the ranks that remain when one exits; rank 0 may still write its checkpoint
         if self.first and not check.evidence:
             check.report_unwatched()
-        newest = store.newest(self.folder.checkpoints)[0] if self.first else None
+        newest = integrity.newest(self.folder.checkpoints)[0] if self.first else None
         return self._result(progress, newest, check.evidence, sample.text)
 
     def _limiter(self, goodput: Goodput, check: EvidenceCheck, pauses: Pauses) -> Limiter:
@@ -157,16 +175,14 @@ class _Run:
         """Wait for the last checkpoint, and close what the run writes to. `end` is finished, interrupted or failed."""
         if self.goodput is not None:
             self.goodput.waiting_for_disk()
-        try:
-            if self.writer is not None:
-                self.writer.wait()
-        finally:
-            self.session.console.end_row()
-            self.sinks.close()
-            for line in self.limiter.summary() if self.limiter is not None else ():
-                self.session.console.say(line)
-            if self.goodput is not None:
-                self.session.console.say(self.goodput.close(end))
+        if self.writer is not None:
+            self.writer.failure()  # reported when it happened; the last write of a run raises its own
+        self.session.console.end_row()
+        self.sinks.close()
+        for line in self.limiter.summary() if self.limiter is not None else ():
+            self.session.console.say(line)
+        if self.goodput is not None:
+            self.session.console.say(self.goodput.close(end))
 
     def _loop(self, progress: Progress, callbacks: list[Callback], check: EvidenceCheck) -> Progress:
         engine, schedule = self.engine, self.session.length.rate
@@ -209,7 +225,13 @@ class _Run:
     def _evaluate(self) -> Evaluate:
         settings, session = self.recipe.eval, self.session
         return Evaluate(
-            settings.every, session.validation_batches, self.sinks, session.console, settings.patience, self._scores()
+            settings.every,
+            lambda: self.signals.until_asked(session.validation_batches()),
+            self.sinks,
+            session.console,
+            settings.patience,
+            self._scores(),
+            within=self.signals.interruptible,
         )
 
     def _scores(self) -> Callable[[Engine], Mapping[str, float]] | None:
@@ -232,7 +254,9 @@ class _Run:
             return ""
         prompt = self.session.prompt
         # Each text length would compile another graph, so compiled blocks run eagerly here.
-        with engine.eval_context(), gathered_outside_blocks(engine.bare), torch.compiler.set_stance("force_eager"):
+        alone = nullcontext() if self.sharded else self.signals.interruptible(engine.bare)
+        eager = torch.compiler.set_stance("force_eager")
+        with engine.eval_context(), gathered_outside_blocks(engine.bare), eager, alone:
             written = generate_text(engine.bare, self.corpus.tokenizer, [prompt], self.recipe, self.session.bundle.mask_id)
         return prompt + written[0]
 

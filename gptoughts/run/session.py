@@ -20,7 +20,7 @@ from gptoughts.console import Console, SilentConsole
 from gptoughts.data.corpus import Corpus, open_corpus, prepare_batches, prepare_validation_batches
 from gptoughts.data.device import to_device
 from gptoughts.engine.callback import Callback
-from gptoughts.engine.checkpoint import state, store
+from gptoughts.engine.checkpoint import state
 from gptoughts.engine.distributed.process_group import process_group
 from gptoughts.engine.distributed.ranks import Ranks
 from gptoughts.engine.distributed.rendezvous import meet
@@ -41,6 +41,7 @@ from gptoughts.models.sources import CurrentWeights, meta_model
 from gptoughts.planning.plan import Plan
 from gptoughts.run import numerics_check, preflight, resume
 from gptoughts.run.build import build_engine, seed_rngs, select_device
+from gptoughts.run.storage import run_storage, write_record
 from gptoughts.run.tracking.jsonl import FILE, attempts
 from gptoughts.run.tracking.run_dir import RunFolder
 
@@ -140,10 +141,7 @@ def open_session(job: TrainingJob) -> Iterator[Session]:
     with ExitStack() as stack:
         console = job.console if job.world.rank == 0 else SilentConsole()
         stack.enter_context(console.logging())
-        if job.folder is not None:
-            stack.enter_context(job.folder.locked(job.world.rank == 0))
-            if job.world.rank == 0:
-                store.clean(job.folder.checkpoints)  # a kill can leave a checkpoint hidden while it was replaced
+        stack.enter_context(run_storage(job.folder, job.world.rank == 0))
         corpus = None if job.own else open_data(job.recipe, job.world)
         watch = stack.enter_context(FailureWatch(job.world, job.folder.out if job.folder else None))
         ranks = stack.enter_context(process_group(job.world, device, job.collectives))
@@ -151,6 +149,8 @@ def open_session(job: TrainingJob) -> Iterator[Session]:
         ranks.same("the versions of gptoughts and torch", f"gptoughts {code_version()}, torch {torch.__version__}")
         ranks.same("the plan", job.plan.digest(), job.plan.table())
         ranks.same("the recipe", job.resolved.to_toml())
+        if job.folder is not None:
+            job.folder.agree(ranks.texts)
         opened = _open_own(job, ranks, console) if corpus is None else _Setup(job, ranks, console, corpus).open()
         session = stack.enter_context(opened)
         if watch.active:
@@ -223,7 +223,7 @@ class _Setup:
         attempt = _record_start(job, self.ranks)
         if job.folder is not None:
             self._introduce(point, skipped, fingerprint, model, source)
-        if job.numerics == "check" and (point is None or point.state["plan_digest"] != job.plan.digest()):
+        if job.numerics == "check" and (point is None or point.state.get("plan_digest") != job.plan.digest()):
             batches = self._check_numerics(batches, point.folder if point else None)
         with build_engine(
             model,
@@ -311,7 +311,7 @@ class _Setup:
         for line in found.lines():
             self.console.say(line)
         if self.ranks.first and self.job.folder is not None:
-            write_json(self.job.folder.out / "numerics.json", found.to_json())
+            write_record(self.job.folder.out / "numerics.json", found.to_json())
         failed = not found.near
         if self.ranks.any(failed) and not failed:
             raise LayerError("numerics check: failed on another rank, whose message names the layers")

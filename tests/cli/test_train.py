@@ -10,25 +10,31 @@ from pathlib import Path
 
 import pytest
 
-from gptoughts.cli import train
+from gptoughts.cli import ending
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_handler_exits_with_one_line_and_ignores_a_second_signal(capsys: pytest.CaptureFixture[str]) -> None:
-    before = signal.getsignal(signal.SIGTERM)
+@pytest.mark.parametrize("number", ending.ENDING)
+def test_the_handler_exits_with_one_line_and_a_second_signal_exits_at_once(
+    capfd: pytest.CaptureFixture[str], number: signal.Signals
+) -> None:
+    before = {other: signal.signal(other, ending._end) for other in ending.ENDING}
     try:
         with pytest.raises(SystemExit) as ended:
-            train._end(signal.SIGTERM, None)
-        assert ended.value.code == 143 and capsys.readouterr().err.startswith("terminated; ")
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+            os.kill(os.getpid(), number)
+        assert (
+            ended.value.code == 128 + number and capfd.readouterr().err == f"ended by {number.name}; saved checkpoints stay\n"
+        )
+        assert {signal.getsignal(other) for other in ending.ENDING} == {ending._end_at_once}
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for other, handler in before.items():
+            signal.signal(other, handler)
 
 
 def test_inside_another_program_the_handler_stays() -> None:
     before = signal.getsignal(signal.SIGTERM)
-    train.end_at_sigterm()
+    ending.end_at_signals()
     assert signal.getsignal(signal.SIGTERM) == before
 
 
@@ -42,5 +48,5 @@ def test_sigterm_after_the_plan(tmp_path: Path) -> None:
         assert process.stdout is not None and process.stdout.readline()
         process.send_signal(signal.SIGTERM)
         _, said = process.communicate(timeout=120)
-    assert process.returncode == 143 and said.strip() == "terminated; saved checkpoints stay"
+    assert process.returncode == 143 and said.strip() == "ended by SIGTERM; saved checkpoints stay"
     assert not (tmp_path / "run").exists()

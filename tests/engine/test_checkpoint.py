@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from gptoughts.engine.checkpoint import store as checkpoint
-from gptoughts.engine.checkpoint.store import Snapshot, all_steps, best, clean, newest
+from gptoughts.engine.checkpoint.integrity import damage, newest
+from gptoughts.engine.checkpoint.store import Snapshot, all_steps, best, clean
 from gptoughts.engine.checkpoint.writer import Writer
 
 
@@ -105,4 +106,4 @@ def test_a_manifest_that_points_outside_is_refused(tmp_path: Path) -> None:
     held = json.loads(manifest.read_text())
     held["files"]["../../secret"] = {"bytes": 1, "sha256": ""}
     manifest.write_text(json.dumps(held))
-    assert "outside the checkpoint" in checkpoint.damage(tmp_path / "step-000003")
+    assert "outside the checkpoint" in damage(tmp_path / "step-000003")

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from gptoughts.engine.checkpoint import store
+from gptoughts.engine.checkpoint import integrity, store
 from gptoughts.engine.checkpoint.parts import TensorFiles, file_name, metadata
 from gptoughts.errors import CheckpointError
 
@@ -96,33 +96,33 @@ def snapshot(rank: int, step: int = 3) -> store.Snapshot:
 
 def test_two_ranks_write_one_checkpoint(tmp_path: Path) -> None:
     """The manifest covers the files of both; nothing of the protocol stays."""
-    store.begin(tmp_path, 3)
+    store.begin(tmp_path, 3, 2)
     other = threading.Thread(target=store.write_part, args=(snapshot(1), tmp_path))
     other.start()
     path = store.write(snapshot(0), tmp_path)
     other.join()
-    assert store.damage(path) == ""
+    assert integrity.damage(path) == ""
     assert sorted(file.name for file in path.iterdir()) == [
         "manifest.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "state.json",
     ]  # fmt: skip
     assert TensorFiles(path, "model").tensor("w").tolist() == [0.0] * 5 + [1.0] * 5
     (path / "model-00002-of-00002.safetensors").write_bytes(b"short")
-    assert "model-00002-of-00002.safetensors" in store.damage(path)
+    assert "model-00002-of-00002.safetensors" in integrity.damage(path)
 
 
 def test_a_rank_that_cannot_write_its_part_is_named(tmp_path: Path) -> None:
-    store.begin(tmp_path, 3)
+    store.begin(tmp_path, 3, 2)
     broken = store.Snapshot(3, {"missing/folder": {"w": torch.ones(5)}}, {}, {}, 1, 2, {"missing/folder": {}})
     with pytest.raises(Exception, match="No such file"):
         store.write_part(broken, tmp_path)
     with pytest.raises(CheckpointError, match="rank 1 could not write its part"):
         store.write(snapshot(0), tmp_path)
-    assert store.newest(tmp_path) == (None, [])
+    assert integrity.newest(tmp_path) == (None, [])
 
 
 def test_a_part_that_does_not_come_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "PART_SECONDS", 0)
-    store.begin(tmp_path, 3)
+    store.begin(tmp_path, 3, 2)
     with pytest.raises(
         CheckpointError, match="rank 1 wrote no part in 0 s; is the folder on a file system that all nodes share"
     ):

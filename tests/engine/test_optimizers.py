@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from gptoughts.config.recipe import OPTIMIZER_KEYS, SELECTIVE_KEYS, OptimConfig, optim_problems
+from gptoughts.engine.checkpoint import integrity
 from gptoughts.engine.checkpoint import state as training_state
 from gptoughts.engine.checkpoint import store as checkpoint
 from gptoughts.engine.distributed.ranks import Ranks
@@ -442,7 +443,7 @@ def test_a_restart_changes_no_bit(name: str, layer: str, tmp_path: Path) -> None
         folder = take(engine, 5, tmp_path)
         assert first + steps(engine, 4) == losses
         same(whole_state(engine), whole)
-    assert checkpoint.damage(folder) == ""
+    assert integrity.damage(folder) == ""
     with engine_from(recipe, training_state.Weights(folder), skipped(recipe, 5), layer) as engine:
         training_state.restore(engine, folder)
         assert steps(engine, 4) == losses[5:]

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from gptoughts.config.model_spec import ModelSpec, spec_for
+from gptoughts.engine.checkpoint import integrity
 from gptoughts.engine.checkpoint import state as training_state
 from gptoughts.engine.checkpoint import store as checkpoint
 from gptoughts.engine.distributed.ranks import Ranks
@@ -117,7 +118,7 @@ def test_a_restart_changes_no_bit(package: str, tmp_path: Path) -> None:
         first = steps(engine, 3)
         folder = checkpoint.write(training_state.snapshot(engine, 3, {}, {}, {}), tmp_path)
         losses, whole = steps(engine, 3), plain(engine)
-    assert checkpoint.damage(folder) == "" and len(first) == 3
+    assert integrity.damage(folder) == "" and len(first) == 3
     kept = load_file(folder / "optimizer.safetensors")
     codes = [name for name, tensor in kept.items() if tensor.dtype is torch.uint8]
     assert len(codes) == 24 and not any("qmap" in name for name in kept)

@@ -23,8 +23,9 @@ from gptoughts.engine.trainer import Progress, StepStats, train
 from gptoughts.errors import ConfigError, DataError, RunError
 from gptoughts.hardware.world import World
 from gptoughts.inference.eval.perplexity import mean_loss
-from gptoughts.run.callbacks import Evaluate, Save
+from gptoughts.run.callbacks import Evaluate
 from gptoughts.run.log import Log, every
+from gptoughts.run.saving import Save
 from gptoughts.run.throughput import Throughput
 from gptoughts.run.tracking.jsonl import Jsonl, attempts, read
 from gptoughts.run.tracking.sink import SINKS, CallbackSink, RunInfo, Sink, Sinks, check_sinks

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import gptoughts
 from gptoughts.config.loader import from_values
 from gptoughts.config.model_spec import UNKNOWN
-from gptoughts.engine.checkpoint.store import damage
+from gptoughts.engine.checkpoint.integrity import damage
 from gptoughts.engine.objectives.base import NextToken
 from gptoughts.errors import CheckpointError, ConfigError, DataError, LayerError, PlanError
 from gptoughts.hardware.machine import read

@@ -159,7 +159,7 @@ def copy(finished: Path, tmp_path: Path) -> Path:
 
 def test_what_a_run_leaves(finished: Path) -> None:
     assert {path.name for path in finished.iterdir()} == {
-        ".lock", "checkpoints", "evidence.json", "loss.png", "metrics.jsonl", "numerics.json", "plan.json", "recipe.toml",
+        "checkpoints", "evidence.json", "loss.png", "metrics.jsonl", "numerics.json", "plan.json", "recipe.toml",
     }  # fmt: skip
     steps = sorted(path.name for path in (finished / "checkpoints").glob("step-*"))
     assert steps[-3:] == ["step-000032", "step-000036", "step-000040"]
@@ -200,7 +200,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_skipped(text: Path, finished: 
 
 @pytest.mark.parametrize("damage", ["truncate", "empty", "missing", "manifest"])
 def test_every_kind_of_damage_is_told(finished: Path, tmp_path: Path, damage: str) -> None:
-    from gptoughts.engine.checkpoint import store as checkpoint
+    from gptoughts.engine.checkpoint import integrity
 
     place = copy(finished, tmp_path) / "checkpoints" / "step-000040"
     victim = place / "optimizer.safetensors"
@@ -212,9 +212,9 @@ def test_every_kind_of_damage_is_told(finished: Path, tmp_path: Path, damage: st
         victim.unlink()
     else:
         (place / "manifest.json").write_text("{", encoding="utf-8")
-    why = checkpoint.damage(place)
+    why = integrity.damage(place)
     assert ("manifest.json is not readable" if damage == "manifest" else "optimizer.safetensors") in why
-    assert checkpoint.newest(place.parent)[0] == place.parent / "step-000036"
+    assert integrity.newest(place.parent)[0] == place.parent / "step-000036"
 
 
 def test_another_model_shape_is_refused(text: Path, finished: Path, tmp_path: Path) -> None:
@@ -296,9 +296,10 @@ def test_ctrl_c_saves_and_says_how_to_go_on(text: Path, finished: Path, tmp_path
 
 def test_a_disk_that_is_full_loses_nothing(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The write fails half-way: the error names the folder, the checkpoint before is whole, nothing half lies under a good name."""
+    from gptoughts.engine.checkpoint import integrity
     from gptoughts.engine.checkpoint import store as checkpoint
     from gptoughts.engine.checkpoint.writer import Writer
-    from gptoughts.errors import CheckpointError
+    from gptoughts.errors import StorageError
 
     place = copy(finished, tmp_path) / "checkpoints"
     before = {path.name for path in place.glob("step-*")}
@@ -310,7 +311,8 @@ def test_a_disk_that_is_full_loses_nothing(finished: Path, tmp_path: Path, monke
     monkeypatch.setattr(checkpoint, "_sync", full)
     writer = Writer(place, keep=3, keep_best=False)
     writer.save(checkpoint.Snapshot(41, {"model": {}}, {"state.json": "{}"}, {}))
-    with pytest.raises(CheckpointError, match=r"No space left on device.*; the previous one is intact"):
+    with pytest.raises(StorageError, match=r"No space left on device.*; step-000040 stays"):
         writer.wait()
+    assert not list(place.glob(".writing-*")), "what was written is free again"
     assert {path.name for path in place.glob("step-*")} == before
-    assert checkpoint.newest(place)[0] == place / "step-000040"
+    assert integrity.newest(place)[0] == place / "step-000040"

@@ -10,7 +10,7 @@ from typing import Any, cast
 import pytest
 
 from gptoughts.api import decide
-from gptoughts.engine.checkpoint import store
+from gptoughts.engine.checkpoint import integrity, store
 from gptoughts.engine.distributed.ranks import Ranks
 from gptoughts.errors import CheckpointError, RunError, ToldElsewhere
 from gptoughts.run.resume import find_on_rank_0, fingerprint
@@ -29,7 +29,14 @@ def run_folder(place: Path) -> Any:
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    state = {"format": store.FORMAT, "run": {"progress": 7}}
+    progress = {"step": 3, "tokens": 7, "seconds": 0.5, "cursor": {"samples": 1, "fingerprint": ""}}
+    state = {
+        "format": store.FORMAT,
+        "run": {"progress": progress},
+        "optimizer": {},
+        "layers": {},
+        "generators": {"numpy": [], "python": []},
+    }
     snapshot = store.Snapshot(3, {"model": {}}, {"state.json": json.dumps(state)}, {})
     return store.write(snapshot, tmp_path)
 
@@ -38,10 +45,10 @@ def test_another_rank_reads_no_more_than_the_state(checkpoint: Path, monkeypatch
     first, skipped = find_on_rank_0(run_folder(checkpoint.parent), "auto", ranks(0))
     assert first is not None and first.folder == checkpoint and skipped == []
 
-    def hashes(folder: Path) -> str:
+    def hashes(folder: Path) -> tuple[str, str]:
         raise AssertionError("only rank 0 hashes the files")
 
-    monkeypatch.setattr(store, "damage", hashes)
+    monkeypatch.setattr(integrity, "_check", hashes)
     with pytest.raises(AssertionError):
         find_on_rank_0(run_folder(checkpoint.parent), "auto", ranks(0))
     other, _ = find_on_rank_0(run_folder(checkpoint.parent), "auto", ranks(1, name=str(checkpoint)))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from gptoughts.engine.checkpoint import store
+from gptoughts.engine.checkpoint import integrity
 from gptoughts.engine.checkpoint.parts import TensorFiles
 from gptoughts.inference.load import load
 
@@ -77,7 +77,7 @@ def test_each_rank_writes_its_part_and_all_losses_equal_one_process(train: Train
     for step, loss in losses(alone).items():
         assert losses(sharded)[step] == pytest.approx(loss, abs=1e-5)
     folder = saved(sharded, SAVED)
-    assert store.damage(folder) == ""
+    assert integrity.damage(folder) == ""
     sizes = [path.stat().st_size for path in sorted(folder.glob("model-*"))]
     assert len(sizes) == 2
     assert max(sizes) < 0.6 * saved(alone, SAVED).joinpath("model.safetensors").stat().st_size
@@ -210,4 +210,4 @@ def test_a_checkpoint_of_a_missing_rank_is_damaged(tmp_path: Path) -> None:
     folder.mkdir()
     listed = {"files": {"model-00001-of-00002.safetensors": {"bytes": 1, "sha256": ""}}}
     (folder / "manifest.json").write_text(json.dumps(listed))
-    assert store.damage(folder) == "model-00001-of-00002.safetensors is missing"
+    assert integrity.damage(folder) == "model-00001-of-00002.safetensors is missing"

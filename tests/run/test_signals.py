@@ -37,6 +37,7 @@ def test_the_first_signal_ends_the_run_and_handlers_are_put_back(watcher: Signal
 
 def test_a_launcher_may_deliver_its_signal_twice(watcher: SignalWatcher) -> None:
     with watcher.listening():
+        assert not asked(watcher)
         os.kill(os.getpid(), signal.SIGUSR1)
         os.kill(os.getpid(), signal.SIGUSR1)
         assert asked(watcher)

@@ -10,16 +10,20 @@ from pathlib import Path
 
 from gptoughts.console import LOGGER
 from gptoughts.data.text import tasks
-from gptoughts.data.text.shards import INDEX, JOURNAL, TOKENIZER_FOLDER
+from gptoughts.data.text.shards import INDEX, JOURNAL, TOKENIZER_FOLDER, VERIFIED
 from gptoughts.errors import DataError
 from gptoughts.files import TEMPORARY, try_lock, wait_for_lock
+
+FIX = "a folder on a disk that can be written: --to, --data.cache or XDG_CACHE_HOME"
 
 
 def is_ours(name: str) -> bool:
     """Whether tokenizing writes files of this name."""
     base = name.replace(TEMPORARY, "")
-    return base in (INDEX, JOURNAL, TOKENIZER_FOLDER, tasks.FOLDER) or (
-        base.startswith(("train_", "val_")) and base.endswith((".npy", ".npy.part"))
+    return (
+        base in (INDEX, JOURNAL, TOKENIZER_FOLDER, tasks.FOLDER)
+        or base.startswith(Path(VERIFIED).stem)
+        or (base.startswith(("train_", "val_")) and base.endswith((".npy", ".npy.part")))
     )
 
 
@@ -40,7 +44,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
             folder.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         except OSError as error:
-            raise DataError(f"{folder}: cannot be created or opened as a folder ({error.strerror})") from None
+            raise DataError(f"{folder}: cannot be created or opened as a folder ({error.strerror})", fix=FIX) from None
         if not try_lock(descriptor):
             LOGGER.info(f"data: another process is tokenizing into {folder}, waiting")
             wait_for_lock(descriptor)

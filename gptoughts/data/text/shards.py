@@ -17,9 +17,12 @@ import numpy as np
 
 from gptoughts.data.tokenizers.tokenizer import Tokenizer
 from gptoughts.errors import DataError
+from gptoughts.files import first_link
 
 FORMAT, VERSION = "gptoughts-shards", 1
 INDEX, JOURNAL, TOKENIZER_FOLDER = "index.json", "progress.json", "tokenizer"
+VERIFIED = ".verified.json"
+"""Names of files whose content was compared with the index, with their states then; in the user's cache where it cannot be written here."""
 HEADER_BYTES = 128
 AGAIN = "tokenize again with --overwrite"
 
@@ -138,6 +141,7 @@ class Stream:
         self.eot_id, self.vocab_size, self.fingerprint = index.eot_id, index.vocab_size, index.fingerprint
         self.dtype = np.dtype(index.dtype)
         self.arrays = [open_array(folder / shard.file, shard.tokens, self.dtype) for shard in self.split.shards]
+        self.states = [file_state(folder / shard.file) for shard in self.split.shards]
         self.windows: dict[int, np.ndarray] = {}
         self.starts = np.cumsum([0, *(len(array) for array in self.arrays)])
 
@@ -189,10 +193,18 @@ class Stream:
         )
         return out
 
-    def check_sizes(self) -> None:
-        """Raise DataError where a shard was truncated or removed; reading it through the memory map would kill the process."""
-        for shard in self.split.shards:
-            check_size(self.folder / shard.file, HEADER_BYTES + shard.tokens * self.dtype.itemsize)
+    def check_files(self) -> None:
+        """Raise DataError where a shard was truncated, removed or changed since it was opened.
+
+        Reading a truncated one through the memory map would kill the process. Content is hashed where time, size or inode differ.
+        """
+        for number, shard in enumerate(self.split.shards):
+            path = self.folder / shard.file
+            check_size(path, HEADER_BYTES + shard.tokens * self.dtype.itemsize)
+            state = file_state(path)
+            if state != self.states[number]:
+                check_content(path, shard.sha256)
+                self.states[number] = state
 
 
 @dataclass(frozen=True)
@@ -235,6 +247,9 @@ class Shards:
 
     def tokenizer(self) -> Tokenizer:
         """Load the tokenizer of the shards. Raises DataError where it has changed."""
+        link = first_link(self.folder / TOKENIZER_FOLDER)  # checkpoints copy this folder
+        if link is not None:
+            raise DataError(f"{link}: is a link, which a checkpoint would copy", fix="a copy of the file in its place")
         tokenizer = Tokenizer.load(self.folder / TOKENIZER_FOLDER)
         if tokenizer.hash != self.index.tokenizer["hash"]:
             raise DataError(f"{self.folder / TOKENIZER_FOLDER}: not the tokenizer listed in {INDEX}", fix=AGAIN)
@@ -245,11 +260,28 @@ class Shards:
         for split in self.index.splits.values():
             for shard in split.shards:
                 for file, expected in ((shard.file, shard.sha256), (shard.docs_file, shard.docs_sha256)):
-                    found = sha256_of(self.folder / file)
-                    if found != expected:
-                        problem = f"{self.folder / file}: changed since it was written (sha256 {expected[:12]} in {INDEX})"
-                        raise DataError(problem, found=found[:12], fix=AGAIN)
+                    check_content(self.folder / file, expected)
         self.tokenizer()
+
+
+def file_state(path: Path) -> tuple[int, int, int, int]:
+    """Return size, time of content and of inode, and inode of a file: equal as long as nobody writes or replaces it. Raises DataError."""
+    try:
+        found = os.stat(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})", fix=f"restore it, or {AGAIN}") from None
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
+
+
+def check_content(path: Path, expected: str) -> None:
+    """Raise DataError where the sha256 of a file differs from the index, or it cannot be read."""
+    try:
+        found = sha256_of(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})", fix=f"restore it, or {AGAIN}") from None
+    if found != expected:
+        problem = f"{path}: changed since it was written (sha256 {expected[:12]} in {INDEX})"
+        raise DataError(problem, found=found[:12], fix=f"restore it, or {AGAIN}")
 
 
 def check_size(path: Path, expected: int) -> None:

@@ -85,7 +85,7 @@ def disk_errors(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         problem = f"{error.filename or folder}: cannot be written ({error.strerror or error})"
-        raise DataError(problem, fix="run again; it continues from here") from None
+        raise DataError(problem, fix="free space, then again: it continues from here") from None
 
 
 def usable_cores() -> int:

@@ -54,9 +54,12 @@ class TensorFiles:
     """All tensors of one stem of a checkpoint, whole, read one at a time."""
 
     def __init__(self, folder: Path, stem: str) -> None:
-        """Open the files. Raises CheckpointError where one is missing, or a tensor has gaps."""
+        """Open the files. Raises CheckpointError where one is missing or unreadable, or a tensor has gaps."""
         self.folder, self.stem = folder, stem
-        self._files = [safe_open(path, framework="pt") for path in _paths(folder, stem)]
+        try:
+            self._files = [safe_open(path, framework="pt") for path in _paths(folder, stem)]
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{folder}: {stem} cannot be read: {error}") from None
         self._places: dict[str, list[_Place]] = defaultdict(list)
         self._shapes: dict[str, tuple[int, ...]] = {}
         for number, file in enumerate(self._files):
@@ -71,7 +74,7 @@ class TensorFiles:
                 known = self._shapes.setdefault(name, tuple(map(int, shape)))
                 if known != tuple(shape):
                     raise ValueError(f"{name} has shape {list(known)} in one file and {list(shape)} in another")
-        except (ValueError, TypeError, SafetensorError) as error:
+        except (ValueError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
             raise CheckpointError(f"{self.folder}: parts of {self.stem} cannot be read: {error}") from None
 
     def names(self) -> Iterator[str]:
@@ -84,6 +87,11 @@ class TensorFiles:
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of the whole tensor."""
         return self._shapes[name]
+
+    def parts(self, name: str) -> Iterator[Tensor]:
+        """Yield the parts of a tensor as they are stored."""
+        for place in self._places[name]:
+            yield self._files[place.file].get_tensor(name)
 
     def tensor(self, name: str) -> Tensor:
         """Return the whole tensor. Raises CheckpointError where its parts overlap or leave gaps."""

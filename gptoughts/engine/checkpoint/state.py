@@ -67,6 +67,7 @@ def snapshot(
         "format": FORMAT_PARTS if split and ranks.size > 1 else FORMAT,
         "step": step,
         "weights": weights,
+        "buffers": [name for name, _ in _persistent_buffers(engine)],
         "run": dict(state),
         "optimizer": numbers,
         "layers": plain,

@@ -11,27 +11,31 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from gptoughts.console import LOGGER
 from gptoughts.engine.checkpoint.parts import Ranges, file_name, metadata
 from gptoughts.errors import CheckpointError
-from gptoughts.files import write_text
+from gptoughts.files import first_link, write_text
 
 FORMAT = 1
 FORMAT_PARTS = 2
 """Of a checkpoint whose tensors are split over the files of several ranks."""
 PART_SECONDS = 1800
 """Limit of rank 0's wait for the part of another rank."""
+MANIFEST, STATE = "manifest.json", "state.json"
 TEMPORARY = ".writing-"
 REPLACED = ".replaced-"
 DROPPED = ".dropped-"
@@ -61,20 +65,26 @@ class Snapshot:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """Return a checkpoint's `state.json`. Raises CheckpointError for another format version."""
-    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    if state.get("format") not in (FORMAT, FORMAT_PARTS):
+    """Return a checkpoint's `state.json`. Raises CheckpointError for a file that cannot be read, and for another format version."""
+    try:
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{folder / STATE}: cannot be read ({error})", fix="an earlier checkpoint") from None
+    if not isinstance(state, dict) or state.get("format") not in (FORMAT, FORMAT_PARTS):
         raise CheckpointError(
-            f"{folder}: this version reads formats {FORMAT} and {FORMAT_PARTS}", found=f"format {state.get('format')!r}"
+            f"{folder}: this version reads formats {FORMAT} and {FORMAT_PARTS}",
+            found=f"format {state.get('format') if isinstance(state, dict) else state!r:.80}",
         )
     return dict(state)
 
 
-def begin(folder: Path, step: int) -> Path:
-    """Create the empty temporary folder of a checkpoint, before any rank writes into it."""
+def begin(folder: Path, step: int, ranks: int = 1) -> Path:
+    """Create the temporary folder of a checkpoint, before any rank writes into it, with a marker for every other rank that will write."""
     temporary = _temporary(folder, step)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
+    for rank in range(1, ranks):
+        (temporary / _marker(rank)).touch()
     return temporary
 
 
@@ -90,67 +100,111 @@ def write(snapshot: Snapshot, folder: Path) -> Path:
     """Write `folder`/step-N atomically. Returns its path.
 
     Writes a temporary folder, syncs and reopens every file, adds a manifest with sizes and SHA-256, renames, then updates `latest`. With
-    several ranks `begin` was called before, and this one waits for the parts of the others; raises CheckpointError if one failed.
+    several ranks `begin` was called before, and this one waits for the parts of the others. Raises OSError, SafetensorError, or
+    CheckpointError if another rank failed; then the temporary folder is gone and a checkpoint of the same step is where it was.
     """
     final = folder / _name(snapshot.step)
-    temporary = begin(folder, snapshot.step) if snapshot.ranks == 1 else _temporary(folder, snapshot.step)
+    temporary, replaced = _temporary(folder, snapshot.step), folder / f"{REPLACED}{final.name}"
+    try:
+        if snapshot.ranks == 1:
+            begin(folder, snapshot.step)
+        _fill(snapshot, temporary)
+        if final.exists():  # the same step after a resume from an older one; after a kill in between, `clean` restores it
+            shutil.rmtree(replaced, ignore_errors=True)
+            final.rename(replaced)
+        temporary.rename(final)
+        _sync(folder)
+    except Exception:
+        shutil.rmtree(temporary, ignore_errors=True)  # its bytes are free for the next save
+        with suppress(OSError):
+            if replaced.exists() and not final.exists():
+                replaced.rename(final)
+        raise
+    try:
+        point(folder / "latest", final.name)
+    except OSError as error:  # the checkpoint is complete without it
+        LOGGER.warning("%s: not updated: %s", folder / "latest", error)
+    shutil.rmtree(replaced, ignore_errors=True)
+    return final
+
+
+def _fill(snapshot: Snapshot, temporary: Path) -> None:
+    """Write all files of a checkpoint into its temporary folder, the manifest last."""
     for name, text in snapshot.documents.items():
         (temporary / name).parent.mkdir(exist_ok=True)
         (temporary / name).write_text(text, encoding="utf-8")
     for name, source in snapshot.folders.items():
-        shutil.copytree(source, temporary / name)
+        _copy_folder(source, temporary / name)
     own = {
         str(path.relative_to(temporary))
         for name in (*snapshot.documents, *snapshot.folders)
         for path in _files(temporary / name)
     }
     manifest = _hashed(temporary, own) | _write_tensors(snapshot, temporary)
-    json.loads((temporary / "state.json").read_text(encoding="utf-8"))
+    json.loads((temporary / STATE).read_text(encoding="utf-8"))
     for rank in range(1, snapshot.ranks):
         manifest |= _wait_for_part(temporary, rank)
     content = {"format": FORMAT, "files": dict(sorted(manifest.items()))}
-    (temporary / "manifest.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
-    _sync(temporary / "manifest.json")
+    (temporary / MANIFEST).write_text(json.dumps(content, indent=1), encoding="utf-8")
+    _sync(temporary / MANIFEST)
     for inner in (path for path in temporary.rglob("*") if path.is_dir()):
         _sync(inner)
     _sync(temporary)
-    replaced = folder / f"{REPLACED}{final.name}"
-    if final.exists():  # the same step after a resume from an older one; after a kill in between, `clean` restores it
-        shutil.rmtree(replaced, ignore_errors=True)
-        final.rename(replaced)
-    temporary.rename(final)
-    _sync(folder)
-    point(folder / "latest", final.name)
-    shutil.rmtree(replaced, ignore_errors=True)
-    return final
+
+
+def _copy_folder(source: Path, target: Path) -> None:
+    """Copy a folder of plain files. Raises CheckpointError for a link, which can lead to any file of this machine."""
+    link = first_link(source)
+    if link is not None:
+        raise CheckpointError(f"{link}: is a link, which a checkpoint does not follow", fix="a copy of the file in its place")
+    target.mkdir()
+    for path in sorted(source.rglob("*")):
+        place = target / path.relative_to(source)
+        if path.is_dir():
+            place.mkdir()
+        else:
+            shutil.copyfile(path, place)
 
 
 def write_part(snapshot: Snapshot, folder: Path) -> None:
-    """Write the files of a rank above 0, then tell rank 0 by a small file, also if that failed."""
+    """Write the files of a rank above 0, then tell rank 0 by a small file.
+
+    After a failure the rank's marker is removed, too, because that needs no space on a full disk.
+    """
     temporary = _temporary(folder, snapshot.step)
+    record = temporary / _part_name(snapshot.rank)
     try:
-        record: dict[str, Any] = {"files": _write_tensors(snapshot, temporary)}
+        write_text(record, json.dumps({"files": _write_tensors(snapshot, temporary)}), durable=True)
     except BaseException as error:
-        write_text(temporary / _part_name(snapshot.rank), json.dumps({"error": f"{type(error).__name__}: {error}"}))
+        with suppress(OSError):
+            write_text(record, json.dumps({"error": f"{type(error).__name__}: {error}"}))
+        with suppress(OSError):
+            (temporary / _marker(snapshot.rank)).unlink(missing_ok=True)
         raise
-    write_text(temporary / _part_name(snapshot.rank), json.dumps(record), durable=True)
 
 
 def _part_name(rank: int) -> str:
     return f"part-{rank + 1:05d}.json"
 
 
+def _marker(rank: int) -> str:
+    return f"part-{rank + 1:05d}.expected"
+
+
 def _wait_for_part(temporary: Path, rank: int) -> dict[str, Any]:
     """Return the manifest entries of a rank, when it has written them. Raises CheckpointError if it failed or is late."""
-    path, deadline = temporary / _part_name(rank), time.monotonic() + PART_SECONDS
-    while not path.is_file():
+    path, marker, deadline = temporary / _part_name(rank), temporary / _marker(rank), time.monotonic() + PART_SECONDS
+    while marker.exists() and not path.is_file():
         if time.monotonic() > deadline:
             raise CheckpointError(
                 f"{temporary}: rank {rank} wrote no part in {PART_SECONDS} s; is the folder on a file system that all nodes share?"
             )
         time.sleep(0.02)
+    if not path.is_file():
+        raise CheckpointError(f"{temporary}: rank {rank} could not write its part")
     record = json.loads(path.read_text(encoding="utf-8"))
     path.unlink()
+    marker.unlink(missing_ok=True)
     if "error" in record:
         raise CheckpointError(f"{temporary}: rank {rank} could not write its part: {record['error']}")
     return dict(record["files"])
@@ -178,7 +232,7 @@ def _hashed(folder: Path, names: Iterable[str]) -> dict[str, Any]:
     """Sync files. Returns name -> size and SHA-256."""
     for name in names:
         _sync(folder / name)
-    return {name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in names}
+    return {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)} for name in names}
 
 
 def _sync(path: Path) -> None:
@@ -189,9 +243,13 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file as hexadecimal digits. Raises OSError that names the file."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
 
 
 def point(pointer: Path, name: str) -> None:
@@ -199,37 +257,9 @@ def point(pointer: Path, name: str) -> None:
     write_text(pointer, name + "\n", durable=True)
 
 
-def damage(folder: Path) -> str:
-    """Return what is wrong with a checkpoint folder; an empty string if it is intact."""
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        files = manifest["files"]
-    except FileNotFoundError:
-        return "manifest.json is missing"
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
-        return "manifest.json is not readable"
-    for name, expected in files.items():
-        path = folder / name
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            return f"manifest.json lists {name}, outside the checkpoint"
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != expected["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
-        if _sha256(path) != expected["sha256"]:
-            return f"{name} has another SHA-256 than when written"
-    try:
-        for path in folder.glob("*.safetensors"):
-            with safe_open(path, framework="pt") as file:
-                file.keys()
-    except SafetensorError as error:
-        return f"not a safetensors file: {error}"
-    return ""
-
-
 def all_steps(folder: Path) -> list[Path]:
     """Return the checkpoints of a run, newest first, damaged ones included."""
-    found = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdigit()]
+    found = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
     return sorted(found, key=step_of, reverse=True)
 
 
@@ -238,42 +268,14 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def newest(folder: Path) -> tuple[Path | None, list[str]]:
-    """Return the newest intact checkpoint of a run, or None, and a line for each newer damaged one."""
-    skipped: list[str] = []
-    for path in all_steps(folder):
-        why = damage(path)
-        if not why:
-            return path, skipped
-        skipped.append(f"{path}: damaged, skipped: {why}")
-    return None, skipped
-
-
-def locate(path: Path) -> Path:
-    """Return `path` if it is a checkpoint folder, else the newest intact one of the run folder. Raises CheckpointError."""
-    if (path / "manifest.json").is_file() or (path / "model.safetensors").is_file():
-        why = damage(path)
-        if why:
-            raise CheckpointError(f"{path}: damaged: {why}", fix="another checkpoint in the same folder")
-        return path
-    for folder in (path, path / "checkpoints"):
-        if not folder.is_dir():
-            continue
-        found, skipped = newest(folder)
-        if found:
-            return found
-        if skipped:
-            raise CheckpointError(f"{folder}: no intact checkpoint\n  " + "\n  ".join(skipped))
-    raise CheckpointError(f"{path}: no checkpoint", fix="checkpoints/RUN, or a folder checkpoints/RUN/step-000100")
-
-
 def best(folder: Path) -> tuple[str, float] | None:
-    """Return name and validation loss of the best checkpoint, or None."""
+    """Return name and validation loss of the best checkpoint, or None where none is noted or the note is damaged."""
     try:
         noted = json.loads((folder / "best").read_text(encoding="utf-8"))
-        return str(noted["checkpoint"]), float(noted["val_loss"])
-    except (FileNotFoundError, ValueError, KeyError):
+        name, loss = str(noted["checkpoint"]), float(noted["val_loss"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
+    return (name, loss) if Path(name).name == name and math.isfinite(loss) else None
 
 
 def clean(folder: Path) -> None:

@@ -1,4 +1,8 @@
-"""Write checkpoints in a thread while training continues; keep the newest ones and the best."""
+"""Write checkpoints in a thread while training continues; keep the newest ones and the best.
+
+A write that fails is told at once and frees what it wrote; earlier checkpoints stay. The caller reads the failure with `failure` before the
+next save and decides how often it tries again.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ import shutil
 import threading
 from pathlib import Path
 
+from gptoughts.console import LOGGER
 from gptoughts.engine.checkpoint.store import (
     ABANDONED,
     DROPPED,
@@ -21,7 +26,7 @@ from gptoughts.engine.checkpoint.store import (
     write_part,
 )
 from gptoughts.engine.distributed.ranks import Ranks
-from gptoughts.errors import CheckpointError
+from gptoughts.errors import StorageError
 
 
 class Writer:
@@ -33,45 +38,64 @@ class Writer:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    def save(self, snapshot: Snapshot, val_loss: float | None = None) -> None:
-        """Start writing. Waits for the write before; raises CheckpointError if that one failed on any rank."""
+    def save(self, snapshot: Snapshot, val_loss: float | None = None, folder: Path | None = None) -> None:
+        """Start writing, after the write before has ended. A collective if every rank writes. `folder` replaces the writer's own."""
         self._join()
         if self._ranks is not None:
-            if self._ranks.any(self._error is not None) and self._error is None:
-                raise CheckpointError(
-                    f"{self.folder}: another rank could not write its part; the previous checkpoint is intact"
-                )
-            self.wait()
             if self._ranks.first:
-                begin(self.folder, snapshot.step)
-            self._ranks.barrier()
-        self.wait()
-        self._thread = threading.Thread(target=self._write, args=(snapshot, val_loss), name="checkpoint")
+                try:
+                    begin(folder or self.folder, snapshot.step, snapshot.ranks)
+                except OSError as error:
+                    self._fail(snapshot.step, error)
+            if self._ranks.any(self._error is not None):
+                self._error = self._error or StorageError(f"{self.folder}: another rank could not begin a checkpoint")
+                return
+        self._thread = threading.Thread(target=self._write, args=(snapshot, val_loss, folder), name="checkpoint")
         self._thread.start()
 
-    def wait(self) -> None:
-        """Wait until the snapshot is on disk. Raises CheckpointError if writing failed."""
+    def failure(self) -> BaseException | None:
+        """Wait for the write; return why it failed, None if it did not. The next call returns None."""
         self._join()
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise CheckpointError(f"{self.folder}: writing a checkpoint failed: {error}; the previous one is intact") from error
+        error, self._error = self._error, None
+        return error
+
+    def wait(self) -> None:
+        """Wait until the snapshot is on disk. Raises StorageError if writing failed."""
+        error = self.failure()
+        if error is not None:
+            raise StorageError(f"{self.folder}: writing a checkpoint failed: {reason(error)}; {self.kept()}") from error
+
+    def kept(self) -> str:
+        """Return words for messages about what is there: the newest checkpoint, or none."""
+        there = all_steps(self.folder)
+        return f"{there[0].name} stays" if there else "there is no earlier checkpoint"
 
     def _join(self) -> None:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
 
-    def _write(self, snapshot: Snapshot, val_loss: float | None) -> None:
+    def _fail(self, step: int, error: BaseException) -> None:
+        self._error = error
+        LOGGER.warning("step %d: writing the checkpoint failed: %s; %s", step, reason(error), self.kept())
+
+    def _write(self, snapshot: Snapshot, val_loss: float | None, folder: Path | None) -> None:
         try:
             if snapshot.rank:
-                write_part(snapshot, self.folder)
+                write_part(snapshot, folder or self.folder)
                 return
-            path = write(snapshot, self.folder)
+            path = write(snapshot, folder or self.folder)
+        except BaseException as error:
+            self._fail(snapshot.step, error)
+            return
+        if folder is not None:
+            return
+        try:
             self._abandon_later(path)
             self._note_best(path, val_loss)
             self._drop_old()
-        except BaseException as error:
-            self._error = error
+        except OSError as error:  # the checkpoint is complete; the next save tries this again
+            LOGGER.warning("%s: old checkpoints could not be put in order: %s", self.folder, reason(error))
 
     def _abandon_later(self, written: Path) -> None:
         """Rename checkpoints of later steps, which are damaged or of an abandoned branch, so that resuming does not find them."""
@@ -97,3 +121,10 @@ class Writer:
                 target = path.with_name(f"{DROPPED}{path.name}")
                 path.rename(target)  # renamed first, so that a kill leaves no half-deleted checkpoint
                 shutil.rmtree(target)
+
+
+def reason(error: BaseException) -> str:
+    """Return one line for an error of a write: the file and what the system says."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error).splitlines()[0][:300] if str(error) else type(error).__name__

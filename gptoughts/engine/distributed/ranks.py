@@ -120,15 +120,22 @@ def _ranks(ranks: Sequence[int]) -> str:
 
 
 class Vote:
-    """Any-reduction whose result is read one step later, so that the host does not wait for the device."""
+    """Any-reduction of two flags whose result is read one step later, so that the host does not wait for the device."""
+
+    SECOND = 4096.0
+    """Value of the second flag in the sum: exact in float32 for fewer ranks than this."""
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
         self._asked: tuple[Tensor, torch.cuda.Event | None] | None = None
 
     def heard(self, mine: bool) -> bool:
-        """Start this step's reduction. Returns the result of the step before, the same on every rank."""
-        total = self._ranks.sum(float(mine))
+        """Start this step's reduction of one flag. Returns the result of the step before, the same on every rank."""
+        return self.both(mine, False)[0]
+
+    def both(self, first: bool, second: bool) -> tuple[bool, bool]:
+        """Start this step's reduction of two flags. Returns the results of the step before, the same on every rank."""
+        total = self._ranks.sum(float(first) + self.SECOND * float(second))
         before, answer = self._asked, total.to("cpu", non_blocking=True)
         arrived = None
         if total.is_cuda:
@@ -136,7 +143,8 @@ class Vote:
             arrived.record()
         self._asked = (answer, arrived)
         if before is None:
-            return False
+            return False, False
         if before[1] is not None:
             before[1].synchronize()
-        return bool(before[0].item() > 0)
+        seconds, firsts = divmod(float(before[0].item()), self.SECOND)
+        return firsts > 0, seconds > 0

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from gptoughts.console import LOGGER
+from gptoughts.run.tracking.lines import LineFile, read_lines
 from gptoughts.run.tracking.metrics import RENAMED
 from gptoughts.run.tracking.sink import RunInfo, Sink
 
@@ -20,7 +22,7 @@ class Jsonl(Sink):
 
     def __init__(self) -> None:
         self._run: RunInfo | None = None
-        self._files: dict[str, IO[str]] = {}
+        self._files: dict[str, LineFile] = {}
 
     def start(self, run: RunInfo) -> None:
         """Open metrics.jsonl for appending; the others are made with their first row."""
@@ -46,35 +48,26 @@ class Jsonl(Sink):
 
     def _append(self, name: str, number: Mapping[str, int], values: Mapping[str, Any]) -> None:
         assert self._run is not None, "start comes first"
-        self._open(name).write(json.dumps({**number, "attempt": self._run.attempt, **values}) + "\n")
+        self._open(name).write(json.dumps({**number, "attempt": self._run.attempt, **values}))
 
-    def _open(self, name: str) -> IO[str]:
-        """Return the open file; where a kill left an incomplete line, end it."""
+    def _open(self, name: str) -> LineFile:
         assert self._run is not None, "start comes first"
         if name not in self._files:
-            path = self._run.out / name
-            file = self._files[name] = path.open("a", encoding="utf-8", buffering=1)
-            if is_torn(path):
-                file.write("\n")
+            self._files[name] = LineFile(self._run.out / name)
         return self._files[name]
 
 
-def is_torn(path: Path) -> bool:
-    """Return whether the last line of a file is incomplete."""
-    with path.open("rb") as file:
-        size = file.seek(0, 2)
-        file.seek(max(0, size - 1))
-        return size > 0 and file.read(1) != b"\n"
-
-
 def attempts(path: Path) -> int:
-    """Return how many attempts of the run wrote rows to `path`."""
-    return max((int(row["attempt"]) for row in rows(path)), default=0)
+    """Return how many attempts of the run wrote rows to `path`. Lines that are no rows are counted in a note."""
+    found, bad = read_lines(path, ("step", "attempt"))
+    if bad > 1:  # one is the line that a kill cut off
+        LOGGER.warning("%s: %d lines are no rows and are left out", path, bad)
+    return max((row["attempt"] for row in found), default=0)
 
 
 def newest_sample(path: Path) -> int:
     """Return the number of the newest row of a system.jsonl, 0 if there is none."""
-    return max((int(row["sample"]) for row in rows(path)), default=0)
+    return max((row["sample"] for row in rows(path, "sample")), default=0)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -90,18 +83,13 @@ def read(path: Path) -> list[dict[str, Any]]:
     return sorted(kept, key=lambda row: int(row["step"]))
 
 
-def rows(path: Path) -> list[dict[str, Any]]:
-    """Return all rows of a file, of all attempts in the order written; none if there is no file. Incomplete lines are dropped."""
-    if not path.exists():
-        return []
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # cut off by a kill
-        found.append({RENAMED.get(key, key): value for key, value in row.items()})
-    return found
+def rows(path: Path, number: str = "step") -> list[dict[str, Any]]:
+    """Return all rows of a file, of all attempts in the order written; none if there is no file.
+
+    Lines that a kill cut off, and damaged ones, are left out. `number` is the key that numbers the rows.
+    """
+    found, _ = read_lines(path, (number, "attempt"))
+    return [{RENAMED.get(key, key): value for key, value in row.items()} for row in found]
 
 
 def replay(run: RunInfo, sink: Sink) -> None:
@@ -109,7 +97,7 @@ def replay(run: RunInfo, sink: Sink) -> None:
     for row in read(run.out / FILE):
         if row["step"] <= run.step and row["attempt"] < run.attempt:
             sink.log(row["step"], {key: value for key, value in row.items() if key not in ("step", "attempt")})
-    for row in rows(run.out / SYSTEM_FILE):
+    for row in rows(run.out / SYSTEM_FILE, "sample"):
         if row["attempt"] < run.attempt:
             sink.sample(row["sample"], {key: value for key, value in row.items() if key not in ("sample", "attempt")})
     for row in read(run.out / TEXT_FILE):
