@@ -16,6 +16,7 @@ from gptoughts.cli.options import CommandGroup, argument, command, group, option
 from gptoughts.console import flush_output_at_exit, print_line
 from gptoughts.errors import GptoughtsError
 from gptoughts.planning.environment import Process
+from gptoughts.processes import shelter_children
 
 
 def build_cli() -> CommandGroup:
@@ -63,6 +64,12 @@ def _old_name() -> str | None:
     """Return the value of `--run`, for `--name` where it is not given."""
     found: str | None = click.get_current_context().meta.get("gptoughts.old_name")
     return found
+
+
+def _remote_code() -> click.Parameter:
+    return option(
+        "--remote-code", metavar="MODEL", help="run the code that comes with this model; it must be the model of CHECKPOINT"
+    )
 
 
 def _gpus() -> list[click.Parameter]:
@@ -170,6 +177,7 @@ def _generate() -> click.Command:
         option("--seed", type=click.IntRange(0), default=0, help="random seed"),
         option("--chat", is_flag=True, help="put each prompt into the tokenizer's chat template as a user turn"),
         option("--base", metavar="PATH", help="base model of an adapter, if not the one noted in the adapter"),
+        _remote_code(),
         option("--steps", type=click.IntRange(1), help="diffusion: denoising steps; default: the recipe's"),
         option("--block-length", type=click.IntRange(1), help="diffusion: tokens per block, written left to right"),
         option(
@@ -196,6 +204,7 @@ def _export() -> click.Command:
         argument("checkpoint"),
         option("--to", "out", required=True, metavar="DIR", help="folder to write"),
         option("--base", metavar="PATH", help="base model of an adapter, if not the one noted in the adapter"),
+        _remote_code(),
         option("--adapter-only", is_flag=True, help="write the adapter for peft instead of merging it"),
         option("--text", metavar="FILE", help="text to compare logits on; default: a passage of Python's license"),
     ]
@@ -228,7 +237,8 @@ def _eval() -> click.Command:
         ),
     }
     commands = [
-        command(name, f"evaluate.{name}", text, [argument("checkpoint"), *options]) for name, (options, text) in kinds.items()
+        command(name, f"evaluate.{name}", text, [argument("checkpoint"), *options, _remote_code()])
+        for name, (options, text) in kinds.items()
     ]
     return group("eval", "Evaluate a checkpoint or an exported folder.", *commands)
 
@@ -267,7 +277,12 @@ def _launch() -> click.Command:
         "Run RECIPE in many processes.",
         recipe_command("slurm", "submit.slurm", "Write a SLURM job file for RECIPE, and submit it.", [*shared, *site]),
         recipe_command("mpi", "submit.mpi", "Print the mpirun command for RECIPE, or start it.", [*shared, ranks, hosts]),
-        recipe_command("torchrun", "submit.torchrun", "Print the torchrun command for RECIPE, or start it.", [*shared, ranks]),
+        recipe_command(
+            "torchrun",
+            "submit.torchrun",
+            "Print the command that runs RECIPE in ranks of this machine, or start it.",
+            [*shared, ranks],
+        ),
     )
 
 
@@ -279,6 +294,7 @@ def main(arguments: list[str] | None = None) -> None:
     process = Process.OURS if arguments is None else Process.CALLERS
     if process is Process.OURS:
         flush_output_at_exit()
+        shelter_children()
     try:
         build_cli().main(args=arguments, prog_name="gptoughts", standalone_mode=False, obj=process)
     except click.ClickException as error:

@@ -23,7 +23,10 @@ class ModelConfig(Section):
     family: str = Field("gpt", description="gpt, llada, hf (set by path or config of a Hugging Face model) or a plugin's")
     path: str | None = Field(None, description="pretrained weights: folder, hub name, .gguf file or package:NAME")
     config: str | None = Field(None, description="random weights for a config.json: file, folder or shipped name")
-    remote_code: str | None = Field(None, description="hub name of a model trusted to run its own code; equals model.path")
+    remote_code: str | None = Field(
+        None,
+        description="model trusted to run its own code, equal to model.path; counts only on the command line and in Python",
+    )
     depth: Positive = Field(6, description="number of blocks")
     width: Positive = Field(384, description="hidden size")
     heads: Positive = Field(6, description="attention heads")

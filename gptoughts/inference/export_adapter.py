@@ -41,10 +41,16 @@ class InMemorySource:
 
 
 def export_checkpoint(
-    checkpoint: str, out: str, base: str | None = None, adapter_only: bool = False, text: str | None = None
+    checkpoint: str,
+    out: str,
+    base: str | None = None,
+    adapter_only: bool = False,
+    text: str | None = None,
+    remote_code: str | None = None,
 ) -> str:
     """Export a checkpoint, run or adapter to the folder `out` and verify it. Returns the lines to print. Raises CheckpointError."""
-    loaded = load(checkpoint, base=base, attention="written out")  # as in the reopened transformers model
+    # Attention as in the reopened transformers model.
+    loaded = load(checkpoint, base=base, attention="written out", remote_code=remote_code)
     passage = passage_of(text)
     if adapter_only:
         proof, notes = export_adapter(loaded, Path(out), passage)
