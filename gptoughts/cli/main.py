@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from gptoughts.cli.bench_commands import bench_group
+from gptoughts.cli.eval_commands import eval_group
 from gptoughts.cli.options import CommandGroup, argument, command, group, option, recipe_command, recipe_options
 from gptoughts.errors import GptoughtsError
 from gptoughts.planning.environment import Process
@@ -23,7 +24,7 @@ def build_cli() -> CommandGroup:
         "gptoughts",
         "Train language models at the speed of the hardware, with evidence that every optimization is active.\n\n"
         "A recipe defines the training, a profile the optimizations for a kind of hardware, a run is one training.",
-        _train(), _plan(), _trace(), *_lists(), _fetch(), _tokenize(), _data(), _generate(), _export(), _eval(),
+        _train(), _plan(), _trace(), *_lists(), _fetch(), _tokenize(), _data(), _generate(), _export(), eval_group(),
         bench_group(), _doctor(), _launch(),
         epilog="Start with: gptoughts plan, then gptoughts train quickstart",
     )  # fmt: skip
@@ -200,36 +201,6 @@ def _export() -> click.Command:
     ]
     text = "Export CHECKPOINT as a folder for transformers. Checks that the logits are equal."
     return command("export", "export.export", text, params)
-
-
-def _eval() -> click.Command:
-    data = option("--data", metavar="PATH", help="text or tokenized folder; default: the run's validation split")
-    split = option("--split", default="val", help="split of the tokenized folder")
-    batch = option("--batch", type=click.IntRange(1), default=16, help="sequences per forward")
-    length = option("--length", type=click.IntRange(1), help="context length in tokens; default: the run's")
-    as_json = option("--json", "as_json", is_flag=True, help="print JSON")
-    draws = option("--draws", type=click.IntRange(1), default=128, help="maskings per window")
-    limit = option("--windows", type=click.IntRange(1), help="number of windows, spread over the split; default: all")
-    questions = option("--data", metavar="FILE", help="SQuAD JSON; default: the run's validation questions")
-    threshold = option("--threshold", type=float, help="score margin for predicting no answer")
-    out = option("--to", "out", metavar="DIR", help="write predictions into DIR")
-    unseen = option("--data", required=True, metavar="PATH", help="text that neither model was trained on; all of it is used")
-    kinds: dict[str, tuple[list[click.Parameter], str]] = {
-        "perplexity": ([data, split, batch, length, as_json], "Compute loss and perplexity over a whole split."),
-        "likelihood": (
-            [data, split, batch, length, draws, limit, as_json],
-            "Compute a likelihood bound of a masked-diffusion model.",
-        ),
-        "squad": ([questions, threshold, batch, out, as_json], "Compute exact match and F1 of a question-answering model."),
-        "compare": (
-            [argument("other"), unseen, batch, length, limit, as_json],
-            "Compare the losses of CHECKPOINT and OTHER on a text. Prints a confidence interval of the difference.",
-        ),
-    }
-    commands = [
-        command(name, f"evaluate.{name}", text, [argument("checkpoint"), *options]) for name, (options, text) in kinds.items()
-    ]
-    return group("eval", "Evaluate a checkpoint or an exported folder.", *commands)
 
 
 def _doctor() -> click.Command:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gptoughts.config.tasks import load, task_of
-from gptoughts.data.corpus import TableCorpus
+from gptoughts.config.tasks import BENCHMARKS, load, task_of
+from gptoughts.console import Progress as Shown
+from gptoughts.data.corpus import TableCorpus, TextCorpus
 from gptoughts.engine.callback import Callback
 from gptoughts.engine.checkpoint import state, store
 from gptoughts.engine.checkpoint.writer import Writer
@@ -19,6 +21,8 @@ from gptoughts.engine.distributed.shards import gathered_outside_blocks, is_shar
 from gptoughts.engine.engine import Engine
 from gptoughts.engine.from_recipe import checkpoint_documents
 from gptoughts.engine.trainer import Progress, train
+from gptoughts.inference.eval.continuations import encoder_of, tokenizer_settings
+from gptoughts.inference.eval.text_bytes import LabelBytes, has_byte_tokens
 from gptoughts.inference.generate.write import generate_text
 from gptoughts.run import resume
 from gptoughts.run.callbacks import Evaluate, Log, Sample, Save
@@ -159,22 +163,45 @@ class _Run:
         return Writer(self.folder.checkpoints, save.keep, save.keep_best, together)
 
     def _evaluate(self) -> Evaluate:
-        settings, session = self.recipe.eval, self.session
+        settings, session, corpus = self.recipe.eval, self.session, self.corpus
+        is_text = self.recipe.objective == "next-token" and isinstance(corpus, TextCorpus)
+        counted = LabelBytes(corpus.tokenizer) if is_text and has_byte_tokens(corpus.tokenizer) else None
         return Evaluate(
-            settings.every, session.validation_batches, self.sinks, session.console, settings.patience, self._scores()
+            settings.every, session.validation_batches, self.sinks, session.console, settings.patience, self._scores(), counted
         )
 
     def _scores(self) -> Callable[[Engine], Mapping[str, float]] | None:
-        """Return a function to the task's own scores on the validation split, if it has some."""
-        corpus, task = self.corpus, task_of(self.recipe)
-        if not task.scores or not isinstance(corpus, TableCorpus) or corpus.questions is None:
+        """Return a function to the scores of the task and of the benchmarks in `eval.tasks`, if there are some."""
+        parts = [*self._task_scores(), *map(self._benchmark, self.recipe.eval.benchmarks)]
+        if not parts:
             return None
-        table, questions, evaluate = corpus.tables["val"], corpus.questions, load(task.scores)
 
         def scores(engine: Engine) -> Mapping[str, float]:
             with gathered_outside_blocks(engine.bare):
-                found: Mapping[str, float] = evaluate(engine, table, questions, out=self.folder.out)
-            return found
+                return {name: value for part in parts for name, value in part(engine).items()}
+
+        return scores
+
+    def _task_scores(self) -> Iterator[Callable[[Engine], Mapping[str, float]]]:
+        """Yield a function to the task's own scores on the validation split, if it has some."""
+        corpus, task = self.corpus, task_of(self.recipe)
+        if task.scores and isinstance(corpus, TableCorpus) and corpus.questions is not None:
+            table, questions, evaluate = corpus.tables["val"], corpus.questions, load(task.scores)
+            yield lambda engine: evaluate(engine, table, questions, out=self.folder.out)
+
+    def _benchmark(self, name: str) -> Callable[[Engine], Mapping[str, float]]:
+        """Tokenize the rows of a benchmark, and return a function to its scores."""
+        recipe, session, module = self.recipe, self.session, import_module(BENCHMARKS[name])
+        encoder = encoder_of(self.corpus.tokenizer, tokenizer_settings(recipe))
+        examples = module.read_examples(recipe.eval.task_data, recipe.eval.task_limit or None)
+        prepared, share = module.prepare(encoder, recipe.data.sequence_length, examples), recipe.train.global_batch
+        if prepared.truncated:
+            session.console.say(f"note: {name}: {prepared.truncated:,} endings follow a context cut to the model's length")
+
+        def scores(engine: Engine) -> Mapping[str, float]:
+            batch, report = engine.micro_batch or max(1, share // engine.ranks.size), Shown(session.console, name)
+            found = prepared.scores(engine, batch=batch, mask_id=session.bundle.mask_id, report=report)
+            return {**{f"{name}_{score}": value for score, value in found.items()}, f"{name}_rows": len(examples)}
 
         return scores
 

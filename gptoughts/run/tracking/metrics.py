@@ -33,6 +33,13 @@ METRICS = (
     Metric("memory/measured_bytes", "bytes", "peak of the watched step on the first rank; in the first row after it"),
     Metric("eval/loss", "nats", "mean loss per label on the validation split"),
     Metric("eval/labels", "count", "labels in that mean"),
+    Metric("eval/perplexity", "1", "exponential of `eval/loss`; next-token training on text only"),
+    Metric("eval/bits_per_byte", "bits/byte", "loss of the labels over the bytes of their text, counted; null if tokens are not bytes"),
+    Metric("eval/hellaswag_acc", "share", "HellaSwag rows whose labeled ending has the highest log-likelihood; with `eval.tasks`"),
+    Metric("eval/hellaswag_acc_norm", "share", "the same per character of the ending, as lm-evaluation-harness's `acc_norm`"),
+    Metric("eval/hellaswag_acc_bytes", "share", "the same per UTF-8 byte of the ending, as its `acc_bytes`"),
+    Metric("eval/hellaswag_acc_token", "share", "the same per token of the ending"),
+    Metric("eval/hellaswag_rows", "count", "rows in those shares"),
     Metric("eval/*", "see task", "scores of the task, such as `eval/f1` and `eval/exact_match` for SQuAD"),
 )  # fmt: skip
 
