@@ -14,8 +14,15 @@ from hypothesis import strategies as st
 from gptoughts.data.tokenizers.tokenizer import ByteTokenizer, JsonTokenizer
 from gptoughts.errors import ConfigError, DataError
 from gptoughts.inference.eval.continuations import (
-    Encoder, Pair, buckets, encoder_of, log_likelihoods, padded, tokenizer_settings, truncated,
-)  # fmt: skip
+    Encoder,
+    Pair,
+    buckets,
+    encoder_of,
+    log_likelihoods,
+    padded,
+    tokenizer_settings,
+    truncated,
+)
 from gptoughts.inference.eval.likelihood import bound
 from gptoughts.inference.load import load
 from tests.support.engines import engine_of, plan_of, recipe_of
@@ -102,7 +109,7 @@ def test_ids_that_transformers_puts_before_a_text(tmp_path: Path) -> None:
     found = encoder_of(plain, tmp_path)
     space, letter = (plain.library.token_to_id(name) for name in ("Ġ", "a"))
     assert (found.start, found.prefix, found.end) == ((space,), space, letter)
-    assert encoder_of(ByteTokenizer(), tmp_path) == BYTES
+    assert encoder_of(BYTES.tokenizer, tmp_path) == BYTES
     folder = model_folder(tmp_path / "model", add_begin=True)
     loaded = load(str(folder))
     theirs = AutoTokenizer.from_pretrained(folder)
@@ -112,7 +119,7 @@ def test_ids_that_transformers_puts_before_a_text(tmp_path: Path) -> None:
 
 def test_what_cannot_be_scored_is_an_error() -> None:
     assert truncated([Pair([1] * 9, [2] * 8), Pair([1] * 10, [2] * 8)], 16) == 1
-    with pytest.raises(ConfigError, match="data.sequence_length 16: shorter than a continuation to score. Found 17 tokens"):
+    with pytest.raises(ConfigError, match=r"data.sequence_length 16: shorter than a continuation to score. Found 17 tokens"):
         truncated([Pair([1], [2] * 17)], 16)
     with pytest.raises(DataError, match="no token separates"):
         BYTES.pairs([("   ", "x")])

@@ -38,10 +38,13 @@ def test_marks_are_removed_as_the_harness_does(text: str, expected: str) -> None
 
 
 def test_a_prompt_is_activity_and_both_contexts_with_the_second_capitalized() -> None:
-    assert FIRST == Example(
-        "Outdoors: a man paints the fence. A man",
-        tuple(clean(ending) for ending in ROWS[0]["endings"]),
-        ROWS[0]["label"],
+    assert (
+        Example(
+            "Outdoors: a man paints the fence. A man",
+            tuple(clean(ending) for ending in ROWS[0]["endings"]),
+            ROWS[0]["label"],
+        )
+        == FIRST
     )
     assert example_of(ROWS[1] | {"label": "3"}, "row").context == (
         "Home and Garden: How to start. the woman paints the fence. Later, the woman rests. "
@@ -153,6 +156,6 @@ def test_endings_are_scored_after_a_space() -> None:
     prepared = prepare(BYTES, 4096, [FIRST])
     assert [bytes(pair.continuation).decode() for pair in prepared.pairs] == [f" {ending}" for ending in FIRST.endings]
     assert {bytes(pair.context).decode() for pair in prepared.pairs} == {FIRST.context} and prepared.truncated == 0
-    assert prepare(BYTES, 50, [FIRST]).truncated == 4
+    assert prepare(BYTES, 60, [FIRST]).truncated == 4
     with pytest.raises(ConfigError, match="shorter than a continuation"):
         prepare(BYTES, 10, [FIRST])
