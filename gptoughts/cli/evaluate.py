@@ -22,9 +22,10 @@ LONGEST_WINDOW = 1024
 def perplexity(
     checkpoint: str, data: str | None, split: str, batch: int, length: int | None, as_json: bool, remote_code: str | None = None
 ) -> int:
-    """Print nats per token, perplexity and bits per token over every label of the split."""
+    """Print nats per token, perplexity, bits per token and bits per byte over every label of the split."""
     from gptoughts.data.batches import eval_batches
-    from gptoughts.inference.eval.perplexity import mean_loss
+    from gptoughts.inference.eval import perplexity as measures
+    from gptoughts.inference.eval.text_bytes import bits_per_byte, label_bytes
     from gptoughts.inference.load import load
 
     loaded = load(checkpoint, remote_code=remote_code)
@@ -45,22 +46,27 @@ def perplexity(
     corpus = corpus_of(loaded, data, split, sequence_length)
     loaded.engine.micro_batch = batch
     stream = corpus.shards.split(split)
-    loss, labels = mean_loss(loaded.engine, eval_batches(stream, sequence_length, batch, vocab_size=loaded.parts.rows))
+    batches = eval_batches(stream, sequence_length, batch, vocab_size=loaded.parts.rows)
+    loss, labels = measures.mean_loss(loaded.engine, batches)
     unigram = corpus.shards.index.splits[split].unigram_entropy
+    text_bytes = label_bytes(loaded.tokenizer, stream.window(0, len(stream)))
     figures = {
         "loss": loss,
-        "perplexity": math.exp(loss),
+        "perplexity": measures.perplexity(loss),
         "bits_per_token": loss / math.log(2),
+        "bits_per_byte": bits_per_byte(loss * labels, text_bytes),
         "labels": labels,
+        "bytes": text_bytes,
         "unigram_entropy": unigram,
     }
     if as_json:
         print(json.dumps({"checkpoint": str(loaded.folder), "step": loaded.step, "split": split, **figures}, indent=1))
         return 0
-    print(f"{named(loaded)}, split {split} of {corpus.folder}: {labels:,} labels")
+    print(f"{named(loaded)}, split {split} of {corpus.folder}: {labels:,} labels, {text_bytes:,} bytes")
+    shown = {name: "n/a" if value is None else f"{value:.3f}" for name, value in figures.items()}
     print(
-        f"loss {loss:.4f} nats per token, perplexity {math.exp(loss):.2f}, {loss / math.log(2):.3f} bits per token; "
-        f"unigram entropy {unigram:.4f}"
+        f"loss {loss:.4f} nats per token, perplexity {shown['perplexity']}, {shown['bits_per_token']} bits per token, "
+        f"{shown['bits_per_byte']} bits per byte; unigram entropy {unigram:.4f}"
     )
     return 0
 

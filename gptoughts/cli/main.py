@@ -12,7 +12,17 @@ from typing import Any
 import click
 
 from gptoughts.cli.bench_commands import bench_group
-from gptoughts.cli.options import CommandGroup, argument, command, group, option, recipe_command, recipe_options
+from gptoughts.cli.eval_commands import eval_group
+from gptoughts.cli.options import (
+    CommandGroup,
+    argument,
+    command,
+    group,
+    option,
+    recipe_command,
+    recipe_options,
+    remote_code_option,
+)
 from gptoughts.console import flush_output_at_exit, print_line
 from gptoughts.errors import GptoughtsError
 from gptoughts.planning.environment import Process
@@ -25,7 +35,7 @@ def build_cli() -> CommandGroup:
         "gptoughts",
         "Train language models at the speed of the hardware, with evidence that every optimization is active.\n\n"
         "A recipe defines the training, a profile the optimizations for a kind of hardware, a run is one training.",
-        _train(), _plan(), _trace(), *_lists(), _fetch(), _tokenize(), _data(), _generate(), _export(), _eval(),
+        _train(), _plan(), _trace(), *_lists(), _fetch(), _tokenize(), _data(), _generate(), _export(), eval_group(),
         bench_group(), _doctor(), _launch(),
         epilog="Start with: gptoughts plan, then gptoughts train quickstart",
     )  # fmt: skip
@@ -64,12 +74,6 @@ def _old_name() -> str | None:
     """Return the value of `--run`, for `--name` where it is not given."""
     found: str | None = click.get_current_context().meta.get("gptoughts.old_name")
     return found
-
-
-def _remote_code() -> click.Parameter:
-    return option(
-        "--remote-code", metavar="MODEL", help="run the code that comes with this model; it must be the model of CHECKPOINT"
-    )
 
 
 def _gpus() -> list[click.Parameter]:
@@ -177,7 +181,7 @@ def _generate() -> click.Command:
         option("--seed", type=click.IntRange(0), default=0, help="random seed"),
         option("--chat", is_flag=True, help="put each prompt into the tokenizer's chat template as a user turn"),
         option("--base", metavar="PATH", help="base model of an adapter, if not the one noted in the adapter"),
-        _remote_code(),
+        remote_code_option(),
         option("--steps", type=click.IntRange(1), help="diffusion: denoising steps; default: the recipe's"),
         option("--block-length", type=click.IntRange(1), help="diffusion: tokens per block, written left to right"),
         option(
@@ -204,43 +208,12 @@ def _export() -> click.Command:
         argument("checkpoint"),
         option("--to", "out", required=True, metavar="DIR", help="folder to write"),
         option("--base", metavar="PATH", help="base model of an adapter, if not the one noted in the adapter"),
-        _remote_code(),
+        remote_code_option(),
         option("--adapter-only", is_flag=True, help="write the adapter for peft instead of merging it"),
         option("--text", metavar="FILE", help="text to compare logits on; default: a passage of Python's license"),
     ]
     text = "Export CHECKPOINT as a folder for transformers. Checks that the logits are equal."
     return command("export", "export.export", text, params)
-
-
-def _eval() -> click.Command:
-    data = option("--data", metavar="PATH", help="text or tokenized folder; default: the run's validation split")
-    split = option("--split", default="val", help="split of the tokenized folder")
-    batch = option("--batch", type=click.IntRange(1), default=16, help="sequences per forward")
-    length = option("--length", type=click.IntRange(1), help="context length in tokens; default: the run's")
-    as_json = option("--json", "as_json", is_flag=True, help="print JSON")
-    draws = option("--draws", type=click.IntRange(1), default=128, help="maskings per window")
-    limit = option("--windows", type=click.IntRange(1), help="number of windows, spread over the split; default: all")
-    questions = option("--data", metavar="FILE", help="SQuAD JSON; default: the run's validation questions")
-    threshold = option("--threshold", type=float, help="score margin for predicting no answer")
-    out = option("--to", "out", metavar="DIR", help="write predictions into DIR")
-    unseen = option("--data", required=True, metavar="PATH", help="text that neither model was trained on; all of it is used")
-    kinds: dict[str, tuple[list[click.Parameter], str]] = {
-        "perplexity": ([data, split, batch, length, as_json], "Compute loss and perplexity over a whole split."),
-        "likelihood": (
-            [data, split, batch, length, draws, limit, as_json],
-            "Compute a likelihood bound of a masked-diffusion model.",
-        ),
-        "squad": ([questions, threshold, batch, out, as_json], "Compute exact match and F1 of a question-answering model."),
-        "compare": (
-            [argument("other"), unseen, batch, length, limit, as_json],
-            "Compare the losses of CHECKPOINT and OTHER on a text. Prints a confidence interval of the difference.",
-        ),
-    }
-    commands = [
-        command(name, f"evaluate.{name}", text, [argument("checkpoint"), *options, _remote_code()])
-        for name, (options, text) in kinds.items()
-    ]
-    return group("eval", "Evaluate a checkpoint or an exported folder.", *commands)
 
 
 def _doctor() -> click.Command:

@@ -103,6 +103,13 @@ def spelled(flag: str) -> str:
     return flag.replace("_", "-")
 
 
+def remote_code_option() -> click.Parameter:
+    """Build --remote-code: consent to run the code of a model, which no file can give."""
+    return option(
+        "--remote-code", metavar="MODEL", help="run the code that comes with this model; it must be the model of CHECKPOINT"
+    )
+
+
 def split_flags(values: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, str], dict[str, Any]]:
     """Split parsed parameters into (recipe fields, layers and their options, the rest); the first two contain given ones only."""
     parts: dict[str, dict[str, Any]] = {"field": {}, "layer": {}, "": {}}

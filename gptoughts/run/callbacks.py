@@ -14,6 +14,7 @@ from gptoughts.engine.distributed.replicas import demand_equal_weights
 from gptoughts.engine.engine import Engine
 from gptoughts.engine.trainer import Progress, StepStats
 from gptoughts.inference.eval.perplexity import mean_loss
+from gptoughts.inference.eval.text_bytes import LabelBytes
 from gptoughts.run.log import every, take_meters
 from gptoughts.run.signals import Interrupted
 from gptoughts.run.tracking.sink import Sink
@@ -32,7 +33,9 @@ class Evaluate(Callback):
     patience: int = 0
     """Validations without improvement after which the run ends; 0 never ends it."""
     scores: Callable[[Engine], Mapping[str, float]] | None = None
-    """Scores of the task. `f1`, higher being better, replaces the loss as the criterion of the best checkpoint."""
+    """Scores of the task and of benchmarks. `f1`, higher being better, replaces the loss as the criterion of the best checkpoint."""
+    label_bytes: LabelBytes | None = None
+    """Counts the bytes of the labels; None where they are not all of a text."""
     result: tuple[int, float] | None = None
     """(step, loss) of the newest validation."""
     criterion: tuple[int, float] | None = None
@@ -65,9 +68,10 @@ class Evaluate(Callback):
     def on_step(self, engine: Engine, progress: Progress, stats: StepStats, last: bool) -> None:
         """Validate and write a row."""
         demand_equal_weights(engine)
+        batches = self.batches() if self.label_bytes is None else self.label_bytes.counted(self.batches())
         try:
             with self.within():
-                loss, labels = mean_loss(engine, self.batches())  # type: ignore[arg-type]
+                loss, labels = mean_loss(engine, batches)  # type: ignore[arg-type]
                 take_meters(engine)  # drop what validation added to the training meters
                 scores = self.scores(engine) if self.scores else {}
         except Interrupted:
@@ -75,11 +79,13 @@ class Evaluate(Callback):
             self.console.say(f"step {progress.step}  validation interrupted by a signal")
             return
         self.result = (progress.step, loss)
-        self.criterion = (progress.step, -scores["f1"] if scores else loss)
-        row = {"eval/loss": loss, "eval/labels": labels, **{f"eval/{name}": value for name, value in scores.items()}}
+        self.criterion = (progress.step, -scores["f1"] if "f1" in scores else loss)
+        row = {"eval/loss": loss, "eval/labels": labels}
+        row |= self.label_bytes.row(engine, loss, labels) if self.label_bytes else {}
+        row |= {f"eval/{name}": value for name, value in scores.items()}
         axes = {"train/num_tokens": progress.tokens, "train/hours": progress.seconds / 3600}
         self.sinks.log(progress.step, {**row, **axes})
-        shown = "".join(f"  {name} {value:.2f}" for name, value in scores.items())
+        shown = "".join(f"  {name} {value:.4g}" for name, value in scores.items())
         self.console.say(f"step {progress.step}  validation loss {loss:.4f} over {count(labels)} labels{shown}")
         self._update_best(progress.step, last)
 

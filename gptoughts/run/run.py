@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 
-from gptoughts.config.tasks import load, task_of
+from gptoughts.config.tasks import task_of
 from gptoughts.console import LOGGER
-from gptoughts.data.corpus import TableCorpus
 from gptoughts.engine.callback import Callback
 from gptoughts.engine.checkpoint import integrity, state, store
 from gptoughts.engine.checkpoint.writer import Writer
@@ -31,6 +30,7 @@ from gptoughts.run.goodput import Goodput
 from gptoughts.run.limiter import Limiter, Pauses
 from gptoughts.run.log import Log
 from gptoughts.run.saving import Save
+from gptoughts.run.scores import label_bytes, scores_of
 from gptoughts.run.session import Session, TrainingJob, open_session
 from gptoughts.run.signals import SignalWatcher
 from gptoughts.run.storage import checkpoint_bytes, space_problem
@@ -230,23 +230,10 @@ class _Run:
             self.sinks,
             session.console,
             settings.patience,
-            self._scores(),
+            scores_of(session, self.folder.out),
+            label_bytes(session),
             within=self.signals.interruptible,
         )
-
-    def _scores(self) -> Callable[[Engine], Mapping[str, float]] | None:
-        """Return a function to the task's own scores on the validation split, if it has some."""
-        corpus, task = self.corpus, task_of(self.recipe)
-        if not task.scores or not isinstance(corpus, TableCorpus) or corpus.questions is None:
-            return None
-        table, questions, evaluate = corpus.tables["val"], corpus.questions, load(task.scores)
-
-        def scores(engine: Engine) -> Mapping[str, float]:
-            with gathered_outside_blocks(engine.bare):
-                found: Mapping[str, float] = evaluate(engine, table, questions, out=self.folder.out)
-            return found
-
-        return scores
 
     def _write_sample(self, engine: Engine) -> str:
         # With sharded weights every rank computes the sample, because each forward gathers weights.
