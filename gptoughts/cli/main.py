@@ -13,6 +13,7 @@ import click
 
 from gptoughts.cli.bench_commands import bench_group
 from gptoughts.cli.options import CommandGroup, argument, command, group, option, recipe_command, recipe_options
+from gptoughts.cli.report_commands import report_commands
 from gptoughts.errors import GptoughtsError
 from gptoughts.planning.environment import Process
 
@@ -24,7 +25,7 @@ def build_cli() -> CommandGroup:
         "Train language models at the speed of the hardware, with evidence that every optimization is active.\n\n"
         "A recipe defines the training, a profile the optimizations for a kind of hardware, a run is one training.",
         _train(), _plan(), _trace(), *_lists(), _fetch(), _tokenize(), _data(), _generate(), _export(), _eval(),
-        bench_group(), _doctor(), _launch(),
+        bench_group(), *report_commands(), _doctor(), _launch(),
         epilog="Start with: gptoughts plan, then gptoughts train quickstart",
     )  # fmt: skip
     tree.params.append(
