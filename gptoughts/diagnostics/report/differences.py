@@ -70,9 +70,10 @@ def cautions(runs: list[RunData]) -> list[str]:
     if len(runs) < 2:
         return []
     found = _data_cautions(runs)
-    objectives = _values(runs, "objective")
+    known = [run for run in runs if run.recipe]
+    objectives = _values(known, "objective")
     if len(set(objectives)) > 1:
-        found.append(f"objectives differ ({_listed(runs, objectives)}): their losses are different quantities")
+        found.append(f"objectives differ ({_listed(known, objectives)}): their losses are different quantities")
     without = [run.name for run in runs if not run.recipe]
     if without and len(without) < len(runs):
         found.append(f"no recipe.toml in {', '.join(without)}: unknown whether data and tokenizer are the same")
