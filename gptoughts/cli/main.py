@@ -23,6 +23,7 @@ from gptoughts.cli.options import (
     recipe_options,
     remote_code_option,
 )
+from gptoughts.cli.report_commands import report_commands
 from gptoughts.console import flush_output_at_exit, print_line
 from gptoughts.errors import GptoughtsError
 from gptoughts.planning.environment import Process
@@ -36,7 +37,7 @@ def build_cli() -> CommandGroup:
         "Train language models at the speed of the hardware, with evidence that every optimization is active.\n\n"
         "A recipe defines the training, a profile the optimizations for a kind of hardware, a run is one training.",
         _train(), _plan(), _trace(), *_lists(), _fetch(), _tokenize(), _data(), _generate(), _export(), eval_group(),
-        bench_group(), _doctor(), _launch(),
+        bench_group(), *report_commands(), _doctor(), _launch(),
         epilog="Start with: gptoughts plan, then gptoughts train quickstart",
     )  # fmt: skip
     tree.params.append(
