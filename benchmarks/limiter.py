@@ -145,8 +145,8 @@ def launch(name: str, folder: Path, flags: str = "") -> dict[str, Any]:
     words = ["-m", "benchmarks.limiter", "--only", name, "--folder", str(folder), "--flags", flags]
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={case.ranks}"]
     variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    command = [*start, *words] if case.ranks > 1 else [sys.executable, *words]
-    ran = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=False, timeout=900)
+    line = [*start, *words] if case.ranks > 1 else [sys.executable, *words]
+    ran = subprocess.run(line, cwd=ROOT, env=variables, capture_output=True, text=True, check=False, timeout=900)
     if ran.returncode:
         raise RuntimeError(f"{name}: {ran.stderr[-3000:]}")
     return found(folder / "run")
@@ -156,7 +156,7 @@ def found(run: Path) -> dict[str, Any]:
     """Return what a run said about itself."""
     rows = [row for row in read(run / "metrics.jsonl") if row.get("perf/limiter")]
     spent = json.loads((run / "goodput.json").read_text(encoding="utf-8"))
-    kept = json.loads((run / "goodput.json").read_text(encoding="utf-8"))["attempts"][-1]
+    kept = spent["attempts"][-1]
     stepping = sum(spent["parts"][part] for part in ("productive", "data", "checkpoint"))
     verdicts = Counter(row["perf/limiter"] for row in rows)
     return {
@@ -195,6 +195,19 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
     return made
 
 
+def table(cases: Mapping[str, Any]) -> str:
+    """Return the table of docs/limits.md from the cases of limiter.json."""
+    lines = ["| made slow by | verdict, in every run | tried | s per step | with it |", "|---|---|---|---:|---:|"]
+    for name, case in cases.items():
+        verdicts = ", ".join(dict.fromkeys(case["limiter"]))
+        with_advice = case.get("seconds_per_step_with_advice")
+        after = f"{statistics.median(with_advice):.3f} ({case['speedup']:.2f}x)" if with_advice else "not a flag"
+        lines.append(
+            f"| {name} | {verdicts} | `{case['advice']}` | {statistics.median(case['seconds_per_step']):.3f} | {after} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def pairs(flags: str) -> dict[str, str]:
     """Return dotted keys of a command line's flags."""
     words = flags.split()
@@ -207,7 +220,7 @@ def pairs(flags: str) -> dict[str, str]:
 @click.option("--only", type=click.Choice(list(CASES)), help="one case; with --folder in this process")
 @click.option("--folder", type=click.Path(path_type=Path), help="train the case of --only there, once")
 @click.option("--flags", default="", help="flags of that run")
-def main(to: str | None, rounds: int, only: str | None, folder: Path | None, flags: str) -> None:
+def command(to: str | None, rounds: int, only: str | None, folder: Path | None, flags: str) -> None:
     """Ask slow runs what limits them, and measure the flags that they propose."""
     if only and folder:
         train(only, folder, pairs(flags))
@@ -218,6 +231,11 @@ def main(to: str | None, rounds: int, only: str | None, folder: Path | None, fla
         run["cases"][name] = measure(name, rounds)
         front.progress(f"{name}: {json.dumps(run['cases'][name])}")
     front.write(path, run, ("command",))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line."""
+    front.run(command, "benchmarks.limiter", arguments)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
-"""Runs that are made slow in a known way name it, and propose what was taken away."""
+"""`python -m benchmarks.limiter`: runs that are made slow in a known way name it, and propose what was taken away."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
-from benchmarks.limiter import CASES, found, launch, pairs, train
+from benchmarks.limiter import CASES, ROOT, found, launch, pairs, table, train
 
 
 @pytest.mark.parametrize(
@@ -34,3 +35,11 @@ def test_a_run_that_is_slow_in_other_ways_says_so(name: str, advice: str, tmp_pa
     made = launch(name, tmp_path)
     assert made["limiter"] == CASES[name].expected, made
     assert made["advice"] == advice
+
+
+def test_the_table_of_the_page_is_the_measured_one() -> None:
+    """Fix a difference by pasting the output of `table` between the markers."""
+    (run,) = json.loads((ROOT / "docs" / "measurements" / "cpu" / "limiter.json").read_text(encoding="utf-8"))["runs"]
+    page = (ROOT / "docs" / "limits.md").read_text(encoding="utf-8")
+    assert page.split("<!-- limiter -->\n")[1].split("<!-- /limiter -->")[0] == table(run["cases"])
+    assert all(set(case["limiter"]) == {case["expected"]} for case in run["cases"].values())
