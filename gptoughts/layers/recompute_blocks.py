@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
+from gptoughts.layers.support.recomputation import until_last_projection
 from gptoughts.layers.support.requirements import fixed_scales
 from gptoughts.planning.kernel_names import attention_forwards
 from gptoughts.planning.layer import (
@@ -26,7 +27,6 @@ from gptoughts.planning.layer import (
     slower,
     unproven,
     unsupported,
-    until_last_projection,
 )
 from gptoughts.planning.memory_fit import SOURCE, memory_headroom
 

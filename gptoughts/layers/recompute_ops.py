@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
+from gptoughts.layers.support.recomputation import until_last_projection
 from gptoughts.layers.support.requirements import fixed_scales
 from gptoughts.models.torch_internals import dispatch_mode
 from gptoughts.planning.layer import (
@@ -34,7 +35,6 @@ from gptoughts.planning.layer import (
     slower,
     unproven,
     unsupported,
-    until_last_projection,
 )
 from gptoughts.planning.memory_fit import SOURCE, memory_headroom
 

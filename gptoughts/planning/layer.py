@@ -24,7 +24,7 @@ from gptoughts.planning.memory_model import Budget
 
 __all__ = [
     "SLOTS", "Budget", "Case", "Choice", "Engine", "Evidence", "Kind", "Layer", "Phase", "Operator", "Option", "Options", "Reason", "StepTrace",
-    "Status", "active", "unsupported", "inactive", "unproven", "slower", "until_last_projection",
+    "Status", "active", "unsupported", "inactive", "unproven", "slower",
 ]  # fmt: skip
 
 SLOTS = (
@@ -216,24 +216,6 @@ def _no_environment(case: Case, options: Options) -> Mapping[str, str]:
     return {}
 
 
-def _nothing_again(spec: ModelSpec, options: Options) -> tuple[float, float]:
-    return 0.0, 0.0
-
-
-def until_last_projection(spec: ModelSpec) -> float:
-    """Return the share of a block's forward matmuls that a recomputation runs: torch stops it before the block's last projection.
-
-    Nothing in the backward needs that one's output. With experts the last projection is not one matmul, and all count.
-    """
-    width, hidden, heads = spec.width, spec.hidden, spec.heads
-    if width is None or hidden is None or heads is None or spec.experts:
-        return 1.0
-    queries = spec.attention_width or width
-    keys = queries * (spec.kv_heads or heads) // heads
-    last = hidden * width
-    return 1 - last / (width * (2 * queries + 2 * keys) + (3 if spec.mlp == "swiglu" else 2) * last)
-
-
 def _same_memory(case: Case, options: Options, budget: Budget) -> Budget:
     return budget
 
@@ -252,7 +234,7 @@ class Layer:
     environment: Callable[[Case, Options], Mapping[str, str]] = _no_environment
     memory: Callable[[Case, Options, Budget], Budget] = _same_memory
     """Return the budget as changed by this layer."""
-    recomputes: Callable[[ModelSpec, Options], tuple[float, float]] = _nothing_again
+    recomputes: Callable[[ModelSpec, Options], tuple[float, float]] = lambda spec, options: (0.0, 0.0)
     """Return the shares of the blocks' forward matmuls and attention that run again in the backward, for HFU."""
     phase: Phase | None = None
     baseline: bool = False

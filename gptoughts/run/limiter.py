@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,8 +152,9 @@ class Pauses:
 def operator_seconds(repetitions: int = 50) -> float:
     """Measure what an operator costs this CPU when it has nothing to compute: forward and backward of a layer with one weight.
 
-    Operators are counted as the watched step counts them. Takes a few milliseconds.
+    Operators are counted as the watched step counts them. Takes about 50 ms, once per run.
     """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # as run/step_trace.py
     from torch.profiler import ProfilerActivity, profile
 
     layer, value = nn.Linear(1, 1), torch.ones(1, 1)
@@ -191,6 +193,7 @@ class Limiter:
         self._paused = self._recompiled = 0.0
         self._cost: float | None = None
         self._said = ""
+        self._advised: dict[str, str | None] = {}
         self.verdict: Verdict | None = None
 
     def __call__(self, step: int, row: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -208,7 +211,7 @@ class Limiter:
         found = judge(Window(row, saving, self._launching(row), _throttled(self._samples)))
         if found is None:
             return keys
-        advice = self._advisor.advise(found.limiter)
+        advice = self._advice(found.limiter)
         self.verdict = found
         extra = f"; garbage collection takes {share(paused / wall)}" if wall > 0 and paused / wall >= PAUSE_SHARE else ""
         extra += f"; {keys['perf/recompiles']} recompilations" if keys["perf/recompiles"] else ""
@@ -222,12 +225,18 @@ class Limiter:
         """Return the lines for the end of the run: the last verdict, and what unused memory allows."""
         lines = []
         if self.verdict is not None:
-            advice = self._advisor.advise(self.verdict.limiter)
+            advice = self._advice(self.verdict.limiter)
             text = f"limit       {self.verdict.limiter}: {self.verdict.figures}"
             lines.append(f"{text}. Try: {advice}" if advice else text)
         trace = self._trace()
         unused = self._advisor.upward(trace.peak_bytes if trace is not None else None)
         return [*lines, f"memory      {unused}"] if unused else lines
+
+    def _advice(self, limiter: str) -> str | None:
+        """Return what to try. Found once per limiter: planning takes milliseconds, and the plan of a run does not change."""
+        if limiter not in self._advised:
+            self._advised[limiter] = self._advisor.advise(limiter)
+        return self._advised[limiter]
 
     def _launching(self, row: Mapping[str, Any]) -> float | None:
         """Return the share of a step on a CPU that its operators take when they have nothing to compute."""
