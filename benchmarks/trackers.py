@@ -32,7 +32,7 @@ from gptoughts.diagnostics.bench.figures import machine_figures, paired, spread
 from gptoughts.engine.engine import Engine
 from gptoughts.engine.trainer import Progress, train
 from gptoughts.hardware.world import World
-from gptoughts.run.callbacks import Log
+from gptoughts.run.log import Log
 from gptoughts.run.throughput import Throughput
 from gptoughts.run.tracking.sink import QueuedSink, RunInfo, Sinks, make_sinks
 from gptoughts.run.tracking.system import NodeSampler, Peer, SystemMetrics

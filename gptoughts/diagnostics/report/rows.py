@@ -47,7 +47,7 @@ def parsed(line: bytes, notes: Counter[str]) -> dict[str, Any] | None:
     if not isinstance(row, dict):
         notes["lines that are cut off or damaged"] += 1
         return None
-    return {RENAMED.get(key, key): value for key, value in row.items()}
+    return {RENAMED.get(str(key), str(key)): value for key, value in row.items()}
 
 
 def number(value: Any) -> float | None:

@@ -115,7 +115,8 @@ class _Model:
         stops = [text for text in ([until] if isinstance(until, str) else until) if text]
         temperature = 0.0 if settings.get("do_sample") is False else float(settings.get("temperature") or 0.0)
         generator = torch.Generator("cpu").manual_seed(self.engine.recipe.seed)
-        tokenizer, ids, text = self.encoder.tokenizer, [], ""
+        ids: list[int] = []
+        tokenizer, text = self.encoder.tokenizer, ""
         reader = reader_of(self.engine.bare)
         limit = min(tokenizer.vocab_size, reader.vocab_size)
         for logits in next_logits(reader, self.tok_encode(context)[-room:] or [self.prefix_token_id], ids):

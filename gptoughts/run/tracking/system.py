@@ -110,6 +110,7 @@ class SystemMetrics(Callback):
         """Send a sample to the sinks, or leave it in the store for the first rank."""
         now = time.time()
         if not self._ranks.first:
+            assert self._store is not None, "several ranks share a store"
             self._store.set(str(self._ranks.world.rank), json.dumps({"time": now, "readings": readings}))
             return
         for other in self._others(now):
@@ -121,6 +122,7 @@ class SystemMetrics(Callback):
     def _others(self, now: float) -> list[dict[str, dict[str, Any]]]:
         found = []
         for rank in self._samplers[1:]:
+            assert self._store is not None, "several ranks share a store"
             with suppress(RuntimeError):  # the store is gone with a lost rank, which the failure watch reports
                 if self._store.check([str(rank)]):
                     sample = json.loads(self._store.get(str(rank)))
