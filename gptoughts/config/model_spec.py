@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from gptoughts.config import hf_spec
 from gptoughts.config.loader import DataConfig, ModelConfig, Recipe
 from gptoughts.errors import ConfigError
+from gptoughts.files import load_json
 
 VOCAB_MULTIPLE = 64
 
@@ -119,7 +119,7 @@ def vocabulary_of(data: DataConfig) -> int | None:
     index = Path(data.path).expanduser() / "index.json"
     if index.is_file():
         try:
-            size = json.loads(index.read_text(encoding="utf-8")).get("vocab_size")
+            size = load_json(index).get("vocab_size")
         except (OSError, ValueError, AttributeError):
             return None  # reported when the folder is opened
         return size if isinstance(size, int) else None

@@ -14,9 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from gptoughts.data.chat.template import REASONING, Template
+from gptoughts.data.text.rows import numbered
 from gptoughts.data.text.sources import ROW_SUFFIXES, first_line, json_row, open_lines, open_source, require
 from gptoughts.errors import DataError, nearest
 
+MAX_ROW_BYTES = 16 << 20
+"""Bytes of a conversation, about four million tokens: its rendering takes several times as much."""
 ROLES = ("system", "developer", "user", "assistant", "tool")
 PAIRS = (
     ("prompt", "response"), ("prompt", "completion"), ("instruction", "output"), ("instruction", "response"), ("question", "answer"),
@@ -79,7 +82,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | InvalidRow]]:
     number = 0
     try:
         with open_lines(path) as lines:
-            for number, line in enumerate(lines, 1):
+            for number, line in numbered(lines, str(path), MAX_ROW_BYTES):
                 if line.strip():
                     where = f"{path}:{number}"
                     yield where, json_object(line, where)
