@@ -29,6 +29,7 @@ from gptoughts.api import ResolvedRun, decide
 from gptoughts.cli.options import CONTEXT, RecipeCommand, option, recipe_options, split_flags
 from gptoughts.cli.train import apply_environment
 from gptoughts.config.loader import Recipe
+from gptoughts.config.model_spec import flops_per_token
 from gptoughts.console import SilentConsole
 from gptoughts.data.corpus import open_corpus
 from gptoughts.diagnostics.bench.figures import machine_figures, paired, spread
@@ -42,8 +43,8 @@ from gptoughts.errors import ConfigError
 from gptoughts.models.sources import meta_model
 from gptoughts.planning.resolve import Plan
 from gptoughts.run.build import build_engine
-from gptoughts.run.callbacks import Log
 from gptoughts.run.evidence import LayerEvidence, demand, judge, warmup_steps
+from gptoughts.run.log import Log
 from gptoughts.run.session import select_device
 from gptoughts.run.step_trace import watch
 from gptoughts.run.throughput import Throughput, utilization
@@ -101,7 +102,7 @@ class Subject:
         self.spec, self.rows = self.parts.spec, self.parts.rows
         self.ranks = ranks or Ranks(setting.world, select_device(setting.machine, setting.world))
         self.length = RunLength(self.recipe, self.ranks, self.corpus.samples)
-        self.mfu = utilization(self.spec, setting.machine, 1)
+        self.mfu = utilization(flops_per_token(self.spec), setting.machine, 1)
 
     @property
     def tokens_per_step(self) -> int:

@@ -20,6 +20,7 @@ from gptoughts.planning.environment import in_effect, missing_variables
 from gptoughts.planning.profile import pick
 from gptoughts.planning.requests import layer_requests
 from gptoughts.planning.resolve import Plan, resolve
+from gptoughts.run.tracking.sink import check_sinks
 
 if TYPE_CHECKING:
     from torch import nn
@@ -82,6 +83,8 @@ def decide(
     with mistakes.collect():
         resolved = _recipe(recipe, fields, here)
         resolved = None if resolved is None else resolve_recipe(resolved)
+    with mistakes.collect():
+        check_sinks(resolved.recipe.track.names if resolved else ())
     with mistakes.collect():
         chosen = None if here is None else pick(profile, here)
         if chosen and known:
@@ -176,7 +179,7 @@ def train(
     collectives: str = "auto",
     plugins: Sequence[str] = (),
     callbacks: Sequence[Callback] = (),
-    track: Sequence[str] = ("jsonl", "plot"),
+    track: Sequence[str] | None = None,
     verbose: bool = True,
 ) -> RunResult:
     """Train a recipe in this process and return the result. The same as `gptoughts train`.
@@ -184,11 +187,12 @@ def train(
     numerics     "off" skips the comparison of layers with the baseline before the first step
     collectives  library that ranks communicate by: auto (NCCL on GPUs, gloo on CPUs), gloo, nccl or mpi
     callbacks    objects with the methods of gptoughts.Callback
-    track        names of trackers that receive the metrics
+    track        names of trackers that receive the metrics, besides jsonl; default: the recipe's track.sinks
     verbose      False prints nothing
     """
-    job = {"strict": strict, "numerics": numerics, "callbacks": tuple(callbacks), "track": tuple(track)}
-    job["collectives"] = collectives
+    job = {"strict": strict, "numerics": numerics, "callbacks": tuple(callbacks), "collectives": collectives}
+    if track is not None:
+        job["track"] = tuple(track)
     setting = decide(recipe, profile, fields, layers, plugins)
     return train_resolved(setting, run, run_dir, resume=resume, verbose=verbose, **job)
 
@@ -218,9 +222,9 @@ def train_resolved(
     from gptoughts.run.run import execute
     from gptoughts.run.session import TrainingJob
     from gptoughts.run.tracking.run_dir import run_folder
-    from gptoughts.run.tracking.sink import check_sinks
 
-    check_sinks(job.get("track", ()))
+    job.setdefault("track", setting.resolved.recipe.track.names)
+    check_sinks(job["track"])
     name = run or f"{setting.resolved.recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     console = Console() if verbose else SilentConsole()
     return execute(

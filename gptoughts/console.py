@@ -35,6 +35,11 @@ class Console:
         """How marked text is shown: in color on a terminal without NO_COLOR, else in brackets."""
         return "color" if self._is_terminal and "NO_COLOR" not in os.environ else "brackets"
 
+    @property
+    def is_live(self) -> bool:
+        """Whether a row replaces the one before it."""
+        return self._is_terminal
+
     def say(self, text: str) -> None:
         """Print lines that stay."""
         live = self._live
@@ -174,6 +179,22 @@ class _ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self._console.say(f"{'warning: ' if record.levelno >= logging.WARNING else ''}{record.getMessage()}")
+
+
+class Progress:
+    """Shows how much of a long evaluation is done: a live row on a terminal, a line per tenth in a log."""
+
+    def __init__(self, console: Console, what: str) -> None:
+        self._console, self._what, self._tenth = console, what, 0
+
+    def __call__(self, done: int, total: int) -> None:
+        """Show `done` of `total`."""
+        tenth = 10 * done // max(1, total)
+        if self._console.is_live or tenth > self._tenth:
+            self._console.row(f"{self._what} {done:,}/{total:,}")
+        self._tenth = tenth
+        if done >= total:
+            self._console.end_row()
 
 
 def bytes_in_words(count: float | None) -> str:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
+
+from gptoughts.errors import ConfigError
 
 TEMPORARY = ".tmp"
 """Part of the name of files that are being written; a kill can leave one."""
@@ -38,6 +41,20 @@ def hub_home(environment: Mapping[str, str] = os.environ) -> Path:
         return Path(environment["HF_HOME"]).expanduser()
     root = environment.get("XDG_CACHE_HOME") or scratch_dir(environment) or Path.home() / ".cache"
     return Path(root).expanduser() / "huggingface"
+
+
+def private_folder(path: Path) -> Path:
+    """Make a folder that only this user can enter, or check one that exists. Raises ConfigError for a link or another user's."""
+    with suppress(FileExistsError):
+        path.mkdir(mode=0o700)
+    found = path.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise ConfigError(
+            f"{path}: must be a folder of this user alone",
+            found=f"mode {stat.S_IMODE(found.st_mode):o}, user {found.st_uid}",
+            fix=f"rm -r {path}, or set TMPDIR to a folder of yours",
+        )
+    return path
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Child processes: start a function of ours in a fresh Python, exchange messages over pipes, end it with everything it started.
 
 A child leads its own process group. Its requests come from standard input, which ends when the parent closes it or dies: children
-exit then, so none is orphaned.
+exit then, so none is orphaned. No child looks for modules in the current folder, where a numpy.py that lies beside data would run.
 """
 
 from __future__ import annotations
@@ -27,7 +27,20 @@ GRACE_SECONDS = 20.0
 SIGNAL_SECONDS = 8.0
 """Longest time between a signal and the end of a process that has nothing to save."""
 TAIL_BYTES = 20_000
+SAFE_PATH = "PYTHONSAFEPATH"
+"""Environment variable: Python processes do not put the current folder on sys.path; inherited by all that a child starts."""
 PROGRAM = "import json, sys; sys.path[:0] = json.loads(sys.argv[1])[0]; from gptoughts.processes import run_child; run_child()"
+
+
+def process_began() -> float:
+    """Return the unix time at which this process started, to 10 ms on Linux; elsewhere the present time."""
+    try:
+        # Field 22 counts clock ticks since boot; the name in field 2 may hold spaces.
+        ticks = int(Path("/proc/self/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()[19])
+        up = float(Path("/proc/uptime").read_text(encoding="ascii").split()[0])
+        return time.time() - max(0.0, up - ticks / os.sysconf("SC_CLK_TCK"))
+    except (OSError, ValueError, IndexError):
+        return time.time()
 
 
 class ChildDied(Exception):
@@ -41,19 +54,20 @@ class ChildDied(Exception):
 class Child:
     """A Python process that calls `module.function(requests, answers, *arguments)`: pipes for `receive` and `send`, then JSON values.
 
-    `paths` come first on its sys.path (default: the parent's sys.path); it does not add the current folder, where a torch.py would
-    shadow torch. Its output goes to a temporary file, for error messages. As a context manager: closed, after an exception killed.
+    `paths` come first on its sys.path (default: the parent's sys.path without the current folder of `-c` and interactive Python).
+    Its output goes to a temporary file, for error messages. As a context manager: closed, after an exception killed.
     """
 
     def __init__(
         self, module: str, function: str, *arguments: Any,
         environment: Mapping[str, str] | None = None, paths: Sequence[str] | None = None,
     ) -> None:  # fmt: skip
-        found = [*(path or os.getcwd() for path in sys.path), ROOT] if paths is None else list(paths)
+        found = [*filter(None, sys.path), ROOT] if paths is None else list(paths)
         self._log, self._tail = tempfile.TemporaryFile(), b""  # noqa: SIM115 - closed by close()
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-c", PROGRAM, json.dumps([found, module, function, arguments])],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, env=environment, start_new_session=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, start_new_session=True,
+            env={**(os.environ if environment is None else environment), SAFE_PATH: "1"},
         )  # fmt: skip
 
     def ask(self, message: Any, body: Any = b"") -> tuple[Any, bytes]:
@@ -137,6 +151,22 @@ class SignalClock:
 
 
 CLOCK = SignalClock()
+
+
+def module_words(module: str) -> list[str]:
+    """Return the words that run `python -m MODULE` of ours, without modules of the current folder unless that is our checkout."""
+    return [sys.executable, *([] if in_checkout() else ["-P"]), "-m", module]
+
+
+def in_checkout() -> bool:
+    """Return whether the current folder holds the package, so that `-m` may have to look there."""
+    return os.path.realpath(os.curdir) == os.path.realpath(ROOT)
+
+
+def shelter_children() -> None:
+    """Let no Python process that this one starts, such as torch's compile workers, import modules of the current folder."""
+    if not in_checkout():
+        os.environ.setdefault(SAFE_PATH, "1")
 
 
 def run_child() -> None:

@@ -19,13 +19,16 @@ LONGEST_WINDOW = 1024
 """Maximum default context in tokens for a folder without a training recipe."""
 
 
-def perplexity(checkpoint: str, data: str | None, split: str, batch: int, length: int | None, as_json: bool) -> int:
-    """Print nats per token, perplexity and bits per token over every label of the split."""
+def perplexity(
+    checkpoint: str, data: str | None, split: str, batch: int, length: int | None, as_json: bool, remote_code: str | None = None
+) -> int:
+    """Print nats per token, perplexity, bits per token and bits per byte over every label of the split."""
     from gptoughts.data.batches import eval_batches
-    from gptoughts.inference.eval.perplexity import mean_loss
+    from gptoughts.inference.eval import perplexity as measures
+    from gptoughts.inference.eval.text_bytes import bits_per_byte, label_bytes
     from gptoughts.inference.load import load
 
-    loaded = load(checkpoint)
+    loaded = load(checkpoint, remote_code=remote_code)
     if loaded.recipe.objective != "next-token":
         other = task_of(loaded.recipe).evaluation
         raise ConfigError(
@@ -43,27 +46,41 @@ def perplexity(checkpoint: str, data: str | None, split: str, batch: int, length
     corpus = corpus_of(loaded, data, split, sequence_length)
     loaded.engine.micro_batch = batch
     stream = corpus.shards.split(split)
-    loss, labels = mean_loss(loaded.engine, eval_batches(stream, sequence_length, batch, vocab_size=loaded.parts.rows))
+    batches = eval_batches(stream, sequence_length, batch, vocab_size=loaded.parts.rows)
+    loss, labels = measures.mean_loss(loaded.engine, batches)
     unigram = corpus.shards.index.splits[split].unigram_entropy
+    text_bytes = label_bytes(loaded.tokenizer, stream.window(0, len(stream)))
     figures = {
         "loss": loss,
-        "perplexity": math.exp(loss),
+        "perplexity": measures.perplexity(loss),
         "bits_per_token": loss / math.log(2),
+        "bits_per_byte": bits_per_byte(loss * labels, text_bytes),
         "labels": labels,
+        "bytes": text_bytes,
         "unigram_entropy": unigram,
     }
     if as_json:
         print(json.dumps({"checkpoint": str(loaded.folder), "step": loaded.step, "split": split, **figures}, indent=1))
         return 0
-    print(f"{named(loaded)}, split {split} of {corpus.folder}: {labels:,} labels")
+    print(f"{named(loaded)}, split {split} of {corpus.folder}: {labels:,} labels, {text_bytes:,} bytes")
+    shown = {name: "n/a" if value is None else f"{value:.3f}" for name, value in figures.items()}
     print(
-        f"loss {loss:.4f} nats per token, perplexity {math.exp(loss):.2f}, {loss / math.log(2):.3f} bits per token; "
-        f"unigram entropy {unigram:.4f}"
+        f"loss {loss:.4f} nats per token, perplexity {shown['perplexity']}, {shown['bits_per_token']} bits per token, "
+        f"{shown['bits_per_byte']} bits per byte; unigram entropy {unigram:.4f}"
     )
     return 0
 
 
-def compare(checkpoint: str, other: str, data: str, batch: int, length: int | None, windows: int | None, as_json: bool) -> int:
+def compare(
+    checkpoint: str,
+    other: str,
+    data: str,
+    batch: int,
+    length: int | None,
+    windows: int | None,
+    as_json: bool,
+    remote_code: str | None = None,
+) -> int:
     """Print the loss of both models on the whole text and the difference, with a 95 % bootstrap interval over paired windows."""
     from gptoughts.data.batches import eval_batches
     from gptoughts.inference.eval.comparison import difference, window_losses
@@ -71,7 +88,7 @@ def compare(checkpoint: str, other: str, data: str, batch: int, length: int | No
 
     losses, hashes = [], []
     for name in (checkpoint, other):
-        loaded = load(name)
+        loaded = load(name, remote_code=remote_code if name == checkpoint else None)
         if loaded.recipe.objective != "next-token":
             raise ConfigError(f"{loaded.folder}: comparison needs a next-token model", found=loaded.recipe.objective)
         size = length or min(loaded.recipe.data.sequence_length, LONGEST_WINDOW)
@@ -136,12 +153,13 @@ def likelihood(
     draws: int,
     windows: int | None,
     as_json: bool,
+    remote_code: str | None = None,
 ) -> int:
     """Print an upper bound on the nats per token of the split under a masked-diffusion model, with its standard error."""
     from gptoughts.inference.eval.likelihood import text_bound
     from gptoughts.inference.load import inference_mode, load
 
-    loaded = load(checkpoint)
+    loaded = load(checkpoint, remote_code=remote_code)
     if loaded.mask_id is None:
         raise ConfigError(
             f"{loaded.folder}: likelihood needs a masked-diffusion model",
@@ -179,13 +197,21 @@ def likelihood(
     return 0
 
 
-def squad(checkpoint: str, data: str | None, threshold: float | None, batch: int, out: str | None, as_json: bool) -> int:
+def squad(
+    checkpoint: str,
+    data: str | None,
+    threshold: float | None,
+    batch: int,
+    out: str | None,
+    as_json: bool,
+    remote_code: str | None = None,
+) -> int:
     """Print exact match and F1 as computed by the official script; with `out`, write predictions in its format."""
     from gptoughts.data.squad.examples import prepare_squad
     from gptoughts.inference.eval.squad import evaluate
     from gptoughts.inference.load import load
 
-    loaded = load(checkpoint)
+    loaded = load(checkpoint, remote_code=remote_code)
     if task_of(loaded.recipe).evaluation != "squad":
         raise ConfigError(f"{loaded.folder}: eval squad needs a question-answering model", found=loaded.recipe.objective)
     settings = loaded.recipe.data

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 
-def export(checkpoint: str, out: str, base: str | None, adapter_only: bool, text: str | None) -> int:
+def export(checkpoint: str, out: str, base: str | None, adapter_only: bool, text: str | None, remote_code: str | None) -> int:
     """Write the folder, load it as its users will, compare the logits, and print the differences."""
     from gptoughts.inference.export_adapter import export_checkpoint
 
-    print(export_checkpoint(checkpoint, out, base=base, adapter_only=adapter_only, text=text))
+    print(export_checkpoint(checkpoint, out, base, adapter_only, text, remote_code))
     return 0

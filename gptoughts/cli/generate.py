@@ -31,6 +31,7 @@ def generate(
     guidance: float | None,
     memory: float | None,
     offload: str | None,
+    remote_code: str | None,
 ) -> int:
     """Continue each prompt; `-` reads standard input. Without prompts, continue an empty one."""
     from gptoughts.inference.generate.write import generate_text
@@ -40,11 +41,13 @@ def generate(
     diffusion = {key: value for key, value in given.items() if value is not None}
     stack = ExitStack()
     if memory is not None or offload is not None:
+        if remote_code is not None:
+            raise ConfigError("--remote-code: not supported with --memory or --offload", fix="omit --memory and --offload")
         if base is not None:
             raise ConfigError("--base: not supported with --memory or --offload", fix=f"gptoughts export {checkpoint} --to DIR")
         model, tokenizer, recipe, folder, mask_id = offloaded(checkpoint, memory, offload)
     else:
-        loaded = load(checkpoint, base=base)
+        loaded = load(checkpoint, base=base, remote_code=remote_code)
         model, tokenizer, recipe, folder, mask_id = (
             loaded.model, loaded.tokenizer, loaded.recipe, loaded.folder, loaded.mask_id,
         )  # fmt: skip

@@ -12,10 +12,22 @@ from typing import Any
 import click
 
 from gptoughts.cli.bench_commands import bench_group
-from gptoughts.cli.options import CommandGroup, argument, command, group, option, recipe_command, recipe_options
+from gptoughts.cli.eval_commands import eval_group
+from gptoughts.cli.options import (
+    CommandGroup,
+    argument,
+    command,
+    group,
+    option,
+    recipe_command,
+    recipe_options,
+    remote_code_option,
+)
+from gptoughts.cli.report_commands import report_commands
 from gptoughts.console import flush_output_at_exit, print_line
 from gptoughts.errors import GptoughtsError
 from gptoughts.planning.environment import Process
+from gptoughts.processes import shelter_children
 
 
 def build_cli() -> CommandGroup:
@@ -24,8 +36,8 @@ def build_cli() -> CommandGroup:
         "gptoughts",
         "Train language models at the speed of the hardware, with evidence that every optimization is active.\n\n"
         "A recipe defines the training, a profile the optimizations for a kind of hardware, a run is one training.",
-        _train(), _plan(), _trace(), *_lists(), _fetch(), _tokenize(), _data(), _generate(), _export(), _eval(),
-        bench_group(), _doctor(), _launch(),
+        _train(), _plan(), _trace(), *_lists(), _fetch(), _tokenize(), _data(), _generate(), _export(), eval_group(),
+        bench_group(), *report_commands(), _doctor(), _launch(),
         epilog="Start with: gptoughts plan, then gptoughts train quickstart",
     )  # fmt: skip
     tree.params.append(
@@ -170,6 +182,7 @@ def _generate() -> click.Command:
         option("--seed", type=click.IntRange(0), default=0, help="random seed"),
         option("--chat", is_flag=True, help="put each prompt into the tokenizer's chat template as a user turn"),
         option("--base", metavar="PATH", help="base model of an adapter, if not the one noted in the adapter"),
+        remote_code_option(),
         option("--steps", type=click.IntRange(1), help="diffusion: denoising steps; default: the recipe's"),
         option("--block-length", type=click.IntRange(1), help="diffusion: tokens per block, written left to right"),
         option(
@@ -196,41 +209,12 @@ def _export() -> click.Command:
         argument("checkpoint"),
         option("--to", "out", required=True, metavar="DIR", help="folder to write"),
         option("--base", metavar="PATH", help="base model of an adapter, if not the one noted in the adapter"),
+        remote_code_option(),
         option("--adapter-only", is_flag=True, help="write the adapter for peft instead of merging it"),
         option("--text", metavar="FILE", help="text to compare logits on; default: a passage of Python's license"),
     ]
     text = "Export CHECKPOINT as a folder for transformers. Checks that the logits are equal."
     return command("export", "export.export", text, params)
-
-
-def _eval() -> click.Command:
-    data = option("--data", metavar="PATH", help="text or tokenized folder; default: the run's validation split")
-    split = option("--split", default="val", help="split of the tokenized folder")
-    batch = option("--batch", type=click.IntRange(1), default=16, help="sequences per forward")
-    length = option("--length", type=click.IntRange(1), help="context length in tokens; default: the run's")
-    as_json = option("--json", "as_json", is_flag=True, help="print JSON")
-    draws = option("--draws", type=click.IntRange(1), default=128, help="maskings per window")
-    limit = option("--windows", type=click.IntRange(1), help="number of windows, spread over the split; default: all")
-    questions = option("--data", metavar="FILE", help="SQuAD JSON; default: the run's validation questions")
-    threshold = option("--threshold", type=float, help="score margin for predicting no answer")
-    out = option("--to", "out", metavar="DIR", help="write predictions into DIR")
-    unseen = option("--data", required=True, metavar="PATH", help="text that neither model was trained on; all of it is used")
-    kinds: dict[str, tuple[list[click.Parameter], str]] = {
-        "perplexity": ([data, split, batch, length, as_json], "Compute loss and perplexity over a whole split."),
-        "likelihood": (
-            [data, split, batch, length, draws, limit, as_json],
-            "Compute a likelihood bound of a masked-diffusion model.",
-        ),
-        "squad": ([questions, threshold, batch, out, as_json], "Compute exact match and F1 of a question-answering model."),
-        "compare": (
-            [argument("other"), unseen, batch, length, limit, as_json],
-            "Compare the losses of CHECKPOINT and OTHER on a text. Prints a confidence interval of the difference.",
-        ),
-    }
-    commands = [
-        command(name, f"evaluate.{name}", text, [argument("checkpoint"), *options]) for name, (options, text) in kinds.items()
-    ]
-    return group("eval", "Evaluate a checkpoint or an exported folder.", *commands)
 
 
 def _doctor() -> click.Command:
@@ -267,7 +251,12 @@ def _launch() -> click.Command:
         "Run RECIPE in many processes.",
         recipe_command("slurm", "submit.slurm", "Write a SLURM job file for RECIPE, and submit it.", [*shared, *site]),
         recipe_command("mpi", "submit.mpi", "Print the mpirun command for RECIPE, or start it.", [*shared, ranks, hosts]),
-        recipe_command("torchrun", "submit.torchrun", "Print the torchrun command for RECIPE, or start it.", [*shared, ranks]),
+        recipe_command(
+            "torchrun",
+            "submit.torchrun",
+            "Print the command that runs RECIPE in ranks of this machine, or start it.",
+            [*shared, ranks],
+        ),
     )
 
 
@@ -279,6 +268,7 @@ def main(arguments: list[str] | None = None) -> None:
     process = Process.OURS if arguments is None else Process.CALLERS
     if process is Process.OURS:
         flush_output_at_exit()
+        shelter_children()
     try:
         build_cli().main(args=arguments, prog_name="gptoughts", standalone_mode=False, obj=process)
     except click.ClickException as error:

@@ -22,6 +22,9 @@ CONTEXT = {
     "max_content_width": 120,
 }
 
+SHORT = {"track.sinks": ("--track",)}
+"""Recipe fields that have a second flag."""
+
 
 class Command(click.Command):
     """A command that reports all unknown flags in one error, each with the nearest known one."""
@@ -68,7 +71,7 @@ class RecipeCommand(Command):
 
         Raises ConfigError for a DeepSpeed configuration, with our flag for each of its keys.
         """
-        from gptoughts.config.aliases import our_flag
+        from gptoughts.config.aliases import instead, our_flag
 
         flag = spelled(flag)
         if flag in ("--deepspeed", "--deepspeed-config") and value and not value.startswith("--"):
@@ -78,6 +81,8 @@ class RecipeCommand(Command):
         ours, field = our_flag(flag), flag.lstrip("-").rpartition(".")[2]
         if ours:
             return describe("no such flag", fix=ours)
+        if instead(flag):
+            return f"no such flag: {instead(flag)}"
         tables = [other for other in known if other.endswith(f".{field}") and not other.startswith("--layer.")]
         return f"no such flag (did you mean {' or '.join(tables)}?)" if tables else f"no such flag{nearest(flag, known)}"
 
@@ -96,6 +101,13 @@ class RecipeCommand(Command):
 def spelled(flag: str) -> str:
     """Return a flag as in `--help`, with hyphens for underscores."""
     return flag.replace("_", "-")
+
+
+def remote_code_option() -> click.Parameter:
+    """Build --remote-code: consent to run the code of a model, which no file can give."""
+    return option(
+        "--remote-code", metavar="MODEL", help="run the code that comes with this model; it must be the model of CHECKPOINT"
+    )
 
 
 def split_flags(values: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, str], dict[str, Any]]:
@@ -137,7 +149,9 @@ def _field_flags() -> list[click.Option]:
     from gptoughts.config.recipe import fields, type_word
 
     return [
-        click.Option([f"--{spelled(key)}", _inner("field", key)], metavar=type_word(annotation), help=description)
+        click.Option(
+            [f"--{spelled(key)}", *SHORT.get(key, ()), _inner("field", key)], metavar=type_word(annotation), help=description
+        )
         for key, annotation, description in fields()
         if key not in ("name", "note")
     ]

@@ -6,7 +6,6 @@ import os
 import shlex
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from gptoughts.config.loader import load
 from gptoughts.config.site import SlurmSite, read_site
 from gptoughts.errors import ConfigError
 from gptoughts.files import write_text
+from gptoughts.processes import module_words
 
 TEXT = """#!/usr/bin/env bash
 {directives}
@@ -98,26 +98,30 @@ def job_file(site: SlurmSite, name: str, words: Sequence[str]) -> str:
     ]
     setup = [f"module load {shlex.join(site.modules)}"] if site.modules else []
     setup += [f". {shlex.quote(site.environment)}"] if site.environment else []
-    python = "python" if site.environment else shlex.quote(sys.executable)
+    first, *flags = module_words("gptoughts")
+    python = "python" if site.environment else shlex.quote(first)
     return TEXT.format(
         directives="\n".join(f"#SBATCH {line}" for line in [*lines, "--requeue", *site.options]),
         save=site.save_seconds,
         setup="\n".join([*setup, f"cd {shlex.quote(str(Path.cwd()))}"]),
         ranks=site.ranks_per_node,
-        train=f"{python} -m gptoughts {shlex.join(words)}",
+        train=f"{python} {shlex.join([*flags, *words])}",
     )
 
 
 def mpi(ranks: int, submit: bool, dry_run: bool, hostfile: str | None, **training: Any) -> int:
     """Print the mpirun command; with `submit` replace this process by it."""
     words = ["mpirun", "-np", str(ranks), "--bind-to", "none", *(["--hostfile", hostfile] if hostfile else [])]
-    return _print_or_start([*words, sys.executable, "-m", "gptoughts", *_training(training)], submit and not dry_run)
+    return _print_or_start([*words, *module_words("gptoughts"), *_training(training)], submit and not dry_run)
 
 
 def torchrun(ranks: int, submit: bool, dry_run: bool, **training: Any) -> int:
-    """Print the torchrun command; with `submit` replace this process by it."""
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m", "gptoughts"]
-    return _print_or_start([*words, *_training(training)], submit and not dry_run)
+    """Print the command that starts ranks on this machine with torchrun's launcher; with `submit` replace this process by it.
+
+    It is `gptoughts train --ranks N`: `torchrun --standalone` itself listens on all addresses of the machine.
+    """
+    words = [*module_words("gptoughts"), *_training(training), "--ranks", str(ranks)]
+    return _print_or_start(words, submit and not dry_run)
 
 
 def _training(given: Mapping[str, Any]) -> list[str]:

@@ -17,6 +17,7 @@ from gptoughts.console import print_line
 from gptoughts.errors import ConfigError
 from gptoughts.hardware.world import world_from_environment
 from gptoughts.planning.environment import Process, missing_variables, restart
+from gptoughts.processes import process_began
 
 if TYPE_CHECKING:
     from gptoughts.run.run import RunResult
@@ -52,6 +53,8 @@ def train(
     if setting.world.rank == 0:
         print_line(setting.plan.table())
     job: dict[str, Any] = {"strict": strict, "numerics": numerics, "collectives": collectives}
+    if _owns_process():
+        job["began"] = process_began()
     result = train_resolved(setting, run_name, run_dir, resume=resume, **job)
     if setting.world.rank == 0:
         _report(result, recipe, run_name, run_dir)
@@ -78,13 +81,17 @@ def given_words() -> list[str]:
     return list(context.meta["gptoughts.words"]) if context is not None else sys.argv[1:]
 
 
+def _owns_process() -> bool:
+    context = click.get_current_context(silent=True)
+    return context is not None and context.find_root().obj is Process.OURS
+
+
 def apply_environment(setting: ResolvedRun) -> list[str]:
     """Re-execute this process once with the plan's environment variables; inside another program `train_resolved` sets them instead.
 
     Returns the plan's notes, for commands that do not print its table.
     """
-    context = click.get_current_context(silent=True)
-    if context is not None and context.find_root().obj is Process.OURS:
+    if _owns_process():
         restart(missing_variables(setting.plan, os.environ))
     return list(setting.plan.notes)
 

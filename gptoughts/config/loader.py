@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import shlex
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from pydantic import ValidationError
 
-from gptoughts.config.aliases import ours
+from gptoughts.config.aliases import instead, ours
 from gptoughts.config.recipe import (
     LENGTHS,
     DataConfig,
@@ -33,6 +35,7 @@ __all__ = [
 ]  # fmt: skip
 
 PACKAGED_RECIPES = Path(__file__).parents[1] / "recipes"
+REMOTE_CODE = "model.remote_code"
 
 
 def shown(path: Path) -> str:
@@ -120,9 +123,18 @@ def load(name: str, flags: Mapping[str, Any] | None = None) -> Resolved:
     """
     path = find_recipe(name)
     values = _flatten({key: value for key, value in read_toml(path).items() if key != "slurm"})  # config/site.py reads it
+    refuse_consent(values, shown(path), flags or {})
     sources = dict.fromkeys(values, shown(path))
     flag_sources = {key: f"--{key.replace('_', '-')}" for key in flags or {}}
     return _resolved(values, sources, flags or {}, flag_sources, f"recipe {name}")
+
+
+def refuse_consent(values: Mapping[str, Any], file: str, flags: Mapping[str, Any] = MappingProxyType({})) -> None:
+    """Raise ConfigError for a file that allows code to run: consent belongs to this command line, not to a file that came along."""
+    named = values.get(REMOTE_CODE)
+    if named is not None and str(named).lower() not in ("none", "null") and flags.get(REMOTE_CODE) is None:
+        fix = f"--model.remote-code {shlex.quote(str(named))}, if you trust the code in that folder"
+        raise ConfigError(f"{file}: {REMOTE_CODE}: a file cannot allow code to run", found=repr(named)[:200], fix=fix)
 
 
 def from_values(values: Mapping[str, Any], origin: str, fields: Mapping[str, Any] | None = None) -> Resolved:
@@ -212,6 +224,8 @@ def unknown_key(key: str, known: Iterable[str]) -> str:
     known, leaf = list(known), key.rpartition(".")[2]
     if ours(key):
         return f"no such key; use {ours(key)}"
+    if instead(key):
+        return f"no such key: {instead(key)}"
     elsewhere = [other for other in known if other.rpartition(".")[2] == leaf]
     if elsewhere:
         return f"no such key (did you mean {' or '.join(map(repr, elsewhere))}?)"

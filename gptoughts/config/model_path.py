@@ -11,14 +11,13 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from gptoughts.errors import ConfigError
 from gptoughts.files import cache_dir, hub_home, wait_for_lock
+from gptoughts.processes import Child, exit_text
 
 PACKAGE = "package:"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -117,12 +116,11 @@ def _converted(gguf: Path) -> Path:
         partial = folder.parent / f"{folder.name}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         # A child process, because this one must not import torch before its environment is set.
-        command = [sys.executable, "-m", "gptoughts.models.hf.gguf", str(gguf), str(partial)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
+        with Child("gptoughts.models.hf.gguf", "serve", str(gguf), str(partial)) as child:
+            code = child.process.wait()
+        if code:
             shutil.rmtree(partial, ignore_errors=True)
-            lines = [line for line in done.stderr.splitlines() if line.strip()]
-            raise ConfigError(f"{gguf}: conversion failed: {lines[-1] if lines else f'exit code {done.returncode}'}")
+            raise ConfigError(f"{gguf}: conversion failed: {child.output() or exit_text(code)}")
         partial.rename(folder)
     return folder
 

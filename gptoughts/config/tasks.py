@@ -1,4 +1,4 @@
-"""Tasks and data formats: what an objective needs from data, model head and evaluation. One record each, in two registries.
+"""Tasks, data formats and benchmarks: what an objective needs from data, model head and evaluation. One line each, in registries.
 
 Add a data format: a module under `data/` with a function from a recipe to a Corpus, and its line in FORMATS. Add a task: its objective
 under `engine/objectives/`, and its line in TASKS.
@@ -54,12 +54,17 @@ class Task:
     """Command of `gptoughts eval` for models that the loss alone does not evaluate."""
     samples: bool = True
     """Whether the model generates text."""
+    benchmarks: bool = False
+    """Whether the model gives likelihoods of texts, which BENCHMARKS compare."""
 
 
 TASKS: Mapping[str, Task] = {
-    "next-token": Task("gptoughts.engine.objectives.base:next_token"),
+    "next-token": Task("gptoughts.engine.objectives.base:next_token", benchmarks=True),
     "masked-diffusion": Task(
-        "gptoughts.engine.objectives.masked_diffusion:masked_diffusion", masks_tokens=True, evaluation="likelihood"
+        "gptoughts.engine.objectives.masked_diffusion:masked_diffusion",
+        masks_tokens=True,
+        evaluation="likelihood",
+        benchmarks=True,
     ),
     "question-answering": Task(
         "gptoughts.engine.objectives.span_qa:question_answering",
@@ -73,6 +78,9 @@ TASKS: Mapping[str, Task] = {
     ),
 }
 """Name -> task."""
+
+BENCHMARKS: Mapping[str, str] = {"hellaswag": "gptoughts.inference.eval.hellaswag"}
+"""Benchmark that training can run at each validation (`eval.tasks`) -> module with `read_examples` and `prepare`."""
 
 PLUGIN_TASK = Task()
 """The task of an objective that a plugin brings."""

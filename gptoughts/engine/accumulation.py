@@ -9,6 +9,7 @@ from gptoughts.console import note
 from gptoughts.engine.engine import Engine
 from gptoughts.engine.objectives.base import Batch
 from gptoughts.engine.oom import OutOfMemory, free_failed_step, is_out_of_memory, next_micro_batch
+from gptoughts.engine.progress import BACKWARD, FORWARD, OTHER
 from gptoughts.errors import RunError
 
 
@@ -36,10 +37,13 @@ def _accumulate_once(engine: Engine, batch: Batch, scale: Tensor) -> Tensor:
     micro_batches = engine.micro_batches(batch)
     loss_sum = torch.zeros((), device=engine.device)
     for index, micro_batch in enumerate(micro_batches):
+        engine.mark(FORWARD)
         with engine.grad_sync(index == len(micro_batches) - 1):
             with engine.forward_context():
                 loss = engine.objective(engine.model, micro_batch)
+            engine.mark(BACKWARD)
             engine.backward(loss * scale)
+            engine.mark(OTHER)
         loss_sum += loss.detach()
     engine.counters.micro_batches += len(micro_batches)
     return loss_sum

@@ -81,6 +81,8 @@ class Engine:
     counters: Counters = field(default_factory=Counters)
     report: Callable[[str], None] = lambda phase: None
     """Tells the failure watch that a phase began or made progress: `step`, `evaluation`, `save`, ..."""
+    mark: Callable[[str], None] = lambda part: None
+    """Called where a part of a step begins, by its name in `engine/progress.py`. A timer replaces it in the steps that it samples."""
     _contexts: dict[str, list[Callable[..., AbstractContextManager[Any]]]] = field(init=False)
     _hooks: dict[str, Callable[..., Any]] = field(init=False)
     _wrappers: dict[str, list[Callable[..., Any]]] = field(init=False)

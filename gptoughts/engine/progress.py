@@ -7,6 +7,19 @@ from typing import Any
 
 from torch import Tensor
 
+DATA_WAIT, FORWARD, BACKWARD, OPTIMIZER, COMMUNICATION, OTHER = (
+    "data_wait",
+    "forward",
+    "backward",
+    "optimizer",
+    "communication",
+    "other",
+)
+PARTS = (DATA_WAIT, FORWARD, BACKWARD, OPTIMIZER, COMMUNICATION, OTHER)
+"""Parts of a step, as `Engine.mark` names them. Each lasts until the next mark, so together they are the step."""
+END = "end"
+"""The mark at the end of a step."""
+
 
 @dataclass(frozen=True)
 class Progress:

@@ -12,7 +12,7 @@ from gptoughts.engine.accumulation import accumulate
 from gptoughts.engine.callback import Callback
 from gptoughts.engine.engine import Engine
 from gptoughts.engine.optim.lr_schedule import set_rate
-from gptoughts.engine.progress import Progress, StepStats
+from gptoughts.engine.progress import COMMUNICATION, DATA_WAIT, END, OPTIMIZER, OTHER, Progress, StepStats
 
 
 def train_step(engine: Engine, rate: float) -> StepStats:
@@ -23,13 +23,20 @@ def train_step(engine: Engine, rate: float) -> StepStats:
     """
     if engine.optimizer is not None:
         set_rate(engine.optimizer, rate)  # before the backward, which may already update weights
+    engine.mark(DATA_WAIT)
     batch, cursor = engine.next_batch()
-    weight = engine.ranks.sum(engine.objective.weight(batch))
+    engine.mark(OTHER)
+    own_weight = engine.objective.weight(batch)
+    engine.mark(COMMUNICATION)
+    weight = engine.ranks.sum(own_weight)
+    engine.mark(OTHER)
     # A weight of 0 is an error that the log reports one step later; until then it must not make the weights NaN.
     scale = engine.ranks.size / torch.where(weight > 0, weight, torch.ones_like(weight))
     loss_sum = accumulate(engine, batch, scale)
+    engine.mark(OPTIMIZER)
     grad_norm = engine.clip()
     updated = engine.step()
+    engine.mark(END)
     engine.counters.updates += updated
     tokens = engine.objective.tokens(batch) * engine.ranks.size
     return StepStats(loss_sum, weight, grad_norm, updated, tokens, cursor, rate)

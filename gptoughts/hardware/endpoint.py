@@ -11,12 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gptoughts.errors import ConfigError
-from gptoughts.hardware.world import World
+from gptoughts.files import private_folder
+from gptoughts.hardware.world import TORCHRUN, World
 
 RENDEZVOUS_SECONDS = "GPTOUGHTS_RENDEZVOUS_SECONDS"
 """Environment variable: limit in seconds for all ranks to meet; 300 by default."""
 COLLECTIVE_SECONDS = "GPTOUGHTS_COLLECTIVE_SECONDS"
 """Environment variable: limit in seconds for one collective operation; 3600 by default: the failure watch ends a stalled run long before."""
+MEETING_FILE = "GPTOUGHTS_MEETING_FILE"
+"""Environment variable: file where ranks that `gptoughts train` started meet; its folder is private, so no port has to be open."""
 DEFAULT_PORT = 29500
 LOOPBACK = "127.0.0.1"
 PORTS = range(15_000, 31_000)
@@ -45,6 +48,8 @@ def endpoint(world: World, environment: Mapping[str, str]) -> Endpoint:
     port = _number("MASTER_PORT", environment, 65_535)
     # torchrun's agent listens; otherwise rank 0 does.
     serves = world.rank == 0 and environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    if environment.get(MEETING_FILE) and world.launcher == TORCHRUN.name and world.on_one_machine:
+        return Endpoint(LOOPBACK, 0, "ranks of gptoughts train", serves, Path(environment[MEETING_FILE]))
     if environment.get("MASTER_ADDR"):
         job = _job_port(environment) if world.launcher == "srun" else None
         chosen = port or job or DEFAULT_PORT
@@ -158,7 +163,8 @@ def _shared_file(environment: Mapping[str, str]) -> Path:
     if len(parts) < 2:  # Hydra: all ranks of a machine have one parent
         parts = [str(os.getppid()), _start_time(os.getppid())]
     key = hashlib.sha256("|".join(parts).encode()).hexdigest()[:16]
-    return Path(tempfile.gettempdir()) / f"gptoughts-{os.getuid()}-{key}.rendezvous"
+    # In a private folder: the name can be guessed, and another user could have made the file.
+    return private_folder(Path(tempfile.gettempdir()) / f"gptoughts-{os.getuid()}") / f"{key}.rendezvous"
 
 
 def _start_time(process: int) -> str:

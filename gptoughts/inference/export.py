@@ -144,11 +144,11 @@ def _reopened_logits(folder: Path, ids: Tensor, recipe: Recipe, device: torch.de
 
     answers = task_of(recipe).head == "question-answering"
     loader = transformers.AutoModelForQuestionAnswering if answers else transformers.AutoModelForCausalLM
-    code = {"trust_remote_code": True} if recipe.model.remote_code else {}  # the code in the exported folder
+    code = recipe.model.remote_code is not None  # in the exported folder
     try:
         with quiet():
             model: Any = loader.from_pretrained(
-                folder, dtype=torch.float32, local_files_only=True, attn_implementation="eager", **code
+                folder, dtype=torch.float32, local_files_only=True, attn_implementation="eager", trust_remote_code=code
             )
     except (OSError, ImportError, ValueError, RuntimeError, KeyError) as error:
         raise CheckpointError(f"export: transformers cannot open the written folder: {error}") from error
@@ -240,7 +240,8 @@ def _write_hf(model: nn.Module, recipe: Recipe, tokenizer: Tokenizer, folder: Pa
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
     """Return the weights by their names without an adapter; an adapter is merged."""
-    from gptoughts.models.adapters.adapter import adapter_layers, merge
+    from gptoughts.models.adapters.adapter import adapter_layers
+    from gptoughts.models.adapters.merge import merge
 
     if adapter_layers(model):
         return merge(model)
@@ -318,7 +319,11 @@ def _write_tokenizer(tokenizer: Tokenizer, folder: Path, origin: Path | None, re
     sample = text[:4000]
     expected = [int(index) for index in tokenizer.encode(sample)]
     for loader in (transformers.AutoTokenizer, transformers.PreTrainedTokenizerFast):
-        ids = loader.from_pretrained(folder, local_files_only=True)(sample, add_special_tokens=False)["input_ids"]
+        try:
+            opened = loader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except ValueError:  # a tokenizer with code of its own, as AutoTokenizer sees it
+            continue
+        ids = opened(sample, add_special_tokens=False)["input_ids"]
         if list(ids) == expected:
             other = loader is not transformers.AutoTokenizer
             # For some model types transformers replaces the file's pre-tokenizer.

@@ -13,8 +13,9 @@ from gptoughts.engine.from_recipe import base_record, base_weights, initial_weig
 from gptoughts.errors import CheckpointError, ConfigError
 from gptoughts.inference.export import Proof, compare, export, fresh, ids_of, passage_of, require
 from gptoughts.inference.load import LoadedModel, inference_engine, load
-from gptoughts.models.adapters.adapter import NAME, adapter_layers, frozen_values, peft
+from gptoughts.models.adapters.adapter import NAME, adapter_layers, peft
 from gptoughts.models.adapters.folder import AdapterFolder, save_adapter
+from gptoughts.models.adapters.merge import frozen_values
 from gptoughts.models.adapters.nf4 import is_turned, quiet
 from gptoughts.models.adapters.weights import AdapterSource
 from gptoughts.models.sources import meta_model
@@ -40,10 +41,16 @@ class InMemorySource:
 
 
 def export_checkpoint(
-    checkpoint: str, out: str, base: str | None = None, adapter_only: bool = False, text: str | None = None
+    checkpoint: str,
+    out: str,
+    base: str | None = None,
+    adapter_only: bool = False,
+    text: str | None = None,
+    remote_code: str | None = None,
 ) -> str:
     """Export a checkpoint, run or adapter to the folder `out` and verify it. Returns the lines to print. Raises CheckpointError."""
-    loaded = load(checkpoint, base=base, attention="written out")  # as in the reopened transformers model
+    # Attention as in the reopened transformers model.
+    loaded = load(checkpoint, base=base, attention="written out", remote_code=remote_code)
     passage = passage_of(text)
     if adapter_only:
         proof, notes = export_adapter(loaded, Path(out), passage)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from gptoughts.config import hf_spec
-from gptoughts.config.loader import Recipe, from_values
+from gptoughts.config.loader import REMOTE_CODE, Recipe, from_values
 from gptoughts.config.model_path import PACKAGE, resolve_model_folder
 from gptoughts.config.recipe import ModelConfig
 from gptoughts.config.resolve import resolve_recipe
@@ -79,21 +80,26 @@ Attend = Literal["fused", "written out"]
 
 
 def load(
-    name: str, families: Mapping[str, Any] | None = None, base: str | None = None, attention: Attend = "fused"
+    name: str,
+    families: Mapping[str, Any] | None = None,
+    base: str | None = None,
+    attention: Attend = "fused",
+    remote_code: str | None = None,
 ) -> LoadedModel:
     """Load a checkpoint or an exported folder on the GPU if there is one, else on the CPU.
 
-    base        overrides the base model recorded by an adapter
-    attention   "written out" is slower, and computes the same as other eager implementations
+    base         overrides the base model recorded by an adapter
+    attention    "written out" is slower, and computes the same as other eager implementations
+    remote_code  the folder or hub name whose code may run; what a checkpoint says about it does not count
 
     Raises CheckpointError, ConfigError.
     """
     folder = find(name)
     if is_exported(folder):
-        recipe, step = exported_recipe(folder, base), None
+        recipe, step = exported_recipe(folder, base, remote_code), None
         tokenizer: Tokenizer = load_tokenizer(recipe.data.tokenizer)
     else:
-        recipe, step = trained_recipe(folder, base)
+        recipe, step = trained_recipe(folder, base, remote_code)
         tokenizer = Tokenizer.load(folder / "tokenizer")
     adapter = folder if (folder / "adapter_config.json").is_file() else None
     parts = model_bundle(recipe, tokenizer, families or {}, {}, adapter)
@@ -121,8 +127,8 @@ def require_base(folder: Path, adapted: bool, base: str | None, recorded: str | 
             raise ConfigError(f"{folder}: base model of the adapter not found: {reason}", fix="--base FOLDER") from None
 
 
-def trained_recipe(folder: Path, base: str | None) -> tuple[Recipe, int]:
-    """Return the recipe and the step of a checkpoint."""
+def trained_recipe(folder: Path, base: str | None, remote_code: str | None = None) -> tuple[Recipe, int]:
+    """Return the recipe and the step of a checkpoint. Raises CheckpointError."""
     state = checkpoint.read_state(folder)
     try:
         values = dict(state["run"]["circumstances"]["recipe"])
@@ -137,11 +143,28 @@ def trained_recipe(folder: Path, base: str | None) -> tuple[Recipe, int]:
     require_base(folder, adapted, base, base or values.get("model.path"))
     if base is not None:
         values["model.path"] = base
+    values |= {REMOTE_CODE: consent(folder, values.get("model.path"), remote_code, values.get(REMOTE_CODE) is not None)}
     recipe = from_values({key: value for key, value in values.items() if value is not None}, str(folder)).recipe
     return recipe, state["step"]
 
 
-def exported_recipe(folder: Path, base: str | None) -> Recipe:
+def consent(folder: Path, path: str | None, given: str | None, needed: bool) -> str | None:
+    """Return the model whose code may run: `given` for this command, never what a file in `folder` says.
+
+    Raises CheckpointError for a model that needs its code without consent, ConfigError for consent to another model.
+    """
+    if given is None and needed:
+        raise CheckpointError(
+            f"{folder}: trained with the model's own code, which runs only if this command allows it",
+            found=f"model.path {path!r}",
+            fix=f"--remote-code {shlex.quote(str(path))}, if you trust the code there",
+        )
+    if given is not None and (path is None or given != path):
+        raise ConfigError(f"--remote-code {given}: not the model of {folder}", found=repr(path), fix=f"--remote-code {path}")
+    return given
+
+
+def exported_recipe(folder: Path, base: str | None, remote_code: str | None = None) -> Recipe:
     """Return a recipe for a folder with Hugging Face's layout. Raises CheckpointError, ConfigError."""
     path = str(folder)
     values: dict[str, Any] = {"name": folder.name, "train.steps": 1, "data.sequence_length": 1}
@@ -152,7 +175,7 @@ def exported_recipe(folder: Path, base: str | None) -> Recipe:
         if not path:
             raise CheckpointError(f"{adapter}: no base_model_name_or_path", fix="--base FOLDER")
     require_base(folder, adapter.is_file(), base, path)
-    values["model.path"] = path
+    values |= {"model.path": path, REMOTE_CODE: consent(folder, path, remote_code, False)}
     content = hf_spec.read_config(ModelConfig(path=path))
     if any(str(name).endswith("ForQuestionAnswering") for name in content.get("architectures") or ()):
         values |= {"objective": "question-answering", "data.format": "squad"}

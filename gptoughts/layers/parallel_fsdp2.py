@@ -70,7 +70,8 @@ def memory(case: Case, options: Options, budget: Budget) -> Budget:
         weights=on_device * -(-budget.weights // shards),
         gradients=on_device * -(-budget.gradients // shards),
         optimizer=on_device * -(-budget.optimizer // shards),
-        cast_weights=gathered if half else gathered + budget.cast_weights,
+        cast_weights=gathered if half else gathered + budget.workspace,
+        recasts=False,
         temporary=budget.temporary // shards,
         accumulates=True,
     )

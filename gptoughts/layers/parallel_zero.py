@@ -32,6 +32,7 @@ from gptoughts.planning.layer import (
     inactive,
     unsupported,
 )
+from gptoughts.planning.memory_model import baseline
 
 ELEMENTWISE = ("adamw", "lion")
 """Optimizers whose update of a weight needs no other weight, and no count of updates in their groups."""
@@ -70,22 +71,31 @@ def _memory(stage: int) -> Callable[[Case, Options, Budget], Budget]:
 
         offloads = case.on_gpu and _offloads(options)
         buckets = (2 if case.on_gpu else 1) * min(options["bucket_mb"] * MIB, budget.gradients)
-        copy = 0 if offloads else share(budget.weights)
-        weights, cast = budget.weights, budget.cast_weights
+        weights, cast = _float32_weights(case, budget), budget.cast_weights
+        copy = 0 if offloads else share(budget.gradients)  # of trained weights
         if stage == 3:
-            weights = 0 if offloads and options["offload_weights"] else share(budget.weights)
-            cast = gathered_bytes(case, budget, 4) + budget.cast_weights
+            weights = 0 if offloads and options["offload_weights"] else share(weights)
+            cast = gathered_bytes(case, budget, 4) + budget.workspace
         return replace(
             budget,
             weights=weights + copy,
             gradients=(budget.gradients if stage == 1 else 0 if offloads else share(budget.gradients)) + buckets,
             optimizer=0 if offloads else share(budget.optimizer),
             cast_weights=cast,
+            recasts=budget.recasts and stage < 3,
             temporary=share(budget.temporary),
             accumulates=True,
         )
 
     return memory
+
+
+def _float32_weights(case: Case, budget: Budget) -> int:
+    """Return the bytes of all weights in float32, also of those that other strategies keep in 16 bits."""
+    if case.spec.stored_bytes is None or case.recipe.adapter.kind == "none":
+        return budget.weights
+    whole = baseline(replace(case.spec, stored_bytes=None), case.recipe, 1)
+    return budget.weights if whole is None else whole.weights
 
 
 def _apply(stage: int) -> Callable[[Engine, Options], AbstractContextManager[None]]:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
+from gptoughts.layers.support.recomputation import until_last_projection
 from gptoughts.layers.support.requirements import fixed_scales
 from gptoughts.planning.kernel_names import attention_forwards
 from gptoughts.planning.layer import (
@@ -43,7 +44,7 @@ def unmet(case: Case, options: Options) -> Iterator[Reason]:
 
 def memory(case: Case, options: Options, budget: Budget) -> Budget:
     """The inside of one block at a time, and every block's input."""
-    return replace(budget, inner=0.0)
+    return replace(budget, inner=0.0, recasts=True)
 
 
 @contextmanager
@@ -95,6 +96,7 @@ LAYER = Layer(
     apply=apply,
     verify=verify,
     memory=memory,
+    recomputes=lambda spec, options: (until_last_projection(spec), 1.0),
     unmet=unmet,
     memory_rank=40,
 )

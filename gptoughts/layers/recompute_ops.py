@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
+from gptoughts.layers.support.recomputation import until_last_projection
 from gptoughts.layers.support.requirements import fixed_scales
 from gptoughts.models.torch_internals import dispatch_mode
 from gptoughts.planning.layer import (
@@ -174,6 +175,7 @@ LAYER = Layer(
     apply=apply,
     verify=verify,
     memory=memory,
+    recomputes=lambda spec, options: (0.0 if options["keep"] == "matmuls" else until_last_projection(spec), 0.0),
     unmet=unmet,
     memory_rank=20,
     options={"keep": Option("matmuls", "outputs that are kept; attention outputs always are", str, ("matmuls", "attention"))},

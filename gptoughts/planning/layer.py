@@ -234,6 +234,8 @@ class Layer:
     environment: Callable[[Case, Options], Mapping[str, str]] = _no_environment
     memory: Callable[[Case, Options, Budget], Budget] = _same_memory
     """Return the budget as changed by this layer."""
+    recomputes: Callable[[ModelSpec, Options], tuple[float, float]] = lambda spec, options: (0.0, 0.0)
+    """Return the shares of the blocks' forward matmuls and attention that run again in the backward, for HFU."""
     phase: Phase | None = None
     baseline: bool = False
     packages: tuple[tuple[str, str], ...] = ()

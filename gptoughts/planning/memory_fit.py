@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import combinations
 from typing import Any
 
+from gptoughts.config.tasks import task_of
 from gptoughts.console import GIB, bytes_in_words
 from gptoughts.planning.layer import SLOTS, Case, Choice, Kind, Layer
 from gptoughts.planning.memory_model import Budget, Verdict, baseline, verdict
 
 Choices = Mapping[str, Choice]
+Steps = list[tuple[Choice, str]]
+"""Changes of a plan, each with its flags."""
 
+SHORT = 512
+"""Sequence length at and below which shortening is not proposed."""
 SOURCE = "docs/measurements/cpu/memory.json"
 """Measured accuracy of the expected peak."""
 
@@ -28,6 +34,8 @@ class MemoryCheck:
     """Whether `memory_bytes` is the free memory rather than the total."""
     strategies: tuple[tuple[str, int], ...] = ()
     """With several ranks: (layer, peak bytes of a rank) of the other layers of the parallel slot."""
+    otherwise: tuple[str, ...] = ()
+    """What shrinks a step where no known layers suffice, as flags or words."""
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data; empty if the model's sizes are unknown."""
@@ -50,7 +58,8 @@ class MemoryCheck:
         yield f"  peak {bytes_in_words(parts['peak'])}{result}"
         yield from (f"  peak {bytes_in_words(peak)} with --layer.parallel {name}" for name, peak in self.strategies)
         if self.verdict in (Verdict.DOES_NOT, Verdict.TIGHT):
-            other = "no known layers suffice; use a smaller model, --adapter.kind lora or more ranks"
+            lacking = "layers suffice" if self.verdict is Verdict.DOES_NOT else "layers give more room"
+            other = f"no known {lacking}; try {', '.join(self.otherwise)}"
             yield f"  to fit: {other if self.changes is None else ' '.join(self.changes)}"
 
 
@@ -135,9 +144,21 @@ def fit(case: Case, choices: Choices, catalog: Mapping[str, Layer], compatible: 
         return MemoryCheck(None, available, Verdict.UNKNOWN)
     found = verdict(budget.peak, available)
     changes = _changes(case, choices, catalog, compatible, available) if found in (Verdict.DOES_NOT, Verdict.TIGHT) else ()
-    return MemoryCheck(
-        budget, available, found, changes, free is not None, tuple(_strategies(case, choices, catalog, compatible))
-    )
+    strategies = tuple(_strategies(case, choices, catalog, compatible))
+    return MemoryCheck(budget, available, found, changes, free is not None, strategies, tuple(_otherwise(case, budget)))
+
+
+def _otherwise(case: Case, budget: Budget) -> Iterator[str]:
+    """Yield what shrinks a step beyond layers, without what the recipe has already."""
+    adapter = case.recipe.adapter
+    if adapter.kind == "none" and case.recipe.model.path and task_of(case.recipe).samples:
+        yield "--adapter.kind lora"
+    elif adapter.kind != "none" and adapter.base != "nf4":
+        yield "--adapter.base nf4"
+    if budget.sequence_length > SHORT:
+        yield f"--data.sequence-length {budget.sequence_length // 2}"
+    yield "a smaller model"
+    yield "more GPUs with --layer.parallel fsdp2"
 
 
 def _strategies(
@@ -160,35 +181,56 @@ def _strategies(
 def _changes(
     case: Case, choices: Choices, catalog: Mapping[str, Layer], compatible: Callable[[Choices], bool], memory_bytes: int | None
 ) -> tuple[str, ...] | None:
-    """Return the first steps of the ladder that together fit, without steps that are not needed; None if all together do not."""
-    steps: list[tuple[Choice, str]] = []
+    """Return one step of the ladder that makes it fit, else two, else its first steps without those that are not needed; None if all
+    together do not.
+    """
 
-    def fits(taken: list[tuple[Choice, str]]) -> bool:
-        tried = {**choices, **{choice.slot: choice for choice, _ in taken}}
-        budget = expected(case, tried, catalog)
+    def changed(steps: Steps) -> Choices:
+        return {**choices, **{choice.slot: choice for choice, _ in steps}}
+
+    def fits(steps: Steps) -> bool:
+        budget = expected(case, changed(steps), catalog)
         return budget is not None and verdict(budget.peak, memory_bytes) is Verdict.FITS
 
-    for choice, flags in _ladder(case, choices, catalog, steps):
-        tried = {**choices, **{one.slot: one for one, _ in steps}, choice.slot: choice}
-        if not compatible(tried):
+    def flags(steps: Steps) -> tuple[str, ...]:
+        return (*_kept_layers(choices, steps, catalog, fits), *(flag for _, flag in steps))
+
+    known = list(_ladder(case, choices, catalog, []))
+    for size in (1, 2):
+        for several in map(list, combinations(known, size)):
+            apart = len({choice.slot for choice, _ in several}) == size
+            if apart and fits(several) and compatible(changed(several)):
+                return flags(several)
+    steps: Steps = []
+    for choice, flag in _ladder(case, choices, catalog, steps):
+        more = [*(step for step in steps if step[0].slot != choice.slot), (choice, flag)]
+        if not compatible(changed(more)):
             continue
-        steps[:] = [*(step for step in steps if step[0].slot != choice.slot), (choice, flags)]
+        steps[:] = more
         if fits(steps):
             for step in list(steps[:-1]):
                 rest = [other for other in steps if other is not step]
                 steps = rest if fits(rest) else steps
-            return (*_kept_layers(choices, steps, catalog), *(flags for _, flags in steps))
+            return flags(steps)
     return None
 
 
-def _kept_layers(choices: Choices, steps: list[tuple[Choice, str]], catalog: Mapping[str, Layer]) -> Iterator[str]:
-    """Yield flags that keep the plan's memory-saving layers: with a smaller micro-batch the profile might drop them."""
+def _kept_layers(choices: Choices, steps: Steps, catalog: Mapping[str, Layer], fits: Callable[[Steps], bool]) -> Iterator[str]:
+    """Yield flags that keep the plan's memory-saving layers where it would not fit without them: with a smaller micro-batch the profile
+    might drop them.
+    """
     changed = {choice.slot for choice, _ in steps}
-    if "microbatch" in changed:
-        for slot in dict.fromkeys(layer.slot for layer in ranked(catalog)):
-            name = choices[slot].layer
-            if slot not in changed and catalog[name].memory_rank is not None:
-                yield f"--layer.{slot.replace('_', '-')} {name}"
+    dropped: Steps = []
+    for slot in dict.fromkeys(layer.slot for layer in ranked(catalog)) if "microbatch" in changed else ():
+        name = choices[slot].layer
+        if slot in changed or catalog[name].memory_rank is None:
+            continue
+        plain = next(layer for layer in catalog.values() if layer.slot == slot and layer.baseline)
+        without = (Choice(slot, plain.name, plain.read_options({}, "memory"), "memory"), "")
+        if fits([*steps, *dropped, without]):
+            dropped.append(without)
+        else:
+            yield f"--layer.{slot.replace('_', '-')} {name}"
 
 
 def ranked(catalog: Mapping[str, Layer]) -> list[Layer]:
@@ -201,9 +243,7 @@ def ranked(catalog: Mapping[str, Layer]) -> list[Layer]:
     return sorted(layers, key=lambda layer: layer.memory_rank or 0)
 
 
-def _ladder(
-    case: Case, choices: Choices, catalog: Mapping[str, Layer], taken: list[tuple[Choice, str]]
-) -> Iterator[tuple[Choice, str]]:
+def _ladder(case: Case, choices: Choices, catalog: Mapping[str, Layer], taken: Steps) -> Iterator[tuple[Choice, str]]:
     """Yield the changes one at a time; each is checked with the micro-batch already `taken`."""
     for layer in ranked(catalog):
         flags = f"--layer.{layer.slot.replace('_', '-')} {layer.name}"

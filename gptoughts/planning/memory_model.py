@@ -60,9 +60,19 @@ class Budget:
     mixed: float
     """Elements per token in the output of attention."""
     matmul_parameters: int
+    """Elements of the weights of matmuls, without packed ones."""
     vocab_size: int
     compute_bytes: float = 4
     cast_weights: int = 0
+    """Bytes of the 16-bit copies of weights if all are kept for the backward."""
+    frozen_share: float = 0.0
+    """Share of `cast_weights` of frozen weights. Autocast keeps copies of trained weights until the forward ends, of frozen ones not."""
+    outside_share: float = 0.0
+    """Share of `cast_weights` outside the blocks: the head's."""
+    recasts: bool = False
+    """Whether blocks are recomputed, so that the backward casts the weights of one block at a time."""
+    unpacked: int = 0
+    """Elements of the largest frozen weight that is packed (NF4) or 16-bit: one is unpacked or cast at a time."""
     inner: float = 1.0
     moved: float = 0.0
     """Share of the activations offloaded until the backward."""
@@ -109,12 +119,12 @@ class Budget:
         return replace(self, scores=0)
 
     def half(self) -> Budget:
-        """Return the budget with 16-bit matmuls: half the inputs, a cast copy of every weight kept for the backward, logits twice."""
+        """Return the budget with 16-bit matmuls: half the inputs, a cast copy of every unpacked weight, logits twice."""
         return replace(self, compute_bytes=2, cast_weights=2 * self.matmul_parameters, logit_bytes=self.logit_bytes + 2)
 
     def only(self, outputs: float) -> Budget:
         """Return the budget with a block's input and `outputs` elements per token kept, and the rest recomputed block by block."""
-        return replace(self, full=float(self.width), compute=outputs, scores=0, gated=False)
+        return replace(self, full=float(self.width), compute=outputs, scores=0, gated=False, recasts=True)
 
     def compiled(self) -> Budget:
         """Return the budget with compiled blocks: outputs of norms and activation functions are recomputed from their kept inputs."""
@@ -124,19 +134,28 @@ class Budget:
 
     @property
     def workspace(self) -> int:
-        """Weights cast for the matmuls."""
-        return self.cast_weights
+        """Weights cast for the matmuls when the forward ends."""
+        if not self.recasts:
+            return self.cast_weights
+        frozen = self.frozen_share * (1 - self.outside_share)
+        return int(self.cast_weights * (1 - frozen + frozen / self.depth))
+
+    @property
+    def block_workspace(self) -> int:
+        """Weights cast or unpacked for the matmuls during the backward."""
+        inside = (1 - self.outside_share) / (self.depth if self.recasts else 1)
+        return int(self.cast_weights * (self.outside_share + inside) + self.unpacked * self.compute_bytes)
 
     @property
     def peak(self) -> int:
         """Peak bytes: in the loss, at the start or end of the backward, or in the update."""
         always = self.weights + self.optimizer
-        before = always + self.workspace + (self.gradients if self.accumulates else 0)
+        before = always + (self.gradients if self.accumulates else 0)
         # The gradient of the head comes first; in most models it is the largest weight.
         head = 0 if self.accumulates else self.largest * MASTER_BYTES
-        loss = before + self.kept + max(self.logits, head)
-        first = before + head + self.activations
-        ending = always + self.workspace + self.gradients + int(self.block_bytes)
+        loss = before + self.workspace + self.kept + max(self.logits, head)
+        first = before + self.block_workspace + head + self.activations
+        ending = always + self.block_workspace + self.gradients + int(self.block_bytes)
         return max(loss, first, ending, always + self.gradients + self.temporary)
 
     def to_json(self) -> dict[str, Any]:
@@ -158,15 +177,19 @@ def baseline(spec: ModelSpec, recipe: Recipe, sequences: int) -> Budget | None:
     width, depth, parameters = spec.width, spec.depth, spec.parameters
     if width is None or depth is None or parameters is None or spec.sequence_length is None or spec.vocab_size is None:
         return None
-    trained = parameters if recipe.adapter.kind == "none" else _adapter_parameters(spec, recipe)
+    trained = parameters if recipe.adapter.kind == "none" else adapter_parameters(spec, recipe)
     frozen = 0 if recipe.adapter.kind == "none" else parameters
     embedding = spec.embedding_parameters or 0
-    frozen_bytes = frozen * MASTER_BYTES
-    if recipe.adapter.base == "nf4" and frozen:
-        frozen_bytes = int(embedding * MASTER_BYTES + (frozen - embedding) * NF4_BYTES)
+    head = spec.vocab_size * width
     full, compute, scores = _kept(spec, recipe)
     products, mixed = _outputs(spec)
-    head = spec.vocab_size * width
+    matmuls, frozen_bytes, unpacked = parameters - embedding + (head if spec.tied else 0), frozen * MASTER_BYTES, 0
+    narrow = {"nf4": NF4_BYTES}.get(recipe.adapter.base, spec.stored_bytes)
+    if frozen and narrow is not None and spec.experts is None:
+        # Only projections inside blocks are packed or keep the 16 bits of their checkpoint; stacked experts are not projections.
+        outside = embedding + (0 if spec.tied else head)
+        frozen_bytes = int(outside * MASTER_BYTES + (frozen - outside) * narrow)
+        matmuls, unpacked = head, width * max(width, _inner(spec))
     return Budget(
         weights=frozen_bytes + trained * MASTER_BYTES,
         gradients=trained * MASTER_BYTES,
@@ -182,10 +205,13 @@ def baseline(spec: ModelSpec, recipe: Recipe, sequences: int) -> Budget | None:
         scores=scores,
         products=products,
         mixed=mixed,
-        matmul_parameters=parameters - embedding + (head if spec.tied else 0),
+        matmul_parameters=matmuls + (trained if frozen else 0),
         vocab_size=spec.vocab_size if task_of(recipe).over_vocabulary else 2,
         largest=head if frozen == 0 else 0,
         temporary=2 * max(head, embedding) * MASTER_BYTES if frozen == 0 else 0,
+        frozen_share=matmuls / (matmuls + trained) if frozen else 0.0,
+        outside_share=head / (matmuls + (trained if frozen else 0)),
+        unpacked=unpacked,
     )
 
 
@@ -200,7 +226,7 @@ def _moments(spec: ModelSpec, recipe: Recipe) -> float:
     return 2 * outside + inside * (1 - outside)
 
 
-def _adapter_parameters(spec: ModelSpec, recipe: Recipe) -> int:
+def adapter_parameters(spec: ModelSpec, recipe: Recipe) -> int:
     """Return the parameters of low-rank factors on every projection of every block."""
     assert spec.width is not None and spec.depth is not None
     width, inner = spec.width, spec.hidden or 4 * spec.width

@@ -122,6 +122,8 @@ class EvidenceCheck:
     report: Callable[[Mapping[str, Any]], None] = lambda values: None
     """Receives the memory keys of metrics.jsonl after the watched step."""
     evidence: tuple[LayerEvidence, ...] = ()
+    trace: StepTrace | None = None
+    """The watched step."""
 
     def run(
         self,
@@ -160,6 +162,7 @@ class EvidenceCheck:
         return progress, stopped
 
     def _judge(self, engine: Engine, progress: Progress, trace: StepTrace) -> None:
+        self.trace = trace
         self.evidence = tuple(judge(engine, self.plan, self.catalog, trace))
         memory = self._memory(trace)
         self._write({"step": progress.step, "layers": [line.to_json() for line in self.evidence], "memory": memory})

@@ -23,11 +23,11 @@ from gptoughts.engine.trainer import Progress, train
 from gptoughts.errors import ConfigError, DataError, StorageError
 from gptoughts.hardware.world import World
 from gptoughts.planning.plan import Plan
-from gptoughts.run.callbacks import Log
 from gptoughts.run.evidence import EvidenceCheck, LayerEvidence
+from gptoughts.run.log import Log
 from gptoughts.run.session import OwnModel, Session, TrainingJob, open_session
 from gptoughts.run.throughput import Throughput
-from gptoughts.run.tracking.sink import CallbackSink, RunInfo, Sink, Sinks, make_sink
+from gptoughts.run.tracking.sink import CallbackSink, RunInfo, Sink, Sinks, make_sinks
 
 
 @dataclass
@@ -78,7 +78,7 @@ def fit_model(model: nn.Module, objective: Any, batches: Iterable[Mapping[str, A
 def _train(session: Session, result: FitResult) -> None:
     job, engine, folder = session.job, session.engine, session.job.folder
     writes = folder is not None and session.ranks.first
-    sinks = Sinks([_RowList(result.rows), *map(CallbackSink, job.callbacks), *(map(make_sink, job.track) if writes else ())])
+    sinks = Sinks([_RowList(result.rows), *map(CallbackSink, job.callbacks), *(make_sinks(job.track) if writes else ())])
     out = folder.out if folder is not None else Path()
     sinks.start(RunInfo("fit", out, session.attempt, plan=job.plan.to_json()))
     log = Log(1, sinks, session.console, Throughput(session.ranks.size))

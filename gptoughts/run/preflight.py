@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from importlib import import_module
 from typing import Any
 
 from torch import nn
 
 from gptoughts.config.loader import Recipe, Resolved
+from gptoughts.config.tasks import BENCHMARKS, task_of
 from gptoughts.console import count
 from gptoughts.data.chat.marking import Style, first_rows, render_row, row_summary
 from gptoughts.data.corpus import Corpus, TableCorpus
@@ -27,6 +29,20 @@ def check(recipe: Recipe, corpus: Corpus, bundle: ModelBundle) -> None:
         check_sampling(recipe)
     if recipe.eval.patience and not corpus.validates:
         raise ConfigError("eval.patience: needs a validation split", fix="--data.val-fraction 0.05, or --data.val-path FILE")
+    check_benchmarks(recipe, corpus)
+
+
+def check_benchmarks(recipe: Recipe, corpus: Corpus) -> None:
+    """Read the rows of `eval.tasks`. Raises ConfigError for a model or data that they cannot run on, DataError for invalid rows."""
+    names, settings = recipe.eval.benchmarks, recipe.eval
+    if not names:
+        return
+    if not task_of(recipe).benchmarks:
+        raise ConfigError(f"eval.tasks {settings.tasks}: needs a language model", found=f"objective {recipe.objective}")
+    if not corpus.validates:
+        raise ConfigError("eval.tasks: needs a validation split", fix="--data.val-fraction 0.05, or --data.val-path FILE")
+    for name in names:
+        import_module(BENCHMARKS[name]).read_examples(settings.task_data, settings.task_limit or None)
 
 
 def check_packing(recipe: Recipe, bundle: ModelBundle, model: nn.Module) -> None:
@@ -57,7 +73,7 @@ def introduction(
     parameters = f"{count(spec.parameters)} parameters" if spec.parameters else "parameters n/a"
     yield f"model {spec.family}, {parameters}; data {corpus.folder}: {count(corpus.train_tokens)} tokens"
     if bundle.base is not None:
-        from gptoughts.models.adapters.adapter import summary  # imports peft
+        from gptoughts.models.adapters.merge import summary  # imports peft
 
         yield summary(model)
     yield from (f"note: {note}" for note in getattr(source, "notes", ()))

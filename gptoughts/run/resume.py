@@ -29,6 +29,9 @@ HARMLESS = (
     "log.every",
     "eval.every",
     "eval.batches",
+    "eval.tasks",
+    "eval.task_limit",
+    "eval.task_data",
     "save.every",
     "save.keep",
     "save.keep_best",
@@ -143,8 +146,9 @@ def find_on_rank_0(folder: RunFolder, resume: str, ranks: Ranks) -> tuple[Resume
 
 def fingerprint(resolved: Resolved, plan: Plan, rows: int) -> dict[str, Any]:
     """Return everything that must be equal for a resumed run to continue bit for bit."""
+    values = {key: value for key, value in resolved.values().items() if not key.startswith("track.")}
     return {
-        "recipe": {**resolved.values(), "rows": rows},
+        "recipe": {**values, "rows": rows},
         "layers": {choice.slot: [choice.layer, dict(choice.options)] for choice in plan.choices},
         "machine": plan.machine,
         "world_size": plan.world_size,
@@ -198,7 +202,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def checkpoint_state(fingerprint: Mapping[str, Any], plan: Plan, progress: Progress, **run: Any) -> dict[str, Any]:
     """Return the part of a checkpoint that is not tensors.
 
-    run  attempt, val_loss (None if this step was not validated), validations (see `Evaluate.state`), micro_batch
+    run  attempt, val_loss (None if this step was not validated), validations (see `Evaluate.state`), micro_batch, run_id
     """
     return {
         "progress": {

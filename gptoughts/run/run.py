@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gptoughts.config.tasks import load, task_of
+from gptoughts.config.tasks import task_of
 from gptoughts.console import LOGGER
-from gptoughts.data.corpus import TableCorpus
 from gptoughts.engine.callback import Callback
 from gptoughts.engine.checkpoint import integrity, state, store
 from gptoughts.engine.checkpoint.writer import Writer
@@ -23,15 +23,24 @@ from gptoughts.engine.from_recipe import checkpoint_documents
 from gptoughts.engine.trainer import Progress, train
 from gptoughts.inference.generate.write import generate_text
 from gptoughts.run import resume
-from gptoughts.run.callbacks import Evaluate, Log, Sample
+from gptoughts.run.advice import Advisor
+from gptoughts.run.callbacks import Evaluate, Sample
 from gptoughts.run.evidence import EvidenceCheck, LayerEvidence, warmup_steps
 from gptoughts.run.failures import report_failures
+from gptoughts.run.goodput import Goodput
+from gptoughts.run.limiter import Limiter, Pauses
+from gptoughts.run.log import Log
 from gptoughts.run.saving import Save
+from gptoughts.run.scores import label_bytes, scores_of
 from gptoughts.run.session import Session, TrainingJob, open_session
 from gptoughts.run.signals import SignalWatcher
 from gptoughts.run.storage import checkpoint_bytes, space_problem
 from gptoughts.run.throughput import throughput
-from gptoughts.run.tracking.sink import CallbackSink, RunInfo, Sinks, make_sink
+from gptoughts.run.tracking.history import columns, figures_of, summary_html
+from gptoughts.run.tracking.jsonl import FILE, SYSTEM_FILE, newest_sample
+from gptoughts.run.tracking.run_dir import run_id
+from gptoughts.run.tracking.sink import CallbackSink, RunInfo, Sinks, make_sinks
+from gptoughts.run.tracking.system import SystemMetrics
 
 
 @dataclass(frozen=True)
@@ -53,6 +62,18 @@ class RunResult:
     prompt: str = ""
     """The prompt of its samples."""
 
+    @cached_property
+    def history(self) -> dict[str, list[Any]]:
+        """Columns of metrics.jsonl: key -> value of every row in step order, None where a row has none. Read when first asked for."""
+        return columns(self.out / FILE)
+
+    def _repr_html_(self) -> str:
+        """Show a notebook the newest figures and the losses."""
+        active = [line.layer for line in self.evidence if line.evidence.text != "baseline"]
+        layers = {"layers": ", ".join(active)} if active else {}
+        folders = {"files": str(self.out), **({"checkpoint": str(self.checkpoint)} if self.checkpoint else {})}
+        return summary_html(self.out.name, {**figures_of(self.history), **layers, **folders}, self.out / FILE)
+
 
 def execute(job: TrainingJob) -> RunResult:
     """Run until the end, a signal or an error. Everything reached by then is on disk."""
@@ -68,10 +89,15 @@ class _Run:
         self.session, self.job, self.recipe, self.engine = session, session.job, session.job.recipe, session.engine
         self.corpus, self.folder, self.first = session.corpus, session.job.folder, session.ranks.first
         self.signals = SignalWatcher(session.ranks, self.folder.out)
-        self.sinks = self._open_sinks()
+        own = [*make_sinks(self.job.track), *map(CallbackSink, self.job.callbacks)]
+        self.sinks = Sinks(own if self.first else ())
+        self.run_id = ""
         self.evaluate = self._evaluate() if self.corpus.validates else None
         self.sharded = is_sharded(self.engine.bare)
         self.writer = self._open_writer()
+        self.goodput: Goodput | None = None
+        """None on ranks that write nothing, as is `limiter`."""
+        self.limiter: Limiter | None = None
 
     def execute(self) -> RunResult:
         """Resume, train, and return the result."""
@@ -112,13 +138,16 @@ class _Run:
 
     def _train(self, progress: Progress) -> RunResult:
         session, job = self.session, self.job
-        figures = throughput(session.bundle.spec, job.plan, job.machine, job.world)
+        figures = throughput(session.bundle.spec, job.recipe, job.plan, job.machine, job.world, job.extensions.catalog)
         for line in figures.notes:
             session.console.say(line)
         catalog = job.extensions.catalog
         warm = warmup_steps(job.plan, catalog) + 1
         log = Log(self.recipe.log.every, self.sinks, session.console, figures, session.length, warm)
-        sample = Sample(self.recipe.sample.every, self._write_sample, session.console)
+        if self.first:
+            self.goodput = Goodput(self.folder.out, session.attempt, job.began, progress.step, warm)
+        sample = Sample(self.recipe.sample.every, self._write_sample, session.console, self.sinks)
+        system = self._system_metrics()
         save = Save(
             self.recipe.save.every,
             self.writer,
@@ -127,22 +156,47 @@ class _Run:
             self.recipe.save.failures,
             self.signals.save_asked,
         )
-        callbacks = [log, *([self.evaluate] if self.evaluate else []), save, sample, *job.callbacks]
+        callbacks = [system, log, *([self.evaluate] if self.evaluate else []), save, sample, *job.callbacks]
+        callbacks += [self.goodput] if self.goodput else []
         check = EvidenceCheck(
             job.plan, catalog, session.ranks, session.console, self.folder.out, session.attempt, job.strict, report=log.add
         )
-        try:
-            progress = self._loop(progress, callbacks, check)
-        finally:
-            if self.writer is not None:
-                self.writer.failure()  # told when it happened; the last write of a run raises its own
-            session.console.end_row()
-            self.sinks.close()
+        end = "failed"
+        with Pauses() as pauses:
+            if self.goodput is not None:
+                log.judge = self.limiter = self._limiter(self.goodput, check, pauses)
+            try:
+                self._start_sinks(progress)
+                progress = self._loop(progress, callbacks, check)
+                end = "interrupted" if self.signals.stopped else "finished"
+            finally:
+                system.close()
+                self._close(end)
         session.ranks.barrier()  # launchers end the ranks that remain when one exits; rank 0 may still write its checkpoint
         if self.first and not check.evidence:
             check.report_unwatched()
         newest = integrity.newest(self.folder.checkpoints)[0] if self.first else None
         return self._result(progress, newest, check.evidence, sample.text)
+
+    def _limiter(self, goodput: Goodput, check: EvidenceCheck, pauses: Pauses) -> Limiter:
+        job = self.job
+        spec, catalog = self.session.bundle.spec, job.extensions.catalog
+        advisor = Advisor(job.machine, spec, job.recipe, job.world, job.plan, catalog)
+        samples = self.folder.out / "system.jsonl"
+        return Limiter(advisor, self.session.console, goodput.attempt_parts, pauses, lambda: check.trace, samples)
+
+    def _close(self, end: str) -> None:
+        """Wait for the last checkpoint, and close what the run writes to. `end` is finished, interrupted or failed."""
+        if self.goodput is not None:
+            self.goodput.waiting_for_disk()
+        if self.writer is not None:
+            self.writer.failure()  # reported when it happened; the last write of a run raises its own
+        self.session.console.end_row()
+        self.sinks.close()
+        for line in self.limiter.summary() if self.limiter is not None else ():
+            self.session.console.say(line)
+        if self.goodput is not None:
+            self.session.console.say(self.goodput.close(end))
 
     def _loop(self, progress: Progress, callbacks: list[Callback], check: EvidenceCheck) -> Progress:
         engine, schedule = self.engine, self.session.length.rate
@@ -159,13 +213,19 @@ class _Run:
             callback.on_end(engine, progress)
         return progress
 
-    def _open_sinks(self) -> Sinks:
+    def _start_sinks(self, progress: Progress) -> None:
         if not self.first:
-            return Sinks()
-        sinks = Sinks([*map(make_sink, self.job.track), *map(CallbackSink, self.job.callbacks)])
-        recipe = self.recipe.model_dump(mode="json")
-        sinks.start(RunInfo(self.folder.name, self.folder.out, self.session.attempt, recipe, self.job.plan.to_json()))
-        return sinks
+            return
+        point, folder = self.session.resumed, self.folder
+        self.run_id = run_id(folder, point.folder if point else None, point.state.get("run_id") if point else None)
+        recipe, plan = self.recipe.model_dump(mode="json"), self.job.plan.to_json()
+        track = recipe["track"]
+        info = RunInfo(folder.name, folder.out, self.session.attempt, recipe, plan, self.run_id, progress.step, track)
+        self.sinks.start(info)
+
+    def _system_metrics(self) -> SystemMetrics:
+        before = newest_sample(self.folder.out / SYSTEM_FILE) if self.first else 0
+        return SystemMetrics(self.session.ranks, self.sinks, self.recipe.track.sample_seconds, before)
 
     def _open_writer(self) -> Writer | None:
         """Return the writer of checkpoints; None on ranks that write nothing."""
@@ -184,23 +244,10 @@ class _Run:
             self.sinks,
             session.console,
             settings.patience,
-            self._scores(),
+            scores_of(session, self.folder.out),
+            label_bytes(session),
             within=self.signals.interruptible,
         )
-
-    def _scores(self) -> Callable[[Engine], Mapping[str, float]] | None:
-        """Return a function to the task's own scores on the validation split, if it has some."""
-        corpus, task = self.corpus, task_of(self.recipe)
-        if not task.scores or not isinstance(corpus, TableCorpus) or corpus.questions is None:
-            return None
-        table, questions, evaluate = corpus.tables["val"], corpus.questions, load(task.scores)
-
-        def scores(engine: Engine) -> Mapping[str, float]:
-            with gathered_outside_blocks(engine.bare):
-                found: Mapping[str, float] = evaluate(engine, table, questions, out=self.folder.out)
-            return found
-
-        return scores
 
     def _write_sample(self, engine: Engine) -> str:
         # With sharded weights every rank computes the sample, because each forward gathers weights.
@@ -227,7 +274,10 @@ class _Run:
             val_loss=newest[1] if newest and newest[0] == progress.step else None,
             validations=evaluate.state() if evaluate else {},
             micro_batch=engine.micro_batch,
+            run_id=self.run_id,
         )
+        if self.goodput is not None:
+            self.goodput.checkpoint(progress.step)
         weights: state.Which = "all" if self.recipe.adapter.kind == "none" else "trained"
         return state.snapshot(engine, progress.step, kept, documents, {"tokenizer": self.corpus.tokenizer_folder}, weights)
 

@@ -19,7 +19,7 @@ from gptoughts.engine.distributed.replicas import demand_equal_weights
 from gptoughts.engine.engine import Engine
 from gptoughts.engine.trainer import Progress, StepStats
 from gptoughts.errors import RunError, StorageError, ToldElsewhere
-from gptoughts.run.callbacks import every
+from gptoughts.run.log import every
 from gptoughts.run.storage import other_folders
 
 FIX = "free space on that disk, then the same command again"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -83,6 +84,8 @@ class TrainingJob:
     """Seed of the initial weights if it is not the recipe's; data and their order stay."""
     own: OwnModel | None = None
     """Replaces the recipe's model, data and objective."""
+    began: float = field(default_factory=time.time)
+    """Unix time from which goodput counts the start: the process's own start for `gptoughts train`."""
 
     @property
     def recipe(self) -> Recipe:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from gptoughts.config.model_spec import ModelSpec, flops_per_token
+from gptoughts.config.loader import Recipe
+from gptoughts.config.model_spec import ModelSpec
 from gptoughts.hardware.machine import Machine
 from gptoughts.hardware.measured_peaks import gemm_utilization
 from gptoughts.hardware.peak_flops import peaks
 from gptoughts.hardware.world import World
+from gptoughts.planning.flops import plan_flops
+from gptoughts.planning.layer import Layer
 from gptoughts.planning.plan import Plan
 
 Mfu = Callable[[float], float | None]
@@ -30,6 +33,8 @@ class Throughput:
     of_gemm: Mfu = _unknown
     notes: tuple[str, ...] = ()
     """Formulas with their constants, for the console."""
+    hardware_flops: int | None = None
+    """FLOPs per token with recomputed forwards."""
 
     def row(self, speed: float) -> dict[str, float | None]:
         """Return the `perf/` keys of metrics.jsonl for a speed."""
@@ -38,24 +43,33 @@ class Throughput:
             "perf/tokens_per_second_per_gpu": speed / self.ranks,
             "perf/tflops_per_gpu": None if self.flops is None else self.flops * speed / self.ranks / 1e12,
             "perf/mfu": self.mfu(speed),
+            "perf/hfu": self._hfu(speed),
             "perf/of_gemm": self.of_gemm(speed),
         }
 
+    def _hfu(self, speed: float) -> float | None:
+        mfu = self.mfu(speed)
+        if mfu is None or not self.flops or self.hardware_flops is None:
+            return None
+        return mfu * self.hardware_flops / self.flops
 
-def throughput(spec: ModelSpec, plan: Plan, machine: Machine, world: World) -> Throughput:
-    """Return the conversions for a model on this machine."""
-    mfu, formula = utilization(spec, machine, world.world_size)
-    of_gemm, ceiling = gemm_utilization(flops_per_token(spec), machine, world, plan.gemm_dtype)
-    return Throughput(world.world_size, flops_per_token(spec), mfu, of_gemm, (formula, ceiling))
+
+def throughput(
+    spec: ModelSpec, recipe: Recipe, plan: Plan, machine: Machine, world: World, catalog: Mapping[str, Layer]
+) -> Throughput:
+    """Return the conversions for a plan on this machine."""
+    flops = plan_flops(spec, recipe, plan, catalog)
+    mfu, formula = utilization(flops.model, machine, world.world_size, flops.formula)
+    of_gemm, ceiling = gemm_utilization(flops.model, machine, world, plan.gemm_dtype)
+    return Throughput(world.world_size, flops.model, mfu, of_gemm, (formula, ceiling), flops.hardware)
 
 
-def utilization(spec: ModelSpec, machine: Machine, ranks: int) -> tuple[Mfu, str]:
+def utilization(flops: int | None, machine: Machine, ranks: int, formula: str = "6N + 12LCT") -> tuple[Mfu, str]:
     """Return a function from tokens per second over all ranks to MFU, and a line with its formula and constant.
 
-    The function gives None where the model's size or the GPU's peak is unknown: a wrong constant is worse than none. FP8 runs are
-    measured against the bf16 peak too, so that they can be compared. Source of the formula: `model_spec.flops_per_token`.
+    `flops` are the model's per token. The function gives None where they or the GPU's peak are unknown: a wrong constant is worse than
+    none. FP8 runs are measured against the bf16 peak too, so that they can be compared.
     """
-    flops = flops_per_token(spec)
     gpu = machine.gpus[0] if machine.gpus else None
     peak = peaks(gpu.name, gpu.memory_bytes) if gpu else None
     if gpu is None:
@@ -66,5 +80,5 @@ def utilization(spec: ModelSpec, machine: Machine, ranks: int) -> tuple[Mfu, str
         return _unknown, f"MFU n/a: no dense bf16 peak is known for {gpu.name}"
     per_second = peak.bf16_tflops * 1e12 * ranks
     return (lambda speed: flops * speed / per_second), (
-        f"MFU = (6N + 12LCT) x tok/s / {peak.bf16_tflops:g} TFLOP/s per GPU, dense bf16 ({peak.source})"
+        f"MFU = ({formula}) x tok/s / {peak.bf16_tflops:g} TFLOP/s per GPU, dense bf16 ({peak.source})"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptoughts.config.aliases import FOREIGN, our_flag, ours
+from gptoughts.config.aliases import FOREIGN, WITHOUT, instead, our_flag, ours
 from gptoughts.config.loader import Resolved, fields, from_values, load, recipe_names, type_word
 from gptoughts.config.recipe import LENGTHS, OPTIMIZER_KEYS, SELECTIVE_KEYS, leaf_types
 from gptoughts.errors import ConfigError
@@ -176,10 +177,36 @@ def test_foreign_words_lead_to_keys_that_exist() -> None:
         first = our_flag(f"--{word.replace('_', '-')}").partition(" ")[0].rstrip(",;")
         assert (
             first in known
-            or first in ("--profile", "--name", "--run-dir", "--resume", "RECIPE")
-            or first.startswith("--layer.")
+            or first in ("--profile", "--name", "--run-dir", "--resume", "RECIPE", "--collectives", "gptoughts")
+            or first.startswith(("CUDA_VISIBLE_DEVICES", "--layer."))
         )
     assert ours("train.batch-size") == ours("--batch_size") != "" and ours("color") == ""
+
+
+SFT_CONFIG = (
+    "learning_rate", "model_init_kwargs", "trust_remote_code", "router_aux_loss_coef", "chat_template_path", "dataset_text_field",
+    "dataset_kwargs", "dataset_num_proc", "eos_token", "max_length", "truncation_mode", "shuffle_dataset", "packing", "packing_strategy",
+    "padding_free", "pad_to_multiple_of", "eval_packing", "completion_only_loss", "assistant_only_loss", "loss_type",
+    "activation_offloading", "pad_token",
+)  # fmt: skip
+"""Fields that TRL's SFTConfig (1.16) adds."""
+
+
+def test_every_option_of_the_common_trainers_has_an_answer() -> None:
+    transformers = pytest.importorskip("transformers")
+    theirs = [field.name for field in dataclasses.fields(transformers.TrainingArguments) if field.init]
+    leaves = {key.rpartition(".")[2] for key in KINDS}
+    words = [word for word in (*theirs, *SFT_CONFIG) if not word.startswith("_")]
+    assert [word for word in words if not (ours(word) or instead(word) or word in leaves)] == []
+    assert not FOREIGN.keys() & WITHOUT.keys()
+    assert len(words) > 100
+
+
+def test_an_option_without_counterpart_says_what_is_so_instead(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('name = "x"\n[train]\nsteps = 1\nlabel_smoothing_factor = 0.1\n', encoding="utf-8")
+    with pytest.raises(ConfigError, match="no such key: labels are not smoothed"):
+        load(str(recipe))
 
 
 def test_flag_words() -> None:

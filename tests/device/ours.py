@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gptoughts.api import ResolvedRun, decide
+from gptoughts.config.model_spec import flops_per_token
 from gptoughts.console import SilentConsole
 from gptoughts.engine.distributed.ranks import Ranks
 from gptoughts.engine.engine import Engine
@@ -24,7 +25,7 @@ from gptoughts.models.family import Family, family_of
 from gptoughts.models.sources import meta_model
 from gptoughts.run import evidence, step_trace
 from gptoughts.run.build import build_engine
-from gptoughts.run.callbacks import Log
+from gptoughts.run.log import Log
 from gptoughts.run.throughput import Throughput, utilization
 from gptoughts.run.tracking.sink import Sink
 from tests.device.serving import Channel, served, settle, timed
@@ -168,7 +169,7 @@ def body(job: dict[str, Any], channel: Channel) -> None:
 def described(setting: ResolvedRun, engine: Engine) -> dict[str, Any]:
     """The plan as it runs and the sizes that speeds are read with."""
     recipe, spec = setting.resolved.recipe, setting.plan.spec
-    formula = utilization(_facts(setting), setting.machine, 1)[1]
+    formula = utilization(flops_per_token(_facts(setting)), setting.machine, 1)[1]
     return {
         "profile": setting.plan.profile,
         "plan": {choice.slot: {"layer": choice.layer, **dict(choice.options)} for choice in setting.plan.choices},
@@ -201,7 +202,7 @@ def ended(setting: ResolvedRun, loop: Loop, on_gpu: bool) -> dict[str, Any]:
     return {
         "peak_memory_bytes": peak,
         "reserved_memory_bytes": reserved,
-        "mfu_of_one_token_per_second": utilization(_facts(setting), setting.machine, 1)[0](1.0),
+        "mfu_of_one_token_per_second": utilization(flops_per_token(_facts(setting)), setting.machine, 1)[0](1.0),
         "losses": loop.losses.values,
         "updates": loop.progress.step,
         "micro_batch_at_end": loop.engine.micro_batch,

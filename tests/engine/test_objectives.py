@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gptoughts.engine.accumulation import accumulate
 from gptoughts.engine.objectives.base import NextToken, Objective, Rows, WrappedObjective, as_objective
-from gptoughts.run.callbacks import take_meters
+from gptoughts.run.log import take_meters
 from tests.support.engines import engine_of, plan_of, recipe_of
 
 

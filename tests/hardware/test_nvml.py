@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,15 +12,11 @@ from typing import Any
 import pytest
 
 from gptoughts.hardware.machine import Gpu, Machine
+from tests.support.fake_nvml import NEEDED, SOURCE, compile_library
 
-SOURCE = Path(__file__).parents[1] / "nvml" / "fake_nvml.c"
-COMPILER = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
 CHILD = "import json; from gptoughts.hardware.machine import probe; print(json.dumps(probe().to_json()))"
 
-pytestmark = [
-    pytest.mark.skipif(not COMPILER, reason="no C compiler for the fake NVML"),
-    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="NVML is probed on Linux only"),
-]
+pytestmark = NEEDED
 
 A, B, C = (f"GPU-{head}-d72c-4106-c12f-20bd9faed9f6" for head in ("8932f937", "8932aaaa", "11223344"))
 M0, M1 = "MIG-5c0ffee0-0000-5000-8000-000000000001", "MIG-5c0ffee1-0000-5000-8000-000000000002"
@@ -38,10 +33,7 @@ SLICED = (
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with the compiled libnvidia-ml.so.1."""
-    folder = tmp_path_factory.mktemp("nvml")
-    command = [str(COMPILER), "-shared", "-fPIC", "-o", str(folder / "libnvidia-ml.so.1"), str(SOURCE)]
-    subprocess.run(command, check=True, capture_output=True)
-    return folder
+    return compile_library(tmp_path_factory.mktemp("nvml"))
 
 
 @pytest.fixture

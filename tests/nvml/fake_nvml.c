@@ -6,8 +6,11 @@
  *   mig SLOT UUID BYTES NAME...                     an instance of the GPU above
  *   link gpu|switch|npu BUS [down]                  one more NVLink of the GPU above
  *   state NAME NUMBER                               how the GPU above stands: reasons clock maxclock celsius usual (milliwatts)
- *                                                   persistent ecc uncorrected width maxwidth used (bytes)
+ *                                                   persistent ecc uncorrected width maxwidth used (bytes) busy (%)
+ *                                                   drawn (milliwatts) memclock; and growth with every reading: energy
+ *                                                   (millijoules) linked (KiB); pcie (KB per second)
  *   fail FUNCTION CODE [INDEX]                      this function returns CODE, for one GPU or for all
+ *   lost INDEX COUNT                                this GPU is lost once its utilization was read COUNT times
  *
  * A number of -1 makes its getter return NOT_SUPPORTED.
  */
@@ -16,9 +19,11 @@
 #include <string.h>
 
 enum { SUCCESS = 0, INVALID_ARGUMENT = 2, NOT_SUPPORTED = 3, NOT_FOUND = 6 };
-enum { REASONS, CLOCK, MAXCLOCK, CELSIUS, USUAL, PERSISTENT, ECC, UNCORRECTED, WIDTH, MAXWIDTH, USED, MAX_STATES };
+enum { REASONS, CLOCK, MAXCLOCK, CELSIUS, USUAL, PERSISTENT, ECC, UNCORRECTED, WIDTH, MAXWIDTH, USED,
+       BUSY, DRAWN, MEMCLOCK, ENERGY, LINKED, PCIE, MAX_STATES };
 static const char *state_names[MAX_STATES] = {"reasons",    "clock", "maxclock",    "celsius", "usual",   "persistent",
-                                              "ecc",        "uncorrected", "width", "maxwidth", "used"};
+                                              "ecc",        "uncorrected", "width", "maxwidth", "used",
+                                              "busy",       "drawn", "memclock",    "energy",  "linked",  "pcie"};
 enum { MAX_GPUS = 16, MAX_LINKS = 36, MAX_SLOTS = 7, MAX_FAILS = 16 };
 
 typedef struct Device {
@@ -40,7 +45,7 @@ typedef struct {
 } Memory;
 
 static Device gpus[MAX_GPUS];
-static int count, init_code, cuda = 13000, fails;
+static int count, init_code, cuda = 13000, fails, lost_index, lost_after;
 static char driver[64] = "580.95.05";
 static struct { char function[64]; int code, index; } failing[MAX_FAILS];
 
@@ -49,6 +54,7 @@ static void load(void) {
   const char *path = getenv("FAKE_NVML");
   FILE *file = path ? fopen(path, "r") : NULL;
   count = init_code = fails = 0;
+  lost_index = -1;
   while (file && fgets(line, sizeof line, file)) {
     Device *last = count ? &gpus[count - 1] : NULL;
     if (sscanf(line, "init %d", &init_code) == 1 || sscanf(line, "driver %63s", driver) == 1 ||
@@ -78,6 +84,8 @@ static void load(void) {
       int found = sscanf(line, "link %63s %31s %63s", word, last->link_bus[last->links], extra);
       last->link_kind[last->links] = !strcmp(word, "gpu") ? 0 : !strcmp(word, "npu") ? 1 : 2;
       last->link_up[last->links++] = found < 3;
+    } else if (!strncmp(line, "lost ", 5)) {
+      sscanf(line, "lost %d %d", &lost_index, &lost_after);
     } else if (!strncmp(line, "fail ", 5) && fails < MAX_FAILS) {
       failing[fails].index = -1;
       sscanf(line, "fail %63s %d %d", failing[fails].function, &failing[fails].code, &failing[fails].index);
@@ -88,6 +96,7 @@ static void load(void) {
 }
 
 static int failed(const char *function, int index) {
+  if (index >= 0 && index == lost_index && lost_after <= 0) return 15;
   for (int i = 0; i < fails; i++)
     if (!strcmp(failing[i].function, function) && (failing[i].index < 0 || failing[i].index == index)) return failing[i].code;
   return SUCCESS;
@@ -243,7 +252,8 @@ int nvmlDeviceGetNvLinkRemotePciInfo_v2(Device *device, unsigned int link, PciIn
 int nvmlDeviceGetCurrentClocksThrottleReasons(Device *device, unsigned long long *bits) { TELL(REASONS, bits, unsigned long long); }
 
 int nvmlDeviceGetClockInfo(Device *device, int kind, unsigned int *clock) {
-  if (kind != 1) return INVALID_ARGUMENT; /* NVML_CLOCK_SM */
+  if (kind == 2) TELL(MEMCLOCK, clock, unsigned int); /* NVML_CLOCK_MEM */
+  if (kind != 1) return INVALID_ARGUMENT;             /* NVML_CLOCK_SM */
   TELL(CLOCK, clock, unsigned int);
 }
 
@@ -274,3 +284,60 @@ int nvmlDeviceGetTotalEccErrors(Device *device, int kind, int counter, unsigned 
 int nvmlDeviceGetCurrPcieLinkWidth(Device *device, unsigned int *lanes) { TELL(WIDTH, lanes, unsigned int); }
 
 int nvmlDeviceGetMaxPcieLinkWidth(Device *device, unsigned int *lanes) { TELL(MAXWIDTH, lanes, unsigned int); }
+
+int nvmlDeviceGetHandleByUUID(const char *uuid, Device **device) {
+  for (int i = 0; i < count; i++) {
+    if (!strcmp(gpus[i].uuid, uuid)) {
+      *device = &gpus[i];
+      return SUCCESS;
+    }
+    for (int slot = 0; slot < MAX_SLOTS; slot++)
+      if (gpus[i].slots[slot] && !strcmp(gpus[i].slots[slot]->uuid, uuid)) {
+        *device = gpus[i].slots[slot];
+        return SUCCESS;
+      }
+  }
+  return NOT_FOUND;
+}
+
+int nvmlDeviceGetUtilizationRates(Device *device, unsigned int rates[2]) {
+  FAIL(device->index);
+  if (device->index == lost_index) lost_after--;
+  rates[1] = 0;
+  TELL(BUSY, rates, unsigned int);
+}
+
+int nvmlDeviceGetPowerUsage(Device *device, unsigned int *milliwatts) { TELL(DRAWN, milliwatts, unsigned int); }
+
+int nvmlDeviceGetPcieThroughput(Device *device, int counter, unsigned int *kilobytes) {
+  (void)counter;
+  TELL(PCIE, kilobytes, unsigned int);
+}
+
+int nvmlDeviceGetTotalEnergyConsumption(Device *device, unsigned long long *millijoules) {
+  static long long readings[MAX_GPUS];
+  FAIL(device->index);
+  if (device->state[ENERGY] < 0) return NOT_SUPPORTED;
+  *millijoules = device->state[ENERGY] * ++readings[device->index];
+  return SUCCESS;
+}
+
+typedef struct {
+  unsigned int field, scope;
+  long long timestamp, latency;
+  int type, code;
+  union {
+    double real;
+    unsigned long long whole;
+  } value;
+} FieldValue;
+
+int nvmlDeviceGetFieldValues(Device *device, int number, FieldValue *fields) {
+  static long long readings[MAX_GPUS];
+  FAIL(device->index);
+  for (int i = 0; i < number; i++) {
+    fields[i].code = device->state[LINKED] < 0 ? NOT_SUPPORTED : SUCCESS;
+    fields[i].value.whole = device->state[LINKED] * ++readings[device->index];
+  }
+  return SUCCESS;
+}

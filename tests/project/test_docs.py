@@ -45,6 +45,8 @@ ELSEWHERE = {
     "scontrol": "tests/support/slurm_cluster.py",
     "tail -f": "tests/cli/test_commands.py; it would not end",
     "ssh": "tests/project/test_slurm.py; there is no second machine",
+    "tensorboard --logdir": "tests/run/tracking/test_trackers.py; it would not end",
+    "python -m gptoughts.run.tracking.wandb_workspace MY_TEAM": "tests/run/tracking/test_system.py; there is no account",
     "python -m http.server": "tests/project/test_slurm.py; it would not end",
     "pip install": "tests/project/test_wheel.py installs; a registry is not asked here",
     "torchrun": "tests/engine/test_ddp.py",

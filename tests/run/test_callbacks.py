@@ -23,7 +23,8 @@ from gptoughts.engine.trainer import Progress, StepStats, train
 from gptoughts.errors import ConfigError, DataError, RunError
 from gptoughts.hardware.world import World
 from gptoughts.inference.eval.perplexity import mean_loss
-from gptoughts.run.callbacks import Evaluate, Log, every
+from gptoughts.run.callbacks import Evaluate
+from gptoughts.run.log import Log, every
 from gptoughts.run.saving import Save
 from gptoughts.run.throughput import Throughput
 from gptoughts.run.tracking.jsonl import Jsonl, attempts, read

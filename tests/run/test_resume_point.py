@@ -9,11 +9,12 @@ from typing import Any, cast
 
 import pytest
 
+from gptoughts.api import decide
 from gptoughts.engine.checkpoint import integrity, store
 from gptoughts.engine.distributed.ranks import Ranks
 from gptoughts.errors import CheckpointError, RunError, ToldElsewhere
-from gptoughts.run.resume import find_on_rank_0
-from gptoughts.run.tracking.run_dir import RunFolder
+from gptoughts.run.resume import find_on_rank_0, fingerprint
+from gptoughts.run.tracking.run_dir import RunFolder, run_id
 
 
 def ranks(rank: int, failed: bool = False, name: str = "-") -> Ranks:
@@ -65,3 +66,28 @@ def test_an_error_is_told_by_rank_0_alone(checkpoint: Path, tmp_path: Path) -> N
 
 def test_nothing_to_resume_is_nothing_on_every_rank(tmp_path: Path) -> None:
     assert [find_on_rank_0(run_folder(tmp_path), "auto", ranks(rank)) for rank in (0, 1)] == [(None, []), (None, [])]
+
+
+def test_trackers_are_no_part_of_what_a_resumed_run_must_have_in_common() -> None:
+    one, other = (
+        decide("quickstart", fields={"track.sinks": sinks, "track.project": sinks}) for sinks in ("plot", "tensorboard")
+    )
+    assert fingerprint(one.resolved, one.plan, 8) == fingerprint(other.resolved, other.plan, 8)
+
+
+def test_a_run_keeps_its_name_at_trackers_and_a_branch_gets_its_own(tmp_path: Path) -> None:
+    first, branch = (RunFolder(name, tmp_path / name, tmp_path / name / "checkpoints") for name in ("first", "branch"))
+    for folder in (first, branch):
+        folder.lock()
+    saved = first.checkpoints / "step-000004"
+    name = run_id(first, None, None)
+    assert len(name) == 8 and run_id(first, None, None) == name, "killed before its first checkpoint"
+    assert run_id(first, saved, name) == name and run_id(first, saved, None) == name, (
+        "and with a checkpoint of an earlier version"
+    )
+    (first.out / "run_id").unlink()
+    assert run_id(first, saved, name) == name, "the checkpoint knows it"
+    other = run_id(branch, saved, name)
+    assert other != name and run_id(branch, saved, name) == other
+    for folder in (first, branch):
+        folder.release()

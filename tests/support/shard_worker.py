@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +29,31 @@ def main(out: str, jobs: str) -> None:
     layer unless `one_rank` says that it is one rank.
     """
     world = world_from_environment(os.environ)
+    made: dict[str, Path] = {}
     with process_group(world, torch.device("cpu")) as ranks:
         for job in json.loads(jobs):
-            run(job, Path(out) / f"{job['name']}-{world.world_size}", world, ranks)
+            target = Path(out) / f"{job['name']}-{world.world_size}"
+            same = json.dumps([job["family"], job["recipe"], layers_of(job, world), job.get("one_rank")], sort_keys=True)
+            if same in made:  # one process alone trains what several ways of sharding are compared with
+                for ending in ("json", "safetensors"):
+                    os.link(f"{made[same]}.{ending}", f"{target}.{ending}")
+            else:
+                run(job, target, world, ranks)
+            made[same] = target
+
+
+def layers_of(job: Mapping[str, Any], world: World) -> dict[str, Any]:
+    """The layers that a job asks of this world: a single process trains without the parallel layer."""
+    layers = {"microbatch": "fixed", "microbatch.sequences": 1, **job["layers"]}
+    if world.world_size == 1 and not job.get("one_rank"):
+        layers = {key: value for key, value in layers.items() if not key.startswith("parallel")}
+    return layers
 
 
 def run(job: Mapping[str, Any], out: Path, world: World, ranks: Ranks) -> None:
     """Two steps whose losses and weights are compared, and one that is watched; rank 0 writes them."""
     recipe = recipe_of(job["family"], **job.get("recipe", {}))
-    layers = {"microbatch": "fixed", "microbatch.sequences": 1, **job["layers"]}
-    if world.world_size == 1 and not job.get("one_rank"):
-        layers = {key: value for key, value in layers.items() if not key.startswith("parallel")}
-    plan = plan_of(recipe, layers, world)
+    plan = plan_of(recipe, layers_of(job, world), world)
     with engine_of(recipe, plan, share(recipe, world), ranks) as engine:
         record: dict[str, Any] = {"losses": steps(engine, 2)}
         weights = {name: whole(parameter.detach()).clone() for name, parameter in engine.bare.named_parameters()}
@@ -79,11 +92,6 @@ def negatives(engine: Engine, trace: Any, plan: Any) -> dict[str, bool]:
         found["no sharding"] = refused()
         engine.optimizer = started
     return {**found, "restored": not refused()}
-
-
-def jobs_of(families: Iterator[str]) -> list[dict[str, Any]]:
-    """One plain job per family."""
-    return [{"name": family, "family": family, "layers": {"parallel": "fsdp2"}} for family in families]
 
 
 if __name__ == "__main__":

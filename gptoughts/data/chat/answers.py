@@ -6,7 +6,7 @@ including it. The difference is the answer with its end-of-turn token.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -34,18 +34,30 @@ class RenderedChat:
     spelled: int
 
 
-def render_chat(chat: ChatTokenizer, messages: Sequence[Message], train_on: TrainOn) -> RenderedChat:
-    """Render a conversation with marks around the text to train on. Raises DataError if the answers cannot be located."""
+def render_chat(
+    chat: ChatTokenizer, messages: Sequence[Message], train_on: TrainOn, unlearned: Collection[int] = ()
+) -> RenderedChat:
+    """Render a conversation with marks around the text to train on. `unlearned` are the indices of answers that are not marked.
+
+    Raises DataError if the answers cannot be located.
+    """
     marked, spelled = chat.mark_spelled(messages)
     if spelled and strip_marks(chat.template.render(marked)) != chat.template.render(messages):
         raise DataError("chat template: a special token spelled in a message changes its output", fix="reword the message")
-    answers = sum(message["role"] == "assistant" for message in messages)
+    places = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    answers = len(places) - len(unlearned)
+    if train_on == "all" and unlearned:
+        raise DataError(
+            f"message {min(unlearned) + 1}: has weight 0, but data.train_on = all learns everything",
+            fix="--data.train-on answers",
+        )
     if train_on == "all":
         return RenderedChat([f"{BEGIN_ANSWER}{chat.template.render(marked)}{END_ANSWER}"], answers, 0, spelled)
     if chat.template.marks_answers:
-        text, open_ends = _render_tagged(chat, messages, marked, answers)
+        text, open_ends = _render_tagged(chat, messages, marked, len(places))
+        text = _without_marks(text, [places.index(index) for index in unlearned])
         return RenderedChat([text], answers, open_ends, spelled)
-    texts, open_ends = _render_by_difference(chat, marked)
+    texts, open_ends = _render_by_difference(chat, marked, unlearned)
     return RenderedChat(texts, answers, open_ends, spelled)
 
 
@@ -74,7 +86,19 @@ def _render_tagged(
     return out, open_ends
 
 
-def _render_by_difference(chat: ChatTokenizer, messages: Sequence[Message]) -> tuple[list[str], int]:
+def _without_marks(text: str, numbers: Collection[int]) -> str:
+    """Return `text` with the marks of some answers around nothing, so that they are not learned, and split as in a prompt."""
+    head, *answers = text.split(BEGIN_ANSWER)
+    parts = [head]
+    for number, part in enumerate(answers):
+        answer, after = part.split(END_ANSWER)
+        parts.append(f"{BEGIN_ANSWER}{END_ANSWER}{answer}{after}" if number in numbers else f"{BEGIN_ANSWER}{part}")
+    return "".join(parts)
+
+
+def _render_by_difference(
+    chat: ChatTokenizer, messages: Sequence[Message], unlearned: Collection[int] = ()
+) -> tuple[list[str], int]:
     """Return texts that contain every answer once, each after exactly the prompt that the model gets at inference.
 
     One text has all answers if each rendering is a prefix of the next. For a template that rewrites earlier turns, such as one
@@ -90,11 +114,12 @@ def _render_by_difference(chat: ChatTokenizer, messages: Sequence[Message]) -> t
         for index, span in spans.items():
             if index > indices[-1] or not span.is_prefix_of(whole):
                 continue
-            # An answer labeled in another text is still split off, as in a prompt, so that its tokens are the same.
-            end = span.end if index in included else span.start
+            # An answer that is not labeled here is still split off, as in a prompt, so that its tokens are the same.
+            end = span.end if index in included and index not in unlearned else span.start
             parts += [whole[done : span.start], BEGIN_ANSWER, whole[span.start : end], END_ANSWER]
             done = end
-        texts.append("".join([*parts, whole[done:]]))
+        if not set(included) <= set(unlearned):
+            texts.append("".join([*parts, whole[done:]]))
         indices = [index for index in indices if index not in included]
     return texts[::-1], sum(span.is_open for span in spans.values())
 

@@ -1,33 +1,26 @@
-"""Read and validate chat data: each row becomes a list of messages, or an error with file and line.
-
-A row has `messages` (a list of `role` and `content`), or one question and answer under one of these key pairs:
-`prompt` + `response` (or `completion`), `instruction` (+ `input` or `context`) + `output` (or `response`), `question` + `answer`;
-with an optional `system`. Other keys, such as an id, are ignored.
-"""
+"""Read and validate chat data: each row becomes a list of messages, or an error with file and line. Formats: `formats.py`."""
 
 from __future__ import annotations
 
+import csv
+import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gptoughts.data.chat.formats import KNOWN_KEYS, LISTS, PAIRS, ROLE_ALIASES, ROLES, UNSUPPORTED_KEYS, turns_of
 from gptoughts.data.chat.template import REASONING, Template
 from gptoughts.data.text.sources import ROW_SUFFIXES, first_line, json_row, open_lines, open_source, require
 from gptoughts.errors import DataError, nearest
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
-PAIRS = (
-    ("prompt", "response"), ("prompt", "completion"), ("instruction", "output"), ("instruction", "response"), ("question", "answer"),
-)  # fmt: skip
-INPUT_KEYS = ("input", "context")
-"""Keys appended to an instruction after an empty line, as in Alpaca."""
-UNSUPPORTED_KEYS = ("tool_calls", "function_call", "tool_call_id", "weight", "images", "audio")
-"""Keys of a message that change its meaning and are not supported."""
 SURROGATE = re.compile("[\ud800-\udfff]")
 """An unpaired UTF-16 surrogate: valid in JSON escapes, not encodable as UTF-8."""
-ROLE_ALIASES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "ai": "assistant"}
+TOOL_KEYS = ("tool_calls", "tool_call_id")
+"""Keys of messages with calls of tools, for templates that read them."""
+SUFFIXES = (*ROW_SUFFIXES, ".json", ".csv")
+ROW_KEYS = {*LISTS, "system", *(key for pair in PAIRS for key in pair)}
 
 
 @dataclass(frozen=True)
@@ -36,6 +29,10 @@ class Conversation:
 
     where: str
     messages: list[dict[str, Any]]
+    unlearned: frozenset[int] = frozenset()
+    """Indices of answers that are not learned."""
+    unused: frozenset[str] = frozenset()
+    """Keys of the row and its messages that neither the format nor the template reads."""
 
 
 class InvalidRow(DataError):
@@ -50,11 +47,9 @@ def one_line(error: DataError) -> str:
 def chat_files(spec: str) -> list[Path]:
     """Return the files of `data.path`. Raises DataError for a file type without rows."""
     files = list(open_source(spec).files)
-    other = [path for path in files if not path.name.endswith(ROW_SUFFIXES)]
+    other = [path for path in files if not path.name.lower().endswith(SUFFIXES)]
     if other or not files:
-        raise DataError(
-            f"{other[0] if other else spec}: not a chat data file", fix=f"files that end in {', '.join(ROW_SUFFIXES)}"
-        )
+        raise DataError(f"{other[0] if other else spec}: not a chat data file", fix=f"files that end in {', '.join(SUFFIXES)}")
     return files
 
 
@@ -66,15 +61,19 @@ def conversations(files: list[Path], template: Template) -> Iterator[Conversatio
                 yield row
                 continue
             try:
-                yield Conversation(where, check_messages(messages_of(row), template))
+                yield conversation_of(row, where, template)
             except DataError as error:
                 yield InvalidRow(f"{where}: {one_line(error)}")
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | InvalidRow]]:
     """Yield (`file:line`, row) and skip blank lines. Raises DataError for an unreadable file."""
-    if path.name.endswith(".parquet"):
+    name = path.name.lower()
+    if name.endswith(".parquet"):
         yield from parquet_rows(path)
+        return
+    if name.endswith((".json", ".csv")):
+        yield from (array_rows if name.endswith(".json") else csv_rows)(path)
         return
     number = 0
     try:
@@ -95,6 +94,34 @@ def json_object(line: bytes, where: str) -> dict[str, Any] | InvalidRow:
         return InvalidRow(one_line(error))
 
 
+def array_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | InvalidRow]]:
+    """Yield (`file[row]`, row) of a JSON array of objects. Raises DataError."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not a JSON array ({first_line(error)})", fix="rename JSON lines to .jsonl") from None
+    if not isinstance(content, list):
+        raise DataError(f"{path}: not a JSON array", found=type(content).__name__, fix="a list of objects, or .jsonl")
+    for number, row in enumerate(content):
+        where = f"{path}[{number}]"
+        yield where, row if isinstance(row, dict) else InvalidRow(f"{where}: not a JSON object. Found {type(row).__name__}")
+
+
+def csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | InvalidRow]]:
+    """Yield (`file:line`, row) of a CSV file with a header. Raises DataError."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            for row in reader:
+                where = f"{path}:{reader.line_num}"
+                if None in row or None in row.values():
+                    yield where, InvalidRow(f"{where}: another number of fields than the header has")
+                else:
+                    yield where, {key: value for key, value in row.items() if value != ""}
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path}: cannot be read as CSV ({first_line(error)})") from None
+
+
 def parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (`file:row`, row) of a Parquet file. Raises DataError."""
     require("pyarrow", "hf", path.name)
@@ -112,39 +139,17 @@ def parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise DataError(f"{path}: cannot be read as Parquet after row {row} ({first_line(error)})") from None
 
 
-def messages_of(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return a row's messages, not yet validated. Raises DataError if it has none, or several kinds."""
-    present = {key for key, value in row.items() if value is not None}
-    if row.get("tools"):
-        raise DataError("tools: not supported", fix="remove the row, or put the tools into its system message")
-    pairs = [pair for pair in PAIRS if present.issuperset(pair)]
-    if "messages" in present:
-        if pairs:
-            raise DataError("ambiguous keys", found=f"messages and {' + '.join(pairs[0])}", fix="keep one of them")
-        return check_list(row["messages"])
-    if len(pairs) > 1:
-        raise DataError("ambiguous keys", found=" and ".join(" + ".join(pair) for pair in pairs), fix="keep one pair")
-    if not pairs:
-        raise DataError(
-            f"no messages and no {', '.join(' + '.join(pair) for pair in PAIRS)}",
-            found=f"keys {', '.join(sorted(map(str, row))) or 'none'}",
-        )
-    question, answer = pairs[0]
-    inputs = [key for key in INPUT_KEYS if row.get(key)]
-    if inputs and (question != "instruction" or len(inputs) > 1):
-        raise DataError(f"{', '.join(inputs)}: not supported with {question}", fix="write messages instead")
-    parts = [row[question], *(row[key] for key in inputs)]
-    if not all(isinstance(part, str) for part in parts):
-        raise DataError(f"{question}: must be a string", found=type(parts[0]).__name__, fix="write messages for several turns")
-    system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-    return [*system, {"role": "user", "content": "\n\n".join(parts)}, {"role": "assistant", "content": row[answer]}]
-
-
-def check_list(value: Any) -> list[dict[str, Any]]:
-    """Return `messages` if it is a list of objects. Raises DataError."""
-    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
-        raise DataError("messages: must be a list of objects with role and content")
-    return value
+def conversation_of(row: Mapping[str, Any], where: str, template: Template) -> Conversation:
+    """Return a row's conversation. Raises DataError for a row that cannot be trained on."""
+    turns = turns_of(row)
+    messages = check_messages(turns.messages, template)
+    answers = {index for index, message in enumerate(messages) if message["role"] == "assistant"}
+    if answers <= turns.unlearned:
+        raise DataError("messages: no answer is learned", fix="remove the row, or give an answer weight 1")
+    of_messages = {key for message in messages for key, value in message.items() if value is not None and key not in KNOWN_KEYS}
+    unread = {key for key in of_messages if key not in template.source and key not in REASONING}
+    of_row = {str(key) for key, value in row.items() if value is not None} - ROW_KEYS - {"input", "context"}
+    return Conversation(where, messages, turns.unlearned, frozenset(unread | of_row))
 
 
 def check_messages(messages: list[dict[str, Any]], template: Template) -> list[dict[str, Any]]:
@@ -168,8 +173,6 @@ def check_messages(messages: list[dict[str, Any]], template: Template) -> list[d
 def check_message(message: Mapping[str, Any], name: str, template: Template) -> None:
     """Raise DataError unless the message has a known role and text content."""
     role, content = message.get("role"), message.get("content")
-    if "role" not in message and "from" in message:
-        raise DataError(f"{name}: has from and value", fix="rename them to role and content (human: user, gpt: assistant)")
     if not isinstance(role, str):
         raise DataError(f"{name}: role must be one of {', '.join(ROLES)}", found=type(role).__name__)
     if role not in ROLES:
@@ -178,14 +181,20 @@ def check_message(message: Mapping[str, Any], name: str, template: Template) -> 
     unsupported = [key for key in UNSUPPORTED_KEYS if message.get(key) is not None]
     if unsupported:
         raise DataError(f"{name}: {unsupported[0]} is not supported", fix="remove the row, or put it into content")
-    if isinstance(content, list):
-        raise DataError(f"{name}: content must be a string", found="a list of parts", fix="join the text parts")
+    unread = [key for key in TOOL_KEYS if message.get(key) and "tool_calls" not in template.source]
+    if unread:
+        raise DataError(
+            f"{name}: {unread[0]} is not rendered by {template.origin}", fix="remove the row, or --data.template FILE"
+        )
+    calls = role == "assistant" and bool(message.get("tool_calls"))
+    if content is None and calls:
+        return
     if not isinstance(content, str):
         raise DataError(f"{name}: content must be a string", found=type(content).__name__)
     broken = [key for key, value in message.items() if isinstance(value, str) and SURROGATE.search(value)]
     if broken:
         raise DataError(f"{name}: {broken[0]} has an unpaired surrogate", fix="remove it")
-    if role in ("user", "assistant") and not content.strip():
+    if role in ("user", "assistant") and not content.strip() and not calls:
         raise DataError(f"{name}: empty answer" if role == "assistant" else f"{name}: empty question")
     reasoning = [key for key in REASONING if message.get(key)]
     if reasoning and not any(key in template.source for key in REASONING):

@@ -9,6 +9,7 @@ import hashlib
 import json
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -32,7 +33,7 @@ from gptoughts.data.tokenizers.tokenizer import Tokenizer
 from gptoughts.errors import DataError
 from gptoughts.files import TEMPORARY, write_json
 
-FORMAT, VERSION = "gptoughts-chat", 2
+FORMAT, VERSION = "gptoughts-chat", 3
 TODAY = datetime(2024, 7, 26)
 """Date given to templates that print one, so that rows are reproducible. Llama's template falls back to the same date."""
 PROBLEMS_SHOWN = 20
@@ -107,6 +108,7 @@ class TableBuilder:
         self.files = {"train": chat_files(data.path)}
         if data.val_path is not None:
             self.files["val"] = chat_files(data.val_path)
+        self.unused: Counter[str] = Counter()
         self.fraction = 0.0 if data.val_path is not None else data.val_fraction
 
     def key(self) -> str:
@@ -133,6 +135,9 @@ class TableBuilder:
             table = self.table(name, split)
             table.save(folder / name)
             LOGGER.info(f"data: {name} {summary(table.stats)}")
+        if self.unused:
+            named = ", ".join(f"{key} ({count:,} rows)" for key, count in self.unused.most_common(8))
+            LOGGER.info(f"data: keys that are not used: {named}")
         tokens = sum(len(document.ids) for split in splits.values() for document in split.documents)
         seconds = time.monotonic() - begun
         LOGGER.info(f"data: {tokens:,} tokens in {seconds:.1f} s, {tokens / seconds / 1e6:.2f} Mtok/s")
@@ -168,7 +173,8 @@ class TableBuilder:
                 try:
                     if isinstance(item, InvalidRow):
                         raise item
-                    rendered.append((item, render_chat(self.chat, item.messages, self.train_on)))
+                    rendered.append((item, render_chat(self.chat, item.messages, self.train_on, item.unlearned)))
+                    self.unused.update(item.unused)
                 except DataError as error:
                     problems.append(str(error) if isinstance(item, InvalidRow) else f"{item.where}: {one_line(error)}")
                     if len(problems) >= PROBLEMS_SHOWN:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from gptoughts.api import ResolvedRun
-from gptoughts.config.model_spec import flops_per_token
 from gptoughts.console import SilentConsole
 from gptoughts.diagnostics.bench.collectives import CollectiveTimes, collective_times
 from gptoughts.diagnostics.bench.equal_settings import settings_of
@@ -22,8 +21,9 @@ from gptoughts.engine.engine import Engine
 from gptoughts.engine.memory_usage import proc_bytes, resident_bytes
 from gptoughts.engine.trainer import Progress, StepStats, train
 from gptoughts.errors import ConfigError
-from gptoughts.run.callbacks import take_meters
+from gptoughts.planning.flops import model_flops
 from gptoughts.run.evidence import LayerEvidence, judge, watch_update
+from gptoughts.run.log import take_meters
 from gptoughts.run.session import Session, TrainingJob, open_session
 from gptoughts.run.throughput import utilization
 
@@ -115,10 +115,11 @@ class Training:
     def figures(self) -> dict[str, Any]:
         """Return what is needed to interpret a speed: model, FLOPs, MFU constant, tokens per step."""
         spec, job = self.session.bundle.spec, self.session.job
-        mfu, formula = utilization(spec, job.machine, 1)
+        flops, terms = model_flops(spec, job.recipe)
+        mfu, formula = utilization(flops, job.machine, 1, terms)
         return {
             "model": {name: value for name, value in vars(spec).items() if value is not None},
-            "flops_per_token": flops_per_token(spec),
+            "flops_per_token": flops,
             "mfu_per_token_per_second": mfu(1.0),
             "mfu_formula": formula,
             "tokens_per_step": job.recipe.train.global_batch * job.recipe.data.sequence_length,

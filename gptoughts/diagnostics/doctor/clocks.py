@@ -9,18 +9,10 @@ from typing import Any
 
 from gptoughts.console import GIB, bytes_in_words
 from gptoughts.diagnostics.doctor.finding import UNKNOWN, Check, Finding
+from gptoughts.hardware.gpu_sampler import THROTTLE_REASONS
 from gptoughts.hardware.machine import Machine
 from gptoughts.hardware.nvml import opened
 
-# Bits of nvmlDeviceGetCurrentClocksEventReasons that slow training, in NVML's order. Idle is not among them.
-REASONS = {
-    0x2: "application clocks",
-    0x4: "power cap",
-    0x8: "hardware slowdown",
-    0x20: "heat (software)",
-    0x40: "heat (hardware)",
-    0x80: "power brake",
-}
 # Below this a desktop or the driver's context uses the memory; above it a compute process.
 FOREIGN_BYTES = GIB
 EVERY_SECONDS = 0.2
@@ -63,7 +55,9 @@ class Watch:
             known = self.worst.get(state.index, state)
             both = (*(known.reasons or ()), *(state.reasons or ()))
             reasons = (
-                tuple(word for word in REASONS.values() if word in both) if known.reasons or state.reasons else state.reasons
+                tuple(word for word in THROTTLE_REASONS.values() if word in both)
+                if known.reasons or state.reasons
+                else state.reasons
             )
             hottest = max((one for one in (known.celsius, state.celsius) if one is not None), default=None)
             # The throttled clock if there is one, else the highest: an idle clock is not meaningful.
@@ -112,7 +106,7 @@ def _state(nvml: Any, handle: Any, index: int) -> State:
     )
     return State(
         index=index,
-        reasons=None if bits is None else tuple(word for bit, word in REASONS.items() if bits & bit),
+        reasons=None if bits is None else tuple(word for bit, word in THROTTLE_REASONS.items() if bits & bit),
         clock=ask(nvml.nvmlDeviceGetClockInfo, nvml.NVML_CLOCK_SM),
         most_clock=ask(nvml.nvmlDeviceGetMaxClockInfo, nvml.NVML_CLOCK_SM),
         celsius=ask(nvml.nvmlDeviceGetTemperature, nvml.NVML_TEMPERATURE_GPU),

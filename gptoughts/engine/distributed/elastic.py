@@ -5,15 +5,29 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
+import tempfile
 import threading
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import (
+    RendezvousHandler,
+    RendezvousInfo,
+    RendezvousParameters,
+    RendezvousStoreInfo,
+    rendezvous_handler_registry,
+)
 from torch.distributed.run import parse_args, run
+
+from gptoughts.hardware.endpoint import LOOPBACK, MEETING_FILE
+from gptoughts.processes import module_words
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -23,9 +37,13 @@ def run_ranks(ranks: int, words: Sequence[str]) -> int:
     # The ranks print their own errors; the launcher would add a table and a traceback of itself.
     for name in ("torch.distributed.elastic", "torch.distributed.run"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    arguments = parse_args(["--standalone", "--nproc-per-node", str(ranks), "-m", "gptoughts"])
-    arguments.training_script_args = list(words)  # past its parser, which takes abbreviations of its options for its own
-    with _forwarding() as received:
+    python, *begin = module_words("gptoughts")
+    backend = ["--rdzv-backend", OneMachine.BACKEND, "--rdzv-id", str(uuid.uuid4())]
+    arguments = parse_args([*backend, "--nproc-per-node", str(ranks), "--no-python", python])
+    # Past its parser, which takes abbreviations of its options for its own.
+    arguments.training_script_args = ["-u", *begin, *words]
+    rendezvous_handler_registry.register(OneMachine.BACKEND, OneMachine.made)
+    with _meeting_place(), _forwarding() as received:
         try:
             run(arguments)
         except ChildFailedError as error:
@@ -34,6 +52,65 @@ def run_ranks(ranks: int, words: Sequence[str]) -> int:
         except SignalException as error:
             return 128 + int(error.sigval)
     return 128 + received[0] if received else 0
+
+
+class OneMachine(RendezvousHandler):
+    """A rendezvous of one agent with itself: torchrun's own listens on all addresses and unpickles what it finds in its store."""
+
+    BACKEND = "gptoughts"
+
+    def __init__(self, run_id: str) -> None:
+        self._run_id, self._closed = run_id, False
+
+    @classmethod
+    def made(cls, parameters: RendezvousParameters) -> OneMachine:
+        """Return a handler; the registry wants one and the same function at every run."""
+        return cls(parameters.run_id)
+
+    def get_backend(self) -> str:
+        """Return the name of this kind."""
+        return self.BACKEND
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        """Return a store in this process. The ranks get an address for libraries that want one; nothing of ours listens there."""
+        return RendezvousInfo(dist.HashStore(), 0, 1, RendezvousStoreInfo(LOOPBACK, _free_port()))
+
+    def is_closed(self) -> bool:
+        """Return whether the ranks may not start again."""
+        return self._closed
+
+    def set_closed(self) -> None:
+        """Let the ranks not start again."""
+        self._closed = True
+
+    def num_nodes_waiting(self) -> int:
+        """Return 0: no other machine joins."""
+        return 0
+
+    def get_run_id(self) -> str:
+        """Return the id of this job."""
+        return self._run_id
+
+    def shutdown(self) -> bool:
+        """Return True: nothing is open."""
+        return True
+
+
+@contextmanager
+def _meeting_place() -> Iterator[None]:
+    """Name a file in a folder of this user alone where the ranks meet, for the block."""
+    with tempfile.TemporaryDirectory(prefix="gptoughts-") as folder:  # mode 0700
+        os.environ[MEETING_FILE] = str(Path(folder) / "meeting")
+        try:
+            yield
+        finally:
+            del os.environ[MEETING_FILE]
+
+
+def _free_port() -> int:
+    with socket.socket() as one:
+        one.bind((LOOPBACK, 0))
+        return int(one.getsockname()[1])
 
 
 def exit_code(codes: Sequence[int]) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -29,6 +31,8 @@ def process_group(world: World, device: torch.device, collectives: str = "auto")
             yield Ranks(world, device)
         return
     backend = collectives if collectives != "auto" else "nccl" if device.type == "cuda" else "gloo"
+    if world.on_one_machine:
+        _use_loopback()
     dist.init_process_group(
         backend,
         store=meet(world).group_store(),
@@ -43,6 +47,14 @@ def process_group(world: World, device: torch.device, collectives: str = "auto")
         dist.destroy_process_group()
 
 
+def _use_loopback() -> None:
+    """Let the sockets of gloo and NCCL listen on the loopback interface alone, unless the user chose an interface."""
+    interface = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
+    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        if interface is not None:
+            os.environ.setdefault(variable, interface)
+
+
 @contextmanager
 def own_group(device: torch.device) -> Iterator[None]:
     """Open a process group of this process alone for the block, with collectives on CPU tensors too; keep one that exists."""
@@ -50,6 +62,7 @@ def own_group(device: torch.device) -> Iterator[None]:
         yield
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    _use_loopback()
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield

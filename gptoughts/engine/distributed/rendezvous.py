@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from gptoughts.console import LOGGER
 from gptoughts.errors import ConfigError, RunError, ToldElsewhere
-from gptoughts.hardware.endpoint import COLLECTIVE_SECONDS, RENDEZVOUS_SECONDS, Endpoint, endpoint, limit
+from gptoughts.hardware.endpoint import COLLECTIVE_SECONDS, LOOPBACK, RENDEZVOUS_SECONDS, Endpoint, endpoint, limit
 from gptoughts.hardware.world import World
 
 Result = TypeVar("Result")
@@ -171,16 +171,27 @@ def _store(world: World, place: Endpoint, seconds: int) -> dist.Store:
         store.set_timeout(patience)
         return store
     try:
-        store = dist.TCPStore(place.address, place.port, world.world_size, place.serves, patience, wait_for_workers=False)
-    except RuntimeError as error:
+        # Torch listens on all addresses of the machine, whatever the address. Ranks of one machine need only its own.
+        listener = _listen(place.port) if world.on_one_machine and place.serves else None
+        store = dist.TCPStore(
+            LOOPBACK if world.on_one_machine else place.address, place.port, world.world_size, place.serves, patience,
+            wait_for_workers=False, master_listen_fd=listener,
+        )  # fmt: skip
+    except (RuntimeError, OSError) as error:
         raise _no_store(place, error, seconds, world) from None
     # torchrun's restarts use the store of its agent again.
     return dist.PrefixStore(f"gptoughts/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
-def _no_store(place: Endpoint, error: RuntimeError, seconds: int, world: World) -> RunError | ConfigError:
+def _listen(port: int) -> int:
+    """Return a socket that listens on the loopback interface alone, for torch to own. Raises OSError."""
+    with socket.create_server((LOOPBACK, port), backlog=4096) as server:
+        return server.detach()
+
+
+def _no_store(place: Endpoint, error: RuntimeError | OSError, seconds: int, world: World) -> RunError | ConfigError:
     cause = str(error).splitlines()[0]
-    if "EADDRINUSE" in str(error) or "address already in use" in str(error):
+    if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
         return ConfigError(
             f"MASTER_PORT: port {place.port} is in use on {socket.gethostname()}, where rank 0 listens",
             found=place.source,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -29,3 +31,8 @@ def mean_loss(engine: Engine, batches: Iterable[dict[str, Any]]) -> tuple[float,
     if weight == 0:
         raise DataError("validation split: no labels")
     return loss_sum / weight, int(weight)
+
+
+def perplexity(loss: float) -> float | None:
+    """Return the perplexity of a mean loss in nats; None where it exceeds the range of a float."""
+    return math.exp(loss) if loss < math.log(sys.float_info.max) else None

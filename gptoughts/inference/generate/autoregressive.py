@@ -109,7 +109,7 @@ def generate(
         for index, start in enumerate(starts):
             generator = torch.Generator("cpu").manual_seed(seed)
             stream = _Stream(tokenizer, index, start, on_text)
-            for logits in _next_logits(reader, start, stream.ids):
+            for logits in next_logits(reader, start, stream.ids):
                 token = sample(logits, temperature, top_k, top_p, generator, limit)
                 if (stop_at_eot and token == tokenizer.eot_id) or token in stops:
                     break
@@ -135,7 +135,7 @@ def _prompt_ids(tokenizer: Tokenizer, prompt: str | Sequence[int], limit: int) -
     return ids
 
 
-def _next_logits(reader: Reader, start: list[int], generated: list[int]) -> Iterator[Tensor]:
+def next_logits(reader: Reader, start: list[int], generated: list[int]) -> Iterator[Tensor]:
     """Yield the logits (V) of the token after `start` and `generated`; the caller appends a token to `generated` each time."""
     length, used = reader.sequence_length, 0
     read, unread = reader.reading(), start[-reader.sequence_length :]

@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 
+from gptoughts.config.recipe import ModelConfig
 from gptoughts.errors import CheckpointError, ConfigError
 from gptoughts.inference.generate.autoregressive import Read
+from gptoughts.models.hf.config import open_config
 
 
 class Offloaded(torch.nn.Module):
@@ -57,10 +59,12 @@ def opened(folder: Path, memory_gib: float | None, offload: str | None) -> Offlo
     limit = None if memory_gib is None else dict.fromkeys([*gpus, "cpu"], f"{memory_gib}GiB")
     if offload is not None:
         Path(offload).mkdir(parents=True, exist_ok=True)
+    # Opened here: transformers would ask on standard input whether to run the code that a config names.
+    config, _ = open_config(ModelConfig(family="hf", path=str(folder)), quantized=True)
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            folder, device_map="auto", max_memory=limit, offload_folder=offload, local_files_only=True, dtype="auto",
-            use_safetensors=True,
+            folder, config=config, device_map="auto", max_memory=limit, offload_folder=offload, local_files_only=True,
+            dtype="auto", use_safetensors=True, trust_remote_code=False,
         )  # fmt: skip
     except (OSError, ImportError, ValueError, RuntimeError, KeyError) as error:
         if isinstance(error, ValueError) and "offload" in str(error):

@@ -21,6 +21,7 @@ from gptoughts.engine.engine import Engine, Undo, allocate
 from gptoughts.errors import PlanError
 from gptoughts.layers.support.several_ranks import autocasts_to_bf16
 from gptoughts.layers.support.zero_optimizer import ZeroOptimizer, places
+from gptoughts.models.adapters.frozen import widen
 from gptoughts.models.sources import shape_of
 from gptoughts.models.torch_internals import parameter_table
 
@@ -50,6 +51,7 @@ def zero_engine(engine: Engine, request: Request) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(own_group(engine.device))
         stack.enter_context(_local_rank(engine))
+        widen(engine.bare)  # DeepSpeed takes one dtype for all weights
         config = configuration(engine, request)
         if request.stage == 3:
             _partition(deepspeed, engine, config)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from gptoughts.config.recipe import AdapterConfig, ModelConfig
 from gptoughts.errors import ConfigError, nearest
+from gptoughts.models.adapters.frozen import HALF_TYPES, hold
 from gptoughts.models.adapters.nf4 import NF4Linear, is_turned, quantize, quiet
 from gptoughts.models.family import Family, Initial
 from gptoughts.models.sources import shape_of
@@ -131,6 +131,12 @@ def with_injected(family: Family, lora_config: Callable[[nn.Module], Any], base:
         peft_config = lora_config(model)
         if base == "nf4":
             quantize(model, projections(family, model))
+        elif config.path:
+            from gptoughts.models.hf.weights import stored_dtype  # imports transformers
+
+            stored = stored_dtype(config)
+            if stored in HALF_TYPES:
+                hold(model, projections(family, model), stored)
         inject(family, model, peft_config)
         return model
 
@@ -263,66 +269,3 @@ def adapter_initial(name: str, shape: Sequence[int]) -> Initial | None:
     if match[1] == "magnitude_vector":
         raise ConfigError(f"{name}: computed from the base's weights, so only AdapterSource can initialize it")
     return Initial("zeros") if match[1] == "B" else Initial("normal", 1 / math.sqrt(3 * shape[1]))
-
-
-# --- merged weights and summary
-
-
-def frozen_values(model: nn.Module) -> dict[str, Tensor]:
-    """Return base name -> base weight, on the CPU. A packed base is returned after its rounding, as the adapter was trained on it."""
-    kept = model.state_dict().keys()
-    named = [*model.named_parameters(), *((name, buffer) for name, buffer in model.named_buffers() if name in kept)]
-    packed = {name: module for name, module in model.named_modules() if isinstance(module, NF4Linear)}
-    values = {
-        base_name(name): value.detach().cpu()
-        for name, value in named
-        if not is_trained(name) and (name.rpartition(".")[0] not in packed or name.endswith(".bias"))
-    }
-    with torch.no_grad():
-        for name, module in packed.items():
-            values[f"{base_name(name)}.weight"] = (module.weight.t() if module.transposed else module.weight).cpu()
-    return values
-
-
-def merge(model: nn.Module) -> dict[str, Tensor]:
-    """Return base name -> weight with the adapter merged, on the CPU. Does not change the model."""
-    values = frozen_values(model)
-    with torch.no_grad():
-        for name, layer in adapter_layers(model).items():
-            before = values[f"{name}.weight"]
-            transposed = is_turned(layer.base_layer)
-            merged = before.float().t() if transposed else before.float()
-            merged = merged + layer.scaling[NAME] * (layer.lora_B[NAME].weight @ layer.lora_A[NAME].weight).float().cpu()
-            if NAME in layer.lora_magnitude_vector:
-                magnitude = layer.lora_magnitude_vector[NAME].weight.float().cpu()
-                merged = merged * (magnitude / row_norms(merged))[:, None]
-            values[f"{name}.weight"] = (merged.t() if transposed else merged).contiguous().to(before.dtype)
-    return values
-
-
-def summary(model: nn.Module) -> str:
-    """Return the trained share, the adapted and the frozen projections, as text for the log."""
-    layers = adapter_layers(model)
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    packed = [module for module in model.modules() if isinstance(module, NF4Linear)]
-    total = sum(p.numel() for p in model.parameters())
-    total += sum(math.prod(m.shape) - m.packed.numel() - m.absmax.numel() for m in packed)
-    places = Counter(name.rpartition(".")[2] for name in layers)
-    layer = next(iter(layers.values()))
-    lines = [
-        f"adapter: {trained:,} of {total:,} parameters trained ({100 * trained / total:.2g} %)",
-        f"  rank {layer.r[NAME]}, scale {layer.scaling[NAME]:g} on " + ", ".join(f"{n} x {word}" for word, n in places.items()),
-    ]
-    if packed:
-        lines.append(f"  base: {len(packed)} projections in NF4")
-    frozen = Counter(
-        name.rpartition(".")[2]
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and ".lora_" not in name and not name.endswith(".base_layer")
-    )
-    if frozen:
-        lines.append("  not adapted: " + ", ".join(f"{n} x {word}" for word, n in frozen.items()))
-    experts = {re.sub(r"\.\d+\.", ".*.", name) for name, p in model.named_parameters() if p.dim() > 2}
-    if experts:
-        lines.append(f"  not adapted, stacked experts: {', '.join(sorted(experts))}")
-    return "\n".join(lines)

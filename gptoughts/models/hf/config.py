@@ -33,13 +33,17 @@ DROPOUT_KEYS = re.compile(r"dropout|pdrop|layerdrop|drop_rate")
 ATTENTION_KEYS = re.compile(r"att")
 
 
-def open_config(model: ModelConfig, task: Task = "causal") -> tuple[PretrainedConfig, list[str]]:
+KERNEL_KEYS = re.compile(r"_?(attn|experts)_implementation(_internal)?|use_kernels|_?kernel_config")
+"""Keys of a config.json that can name a package of kernels on a hub, which is code: the plan chooses the kernels."""
+
+
+def open_config(model: ModelConfig, task: Task = "causal", quantized: bool = False) -> tuple[PretrainedConfig, list[str]]:
     """Return transformers' config of the recipe's model, and notes for the user. Raises ConfigError.
 
     Dropout is a training option: rates become `model.dropout`, on attention 0. Quantized weights are dequantized, so their
-    quantization_config is dropped.
+    quantization_config is dropped, unless they shall stay `quantized`.
     """
-    content, notes = read_config(model), []
+    content, notes = without_kernels(read_config(model)), list[str]()
     kind = content["model_type"]
     if model.remote_code is not None:
         return _remote_config(model), [f"model.remote_code: code of {model.remote_code} is executed"]
@@ -53,7 +57,8 @@ def open_config(model: ModelConfig, task: Task = "causal") -> tuple[PretrainedCo
         raise ConfigError(f"model {model.path or model.config}: transformers has no {description} for model_type {kind!r}")
     if content.pop("auto_map", None):
         notes.append(f"config.json: own code (auto_map) ignored, transformers' {names[kind]} is used instead")
-    content.pop("quantization_config", None)
+    if not quantized:
+        content.pop("quantization_config", None)
     try:
         config = CONFIG_MAPPING[kind].from_dict(content)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
@@ -61,6 +66,13 @@ def open_config(model: ModelConfig, task: Task = "causal") -> tuple[PretrainedCo
     notes += _set_dropout(config, model.dropout) if model.dropout is not None else []
     config.use_cache = True
     return config, notes
+
+
+def without_kernels(content: Any) -> Any:
+    """Return the values of a config.json without those that choose kernels, also in the configs nested in it."""
+    if isinstance(content, dict):
+        return {key: without_kernels(value) for key, value in content.items() if not KERNEL_KEYS.fullmatch(key)}
+    return [without_kernels(value) for value in content] if isinstance(content, list) else content
 
 
 def first_line(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""Convert a GGUF file to a Hugging Face folder: `python -m gptoughts.models.hf.gguf SRC DST`. Weights become float32.
+"""Convert a GGUF file to a Hugging Face folder. Weights become float32.
 
 Run once per file, in its own process, by `config.model_path.resolve_model_folder`. Config, tokenizer and weights all come from the file.
 """
@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import IO
 
 import torch
 
@@ -26,7 +27,7 @@ def convert(gguf: Path, folder: Path) -> None:
     import transformers
 
     try:
-        kwargs = {"gguf_file": gguf.name, "local_files_only": True}
+        kwargs = {"gguf_file": gguf.name, "local_files_only": True, "trust_remote_code": False}
         model = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **kwargs)
         tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, **kwargs)
     except Exception as error:  # transformers' reader raises struct.error, IndexError and others for invalid files
@@ -49,18 +50,10 @@ def _check(folder: Path, gguf: Path) -> None:
         raise CheckpointError(f"{gguf}: conversion gave quantized weights or no tokenizer.json")
 
 
-def main(arguments: list[str]) -> int:
-    """Convert SRC to DST. Prints an error as one line on stderr and returns the exit code."""
-    if len(arguments) != 2:
-        print("usage: python -m gptoughts.models.hf.gguf SRC.gguf DST", file=sys.stderr)
-        return 2
+def serve(requests: IO[bytes], answers: IO[bytes], gguf: str, folder: str) -> None:
+    """Convert in a child process: print an error as one line on stderr and exit with its code."""
     try:
-        convert(Path(arguments[0]), Path(arguments[1]))
+        convert(Path(gguf), Path(folder))
     except GptoughtsError as error:
         print(str(error).replace("\n ", ""), file=sys.stderr)
-        return error.exit_code
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+        sys.exit(error.exit_code)

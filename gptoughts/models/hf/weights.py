@@ -197,6 +197,16 @@ def _dtype(folder: Path) -> torch.dtype:
     return next((dtype for kind, dtype in DTYPES.items() if kind in stored), torch.float32)
 
 
+def stored_dtype(config: ModelConfig) -> torch.dtype | None:
+    """Return the widest dtype of a model's weights on disk; None for a model without published weights in safetensors."""
+    if not config.path:
+        return None
+    try:
+        return _dtype(resolve_model_folder(config.path))
+    except CheckpointError:
+        return None  # reported when the weights are read; GGUF has no safetensors
+
+
 def _quantization(folder: Path) -> dict[str, Any] | None:
     """Return config.json's quantization_config with dequantization enabled. Raises CheckpointError for other methods than FP8."""
     try:

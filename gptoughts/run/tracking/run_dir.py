@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from gptoughts.console import LOGGER
 from gptoughts.errors import RunError
-from gptoughts.files import try_lock, writing_problem
+from gptoughts.files import try_lock, write_text, writing_problem
 
 LOCK = ".lock"
 """File in the folder of checkpoints with the process that holds it; also the lock itself where folders cannot be locked (NFS)."""
@@ -111,6 +112,19 @@ class RunFolder:
                     folder.rmdir()
         os.close(self._lock)
         self._lock = None
+
+
+def run_id(folder: RunFolder, checkpoint: Path | None, saved: str | None) -> str:
+    """Return the name of the run at trackers: that of the checkpoint it resumes from, else the one in OUT/run_id, else a new one.
+
+    A checkpoint of another run folder begins a new run. `saved` is the name in the checkpoint, None in those of earlier versions.
+    """
+    file = folder.out / "run_id"
+    own = checkpoint is not None and checkpoint.resolve().parent == folder.checkpoints.resolve()
+    known = (saved if own else None) or (file.read_text(encoding="ascii").strip() if file.is_file() else "")
+    found = known or secrets.token_hex(4)
+    write_text(file, found + "\n")
+    return found
 
 
 def run_folder(name: str, run_dir: str | None, fresh: bool = False) -> RunFolder:

@@ -22,10 +22,9 @@ from gptoughts.models.adapters.adapter import (
     base_name,
     is_trained,
     matched_targets,
-    merge,
     projections,
-    summary,
 )
+from gptoughts.models.adapters.merge import merge, summary
 from gptoughts.models.adapters.weights import AdapterSource
 from gptoughts.models.family import FAMILIES
 from gptoughts.models.sources import Initialization, meta_model

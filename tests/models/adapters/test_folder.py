@@ -18,7 +18,7 @@ from gptoughts.engine.objectives.base import NextToken
 from gptoughts.errors import CheckpointError, ConfigError, RunError
 from gptoughts.hardware.world import World
 from gptoughts.layers import CATALOG
-from gptoughts.models.adapters.adapter import adapted, adapter_layers, is_trained, merge, summary
+from gptoughts.models.adapters.adapter import adapted, adapter_layers, is_trained
 from gptoughts.models.adapters.folder import (
     BASE,
     CONFIG,
@@ -32,6 +32,7 @@ from gptoughts.models.adapters.folder import (
     record_of_drawn,
     save_adapter,
 )
+from gptoughts.models.adapters.merge import merge, summary
 from gptoughts.models.adapters.weights import AdapterSource
 from gptoughts.models.hf.family import hf_family
 from gptoughts.models.hf.weights import Pretrained

@@ -1,0 +1,34 @@
+"""The base of a recipe's tables, types of their fields, and the error for values that are invalid together."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from gptoughts.errors import describe
+
+
+def _integral(value: Any) -> Any:
+    """Convert a float with an integer value, such as 1e9, to int."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Positive = Annotated[int, BeforeValidator(_integral), Field(gt=0)]
+Count = Annotated[int, BeforeValidator(_integral), Field(ge=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Disagreement(ValueError):
+    """Values that are valid alone and invalid together. `keys` are their names in the table, to look up their sources."""
+
+    def __init__(self, problem: str, *keys: str, found: object = None, fix: str = "") -> None:
+        super().__init__(describe(problem, found, fix))
+        self.keys = keys
+
+
+class Section(BaseModel):
+    """Frozen table of a recipe; unknown keys are errors."""
+
+    # defer_build: --help lists fields and needs no validators.
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, defer_build=True, allow_inf_nan=False)

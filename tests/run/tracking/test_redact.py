@@ -1,0 +1,47 @@
+"""Secrets do not reach trackers; what only sounds like one stays."""
+
+from __future__ import annotations
+
+import pytest
+
+from gptoughts.config.recipe import fields
+from gptoughts.run.tracking.redact import HIDDEN, Redactor, is_secret_name
+
+SECRET = "not-a-real-one-1234"
+
+
+@pytest.mark.parametrize("name", ["WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "password", "db.password", "api-key"])
+def test_names_of_secrets(name: str) -> None:
+    assert is_secret_name(name)
+    assert Redactor({name: SECRET})({"note": f"in {SECRET} a text", "list": [SECRET]}) == {
+        "note": f"in {HIDDEN} a text",
+        "list": [HIDDEN],
+    }
+    assert Redactor({})({name: SECRET, "other": {name: SECRET}}) == {name: HIDDEN, "other": {name: HIDDEN}}
+
+
+def test_no_field_of_a_recipe_is_taken_for_a_secret() -> None:
+    assert [key for key, _, _ in fields() if is_secret_name(key.rpartition(".")[2])] == []
+    assert not is_secret_name("train/num_tokens") and not is_secret_name("monkey") and not is_secret_name("tokenizer")
+
+
+def test_short_values_of_variables_are_words() -> None:
+    assert Redactor({"MY_KEY": "data", "EMPTY_TOKEN": ""})("data stays") == "data stays"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("https://me:pass@host/data", f"https://{HIDDEN}@host/data"),
+        ("hf_" + "a" * 34, HIDDEN),
+        ("see https://host/a@b", "see https://host/a@b"),
+        ("ghp_" + "a" * 36 + " end", f"{HIDDEN} end"),
+    ],
+)
+def test_forms_of_secrets(text: str, shown: str) -> None:
+    assert Redactor({})(text) == shown
+
+
+def test_other_values_stay() -> None:
+    value = {"train": {"steps": 3, "tokens": None}, "flag": True, "shares": [0.1, 0.2]}
+    assert Redactor({"A_TOKEN": SECRET})(value) == value
