@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -92,7 +93,9 @@ class Save(Callback):
                 return
         place = next(iter(self._elsewhere(engine, taken, value)), None)
         if not engine.ranks.first:
-            raise ToldElsewhere
+            silent = ToldElsewhere()
+            silent.exit_code = StorageError.exit_code
+            raise silent
         assert self.writer is not None
         problem = f"{self.writer.folder}: the checkpoint could not be written ({why})"
         if place is None:
@@ -125,6 +128,8 @@ class Save(Callback):
                 LOGGER.warning("the checkpoint is in %s", step)
                 yield step
                 return
+            if engine.ranks.first:
+                shutil.rmtree(place, ignore_errors=True)
 
 
 def _private(folder: Path | None) -> str:

@@ -102,9 +102,9 @@ def test_folders_are_tried_before_anything_long_starts(
 
 def test_a_checkpoint_that_cannot_be_read_is_named_and_kept(runs: Runs, reference: Path, tmp_path: Path) -> None:
     place = Path(shutil.copytree(reference, tmp_path / "run"))
-    ran = runs.run(place, faults=["read:EIO:step-000012/model:0:1"])
+    ran = runs.run(place, faults=["read:EIO:checkpoints/step-000012/model:0:1"])
     assert ran.returncode == 0 and "is complete at step 12" in ran.stdout, "one failure is tried again"
-    ran = runs.run(place, faults=["read:EIO:step-000012/model:0:0"])
+    ran = runs.run(place, faults=["read:EIO:checkpoints/step-000012/model:0:3"])
     assert ran.returncode == 0 and is_clean(ran), ran.stderr
     assert "step-000012: unreadable, skipped: model.safetensors: Input/output error" in ran.stdout
     assert "resuming from" in ran.stdout and "step-000010" in ran.stdout
