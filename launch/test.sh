@@ -44,6 +44,11 @@ case " $* " in
             { apt-get update -qq && apt-get install -y -qq $packages; } >/dev/null 2>&1 ||
                 echo "note: $packages could not be installed; tests on a real SLURM and MPI are skipped" >&2
         fi
+        # A browser that opens reports and dashboards.
+        if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1 && ! command -v chromium >/dev/null 2>&1; then
+            { apt-get update -qq && apt-get install -y -qq chromium; } >/dev/null 2>&1 ||
+                echo "note: chromium could not be installed; tests of reports in a browser are skipped" >&2
+        fi
         ;;
 esac
 "$PYTHON" -m ruff check .
