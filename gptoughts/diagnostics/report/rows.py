@@ -48,7 +48,7 @@ def parsed(line: bytes, notes: Counter[str]) -> dict[str, Any] | None:
         notes["lines that are cut off or damaged"] += 1
         return None
     if any(old in row for old in RENAMED):
-        return {RENAMED.get(key, key): value for key, value in row.items()}
+        return {RENAMED.get(str(key), str(key)): value for key, value in row.items()}
     return row
 
 
