@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+
 from gptoughts.run.tracking.metrics import GATHERED, METRICS
 from gptoughts.run.tracking.system import Peer, sampling_ranks, summary
-from gptoughts.run.tracking.wandb_workspace import SECTIONS, definition
+from gptoughts.run.tracking.wandb_workspace import SECTIONS, definition, workspace
 
 
 def peer(node: str, own: bool = False) -> Peer:
@@ -66,3 +68,13 @@ def test_every_panel_of_the_workspace_draws_keys_that_exist() -> None:
         for panel in panels:
             assert set(panel.get("keys", [])) <= known.keys() | spread and panel["x"] in ("step", "sample")
             assert "keys" in panel or panel["pattern"].replace(".*", "*") in known
+
+
+def test_the_workspace_is_built_by_the_package_without_network() -> None:
+    pytest.importorskip("wandb_workspaces")
+    made = workspace("team", "project")
+    assert {section.name: len(section.panels) for section in made.sections} == {
+        name: len(keys) for name, keys in SECTIONS.items()
+    }
+    text = made._to_model().model_dump_json()
+    assert all(f'"{key}"' in text or key.endswith("*") for keys in SECTIONS.values() for key in keys) and "eval/.*" in text
