@@ -80,7 +80,9 @@ def drawn(here: Path, monkeypatch: pytest.MonkeyPatch, rows: list[dict[str, Any]
 
     figures: list[Figure] = []
     save = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *words, **more: (figures.append(figure), save(figure, *words, **more)))
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, *words, **more: (figures.append(figure), save(figure, *words, **more))
+    )
     sink = Jsonl()
     sink.start(RunInfo("drawn", here))
     for step, row in enumerate(rows, 1):
