@@ -26,7 +26,7 @@ from gptoughts.run.callbacks import Evaluate, Sample
 from gptoughts.run.evidence import EvidenceCheck, LayerEvidence, warmup_steps
 from gptoughts.run.failures import report_failures
 from gptoughts.run.goodput import Goodput
-from gptoughts.run.limiter import Limiter, Pauses
+from gptoughts.run.limiter import SAMPLES, Limiter, Pauses, gpu_fields
 from gptoughts.run.log import Log
 from gptoughts.run.result import RunResult
 from gptoughts.run.saving import Save
@@ -131,6 +131,7 @@ class _Run:
         with Pauses() as pauses:
             if self.goodput is not None:
                 log.judge = self.limiter = self._limiter(self.goodput, check, pauses)
+                log.live = lambda: gpu_fields(self.folder.out / SAMPLES)
             try:
                 self._start_sinks(progress)
                 progress = self._loop(progress, callbacks, check)
@@ -148,7 +149,7 @@ class _Run:
         job = self.job
         spec, catalog = self.session.bundle.spec, job.extensions.catalog
         advisor = Advisor(job.machine, spec, job.recipe, job.world, job.plan, catalog)
-        samples = self.folder.out / "system.jsonl"
+        samples = self.folder.out / SAMPLES
         return Limiter(advisor, self.session.console, goodput.attempt_parts, pauses, lambda: check.trace, samples)
 
     def _close(self, end: str) -> None:
