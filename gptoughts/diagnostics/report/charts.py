@@ -26,7 +26,7 @@ ENDINGS = {
     "joules": "J",
 }  # fmt: skip
 """Ending of a key without an entry in the table of metrics -> unit."""
-CAPITALS = ("gpu", "cpu", "mfu", "hfu", "tflops", "sm", "pcie", "gemm")
+CAPITALS = ("gpu", "cpu", "mfu", "hfu", "tflops", "sm", "pcie", "gemm", "gc")
 SPREAD = ("_min", "_max")
 RANKS = ("_min_rank", "_max_rank")
 """Endings of the keys that name the rank of a minimum or maximum: listed in a table, not drawn."""

@@ -40,6 +40,7 @@ def parsed(line: bytes, notes: Counter[str]) -> dict[str, Any] | None:
     """Return the object of a line under present key names; None for anything else, which is counted in `notes`."""
     if not line.strip():
         return None
+    row: Any
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
