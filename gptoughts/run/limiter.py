@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, thread_time
 from typing import Any
 
 import torch
@@ -64,7 +64,7 @@ class Window:
     saving: float = 0.0
     """Share of the wall time that the run waited for checkpoints."""
     launching: float | None = None
-    """Share of a step that its operators take when they have nothing to compute; None where it was not measured."""
+    """Share of the training thread's CPU time that the operators of a step take when they have nothing to compute; None if unknown."""
     throttled: tuple[str, ...] = ()
     """NVML's reasons for lower clocks."""
 
@@ -103,7 +103,9 @@ def _waits(window: Window, parts: Mapping[str, float]) -> Any:
     spread, slowest = row.get("perf/rank_spread"), row.get("perf/slowest_rank")
     lost = spread / (1 + spread) if spread else 0.0
     exchanged = parts[COMMUNICATION] if row.get(f"time/{COMMUNICATION}") is not None else 0.0
-    host = row.get("perf/host_bound") if on_gpu else window.launching
+    host = row.get("perf/host_bound")
+    if not on_gpu and window.launching is not None:
+        host = window.launching * max(0.0, 1 - data - exchanged)
     if window.saving >= NOTABLE:
         yield Verdict(SAVING, f"waiting for checkpoints takes {share(window.saving)} of the wall time", window.saving)
     if data >= NOTABLE:
@@ -170,9 +172,9 @@ def operator_seconds(repetitions: int = 50) -> float:
     counted = sum(event.count for event in profiler.key_averages() if event.key.startswith("aten::"))
     times = []
     for _ in range(repetitions):
-        began = perf_counter()
+        began = thread_time()
         work()
-        times.append(perf_counter() - began)
+        times.append(thread_time() - began)
     return sorted(times)[repetitions // 2] / max(1, counted)
 
 
@@ -241,9 +243,9 @@ class Limiter:
         return self._advised[limiter]
 
     def _launching(self, row: Mapping[str, Any]) -> float | None:
-        """Return the share of a step on a CPU that its operators take when they have nothing to compute."""
-        trace, total = self._trace(), sum(row.get(f"time/{part}") or 0.0 for part in PARTS)
-        if trace is None or row.get("perf/host_bound") is not None or trace.kernels or not total:
+        """Return the share of a step's CPU time that its operators take when they have nothing to compute; None on a GPU."""
+        trace, total = self._trace(), row.get("perf/cpu_seconds")
+        if trace is None or not total:
             return None
         if self._cost is None:
             self._cost = operator_seconds()

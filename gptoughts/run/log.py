@@ -189,11 +189,11 @@ class Log(Callback):
             "perf/data_wait": pending.data_wait / pending.seconds if pending.seconds > 0 else 0.0,
             **(slowest_rank(busy) if busy else {}),
         }
-        row |= {**NO_SPLIT, "perf/host_bound": None}
+        row |= {**NO_SPLIT, "perf/host_bound": None, "perf/cpu_seconds": None}
         if pending.sample is not None:
             timed = pending.sample.split()
             self._busy = math.nan if timed.busy is None else timed.busy
-            row |= {**timed.row(), "perf/host_bound": timed.host_bound}
+            row |= {**timed.row(), "perf/host_bound": timed.host_bound, "perf/cpu_seconds": timed.cpu_seconds}
         split = 2 * len(pending.meters)
         pairs = zip(pending.meters, own[:split:2], own[1:split:2], strict=True)
         row |= {f"train/{name}": total / part for name, total, part in pairs if part}

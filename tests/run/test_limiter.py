@@ -261,7 +261,9 @@ def test_many_small_operators_are_the_hosts_work(monkeypatch: pytest.MonkeyPatch
     judged = limiter_of(spent, StringIO(), trace)
     judged(1, row())
     spent["productive"] = 1.0
-    assert judged(2, row())["perf/limiter"] == HOST
+    assert judged(2, row(cpu_seconds=1.0))["perf/limiter"] == HOST  # 0.8 of a second
+    assert judged(3, row(cpu_seconds=4.0))["perf/limiter"] == DEVICE
+    assert judged(4, row())["perf/limiter"] == DEVICE  # not measured
 
 
 def test_an_operator_costs_microseconds() -> None:
