@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import os
@@ -111,10 +112,8 @@ def test_control_a_sound_header_is_read(tmp_path: Path) -> None:
 def test_any_bytes_are_a_header_or_an_error_of_ours(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
     path = tmp_path_factory.getbasetemp() / "fuzz.safetensors"
     path.write_bytes(content)
-    try:
+    with contextlib.suppress(CheckpointError):
         read_header(path)
-    except CheckpointError:
-        pass
 
 
 @pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "..", "sub/x.safetensors"])
