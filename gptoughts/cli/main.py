@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from gptoughts.cli.bench_commands import bench_group
-from gptoughts.cli.options import CommandGroup, argument, command, group, option, recipe_command, recipe_options
+from gptoughts.cli.options import CommandGroup, argument, command, group, option, recipe_command, recipe_options, remote_code
 from gptoughts.errors import GptoughtsError
 from gptoughts.planning.environment import Process
 from gptoughts.processes import shelter_children
@@ -63,12 +63,6 @@ def _old_name() -> str | None:
     """Return the value of `--run`, for `--name` where it is not given."""
     found: str | None = click.get_current_context().meta.get("gptoughts.old_name")
     return found
-
-
-def _remote_code() -> click.Parameter:
-    return option(
-        "--remote-code", metavar="MODEL", help="run the code that comes with this model; it must be the model of CHECKPOINT"
-    )
 
 
 def _gpus() -> list[click.Parameter]:
@@ -176,7 +170,7 @@ def _generate() -> click.Command:
         option("--seed", type=click.IntRange(0), default=0, help="random seed"),
         option("--chat", is_flag=True, help="put each prompt into the tokenizer's chat template as a user turn"),
         option("--base", metavar="PATH", help="base model of an adapter, if not the one noted in the adapter"),
-        _remote_code(),
+        remote_code(),
         option("--steps", type=click.IntRange(1), help="diffusion: denoising steps; default: the recipe's"),
         option("--block-length", type=click.IntRange(1), help="diffusion: tokens per block, written left to right"),
         option(
@@ -203,7 +197,7 @@ def _export() -> click.Command:
         argument("checkpoint"),
         option("--to", "out", required=True, metavar="DIR", help="folder to write"),
         option("--base", metavar="PATH", help="base model of an adapter, if not the one noted in the adapter"),
-        _remote_code(),
+        remote_code(),
         option("--adapter-only", is_flag=True, help="write the adapter for peft instead of merging it"),
         option("--text", metavar="FILE", help="text to compare logits on; default: a passage of Python's license"),
     ]
@@ -236,7 +230,7 @@ def _eval() -> click.Command:
         ),
     }
     commands = [
-        command(name, f"evaluate.{name}", text, [argument("checkpoint"), *options, _remote_code()])
+        command(name, f"evaluate.{name}", text, [argument("checkpoint"), *options, remote_code()])
         for name, (options, text) in kinds.items()
     ]
     return group("eval", "Evaluate a checkpoint or an exported folder.", *commands)

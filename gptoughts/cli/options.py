@@ -257,3 +257,9 @@ def recipe_options() -> list[click.Parameter]:
         option("--profile", default="auto", help="hardware profile, by name or path; auto picks the one for this machine"),
         option("--plugin", multiple=True, metavar="FILE.py", help="load a file that adds layers, models or objectives"),
     ]
+
+
+def remote_code() -> click.Parameter:
+    """Return the option by which this command line allows a model's own code."""
+    text = "run the code that comes with this model; it must be the model of CHECKPOINT"
+    return option("--remote-code", metavar="MODEL", help=text)
