@@ -5,13 +5,10 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import stat
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
-
-from gptoughts.errors import ConfigError
 
 MAX_BYTES = 512 << 20
 """Size of a file that is read as a whole: tokenizers and question data sets have tens of megabytes."""
@@ -72,20 +69,6 @@ def parse_json(text: str | bytes) -> Any:
 def load_json(path: Path) -> Any:
     """Return the value of a JSON file in UTF-8. Raises OSError, ValueError."""
     return parse_json(read_limited(path).decode("utf-8-sig"))
-
-
-def private_folder(path: Path) -> Path:
-    """Make a folder that only this user can enter, or check one that exists. Raises ConfigError for a link or another user's."""
-    with suppress(FileExistsError):
-        path.mkdir(mode=0o700)
-    found = path.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-        raise ConfigError(
-            f"{path}: must be a folder of this user alone",
-            found=f"mode {stat.S_IMODE(found.st_mode):o}, user {found.st_uid}",
-            fix=f"rm -r {path}, or set TMPDIR to a folder of yours",
-        )
-    return path
 
 
 @contextmanager

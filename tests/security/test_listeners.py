@@ -13,8 +13,7 @@ import torch.distributed as dist
 from gptoughts.engine.distributed import elastic, rendezvous
 from gptoughts.engine.distributed.process_group import own_group  # noqa: F401 - imported by the worker
 from gptoughts.errors import ConfigError
-from gptoughts.files import private_folder
-from gptoughts.hardware.endpoint import MEETING_FILE, Endpoint, endpoint
+from gptoughts.hardware.endpoint import MEETING_FILE, Endpoint, endpoint, private_folder
 from gptoughts.hardware.world import World
 from tests.support.golden_files import ROOT
 from tests.support.listeners import listening
