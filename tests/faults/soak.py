@@ -26,7 +26,7 @@ PLACES = {
     "sync": (".writing-step-", "checkpoints/latest"),
     "rename": ("/step-", "checkpoints/latest", "checkpoints/best"),
     "unlink": (".dropped-", ".replaced-"),
-    "read": ("checkpoints/step-", "text"),
+    "read": ("checkpoints/step-", "/text.txt"),
 }
 """Calls that fail, and parts of the paths where they do."""
 ERRORS = ("ENOSPC", "EIO", "EDQUOT", "EROFS")
