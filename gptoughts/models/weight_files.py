@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gptoughts.errors import CheckpointError
-from gptoughts.files import load_json, parse_json
+from gptoughts.files import load_json, parse_json, regular
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -92,36 +92,34 @@ def opened(path: Path) -> Any:
 def read_header(path: Path) -> dict[str, dict[str, Any]]:
     """Return tensor name -> dtype, shape and data_offsets. Raises CheckpointError unless the tensors fill the file without overlap."""
     try:
-        size = path.stat().st_size
-        if not path.is_file():
-            raise CheckpointError(f"{path}: not a regular file")
+        size = regular(path).stat().st_size
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > min(MAX_HEADER_BYTES, size - 8):
-                raise CheckpointError(f"{path}: header longer than the file or the format allows", found=f"{length:,} bytes")
+                raise ValueError(f"header of {length:,} bytes, longer than the file or the format allows")
             content = parse_json(file.read(length))
         tensors = {name: entry for name, entry in content.items() if name != "__metadata__"}
-        _check_places(path, tensors, size - 8 - length)
-    except (OSError, ValueError, RecursionError, struct.error, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: not safetensors: {first_line(error)}") from None
+        _check_places(tensors, size - 8 - length)
+    except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: cannot be read as safetensors: {first_line(error)}") from None
     return tensors
 
 
-def _check_places(path: Path, tensors: dict[str, dict[str, Any]], size: int) -> None:
+def _check_places(tensors: dict[str, dict[str, Any]], size: int) -> None:
+    """Raise ValueError unless tensors of these sizes follow each other from 0 to `size`."""
     reached = 0
     for name, entry in sorted(tensors.items(), key=lambda one: tuple(one[1]["data_offsets"])):
         (begin, end), shape, bits = entry["data_offsets"], entry["shape"], BITS.get(entry["dtype"])
         whole = all(type(number) is int and number >= 0 for number in (begin, end, *shape))
         if not whole or len(shape) > 64 or (bits is not None and math.prod(shape) * bits != (end - begin) * 8):
-            raise CheckpointError(
-                f"{path}: shape and size of {name!r:.200} disagree", found=f"{shape!r:.100} in {end - begin} bytes"
-            )
+            raise ValueError(f"shape and size of {name!r:.100} disagree: {shape!r:.100} in bytes {begin} to {end}")
         if begin != reached:
-            problem = "overlaps another tensor" if begin < reached else "leaves a gap before it"
-            raise CheckpointError(f"{path}: {name!r:.200} {problem}", found=f"begin {begin}, expected {reached}")
+            raise ValueError(
+                f"{name!r:.100} {'overlaps another tensor' if begin < reached else 'leaves a gap'} at byte {begin}"
+            )
         reached = end
     if reached != size:
-        raise CheckpointError(f"{path}: tensors must fill the file", found=f"{reached} of {size} bytes")
+        raise ValueError(f"tensors of {reached} bytes in a file with room for {size}")
 
 
 def first_line(error: BaseException) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gptoughts.console import Console, share
+from gptoughts.console import Console, bytes_in_words, share
 from gptoughts.engine.progress import COMMUNICATION, DATA_WAIT, OPTIMIZER, PARTS
 from gptoughts.layers.support.compile import recompiles
 from gptoughts.planning.evidence import StepTrace
@@ -37,6 +37,8 @@ DEVICE = "device"
 """Compute or memory bandwidth: without a measured matmul rate or a datasheet peak they cannot be told apart."""
 LIMITERS = (DATA, HOST, EXCHANGE, BANDWIDTH, COMPUTE, SAVING, STRAGGLER, THROTTLING, DEVICE)
 
+SAMPLES = "system.jsonl"
+"""System metrics in the run's folder, if a sampler writes them."""
 NOTABLE = 0.15
 """Share of the wall time from which waiting for something is the verdict."""
 HOST_SHARE = 0.5
@@ -249,17 +251,30 @@ class Limiter:
         return min(1.0, operators * self._cost / total)
 
 
-def _throttled(samples: Path | None) -> tuple[str, ...]:
-    """Return the reasons for lower clocks in the last whole row of system.jsonl; none without that file."""
+def newest_sample(samples: Path | None) -> Mapping[str, Any]:
+    """Return the last whole row of system.jsonl; empty without that file."""
     if samples is None or not samples.is_file():
-        return ()
+        return {}
     with samples.open("rb") as file:
         file.seek(max(0, samples.stat().st_size - 16_384))
         lines = file.read().decode("utf-8", errors="replace").splitlines()
     for line in reversed(lines):
         try:
-            reasons = json.loads(line).get("gpu/throttle")
-        except (ValueError, AttributeError):
+            row = json.loads(line)
+        except ValueError:
             continue  # cut by the writer, or by the seek
-        return tuple(map(str, reasons)) if isinstance(reasons, list) else ()
-    return ()
+        return row if isinstance(row, dict) else {}
+    return {}
+
+
+def _throttled(samples: Path | None) -> tuple[str, ...]:
+    reasons = newest_sample(samples).get("gpu/throttle")
+    return tuple(map(str, reasons)) if isinstance(reasons, list) else ()
+
+
+def gpu_fields(samples: Path) -> list[str]:
+    """Return `GPU 97 %` and `71.20 GiB` from the newest system sample for the live row; none that are unknown."""
+    row = newest_sample(samples)
+    used, memory = row.get("gpu/utilization"), row.get("gpu/memory_bytes")
+    fields = [f"GPU {used:.0f} %"] if isinstance(used, int | float) else []
+    return fields + ([bytes_in_words(memory)] if isinstance(memory, int | float) else [])

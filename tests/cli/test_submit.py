@@ -56,7 +56,7 @@ def test_submit_hands_the_file_to_sbatch(
             "launch mpi RUN --ranks 4 --hostfile hosts --name x --dry-run",
             ["mpirun", "-np", "4", "--bind-to", "none", "--hostfile", "hosts"],
         ),
-        ("launch torchrun RUN --ranks 8 --name x", ["-P", "-m", "gptoughts"]),
+        ("launch torchrun RUN --ranks 8 --name x", ["-P", "-m", "gptoughts", "train"]),
     ],
 )
 def test_other_launchers(line: str, begins: list[str], here: Path, capsys: pytest.CaptureFixture[str]) -> None:

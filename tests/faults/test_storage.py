@@ -134,3 +134,21 @@ def test_kills_at_every_point_of_a_write_change_no_bit(runs: Runs, reference: Pa
     assert ran.returncode == 0, ran.stderr
     assert same(place, reference)
     assert not list((place / "checkpoints").glob(".*-step-*"))
+
+
+def test_weights_that_are_not_finite_are_never_saved(runs: Runs, tmp_path: Path) -> None:
+    """The loss of the step is finite, its update is not."""
+    far = [
+        "--optim.learning-rate",
+        "1e38",
+        "--optim.warmup-steps",
+        "0",
+        "--optim.schedule",
+        "constant",
+        "--optim.clip-norm",
+        "0",
+    ]
+    ran = runs.run(tmp_path / "run", *far, every=1)
+    assert ran.returncode == 2 and is_clean(ran), ran.stderr
+    assert "not finite; no checkpoint is written" in ran.stderr
+    assert all(not (tmp_path / "run" / "checkpoints" / f"step-{step:06d}").exists() for step in range(1, STEPS + 1))

@@ -22,10 +22,10 @@ from tests.support.golden_files import ROOT
 OWNER = "gptoughts/models/torch_internals.py"
 LIBRARIES = ("torch", "transformers", "peft")
 ALLOWED = {
-    ("gptoughts/data/chat/template.py", "_marks_answers"),  # an attribute of its own enclosing class
-    ("gptoughts/data/chat/template.py", "_tracking"),
     ("gptoughts/data/text/workers.py", "_exit"),  # os._exit, which is documented
     ("gptoughts/engine/distributed/watch.py", "_exit"),
+    ("gptoughts/processes.py", "_exit"),
+    ("gptoughts/cli/ending.py", "_exit"),
     ("gptoughts/data/tokenizers/bpe.py", "_mergeable_ranks"),  # tiktoken
     ("gptoughts/engine/optim/low_bit.py", "_new_buffer"),  # torchao, whose class is extended there
     ("gptoughts/console.py", "torch.utils._pytree"),  # the name of a logger

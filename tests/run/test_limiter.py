@@ -40,6 +40,7 @@ from gptoughts.run.limiter import (
     Pauses,
     Verdict,
     Window,
+    gpu_fields,
     judge,
     operator_seconds,
 )
@@ -242,6 +243,15 @@ def test_throttling_is_read_from_the_newest_whole_sample(tmp_path: Path) -> None
     spent["productive"] = 2.0
     found = judged(3, row())
     assert found["perf/limiter"] == THROTTLING and found["perf/advice"] == "gptoughts doctor"
+
+
+def test_the_live_row_shows_what_the_sampler_knows(tmp_path: Path) -> None:
+    samples = tmp_path / "system.jsonl"
+    assert gpu_fields(samples) == []
+    samples.write_text('{"gpu/utilization": 97.4, "gpu/memory_bytes": 2147483648}\n')
+    assert gpu_fields(samples) == ["GPU 97 %", "2.00 GiB"]
+    samples.write_text('{"gpu/utilization": null, "cpu/load": 1.0}\n[3]\n')
+    assert gpu_fields(samples) == []
 
 
 def test_many_small_operators_are_the_hosts_work(monkeypatch: pytest.MonkeyPatch) -> None:

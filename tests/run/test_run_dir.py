@@ -32,10 +32,10 @@ def test_a_lock_survives_the_loss_of_every_file_and_a_dead_owners_is_taken_over(
         assert owner.stdout is not None and owner.stdout.readline() == "locked\n"
         for file in (place / ".lock", place / "checkpoints" / ".lock"):
             file.unlink(missing_ok=True)
-        with pytest.raises(RunError, match="run folder is in use. Found process unknown"):
+        with pytest.raises(RunError, match=r"run folder is in use\. Found process unknown"):
             folder(place).lock()
         (place / "checkpoints" / ".lock").write_text(f"{owner.pid} on here", encoding="utf-8")
-        with pytest.raises(RunError, match=f"run folder is in use. Found process {owner.pid} on here"):
+        with pytest.raises(RunError, match=rf"run folder is in use\. Found process {owner.pid} on here"):
             folder(place).lock()
         owner.kill()
     taken = folder(place)

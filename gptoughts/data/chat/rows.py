@@ -135,9 +135,8 @@ class TableBuilder:
             table = self.table(name, split)
             table.save(folder / name)
             LOGGER.info(f"data: {name} {summary(table.stats)}")
-        if self.unused:
-            named = ", ".join(f"{key} ({count:,} rows)" for key, count in self.unused.most_common(8))
-            LOGGER.info(f"data: keys that are not used: {named}")
+        for key, count in self.unused.most_common(8):
+            LOGGER.info(f"data: key {key!r} is not used ({count:,} rows)")
         tokens = sum(len(document.ids) for split in splits.values() for document in split.documents)
         seconds = time.monotonic() - begun
         LOGGER.info(f"data: {tokens:,} tokens in {seconds:.1f} s, {tokens / seconds / 1e6:.2f} Mtok/s")

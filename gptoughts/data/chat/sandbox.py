@@ -43,8 +43,9 @@ class Rejected(DataError):
 class Sandbox:
     """The child process of this process, started with the first template and again after one that exceeded a limit."""
 
-    def __init__(self) -> None:
+    def __init__(self, seconds: int = MAX_SECONDS) -> None:
         self._child: Child | None = None
+        self._seconds = seconds
         self._known = set[str]()
         self._lock = threading.Lock()
         atexit.register(self.close)
@@ -65,7 +66,7 @@ class Sandbox:
 
     def _asked(self, source: str, request: Mapping[str, Any], origin: str) -> Any:
         if self._child is None:
-            self._child, self._known = Child(__name__, "serve"), set()
+            self._child, self._known = Child(__name__, "serve", self._seconds), set()
         name = hashlib.sha256(source.encode("utf-8", "surrogatepass")).hexdigest()
         try:
             answer, _ = self._child.ask({"name": name, "source": None if name in self._known else source, **request})
@@ -98,7 +99,7 @@ SANDBOX = Sandbox()
 # --- in the child
 
 
-def serve(requests: IO[bytes], answers: IO[bytes]) -> None:
+def serve(requests: IO[bytes], answers: IO[bytes], seconds: int) -> None:
     """Answer requests until the parent closes the pipe or dies, each within the limits."""
     if sys.platform == "linux":
         resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
@@ -109,7 +110,7 @@ def serve(requests: IO[bytes], answers: IO[bytes]) -> None:
             request, _ = receive(requests)
         except EOFError:
             return
-        signal.setitimer(signal.ITIMER_PROF, MAX_SECONDS)  # its default action ends the process, also inside C code
+        signal.setitimer(signal.ITIMER_PROF, seconds)  # its default action ends the process, also inside C code
         answer = _answer(compiled, request)
         signal.setitimer(signal.ITIMER_PROF, 0)
         try:

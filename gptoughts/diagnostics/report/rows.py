@@ -48,10 +48,9 @@ def parsed(line: bytes, notes: Counter[str]) -> dict[str, Any] | None:
     if not isinstance(row, dict):
         notes["lines that are cut off or damaged"] += 1
         return None
-    found: dict[str, Any] = row
-    if any(old in found for old in RENAMED):
-        return {RENAMED.get(key, key): value for key, value in found.items()}
-    return found
+    if any(old in row for old in RENAMED):
+        return {RENAMED.get(str(key), str(key)): value for key, value in row.items()}
+    return row
 
 
 def number(value: Any) -> float | None:

@@ -162,7 +162,9 @@ def word_tables(runs: Sequence[RunData], prefix: str) -> list[Markup]:
     found = []
     held = [{**run.metrics.words, **run.system.words} for run in runs]
     for key in dict.fromkeys(key for words in held for key in words if key.startswith(prefix)):
-        counted = [(words.get(key, {}), _rows_of(run, key)) for words, run in zip(held, runs, strict=True)]
+        counted: list[tuple[dict[str, int], int]] = [
+            (words.get(key, {}), _rows_of(run, key)) for words, run in zip(held, runs, strict=True)
+        ]
         frequent = sorted(
             {word for words, _ in counted for word in words}, key=lambda word: -sum(one[0].get(word, 0) for one in counted)
         )

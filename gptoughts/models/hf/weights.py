@@ -156,7 +156,7 @@ def refuse_pickles(folder: Path) -> None:
     try:
         files_of(folder)
     except CheckpointError:
-        if not (found := pickles(folder)):
+        if (folder / SINGLE).is_file() or not (found := pickles(folder)):
             raise
         raise CheckpointError(
             f"{shown(folder / found[0])}: a pickle, which can run code when loaded",

@@ -318,7 +318,7 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        with pytest.raises(DataError, match=r"cannot be written \(No space left on device\)\.\n  Try: run again"):
+        with pytest.raises(DataError, match=r"cannot be written \(No space left on device\)\.\n  Try: free space, then again"):
             tokenize(str(tmp_path / "c.jsonl"), "bytes", tmp_path / "o", **arguments)
     tokenize(str(tmp_path / "c.jsonl"), "bytes", tmp_path / "o", **arguments)
     tokenize(str(tmp_path / "c.jsonl"), "bytes", tmp_path / "whole", **arguments)
@@ -355,7 +355,8 @@ def test_a_dead_worker_is_an_error_and_the_work_goes_on(tmp_path: Path, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(workers, "SERVE", (__name__, "dies"))
         with pytest.raises(
-            DataError, match=r"tokenizing process: killed by SIGKILL: about to die \(out of memory\?\)\.\n  Try: run again"
+            DataError,
+            match=r"tokenizing process: killed by SIGKILL: about to die \(out of memory\?\)\.\n  Try: free space, then again",
         ):
             tokenize(str(tmp_path / "c.jsonl"), "bytes", tmp_path / "o", processes=2)
     tokenize(str(tmp_path / "c.jsonl"), "bytes", tmp_path / "o", processes=2)
