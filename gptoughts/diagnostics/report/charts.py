@@ -57,10 +57,12 @@ class Chart:
     clock: bool = False
     """x is the wall clock instead of the step."""
     lines: list[Line] = field(default_factory=list)
+    largest: float = 0.0
+    """Largest value of charts that shall have the same unit, at least."""
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data: x as differences of whole numbers, y in the unit of the axis with six digits."""
-        unit, factor = _scaled(self.unit, [point.y for line in self.lines for point in line.points])
+        unit, factor = _scaled(self.unit, [self.largest, *(point.y for line in self.lines for point in line.points)])
         ticks = TICKS if self.clock else 1
         lines = [
             {
@@ -123,13 +125,16 @@ def _step_times(runs: list[RunData]) -> list[Chart]:
             title,
             "Step time",
             "s",
-            "Seconds of a step on the first rank, by what it waits for or computes.",
+            "Time of a step on the first rank, by what it waits for or computes.",
         )
         chart.lines = [
             Line(number, key.removeprefix(STEP_TIME).replace("_", " "), run.metrics.keys[key].curve.points(), "part")
             for key in keys
         ]
         charts.append(chart)
+    largest = max((point.y for chart in charts for line in chart.lines for point in line.points), default=0.0)
+    for chart in charts:
+        chart.largest = largest
     return charts
 
 

@@ -119,7 +119,9 @@ def goodput_bars(runs: Sequence[RunData]) -> Markup | None:
 
 
 def _bars(runs: Sequence[RunData], parts: list[dict[str, float]], shown: Callable[[float], str], what: str) -> Markup | None:
-    names = list(dict.fromkeys(name for part in parts for name, value in part.items() if value > 0))
+    every = list(dict.fromkeys(name for part in parts for name in part))
+    # A part keeps its color, that of its curve too, also where others are left out.
+    names = [(place, name) for place, name in enumerate(every) if any(part.get(name, 0) > 0 for part in parts)]
     if not names:
         return None
     bars = []
@@ -131,7 +133,7 @@ def _bars(runs: Sequence[RunData], parts: list[dict[str, float]], shown: Callabl
                     "span", class_=f"c{place % COLORS}", style=f"width:{100 * part.get(name, 0) / total:.3f}%",
                     title=f"{name}: {shown(part.get(name, 0))}, {share(part.get(name, 0) / total)}",
                 )
-                for place, name in enumerate(names)
+                for place, name in names
             ]  # fmt: skip
             label = f"{run.name}: {shown(total)}"
             bars.append(
@@ -142,7 +144,7 @@ def _bars(runs: Sequence[RunData], parts: list[dict[str, float]], shown: Callabl
             joined([swatch(place), name.replace("_", " ")]),
             *(_share_cell(part.get(name), sum(part.values()), shown) for part in parts),
         ]
-        for place, name in enumerate(names)
+        for place, name in names
     ]
     return joined([*bars, table([what, *(run.name for run in runs)], rows, "figures")])
 
