@@ -42,15 +42,14 @@ def generate(
     stack = ExitStack()
     if memory is not None or offload is not None:
         if remote_code is not None:
-            raise ConfigError("--remote-code: not supported with --memory or --offload", fix="omit --memory and --offload")
+            raise ConfigError("--remote-code: not supported with --memory or --offload", fix="omit both")
         if base is not None:
             raise ConfigError("--base: not supported with --memory or --offload", fix=f"gptoughts export {checkpoint} --to DIR")
         model, tokenizer, recipe, folder, mask_id = offloaded(checkpoint, memory, offload)
     else:
         loaded = load(checkpoint, base=base, remote_code=remote_code)
-        model, tokenizer, recipe, folder, mask_id = (
-            loaded.model, loaded.tokenizer, loaded.recipe, loaded.folder, loaded.mask_id,
-        )  # fmt: skip
+        model, tokenizer, recipe = loaded.model, loaded.tokenizer, loaded.recipe
+        folder, mask_id = loaded.folder, loaded.mask_id
         stack.enter_context(inference_mode(loaded))
     sample = {"temperature": temperature, "top_k": top_k} | ({} if tokens is None else {"tokens": tokens})
     recipe = asked(recipe, sample, diffusion, mask_id)
