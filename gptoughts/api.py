@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from gptoughts.engine.callback import Callback
     from gptoughts.run.fit import FitResult
-    from gptoughts.run.run import RunResult
+    from gptoughts.run.result import RunResult
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import stat
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from gptoughts.errors import ConfigError
-
+MAX_BYTES = 512 << 20
+"""Size of a file that is read as a whole: tokenizers and question data sets have tens of megabytes."""
 TEMPORARY = ".tmp"
 """Part of the name of files that are being written; a kill can leave one."""
 
@@ -43,18 +42,33 @@ def hub_home(environment: Mapping[str, str] = os.environ) -> Path:
     return Path(root).expanduser() / "huggingface"
 
 
-def private_folder(path: Path) -> Path:
-    """Make a folder that only this user can enter, or check one that exists. Raises ConfigError for a link or another user's."""
-    with suppress(FileExistsError):
-        path.mkdir(mode=0o700)
-    found = path.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-        raise ConfigError(
-            f"{path}: must be a folder of this user alone",
-            found=f"mode {stat.S_IMODE(found.st_mode):o}, user {found.st_uid}",
-            fix=f"rm -r {path}, or set TMPDIR to a folder of yours",
-        )
+def regular(path: Path) -> Path:
+    """Return a path that is a regular file, by way of links. Raises ValueError: a pipe would be waited for, a device has no end."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is not a regular file")
     return path
+
+
+def read_limited(path: Path, limit: int = MAX_BYTES) -> bytes:
+    """Return the content of a regular file of at most `limit` bytes. Raises OSError, ValueError."""
+    with regular(path).open("rb") as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise ValueError(f"larger than {limit >> 20} MiB")
+    return content
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return the value of a JSON text. Raises ValueError, also for values that are nested too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def load_json(path: Path) -> Any:
+    """Return the value of a JSON file in UTF-8. Raises OSError, ValueError."""
+    return parse_json(read_limited(path).decode("utf-8-sig"))
 
 
 @contextmanager

@@ -4,13 +4,15 @@ set -euo pipefail
 
 usage() {
     cat <<'TEXT'
-usage: launch/test.sh [--all] [PYTEST FLAGS]
+usage: launch/test.sh [--all | --long] [PYTEST FLAGS]
 
 Makes the virtual environment .venv if none is active, installs gptoughts with its dev extra, and runs ruff, mypy,
 lint-imports and pytest.
 
   --all   also run the slow tier: every layer on every family, kills, notebooks, documentation commands, the wheel
           (up to 45 minutes on 2 cores; without it about 12)
+
+  --long  also run the long set: sharding on three and four ranks
 
 Other flags go to pytest: launch/test.sh -k bench
 Default: two workers with one thread each. More threads than free cores make torch's tests very slow.
@@ -37,12 +39,17 @@ if ! "$PYTHON" -c "import importlib.util as i, sys; sys.exit(not all(map(i.find_
 fi
 # SLURM and MPI, started by the slow tier's tests; they are skipped where Debian packages cannot be installed.
 case " $* " in
-    *' --all '*)
+    *' --all '* | *' --long '*)
         if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1 && ! { command -v slurmctld && command -v mpirun && command -v mpirun.mpich; } >/dev/null 2>&1; then
             packages='slurmctld slurmd slurm-client munge openmpi-bin libopenmpi-dev mpich'
             # shellcheck disable=SC2086 # several names
             { apt-get update -qq && apt-get install -y -qq $packages; } >/dev/null 2>&1 ||
                 echo "note: $packages could not be installed; tests on a real SLURM and MPI are skipped" >&2
+        fi
+        # A browser that opens reports and dashboards.
+        if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1 && ! command -v chromium >/dev/null 2>&1; then
+            { apt-get update -qq && apt-get install -y -qq chromium; } >/dev/null 2>&1 ||
+                echo "note: chromium could not be installed; tests of reports in a browser are skipped" >&2
         fi
         ;;
 esac

@@ -1,4 +1,4 @@
-"""Options and fixtures of all tests: the slow tier, property tests without deadlines, and garbage collection."""
+"""Options and fixtures of all tests: the slow tier and the long set, property tests without deadlines, and garbage collection."""
 
 from __future__ import annotations
 
@@ -18,16 +18,20 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add `--all`."""
+    """Add `--all` and `--long`."""
     parser.addoption("--all", action="store_true", help="run the slow tier too (tests marked slow)")
+    parser.addoption("--long", action="store_true", help="run the slow tier and the long set too (tests marked long)")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect the slow tier without `--all`, except tests that a node id names; an expression of `-m` decides alone."""
-    if config.option.all or config.option.markexpr:
+    """Deselect what the tier leaves out, except tests that a node id names; an expression of `-m` decides alone."""
+    if config.option.long or config.option.markexpr:
         return
+    others = ("long",) if config.option.all else ("slow", "long")
     named = [_node_id(config, argument) for argument in config.args if "::" in argument]
-    left_out = [item for item in items if item.get_closest_marker("slow") and not any(_names(one, item) for one in named)]
+    left_out = [
+        item for item in items if any(map(item.get_closest_marker, others)) and not any(_names(one, item) for one in named)
+    ]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in set(left_out)]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from gptoughts.cli.options import argument, command, group, option, remote_code_option
+from gptoughts.cli.options import argument, command, group, option, remote_code
 
 COUNT = click.IntRange(1)
 
@@ -41,19 +41,19 @@ def _losses() -> list[click.Command]:
             "perplexity",
             "evaluate.perplexity",
             "Compute loss, perplexity and bits per byte over a whole split.",
-            [model, data, split, _batch(), length, _json(), remote_code_option()],
+            [model, data, split, _batch(), length, _json(), remote_code()],
         ),
         command(
             "likelihood",
             "evaluate.likelihood",
             "Compute a likelihood bound of a masked-diffusion model.",
-            [model, data, split, _batch(), length, draws, limit, _json(), remote_code_option()],
+            [model, data, split, _batch(), length, draws, limit, _json(), remote_code()],
         ),
         command(
             "compare",
             "evaluate.compare",
             "Compare the losses of CHECKPOINT and OTHER on a text. Prints a confidence interval of the difference.",
-            [model, other, unseen, _batch(), length, limit, _json(), remote_code_option()],
+            [model, other, unseen, _batch(), length, limit, _json(), remote_code()],
         ),
     ]
 
@@ -77,18 +77,18 @@ def _tasks() -> list[click.Command]:
             "hellaswag",
             "benchmarks.hellaswag",
             "Compute HellaSwag accuracies, as lm-evaluation-harness does, with 95 % confidence intervals.",
-            [model, rows, limit, _batch(), draws, _base(), _json(), remote_code_option()],
+            [model, rows, limit, _batch(), draws, _base(), _json(), remote_code()],
         ),
         command(
             "squad",
             "evaluate.squad",
             "Compute exact match and F1 of a question-answering model.",
-            [model, questions, threshold, _batch(), out, _json(), remote_code_option()],
+            [model, questions, threshold, _batch(), out, _json(), remote_code()],
         ),
         command(
             "lm",
             "benchmarks.lm",
             "Run tasks of lm-evaluation-harness on an autoregressive model.",
-            [model, tasks, limit, _batch(), few_shot, include, _base(), _json(), remote_code_option()],
+            [model, tasks, limit, _batch(), few_shot, include, _base(), _json(), remote_code()],
         ),
     ]

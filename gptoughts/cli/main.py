@@ -21,7 +21,7 @@ from gptoughts.cli.options import (
     option,
     recipe_command,
     recipe_options,
-    remote_code_option,
+    remote_code,
 )
 from gptoughts.cli.report_commands import report_commands
 from gptoughts.console import flush_output_at_exit, print_line
@@ -182,7 +182,7 @@ def _generate() -> click.Command:
         option("--seed", type=click.IntRange(0), default=0, help="random seed"),
         option("--chat", is_flag=True, help="put each prompt into the tokenizer's chat template as a user turn"),
         option("--base", metavar="PATH", help="base model of an adapter, if not the one noted in the adapter"),
-        remote_code_option(),
+        remote_code(),
         option("--steps", type=click.IntRange(1), help="diffusion: denoising steps; default: the recipe's"),
         option("--block-length", type=click.IntRange(1), help="diffusion: tokens per block, written left to right"),
         option(
@@ -209,7 +209,7 @@ def _export() -> click.Command:
         argument("checkpoint"),
         option("--to", "out", required=True, metavar="DIR", help="folder to write"),
         option("--base", metavar="PATH", help="base model of an adapter, if not the one noted in the adapter"),
-        remote_code_option(),
+        remote_code(),
         option("--adapter-only", is_flag=True, help="write the adapter for peft instead of merging it"),
         option("--text", metavar="FILE", help="text to compare logits on; default: a passage of Python's license"),
     ]

@@ -103,13 +103,6 @@ def spelled(flag: str) -> str:
     return flag.replace("_", "-")
 
 
-def remote_code_option() -> click.Parameter:
-    """Build --remote-code: consent to run the code of a model, which no file can give."""
-    return option(
-        "--remote-code", metavar="MODEL", help="run the code that comes with this model; it must be the model of CHECKPOINT"
-    )
-
-
 def split_flags(values: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, str], dict[str, Any]]:
     """Split parsed parameters into (recipe fields, layers and their options, the rest); the first two contain given ones only."""
     parts: dict[str, dict[str, Any]] = {"field": {}, "layer": {}, "": {}}
@@ -271,3 +264,9 @@ def recipe_options() -> list[click.Parameter]:
         option("--profile", default="auto", help="hardware profile, by name or path; auto picks the one for this machine"),
         option("--plugin", multiple=True, metavar="FILE.py", help="load a file that adds layers, models or objectives"),
     ]
+
+
+def remote_code() -> click.Parameter:
+    """Return the option by which this command line allows a model's own code."""
+    text = "run the code that comes with this model; it must be the model of CHECKPOINT"
+    return option("--remote-code", metavar="MODEL", help=text)

@@ -20,7 +20,7 @@ from gptoughts.planning.environment import Process, missing_variables, restart
 from gptoughts.processes import process_began
 
 if TYPE_CHECKING:
-    from gptoughts.run.run import RunResult
+    from gptoughts.run.result import RunResult
 
 PLACES = ("--name", "--run", "--run-dir", "--run_dir")
 """Flags that say where a run is."""

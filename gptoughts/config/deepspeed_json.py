@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gptoughts.errors import ConfigError
+from gptoughts.files import load_json
 
 Answer = str | Callable[[Any], str]
 """Flags that begin with `--`, or a sentence; by the value where it depends on it."""
@@ -159,7 +160,7 @@ def _options(flags: list[str]) -> tuple[str, ...]:
 
 def _read(path: Path) -> Mapping[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = load_json(path)
     except OSError as error:
         raise ConfigError(f"--deepspeed: {path}: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:

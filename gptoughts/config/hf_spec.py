@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from gptoughts.config.loader import shown
-from gptoughts.config.model_path import resolve_model_folder
+from gptoughts.config.model_path import check_sizes, resolve_model_folder
 from gptoughts.config.recipe import ModelConfig
 from gptoughts.errors import ConfigError, nearest
+from gptoughts.files import load_json
 
 __all__ = [
     "check_length", "documents", "fields_of", "resolve_model_folder", "max_positions", "read_config", "rows", "tokenizer_folder",
@@ -72,21 +73,19 @@ def read_config(model: ModelConfig) -> dict[str, Any]:
 
 def _config_file(name: str) -> Path:
     path = Path(name).expanduser()
-    if path.is_dir():
-        return path / "config.json"
-    if path.is_file():
-        return path
-    shipped = SHIPPED / f"{name}.json"
-    if shipped.is_file():
-        return shipped
+    if path.is_dir() or path.is_file():
+        return path / "config.json" if path.is_dir() else path
     known = sorted(file.stem for file in SHIPPED.glob("*.json"))
+    if name in known:
+        return SHIPPED / f"{name}.json"
     text = f"model.config {name}: no such file, folder or shipped config{nearest(name, known)}"
-    raise ConfigError(f"{text}; shipped: {', '.join(known) or 'none'}")
+    raise ConfigError(f"{text}; shipped: {', '.join(known)}")
 
 
 def _read(path: Path, what: str) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = load_json(path)
+        check_sizes(content, what)
     except OSError as error:
         raise ConfigError(f"{what}: cannot read {shown(path)} ({error.strerror})") from None
     except ValueError as error:

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 import os
 import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from gptoughts.errors import ConfigError
-from gptoughts.files import cache_dir, hub_home, wait_for_lock
+from gptoughts.files import cache_dir, hub_home, load_json, wait_for_lock
 from gptoughts.processes import Child, exit_text
 
 PACKAGE = "package:"
@@ -125,6 +125,25 @@ def _converted(gguf: Path) -> Path:
     return folder
 
 
+LAYERS = re.compile(
+    r"(num_|n_)?(hidden_|encoder_|decoder_)?(layers?|experts|heads)|num_attention_heads|depth|n_routed_experts|num_local_experts"
+)
+"""Keys of config.json that say how many modules are built."""
+MOST_MODULES, LARGEST = 10_000, 1 << 31
+
+
+def check_sizes(content: Any, what: str) -> None:
+    """Raise ConfigError for numbers of a config.json for which building would not end, also in nested configs."""
+    for key, value in content.items() if isinstance(content, dict) else ():
+        check_sizes(value, f"{what}, {key}")
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        most = MOST_MODULES if LAYERS.fullmatch(key) else LARGEST
+        if whole and abs(value) > most:
+            raise ConfigError(
+                f"{what}: {key} is out of range", found=f"{value:.6g}" if abs(value) < 1e300 else "a longer number"
+            )
+
+
 @contextmanager
 def _locked(lock: Path) -> Iterator[None]:
     try:
@@ -196,7 +215,7 @@ def _has_weights(folder: Path) -> bool:
     if not index.is_file():
         return False
     try:
-        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        files = set(load_json(index)["weight_map"].values())
     except (ValueError, KeyError, AttributeError):
         return False
     return all((folder / Path(file).name).is_file() for file in files)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from gptoughts.config import hf_spec
 from gptoughts.config.loader import DataConfig, ModelConfig, Recipe
 from gptoughts.errors import ConfigError
+from gptoughts.files import load_json
 
 VOCAB_MULTIPLE = 64
 
@@ -146,7 +146,7 @@ def vocabulary_of(data: DataConfig) -> int | None:
     index = Path(data.path).expanduser() / "index.json"
     if index.is_file():
         try:
-            size = json.loads(index.read_text(encoding="utf-8")).get("vocab_size")
+            size = load_json(index).get("vocab_size")
         except (OSError, ValueError, AttributeError):
             return None  # reported when the folder is opened
         return size if isinstance(size, int) else None

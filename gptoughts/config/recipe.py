@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_
 
 from pydantic import BaseModel, Field, model_validator
 
-from gptoughts.config.section import Count, Disagreement, Positive, Section, Share
+from gptoughts.config.section import Count, Depth, Disagreement, Length, Positive, Section, Share, Size
 from gptoughts.config.tasks import FORMATS
 
 if TYPE_CHECKING:
@@ -27,12 +27,12 @@ class ModelConfig(Section):
         None,
         description="model trusted to run its own code, equal to model.path; counts only on the command line and in Python",
     )
-    depth: Positive = Field(6, description="number of blocks")
-    width: Positive = Field(384, description="hidden size")
-    heads: Positive = Field(6, description="attention heads")
-    kv_heads: Positive | None = Field(None, description="key-value heads (grouped-query); default: heads")
-    hidden: Positive | None = Field(None, description="MLP width; default: 4 x width, swiglu: 8/3 x width rounded up to 64")
-    vocab_size: Positive | None = Field(None, description="embedding rows; default: the tokenizer's, rounded up to 64")
+    depth: Depth = Field(6, description="number of blocks")
+    width: Size = Field(384, description="hidden size")
+    heads: Size = Field(6, description="attention heads")
+    kv_heads: Size | None = Field(None, description="key-value heads (grouped-query); default: heads")
+    hidden: Length | None = Field(None, description="MLP width; default: 4 x width, swiglu: 8/3 x width rounded up to 64")
+    vocab_size: Length | None = Field(None, description="embedding rows; default: the tokenizer's, rounded up to 64")
     norm: Literal["rmsnorm", "layernorm"] = Field("rmsnorm", description="normalization")
     positions: Literal["rope", "learned"] = Field("rope", description="position encoding")
     mlp: Literal["swiglu", "gelu"] = Field("swiglu", description="MLP type; gelu is GPT-2's tanh approximation")
@@ -80,7 +80,7 @@ class DataConfig(Section):
         description="text file, folder, glob, tokenized folder, Hugging Face dataset or python-stdlib (source of this Python)",
     )
     tokenizer: str = Field("bpe", description="bytes, chars, gpt2, bpe (trained on the text) or a tokenizer.json")
-    train_bpe: Positive | None = Field(4096, description="vocabulary size for tokenizer = bpe")
+    train_bpe: Length | None = Field(4096, description="vocabulary size for tokenizer = bpe")
     format: FormatName = Field("text", description="text, chat (JSONL), or squad (question answering)")
     val_path: str | None = Field(None, description="chat, squad: validation file; default: val_fraction of the rows")
     packing: bool = Field(True, description="chat: pack several conversations per row, masked from each other")
@@ -91,7 +91,7 @@ class DataConfig(Section):
     )
     stride: Count = Field(128, description="squad: overlap of windows of a long context, in tokens")
     text_key: str = Field("text", description="text field of a .jsonl, .parquet or dataset row")
-    sequence_length: Positive = Field(256, description="tokens per sample")
+    sequence_length: Length = Field(256, description="tokens per sample")
     val_fraction: Share = Field(0.05, description="fraction of the text used for validation")
     val_from: Literal["auto", "tail", "documents"] = Field(
         "auto", description="validation split: the text's tail, or whole documents; auto: tail if there are few documents"
@@ -115,7 +115,7 @@ class OptimConfig(Section):
     beta3: Share = Field(0.9999, description="ademamix: decay of the slow first moment")
     alpha: Annotated[float, Field(ge=0)] = Field(5.0, description="ademamix: weight of the slow first moment")
     momentum: Share = Field(0.95, description="muon: momentum")
-    rank: Positive = Field(256, description="apollo: rank of the projected gradient (apollo-mini: 1)")
+    rank: Size = Field(256, description="apollo: rank of the projected gradient (apollo-mini: 1)")
     projection_gap: Positive = Field(200, description="apollo: updates between projections")
     epsilon: Annotated[float, Field(gt=0)] = Field(1e-8, description="epsilon")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.1, description="decay of weights with at least two dimensions")
@@ -172,9 +172,11 @@ class TrainConfig(Section):
 
     steps: Positive | None = Field(None, description="length in optimizer updates")
     tokens: Positive | None = Field(None, description="length in tokens")
-    epochs: Annotated[float, Field(gt=0)] | None = Field(None, description="length in epochs over the training split")
-    hours: Annotated[float, Field(gt=0)] | None = Field(None, description="length in hours; the schedule follows the clock")
-    global_batch: Positive = Field(16, description="sequences per optimizer update, over all ranks")
+    epochs: Annotated[float, Field(gt=0, le=1e6)] | None = Field(None, description="length in epochs over the training split")
+    hours: Annotated[float, Field(gt=0, le=1e5)] | None = Field(
+        None, description="length in hours; the schedule follows the clock"
+    )
+    global_batch: Length = Field(16, description="sequences per optimizer update, over all ranks")
 
     @model_validator(mode="after")
     def one_length(self) -> TrainConfig:
@@ -207,7 +209,7 @@ class AdapterConfig(Section):
     kind: Literal["none", "lora", "rslora", "dora", "pissa"] = Field(
         "none", description="adapter type; none: train all weights"
     )
-    rank: Positive = Field(16, description="adapter rank")
+    rank: Size = Field(16, description="adapter rank")
     alpha: Annotated[float, Field(gt=0)] = Field(32.0, description="scale is alpha / rank, for rslora alpha / sqrt(rank)")
     dropout: Share = Field(0.0, description="dropout of the adapter input")
     targets: str = Field("all-linear", description="all-linear (without head), or comma-separated projections")
@@ -220,8 +222,8 @@ class DiffusionConfig(Section):
     epsilon: Annotated[float, Field(gt=0, lt=1)] = Field(1e-3, description="minimum mask ratio")
     crop: Annotated[float, Field(ge=0, le=1)] = Field(0.01, description="fraction of samples cut to a random length")
     mask_token: str | None = Field(None, description="mask token; default: the tokenizer's, else added")
-    steps: Positive = Field(128, description="denoising steps per sample")
-    block_length: Positive | None = Field(None, description="tokens per left-to-right block; default: one block")
+    steps: Length = Field(128, description="denoising steps per sample")
+    block_length: Length | None = Field(None, description="tokens per left-to-right block; default: one block")
     remasking: Literal["low-confidence", "random"] = Field("low-confidence", description="tokens to remask in each step")
     guidance: Annotated[float, Field(ge=0)] = Field(0.0, description="classifier-free guidance scale; 0: off")
 
@@ -242,7 +244,7 @@ class SampleConfig(Section):
 
     every: Count = Field(0, description="steps between samples; 0: only at the end")
     prompt: str = Field("\n", description="prompt")
-    tokens: Positive = Field(128, description="tokens to generate")
+    tokens: Length = Field(128, description="tokens to generate")
     temperature: Annotated[float, Field(ge=0)] = Field(0.8, description="sampling temperature; 0: greedy")
     top_k: Count = Field(50, description="sample from the k most likely tokens; 0: all")
 
@@ -251,7 +253,7 @@ class SaveConfig(Section):
     """Checkpoints."""
 
     every: Count = Field(500, description="steps between checkpoints; 0: only at the end")
-    keep: Positive = Field(2, description="number of latest checkpoints to keep")
+    keep: Length = Field(2, description="number of latest checkpoints to keep")
     keep_best: bool = Field(True, description="also keep the checkpoint with the lowest validation loss")
     failures: Positive = Field(
         3, description="failed writes in a row after which the run ends with its last checkpoint elsewhere"

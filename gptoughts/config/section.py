@@ -14,8 +14,12 @@ def _integral(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-Positive = Annotated[int, BeforeValidator(_integral), Field(gt=0)]
-Count = Annotated[int, BeforeValidator(_integral), Field(ge=0)]
+# Upper bounds are far above every use; a number beyond one would build, allocate or loop without an end in sight.
+Positive = Annotated[int, BeforeValidator(_integral), Field(gt=0, lt=2**60)]
+Count = Annotated[int, BeforeValidator(_integral), Field(ge=0, lt=2**63)]
+Depth = Annotated[int, BeforeValidator(_integral), Field(gt=0, le=10_000)]
+Size = Annotated[int, BeforeValidator(_integral), Field(gt=0, le=2**24)]
+Length = Annotated[int, BeforeValidator(_integral), Field(gt=0, le=2**28)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 

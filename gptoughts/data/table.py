@@ -5,7 +5,6 @@ On disk: a folder with one `.npy` per array and `index.json`, written last.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -18,7 +17,7 @@ from gptoughts.data.batches import IGNORED, ORDER_CHUNK, Batch, Cursor, rank_row
 from gptoughts.data.order import permute
 from gptoughts.data.text.shards import INDEX, sha256_of
 from gptoughts.errors import DataError
-from gptoughts.files import TEMPORARY, sync, sync_folder, write_json
+from gptoughts.files import TEMPORARY, load_json, sync, sync_folder, write_json
 
 FORMAT, VERSION = "gptoughts-table", 1
 PLAIN_KINDS = "biuf"  # bool, int and float dtypes, which need no pickle
@@ -148,7 +147,7 @@ class Table:
         """Return a saved table, memory-mapped, after checking every file's size and sha256 against the index. Raises DataError."""
         path = folder / INDEX
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
+            raw = load_json(path)
             if raw["format"] != FORMAT or raw["version"] != VERSION:
                 raise DataError(
                     f"{path}: must have format {FORMAT!r} version {VERSION}",

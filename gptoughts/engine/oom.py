@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import gc
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from gptoughts.errors import RunError
-from gptoughts.files import write_json
+from gptoughts.files import load_json, write_json
 
 FILE = "micro_batch.json"
 CPU_WORDS = ("DefaultCPUAllocator", "can't allocate memory")
@@ -71,7 +70,7 @@ def read_reduced(folder: Path, planned: int) -> ReducedMicroBatch | None:
     """Return the record of an earlier start; None if there is none or it has another planned size. Raises RunError for a damaged file."""
     path = folder / FILE
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = load_json(path)
         kept = ReducedMicroBatch(int(content["sequences"]), int(content["planned"]))
     except FileNotFoundError:
         return None

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import stat
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from gptoughts.errors import ConfigError
-from gptoughts.files import private_folder
 from gptoughts.hardware.world import TORCHRUN, World
 
 RENDEZVOUS_SECONDS = "GPTOUGHTS_RENDEZVOUS_SECONDS"
@@ -172,3 +173,17 @@ def _start_time(process: int) -> str:
         return Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
     except (OSError, IndexError):
         return ""
+
+
+def private_folder(path: Path) -> Path:
+    """Make a folder that only this user can enter, or check one that exists. Raises ConfigError for a link or another user's."""
+    with suppress(FileExistsError):
+        path.mkdir(mode=0o700)
+    found = path.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise ConfigError(
+            f"{path}: must be a folder of this user alone",
+            found=f"mode {stat.S_IMODE(found.st_mode):o}, user {found.st_uid}",
+            fix=f"rm -r {path}, or set TMPDIR to a folder of yours",
+        )
+    return path

@@ -6,14 +6,13 @@ device name, power limit and torch version, each of which changes them.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gptoughts.errors import ConfigError
-from gptoughts.files import cache_dir, write_json
+from gptoughts.files import cache_dir, load_json, write_json
 from gptoughts.hardware.machine import Machine
 from gptoughts.hardware.peak_flops import peaks
 from gptoughts.hardware.world import World
@@ -124,7 +123,7 @@ def _higher(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, f
 
 def _rows() -> dict[str, Any]:
     try:
-        rows = json.loads(cache_file().read_text(encoding="utf-8"))
+        rows = load_json(cache_file())
     except (OSError, ValueError):
         return {}  # not measured yet, or damaged: the next measurement rewrites the file
     return rows if isinstance(rows, dict) else {}

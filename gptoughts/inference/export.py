@@ -243,9 +243,7 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
     from gptoughts.models.adapters.adapter import adapter_layers
     from gptoughts.models.adapters.merge import merge
 
-    if adapter_layers(model):
-        return merge(model)
-    return {name: value.detach() for name, value in model.state_dict().items()}
+    return merge(model) if adapter_layers(model) else {name: value.detach() for name, value in model.state_dict().items()}
 
 
 def _base_files(origin: Path | None, recipe: Recipe) -> dict[str, str]:

@@ -11,13 +11,13 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, thread_time
 from typing import Any
 
 import torch
 from torch import nn
 
-from gptoughts.console import Console, share
+from gptoughts.console import Console, bytes_in_words, share
 from gptoughts.engine.progress import COMMUNICATION, DATA_WAIT, OPTIMIZER, PARTS
 from gptoughts.layers.support.compile import recompiles
 from gptoughts.planning.evidence import StepTrace
@@ -37,6 +37,8 @@ DEVICE = "device"
 """Compute or memory bandwidth: without a measured matmul rate or a datasheet peak they cannot be told apart."""
 LIMITERS = (DATA, HOST, EXCHANGE, BANDWIDTH, COMPUTE, SAVING, STRAGGLER, THROTTLING, DEVICE)
 
+SAMPLES = "system.jsonl"
+"""System metrics in the run's folder, if a sampler writes them."""
 NOTABLE = 0.15
 """Share of the wall time from which waiting for something is the verdict."""
 HOST_SHARE = 0.5
@@ -62,7 +64,7 @@ class Window:
     saving: float = 0.0
     """Share of the wall time that the run waited for checkpoints."""
     launching: float | None = None
-    """Share of a step that its operators take when they have nothing to compute; None where it was not measured."""
+    """Share of the training thread's CPU time that the operators of a step take when they have nothing to compute; None if unknown."""
     throttled: tuple[str, ...] = ()
     """NVML's reasons for lower clocks."""
 
@@ -101,7 +103,9 @@ def _waits(window: Window, parts: Mapping[str, float]) -> Any:
     spread, slowest = row.get("perf/rank_spread"), row.get("perf/slowest_rank")
     lost = spread / (1 + spread) if spread else 0.0
     exchanged = parts[COMMUNICATION] if row.get(f"time/{COMMUNICATION}") is not None else 0.0
-    host = row.get("perf/host_bound") if on_gpu else window.launching
+    host = row.get("perf/host_bound")
+    if not on_gpu and window.launching is not None:
+        host = window.launching * max(0.0, 1 - data - exchanged)
     if window.saving >= NOTABLE:
         yield Verdict(SAVING, f"waiting for checkpoints takes {share(window.saving)} of the wall time", window.saving)
     if data >= NOTABLE:
@@ -168,9 +172,9 @@ def operator_seconds(repetitions: int = 50) -> float:
     counted = sum(event.count for event in profiler.key_averages() if event.key.startswith("aten::"))
     times = []
     for _ in range(repetitions):
-        began = perf_counter()
+        began = thread_time()
         work()
-        times.append(perf_counter() - began)
+        times.append(thread_time() - began)
     return sorted(times)[repetitions // 2] / max(1, counted)
 
 
@@ -239,9 +243,9 @@ class Limiter:
         return self._advised[limiter]
 
     def _launching(self, row: Mapping[str, Any]) -> float | None:
-        """Return the share of a step on a CPU that its operators take when they have nothing to compute."""
-        trace, total = self._trace(), sum(row.get(f"time/{part}") or 0.0 for part in PARTS)
-        if trace is None or row.get("perf/host_bound") is not None or trace.kernels or not total:
+        """Return the share of a step's CPU time that its operators take when they have nothing to compute; None on a GPU."""
+        trace, total = self._trace(), row.get("perf/cpu_seconds")
+        if trace is None or not total:
             return None
         if self._cost is None:
             self._cost = operator_seconds()
@@ -249,17 +253,30 @@ class Limiter:
         return min(1.0, operators * self._cost / total)
 
 
-def _throttled(samples: Path | None) -> tuple[str, ...]:
-    """Return the reasons for lower clocks in the last whole row of system.jsonl; none without that file."""
+def newest_sample(samples: Path | None) -> Mapping[str, Any]:
+    """Return the last whole row of system.jsonl; empty without that file."""
     if samples is None or not samples.is_file():
-        return ()
+        return {}
     with samples.open("rb") as file:
         file.seek(max(0, samples.stat().st_size - 16_384))
         lines = file.read().decode("utf-8", errors="replace").splitlines()
     for line in reversed(lines):
         try:
-            reasons = json.loads(line).get("gpu/throttle")
-        except (ValueError, AttributeError):
+            row = json.loads(line)
+        except ValueError:
             continue  # cut by the writer, or by the seek
-        return tuple(map(str, reasons)) if isinstance(reasons, list) else ()
-    return ()
+        return row if isinstance(row, dict) else {}
+    return {}
+
+
+def _throttled(samples: Path | None) -> tuple[str, ...]:
+    reasons = newest_sample(samples).get("gpu/throttle")
+    return tuple(map(str, reasons)) if isinstance(reasons, list) else ()
+
+
+def gpu_fields(samples: Path) -> list[str]:
+    """Return `GPU 97 %` and `71.20 GiB` from the newest system sample for the live row; none that are unknown."""
+    row = newest_sample(samples)
+    used, memory = row.get("gpu/utilization"), row.get("gpu/memory_bytes")
+    fields = [f"GPU {used:.0f} %"] if isinstance(used, int | float) else []
+    return fields + ([bytes_in_words(memory)] if isinstance(memory, int | float) else [])

@@ -72,6 +72,8 @@ class Log(Callback):
     _steady: Progress | None = None
     judge: Callable[[int, Mapping[str, Any]], Mapping[str, Any]] = lambda step, row: {}
     """Returns more entries of a row from the others, such as what limits the run."""
+    live: Callable[[], list[str]] = list
+    """Returns more fields of the console's row, such as the use of the GPU."""
     _extra: dict[str, Any] = field(default_factory=dict)
     _timer: StepTimer | None = None
     _busy: float = math.nan
@@ -187,11 +189,11 @@ class Log(Callback):
             "perf/data_wait": pending.data_wait / pending.seconds if pending.seconds > 0 else 0.0,
             **(slowest_rank(busy) if busy else {}),
         }
-        row |= {**NO_SPLIT, "perf/host_bound": None}
+        row |= {**NO_SPLIT, "perf/host_bound": None, "perf/cpu_seconds": None}
         if pending.sample is not None:
             timed = pending.sample.split()
             self._busy = math.nan if timed.busy is None else timed.busy
-            row |= {**timed.row(), "perf/host_bound": timed.host_bound}
+            row |= {**timed.row(), "perf/host_bound": timed.host_bound, "perf/cpu_seconds": timed.cpu_seconds}
         split = 2 * len(pending.meters)
         pairs = zip(pending.meters, own[:split:2], own[1:split:2], strict=True)
         row |= {f"train/{name}": total / part for name, total, part in pairs if part}
@@ -211,7 +213,7 @@ class Log(Callback):
             f"{count(row['perf/tokens_per_second'])} tok/s",
             f"MFU {share(row['perf/mfu'])}",
         ]
-        fields += [f"ETA {duration(left)}"] if left is not None else []
+        fields += [*self.live(), *([f"ETA {duration(left)}"] if left is not None else [])]
         fields += [f"data wait {share(row['perf/data_wait'])}"]
         return fields + ([f"of GEMM {share(row['perf/of_gemm'])}"] if row["perf/of_gemm"] is not None else [])
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,51 +26,19 @@ from gptoughts.run.callbacks import Evaluate, Sample
 from gptoughts.run.evidence import EvidenceCheck, LayerEvidence, warmup_steps
 from gptoughts.run.failures import report_failures
 from gptoughts.run.goodput import Goodput
-from gptoughts.run.limiter import Limiter, Pauses
+from gptoughts.run.limiter import SAMPLES, Limiter, Pauses, gpu_fields
 from gptoughts.run.log import Log
+from gptoughts.run.result import RunResult
 from gptoughts.run.saving import Save
 from gptoughts.run.scores import label_bytes, scores_of
 from gptoughts.run.session import Session, TrainingJob, open_session
 from gptoughts.run.signals import SignalWatcher
 from gptoughts.run.storage import checkpoint_bytes, space_problem
 from gptoughts.run.throughput import throughput
-from gptoughts.run.tracking.history import columns, figures_of, summary_html
-from gptoughts.run.tracking.jsonl import FILE, SYSTEM_FILE, newest_sample
+from gptoughts.run.tracking.jsonl import SYSTEM_FILE, newest_sample
 from gptoughts.run.tracking.run_dir import run_id
 from gptoughts.run.tracking.sink import CallbackSink, RunInfo, Sinks, make_sinks
 from gptoughts.run.tracking.system import SystemMetrics
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """The result of a run."""
-
-    progress: Progress
-    val_loss: float | None
-    unigram_entropy: float | None
-    """Entropy of the validation tokens' frequencies in nats: the loss of the best model without context."""
-    sample: str
-    """The last generated sample."""
-    checkpoint: Path | None
-    out: Path
-    evidence: tuple[LayerEvidence, ...]
-    stopped_by: int | None = None
-    """The signal that ended the run early."""
-    objective: str = "next-token"
-    prompt: str = ""
-    """The prompt of its samples."""
-
-    @cached_property
-    def history(self) -> dict[str, list[Any]]:
-        """Columns of metrics.jsonl: key -> value of every row in step order, None where a row has none. Read when first asked for."""
-        return columns(self.out / FILE)
-
-    def _repr_html_(self) -> str:
-        """Show a notebook the newest figures and the losses."""
-        active = [line.layer for line in self.evidence if line.evidence.text != "baseline"]
-        layers = {"layers": ", ".join(active)} if active else {}
-        folders = {"files": str(self.out), **({"checkpoint": str(self.checkpoint)} if self.checkpoint else {})}
-        return summary_html(self.out.name, {**figures_of(self.history), **layers, **folders}, self.out / FILE)
 
 
 def execute(job: TrainingJob) -> RunResult:
@@ -165,6 +131,7 @@ class _Run:
         with Pauses() as pauses:
             if self.goodput is not None:
                 log.judge = self.limiter = self._limiter(self.goodput, check, pauses)
+                log.live = lambda: gpu_fields(self.folder.out / SAMPLES)
             try:
                 self._start_sinks(progress)
                 progress = self._loop(progress, callbacks, check)
@@ -182,7 +149,7 @@ class _Run:
         job = self.job
         spec, catalog = self.session.bundle.spec, job.extensions.catalog
         advisor = Advisor(job.machine, spec, job.recipe, job.world, job.plan, catalog)
-        samples = self.folder.out / "system.jsonl"
+        samples = self.folder.out / SAMPLES
         return Limiter(advisor, self.session.console, goodput.attempt_parts, pauses, lambda: check.trace, samples)
 
     def _close(self, end: str) -> None:

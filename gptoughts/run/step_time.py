@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from time import perf_counter
+from time import perf_counter, thread_time
 from typing import Any
 
 import torch
@@ -33,6 +33,8 @@ class Split:
     """Whether exchanges are timed. False if they run inside forward and backward, as with sharded weights."""
     host_bound: float | None = None
     """Share of the step in which the GPU waited for the host to launch; None on a CPU."""
+    cpu_seconds: float | None = None
+    """CPU time of the training thread, which leaves out waits and the time of other processes; None on a GPU."""
 
     @property
     def total(self) -> float:
@@ -61,7 +63,7 @@ class Sample:
     seconds_between: Callable[[Stamp, Stamp], float]
     knows_communication: bool
     marks: list[tuple[str, Stamp, float]] = field(default_factory=list)
-    """Part that begins, timestamp on the device, seconds of the host's clock."""
+    """Part that begins, timestamp on the device, seconds of the host: its clock with a GPU, else CPU time of this thread."""
     caught_up: list[bool] = field(default_factory=list)
     """For every mark but the first: whether the device had reached the mark before it when the host set this one."""
     gradients: list[Stamp] = field(default_factory=list)
@@ -96,7 +98,9 @@ class Sample:
                 host_bound += length
         total = sum(seconds.values())
         on_gpu = bool(self.caught_up)
-        return Split(seconds, self.knows_communication, host_bound / total if on_gpu and total else None)
+        bound = host_bound / total if on_gpu and total else None
+        cpu = None if on_gpu else self.marks[-1][2] - self.marks[0][2]
+        return Split(seconds, self.knows_communication, bound, cpu)
 
 
 class StepTimer:
@@ -139,7 +143,7 @@ class StepTimer:
             part = OTHER
         if self._on_gpu and sample.marks:
             sample.caught_up.append(sample.marks[-1][1].query())
-        sample.marks.append((part, self._stamp(), perf_counter()))
+        sample.marks.append((part, self._stamp(), perf_counter() if self._on_gpu else thread_time()))
 
     def _stamp(self) -> Stamp:
         if not self._on_gpu:

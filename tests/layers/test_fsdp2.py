@@ -13,7 +13,7 @@ from gptoughts.layers import CATALOG
 from gptoughts.planning.layer import Case, Kind
 from gptoughts.planning.memory_model import baseline
 from tests.support.engines import plan_of, recipe_of
-from tests.support.sharded_jobs import OPTIM, Sets, Trained, expect_equal, job, record, trainings
+from tests.support.sharded_jobs import OPTIM, Sets, Trained, expect_equal, job, record, slow_or_long, trainings
 
 # Gathered bf16 weights round norms too, and fp8 scales what was rounded: their losses differ like two bf16 runs.
 JOBS = [
@@ -61,8 +61,7 @@ def test_the_proof_counts_shards_and_refuses_an_optimizer_made_before_sharding(t
     assert found["inactive"] == []
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "name"), [(ranks, name) for ranks, names in SETS["all"].items() for name in names])
+@pytest.mark.parametrize(("ranks", "name"), slow_or_long(SETS["all"]))
 def test_every_family_and_layer_trains_as_one_process(trained: Trained, ranks: int, name: str) -> None:
     expect_equal(trained, NAMED[name], ranks, "all")
     found = record(trained(ranks, "all"), name, ranks)

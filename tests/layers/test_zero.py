@@ -16,7 +16,7 @@ from gptoughts.planning.layer import Case
 from gptoughts.planning.memory_model import baseline
 from tests.layers.test_fsdp2 import case_of
 from tests.support.engines import plan_of, recipe_of
-from tests.support.sharded_jobs import OPTIM, Job, Sets, Trained, expect_equal, job, launch, record, trainings
+from tests.support.sharded_jobs import OPTIM, Job, Sets, Trained, expect_equal, job, launch, record, slow_or_long, trainings
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs the package deepspeed")
 STAGES = (1, 2, 3)
@@ -80,8 +80,7 @@ def test_the_proof_counts_partitions_and_refuses_an_update_without_deepspeed(tra
     assert found["inactive"] == []
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "name"), [(ranks, name) for ranks, names in SETS["all"].items() for name in names])
+@pytest.mark.parametrize(("ranks", "name"), slow_or_long(SETS["all"]))
 def test_every_family_and_layer_trains_as_one_process(trained: Trained, ranks: int, name: str) -> None:
     expect_equal(trained, NAMED[name], ranks, "all")
     found = record(trained(ranks, "all"), name, ranks)

@@ -22,8 +22,6 @@ from tests.support.golden_files import ROOT
 OWNER = "gptoughts/models/torch_internals.py"
 LIBRARIES = ("torch", "transformers", "peft")
 ALLOWED = {
-    ("gptoughts/data/chat/template.py", "_marks_answers"),  # an attribute of its own enclosing class
-    ("gptoughts/data/chat/template.py", "_tracking"),
     ("gptoughts/data/text/workers.py", "_exit"),  # os._exit, which is documented
     ("gptoughts/engine/distributed/watch.py", "_exit"),
     ("gptoughts/processes.py", "_exit"),

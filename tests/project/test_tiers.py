@@ -1,4 +1,4 @@
-"""The two tiers of tests: which tests run when, and which files may be slow as a whole."""
+"""The tiers of tests: which tests run when, and which files may be slow as a whole."""
 
 from __future__ import annotations
 
@@ -22,6 +22,9 @@ def test_quick(): pass
 @pytest.mark.slow
 def test_slow(): pass
 
+@pytest.mark.long
+def test_long(): pass
+
 @pytest.mark.parametrize("x", ["a", pytest.param("b", marks=pytest.mark.slow)])
 def test_some(x): pass
 """
@@ -29,7 +32,7 @@ def test_some(x): pass
 QUICK, SLOW = {"test_quick", "test_some[a]"}, {"test_slow", "test_some[b]"}
 WHOLLY_SLOW = {"project/test_wheel.py"}
 """Files without a test in the default tier."""
-MARKS = ("pytest.mark.slow", "slow_unless(", "slow_except(")
+MARKS = ("pytest.mark.slow", "slow_unless(", "slow_except(", "slow_or_long(")
 """What puts a test, or some of its parameters, into the slow tier."""
 
 
@@ -38,7 +41,7 @@ def sample(pytester: pytest.Pytester) -> pytest.Pytester:
     """A folder with one file of tests and the conftest.py of these tests."""
     shutil.copy(TESTS / "conftest.py", pytester.path)
     pytester.makepyfile(test_sample=SAMPLE)
-    pytester.makeini("[pytest]\nmarkers = slow")
+    pytester.makeini("[pytest]\nmarkers =\n  slow\n  long")
     return pytester
 
 
@@ -47,8 +50,10 @@ def sample(pytester: pytest.Pytester) -> pytest.Pytester:
     [
         ([], QUICK),
         (["--all"], QUICK | SLOW),
+        (["--long"], QUICK | SLOW | {"test_long"}),
+        (["test_sample.py::test_long"], {"test_long"}),
         (["-m", "slow"], SLOW),
-        (["-m", "not slow"], QUICK),
+        (["-m", "not slow and not long"], QUICK),
         (["--all", "-k", "some"], {"test_some[a]", "test_some[b]"}),
         (["-k", "slow"], set()),
         (["test_sample.py"], QUICK),
@@ -85,7 +90,7 @@ def test_this_session_holds_its_tier(request: pytest.FixtureRequest) -> None:
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     texts = {item.path: item.path.read_text(encoding="utf-8") for item in items if item.path != Path(__file__)}
     marked = {path for path, text in texts.items() if any(mark in text for mark in MARKS)}
-    assert slow == (marked if config.option.all else set())
+    assert slow == (marked if config.option.all or config.option.long else set())
 
 
 def test_no_file_leaves_the_default_tier_unnoticed() -> None:

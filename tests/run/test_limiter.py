@@ -40,6 +40,7 @@ from gptoughts.run.limiter import (
     Pauses,
     Verdict,
     Window,
+    gpu_fields,
     judge,
     operator_seconds,
 )
@@ -244,6 +245,15 @@ def test_throttling_is_read_from_the_newest_whole_sample(tmp_path: Path) -> None
     assert found["perf/limiter"] == THROTTLING and found["perf/advice"] == "gptoughts doctor"
 
 
+def test_the_live_row_shows_what_the_sampler_knows(tmp_path: Path) -> None:
+    samples = tmp_path / "system.jsonl"
+    assert gpu_fields(samples) == []
+    samples.write_text('{"gpu/utilization": 97.4, "gpu/memory_bytes": 2147483648}\n')
+    assert gpu_fields(samples) == ["GPU 97 %", "2.00 GiB"]
+    samples.write_text('{"gpu/utilization": null, "cpu/load": 1.0}\n[3]\n')
+    assert gpu_fields(samples) == []
+
+
 def test_many_small_operators_are_the_hosts_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limiter, "operator_seconds", lambda: 1e-5)
     trace = StepTrace({"aten::add": Operator("aten::add", 80_000, {})}, {}, 0, 1, 1, True, True, 1.0, 0.0)
@@ -251,7 +261,9 @@ def test_many_small_operators_are_the_hosts_work(monkeypatch: pytest.MonkeyPatch
     judged = limiter_of(spent, StringIO(), trace)
     judged(1, row())
     spent["productive"] = 1.0
-    assert judged(2, row())["perf/limiter"] == HOST
+    assert judged(2, row(cpu_seconds=1.0))["perf/limiter"] == HOST  # 0.8 of a second
+    assert judged(3, row(cpu_seconds=4.0))["perf/limiter"] == DEVICE
+    assert judged(4, row())["perf/limiter"] == DEVICE  # not measured
 
 
 def test_an_operator_costs_microseconds() -> None:

@@ -230,6 +230,11 @@ def test_a_silent_run_prints_nothing_and_calls_the_users_callbacks(here: Path, c
     rows = read(result.out / "metrics.jsonl")
     epochs = [row["train/epoch"] for row in rows if "train/epoch" in row]
     assert epochs == pytest.approx([number * epochs[0] for number in range(1, 5)]) and 0 < epochs[0] < 1
+    assert result.history == {key: [row.get(key) for row in rows] for key in result.history}
+    assert [loss for loss in result.history["train/loss"] if loss is not None] == [
+        row["train/loss"] for row in rows if "train/loss" in row
+    ]
+    assert "data:image/png;base64," in result._repr_html_() and "<th>validation loss</th>" in result._repr_html_()
     memory = [row for row in rows if "memory/measured_bytes" in row]
     assert len(memory) == 1 and memory[0]["memory/measured_bytes"] > 0
     assert not (result.out / "loss.png").exists(), "only the trackers that were asked for"

@@ -159,7 +159,8 @@ def copy(finished: Path, tmp_path: Path) -> Path:
 
 def test_what_a_run_leaves(finished: Path) -> None:
     assert {path.name for path in finished.iterdir()} == {
-        "checkpoints", "evidence.json", "loss.png", "metrics.jsonl", "numerics.json", "plan.json", "recipe.toml",
+        "checkpoints", "evidence.json", "goodput.json", "loss.png", "metrics.jsonl", "numerics.json", "plan.json", "recipe.toml", "run_id",
+        "samples.jsonl", "system.jsonl",
     }  # fmt: skip
     steps = sorted(path.name for path in (finished / "checkpoints").glob("step-*"))
     assert steps[-3:] == ["step-000032", "step-000036", "step-000040"]

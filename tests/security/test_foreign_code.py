@@ -107,20 +107,15 @@ def test_control_modules_beside_a_model_run_with_dash_m(planted: Path, mark: Pat
     assert done.returncode and mark.exists()
 
 
-def child_path(requests: object, answers: object, out: str) -> None:
-    """Write the path and variable of a child process."""
-    Path(out).write_text(json.dumps([sys.path, os.environ.get("PYTHONSAFEPATH")]), encoding="utf-8")
-
-
 def test_no_child_process_looks_into_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", ["", *sys.path])  # as in a notebook
     for environment in (None, {"PATH": os.environ["PATH"]}):
-        with Child(__name__, "child_path", str(tmp_path / "path"), environment=environment) as child:
+        with Child("tests.support.child_path", "write", str(tmp_path / "path"), environment=environment) as child:
             assert child.process.wait() == 0, child.output(5)
         path, variable = json.loads((tmp_path / "path").read_text())
         assert str(tmp_path) not in path and "" not in path and variable == "1"
-    with Child(__name__, "child_path", str(tmp_path / "path"), paths=["", *sys.path]) as child:
+    with Child("tests.support.child_path", "write", str(tmp_path / "path"), paths=["", *sys.path]) as child:
         assert child.process.wait() == 0
     assert "" in json.loads((tmp_path / "path").read_text())[0], "the control"
 
@@ -185,7 +180,7 @@ def test_a_checkpoint_cannot_allow_its_own_code(
 
 def test_a_recipe_file_cannot_allow_code(here: Path, mark: Path) -> None:  # noqa: F811
     own_code("own")
-    text = '[model]\npath = "./own"\nremote_code = "./own"\n[train]\nsteps = 1\n'
+    text = 'name = "x"\n[model]\npath = "./own"\nremote_code = "./own"\n[train]\nsteps = 1\n'
     Path("came-along.toml").write_text(text)
     with pytest.raises(
         ConfigError,

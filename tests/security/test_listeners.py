@@ -13,8 +13,7 @@ import torch.distributed as dist
 from gptoughts.engine.distributed import elastic, rendezvous
 from gptoughts.engine.distributed.process_group import own_group  # noqa: F401 - imported by the worker
 from gptoughts.errors import ConfigError
-from gptoughts.files import private_folder
-from gptoughts.hardware.endpoint import MEETING_FILE, Endpoint, endpoint
+from gptoughts.hardware.endpoint import MEETING_FILE, Endpoint, endpoint, private_folder
 from gptoughts.hardware.world import World
 from tests.support.golden_files import ROOT
 from tests.support.listeners import listening
@@ -45,12 +44,14 @@ def test_ranks_of_our_launcher_listen_on_loopback(tmp_path: Path, monkeypatch: p
     assert MEETING_FILE not in os.environ
 
 
+@pytest.mark.slow
 def test_the_control_listens_on_all_addresses(tmp_path: Path) -> None:
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *WORKER[1:], str(tmp_path)]
     subprocess.run(line, cwd=ROOT, check=True, capture_output=True, timeout=120)
     assert written(tmp_path) - LOCAL, "torchrun --standalone became private: our own rendezvous may go"
 
 
+@pytest.mark.slow
 def test_a_single_process_listens_on_loopback(tmp_path: Path) -> None:
     subprocess.run([*WORKER, str(tmp_path)], cwd=ROOT, check=True, capture_output=True, timeout=120)
     assert written(tmp_path) <= LOCAL

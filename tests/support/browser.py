@@ -40,7 +40,7 @@ class Browser:
         (theirs_in, self._write), (self._read, theirs_out) = os.pipe(), os.pipe()
         words = [
             program(), "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--hide-scrollbars",
-            "--disable-background-networking", f"--user-data-dir={self._folder.name}", "--remote-debugging-pipe", "about:blank",
+            "--disable-background-networking", "--disable-3d-apis", f"--user-data-dir={self._folder.name}", "--remote-debugging-pipe", "about:blank",
         ]  # fmt: skip
         # The pipe is descriptors 3 and 4 of the browser.
         line = f"exec {shlex.join(words)} 3<&{theirs_in} 4>&{theirs_out}"

@@ -60,6 +60,15 @@ def trainings(factory: pytest.TempPathFactory, sets: Sets, jobs: Mapping[str, Jo
     return folder
 
 
+def slow_or_long(jobs: Mapping[int, Sequence[str]]) -> list[Any]:
+    """Parameters (ranks, name): those of two ranks are slow, those of more are long."""
+    return [
+        pytest.param(ranks, name, marks=pytest.mark.slow if ranks == 2 else pytest.mark.long)
+        for ranks, names in jobs.items()
+        for name in names
+    ]
+
+
 def record(folder: Path, name: str, ranks: int) -> dict[str, Any]:
     """What rank 0 wrote about a job."""
     found: dict[str, Any] = json.loads((folder / f"{name}-{ranks}.json").read_text())

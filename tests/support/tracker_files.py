@@ -34,7 +34,7 @@ def history(path: Path) -> list[dict[str, Any]]:
     rows = []
     for record in records(path):
         if record.WhichOneof("record_type") == "history":
-            items = {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
+            items = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
             rows.append({key: value for key, value in items.items() if not key.startswith("_")})
     return rows
 

@@ -12,9 +12,12 @@ from typing import Any
 
 from gptoughts.data.chat.formats import KNOWN_KEYS, LISTS, PAIRS, ROLE_ALIASES, ROLES, UNSUPPORTED_KEYS, turns_of
 from gptoughts.data.chat.template import REASONING, Template
+from gptoughts.data.text.rows import numbered
 from gptoughts.data.text.sources import ROW_SUFFIXES, first_line, json_row, open_lines, open_source, require
 from gptoughts.errors import DataError, nearest
 
+MAX_ROW_BYTES = 16 << 20
+"""Bytes of a conversation, about four million tokens: its rendering takes several times as much."""
 SURROGATE = re.compile("[\ud800-\udfff]")
 """An unpaired UTF-16 surrogate: valid in JSON escapes, not encodable as UTF-8."""
 TOOL_KEYS = ("tool_calls", "tool_call_id")
@@ -78,7 +81,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | InvalidRow]]:
     number = 0
     try:
         with open_lines(path) as lines:
-            for number, line in enumerate(lines, 1):
+            for number, line in numbered(lines, str(path), MAX_ROW_BYTES):
                 if line.strip():
                     where = f"{path}:{number}"
                     yield where, json_object(line, where)

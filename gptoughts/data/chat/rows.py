@@ -31,7 +31,7 @@ from gptoughts.data.text.shards import INDEX, sha256_of
 from gptoughts.data.text.tokenize import cache_folder
 from gptoughts.data.tokenizers.tokenizer import Tokenizer
 from gptoughts.errors import DataError
-from gptoughts.files import TEMPORARY, write_json
+from gptoughts.files import TEMPORARY, load_json, write_json
 
 FORMAT, VERSION = "gptoughts-chat", 3
 TODAY = datetime(2024, 7, 26)
@@ -84,7 +84,7 @@ def prepare_chat(
 def read_index(folder: Path, key: str) -> dict[str, Any]:
     """Return the index of a folder written by `prepare_chat` for `key`. Raises DataError for any other."""
     try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        index = load_json(folder / INDEX)
         stored = index["key"] if index["format"] == FORMAT and index["version"] == VERSION else None
         if any(Path(name).name != name for name in index["splits"]):
             stored = None
@@ -135,9 +135,8 @@ class TableBuilder:
             table = self.table(name, split)
             table.save(folder / name)
             LOGGER.info(f"data: {name} {summary(table.stats)}")
-        if self.unused:
-            named = ", ".join(f"{key} ({count:,} rows)" for key, count in self.unused.most_common(8))
-            LOGGER.info(f"data: keys that are not used: {named}")
+        for word, count in self.unused.most_common(8):
+            LOGGER.info(f"data: key {word!r} is not used ({count:,} rows)")
         tokens = sum(len(document.ids) for split in splits.values() for document in split.documents)
         seconds = time.monotonic() - begun
         LOGGER.info(f"data: {tokens:,} tokens in {seconds:.1f} s, {tokens / seconds / 1e6:.2f} Mtok/s")

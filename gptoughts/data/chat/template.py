@@ -1,6 +1,6 @@
 """Chat templates: Jinja, rendered as by `apply_chat_template` of transformers.
 
-Templates come with models and are untrusted: they run in Jinja's sandbox and receive only plain values.
+Templates come with models and are untrusted: they run in Jinja's sandbox, in a child process, and receive only plain values.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from gptoughts.data.chat.sandbox import BEGIN_ANSWER, END_ANSWER, SANDBOX, Rejected
 from gptoughts.data.text.sources import first_line, require
 from gptoughts.errors import DataError, nearest
+from gptoughts.files import load_json, read_limited
 
 Message = Mapping[str, Any]
 
-BEGIN_TEXT, END_TEXT, BEGIN_ANSWER, END_ANSWER = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3"
+BEGIN_TEXT, END_TEXT = "\ufdd0", "\ufdd1"
 """Marks in rendered text: around a special token that a message only spells, and around text to train on.
 
 Unicode noncharacters: reserved for internal use, absent from tokenizers and templates.
@@ -44,11 +46,10 @@ NEEDED_TOKENS = {"chatml": ("<|im_start|>", "<|im_end|>")}
 TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 REASONING = ("reasoning_content", "thinking", "reasoning")
 """Keys of a message's reasoning in data sets. A template reads one of them and is given all."""
-RENDERING_ERRORS = (TypeError, ValueError, KeyError, IndexError, AttributeError, ArithmeticError, RecursionError)
 
 
 class Template:
-    """A compiled template.
+    """A template, compiled and rendered in a child process with limits.
 
     origin   its source, for messages
     tokens   its variables such as `eos_token`
@@ -59,87 +60,34 @@ class Template:
 
     def __init__(self, source: str, origin: str, tokens: Mapping[str, str], today: datetime | None = None) -> None:
         self.source, self.origin, self.tokens, self.today = source, origin, dict(tokens), today
-        self._tracking = False
         require("jinja2", "train", origin)
-        import jinja2
-
         try:
-            environment = self._environment()
-            tree = environment.parse(source)
-            self._compiled = environment.from_string(source)
-        except jinja2.TemplateSyntaxError as error:
-            raise DataError(f"{origin}, line {error.lineno}: not a Jinja template ({first_line(error)})") from None
-        from jinja2 import meta, nodes
-
-        variables = meta.find_undeclared_variables(tree)
-        self.has_generation_prompt = "add_generation_prompt" in variables
+            reads = SANDBOX.compile(source, origin)
+        except Rejected as error:
+            line = "" if error.line is None else f", line {error.line}"
+            raise DataError(f"{origin}{line}: not a Jinja template ({error})") from None
+        self.has_generation_prompt = "add_generation_prompt" in reads["variables"]
         self.reads_clock = "strftime_now" in source
-        self.marks_answers = self._marks_answers
-        parts = {node.data for node in tree.find_all(nodes.TemplateData)}
-        parts |= {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
-        # Joined with NUL, which is in no token, so that adjacent parts never form a token.
-        self.literals = "\0".join(sorted(parts))
-
-    def _environment(self) -> Any:
-        """Return Jinja's sandbox with transformers' loop controls, `{% generation %}`, tojson, raise_exception and strftime_now."""
-        import jinja2
-        from jinja2 import ext, nodes, sandbox
-
-        template, self._marks_answers = self, False
-
-        class Generation(ext.Extension):
-            """`{% generation %}`: marks its content while answers are tracked."""
-
-            tags = {"generation"}  # noqa: RUF012
-
-            def parse(self, parser: Any) -> Any:
-                template._marks_answers = True
-                line = next(parser.stream).lineno
-                body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-                return nodes.CallBlock(self.call_method("enclosed"), [], [], body).set_lineno(line)
-
-            def enclosed(self, caller: Any) -> str:
-                return f"{BEGIN_ANSWER}{caller()}{END_ANSWER}" if template._tracking else caller()
-
-        def raise_exception(message: str) -> None:
-            raise jinja2.TemplateError(message)
-
-        def tojson(
-            value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
-        ) -> str:
-            return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-        def strftime_now(form: str) -> str:
-            return (template.today or datetime.now()).strftime(form)
-
-        environment = sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols]
-        )
-        environment.filters["tojson"] = tojson
-        environment.globals["raise_exception"] = raise_exception
-        environment.globals["strftime_now"] = strftime_now
-        return environment
+        self.marks_answers: bool = reads["marks_answers"]
+        self.literals: str = reads["literals"]
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False, tracking: bool = False) -> str:
         """Return the text of `messages`; with `tracking`, marks surround the content of `{% generation %}`.
 
-        Raises DataError with the template's message if it rejects the messages.
+        Raises DataError with the template's message if it rejects the messages, and for one that exceeds a limit.
         """
-        import jinja2
-
-        self._tracking = tracking
+        variables = {
+            "messages": [normalize_message(message) for message in messages],
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+            **self.tokens,
+        }
+        today = None if self.today is None else self.today.isoformat()
         try:
-            return self._compiled.render(
-                messages=[normalize_message(message) for message in messages],
-                tools=None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self.tokens,
-            )
-        except (jinja2.TemplateError, *RENDERING_ERRORS) as error:
-            raise DataError(f"chat template: rejects the messages ({first_line(error)})") from None
-        finally:
-            self._tracking = False
+            return SANDBOX.render(self.source, {"variables": variables, "today": today, "tracking": tracking})
+        except Rejected as error:
+            raise DataError(f"chat template: rejects the messages ({error})") from None
 
     def save(self, folder: Path) -> None:
         """Write the template and its token names to a tokenizer folder in Hugging Face's format."""
@@ -225,8 +173,8 @@ def special_token_names(folder: Path) -> dict[str, str]:
 def read_text(path: Path) -> str:
     """Return the text of a file. Raises DataError."""
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return read_limited(path).decode("utf-8")
+    except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read ({first_line(error)})") from None
 
 
@@ -235,8 +183,8 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(read_text(path))
-    except ValueError as error:
+        content = load_json(path)
+    except (OSError, ValueError) as error:
         raise DataError(f"{path}: not JSON ({first_line(error)})") from None
     if not isinstance(content, dict):
         raise DataError(f"{path}: not a JSON object")

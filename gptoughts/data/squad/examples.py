@@ -25,11 +25,12 @@ from gptoughts.data.squad.question import Answer, Question
 from gptoughts.data.squad.windows import Reader, windows
 from gptoughts.data.table import Table
 from gptoughts.data.text.folder import folder_lock
+from gptoughts.data.text.rows import numbered
 from gptoughts.data.text.shards import INDEX
 from gptoughts.data.text.sources import json_row, open_lines
 from gptoughts.data.text.tokenize import cache_folder
 from gptoughts.errors import DataError, nearest
-from gptoughts.files import write_json
+from gptoughts.files import load_json, write_json
 
 FORMAT, VERSION = "gptoughts-squad", 1
 ROW_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
@@ -82,7 +83,7 @@ def read_squad(path: Path | str) -> list[Question]:
 def _read_official(path: Path) -> Iterator[Question]:
     """Read the official format: data[].paragraphs[].qas[]."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = load_json(path)
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8", found=f"byte 0x{error.object[error.start]:02x} at offset {error.start}") from None
     except (ValueError, RecursionError) as error:
@@ -120,7 +121,7 @@ def _read_rows(path: Path) -> Iterator[Question]:
     number = 0
     try:
         with open_lines(path) as lines:
-            for number, line in enumerate(lines, 1):
+            for number, line in numbered(lines, str(path)):
                 if line.strip():
                     yield _parse_row(json_row(line, f"{path}:{number}"), f"{path}:{number}")
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -279,7 +280,7 @@ def _write_tables(folder: Path, splits: dict[str, tuple[Question, ...]], reader:
 def _check_key(folder: Path, key: str) -> None:
     """Raise DataError if the folder was written for another cache key."""
     try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        index = load_json(folder / INDEX)
         stored = index["key"] if index["format"] == FORMAT else None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{folder / INDEX}: damaged ({error})", fix=f"rm -r {folder}; it is rebuilt") from None

@@ -7,7 +7,6 @@ Only the context is truncated, and every context token is in some window.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -18,6 +17,7 @@ import numpy as np
 
 from gptoughts.data.squad.question import Question
 from gptoughts.errors import DataError
+from gptoughts.files import load_json
 
 CHUNK = 256  # questions tokenized at once
 PADDING_NAMES = ("[PAD]", "<pad>")
@@ -73,7 +73,7 @@ def padding_of(path: Path, library: Any) -> int:
     for name in ("tokenizer_config.json", "special_tokens_map.json", "config.json"):
         config_path = path.parent / name
         try:
-            config = json.loads(config_path.read_text(encoding="utf-8")) if config_path.is_file() else {}
+            config = load_json(config_path) if config_path.is_file() else {}
         except ValueError as error:
             raise DataError(f"{config_path}: not JSON ({error})") from None
         token = config.get("pad_token")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +23,7 @@ from gptoughts.data.text.workers import Encoded, Piece, WorkerDied, encode_all
 from gptoughts.data.text.writer import SplitWriter, entropy
 from gptoughts.data.tokenizers.tokenizer import Tokenizer, build_tokenizer
 from gptoughts.errors import DataError
-from gptoughts.files import write_json
+from gptoughts.files import load_json, write_json
 
 TASK_CHARACTERS = 1 << 20
 JOURNAL_SECONDS = 2.0
@@ -162,7 +161,7 @@ class Job:
         path = self.folder / JOURNAL
         if path.exists():
             try:
-                journal = json.loads(path.read_text(encoding="utf-8"))
+                journal = load_json(path)
                 settings, fingerprint = journal["settings"], journal["fingerprint"]
             except (ValueError, KeyError) as error:
                 raise DataError(f"{path}: damaged ({error})", fix="tokenize again with --overwrite") from None

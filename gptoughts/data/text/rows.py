@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from gptoughts.errors import DataError, nearest
-from gptoughts.files import hub_home, scratch_dir
+from gptoughts.files import hub_home, parse_json, scratch_dir
 
+MAX_ROW_BYTES = 256 << 20
+"""Bytes of a row of text, decompressed; the longest books have a few millions."""
 Row = tuple[str, str]
 """Location (`file:line` or `file:row`, counted from 1) and text, which can be empty."""
 
@@ -24,7 +26,7 @@ def json_rows(path: Path, name: str, text_key: str) -> Iterator[Row]:
     number = 0
     try:
         with open_lines(path) as lines:
-            for number, line in enumerate(lines, 1):
+            for number, line in numbered(lines, name):
                 if line.strip():
                     where = f"{name}:{number}"
                     yield where, row_text(json_row(line, where), text_key, where)
@@ -32,6 +34,16 @@ def json_rows(path: Path, name: str, text_key: str) -> Iterator[Row]:
         raise DataError(f"{name}: damaged gzip after line {number} ({error})", fix="download the file again") from None
     except OSError as error:
         raise DataError(f"{name}: cannot be read after line {number} ({error})") from None
+
+
+def numbered(lines: IO[bytes], name: str, limit: int = MAX_ROW_BYTES) -> Iterator[tuple[int, bytes]]:
+    """Yield every line with its number. Raises DataError for one beyond `limit`: 8 MB of gzip can hold a line of 8 GB."""
+    number = 0
+    while line := lines.readline(limit + 1):
+        number += 1
+        if len(line) > limit:
+            raise DataError(f"{name}:{number}: row longer than {limit >> 20} MiB", fix="split the text into several rows")
+        yield number, line
 
 
 def open_lines(path: Path) -> IO[bytes]:
@@ -74,11 +86,11 @@ def json_row(line: bytes, where: str) -> dict[str, Any]:
         found = f"byte 0x{line[error.start]:02x} at offset {error.start} of the line"
         raise DataError(f"{where}: not UTF-8", found=found) from None
     try:
-        row = json.loads(text)
+        row = parse_json(text)
     except json.JSONDecodeError as error:
         raise DataError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
-    except RecursionError:
-        raise DataError(f"{where}: JSON nested too deeply") from None
+    except ValueError as error:  # nested too deeply, or a number of too many digits
+        raise DataError(f"{where}: not JSON ({first_line(error)})") from None
     if not isinstance(row, dict):
         raise DataError(f"{where}: not a JSON object", found=f"JSON {type(row).__name__}")
     return row

@@ -17,7 +17,7 @@ import numpy as np
 
 from gptoughts.data.tokenizers.tokenizer import Tokenizer
 from gptoughts.errors import DataError
-from gptoughts.files import first_link
+from gptoughts.files import first_link, load_json
 
 FORMAT, VERSION = "gptoughts-shards", 1
 INDEX, JOURNAL, TOKENIZER_FOLDER = "index.json", "progress.json", "tokenizer"
@@ -81,7 +81,7 @@ class Index:
                 raise DataError(f"{folder}: tokenizing was interrupted", fix=fix)
             raise DataError(f"{path}: no such file", fix=f"gptoughts tokenize SOURCE --to {folder}")
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
+            raw = load_json(path)
             if raw["format"] != FORMAT or raw["version"] != VERSION:
                 found = f"{raw['format']!r} version {raw['version']}"
                 raise DataError(f"{path}: must have format {FORMAT!r} version {VERSION}", found=found, fix=AGAIN)

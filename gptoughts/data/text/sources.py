@@ -86,6 +86,8 @@ def open_source(spec: str, text_key: str = "text") -> Source:
             return saved_dataset(spec, path, text_key)
         return file_source(spec, path, folder_files(path), text_key)
     if path.exists():
+        if not path.is_file():
+            raise DataError(f"source {spec!r}: a pipe or device, not a file", fix="write the text to a file first")
         return file_source(spec, path.parent, [path], text_key)
     if GLOB_CHARACTERS.search(spec):
         matches = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if os.path.isfile(name))
@@ -121,7 +123,12 @@ def folder_files(root: Path) -> list[Path]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
             path = Path(folder, name)
-            if not name.startswith(".") and name.endswith(TEXT_SUFFIXES + ROW_SUFFIXES) and not path.is_symlink():
+            if (
+                not name.startswith(".")
+                and name.endswith(TEXT_SUFFIXES + ROW_SUFFIXES)
+                and not path.is_symlink()
+                and path.is_file()
+            ):
                 files.append(path)
     return sorted(files, key=lambda path: path.relative_to(root).as_posix())
 

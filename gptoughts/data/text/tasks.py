@@ -22,7 +22,7 @@ import numpy as np
 from gptoughts.data.text.shards import INDEX
 from gptoughts.data.text.workers import Encoded, Piece, WorkerDied
 from gptoughts.errors import DataError
-from gptoughts.files import replacing, write_json
+from gptoughts.files import load_json, replacing, write_json
 from gptoughts.hardware.world import OPENMPI, SRUN, TORCHRUN, World
 
 FOLDER, PLAN = "tasks", "plan.json"
@@ -100,7 +100,7 @@ class Tasks:
             f"{self.folder}: task {task} of {self.count} left no tokens in {LIMIT_SECONDS:.0f} s",
         )
         if not path.exists():
-            error = json.loads(self._error(task).read_text(encoding="utf-8"))
+            error = load_json(self._error(task))
             raise (DataError if error["of_text"] else WorkerDied)(f"task {task} of {self.count}: {error['message']}")
         head, _, body = path.read_bytes().partition(b"\n")
         card = json.loads(head)
@@ -115,7 +115,7 @@ class Tasks:
 
         def begun() -> bool:
             try:
-                plan = json.loads((self.folder / FOLDER / PLAN).read_text(encoding="utf-8"))
+                plan = load_json(self.folder / FOLDER / PLAN)
             except (FileNotFoundError, NotADirectoryError):
                 with suppress(FileNotFoundError):
                     written = index.stat().st_mtime
@@ -159,7 +159,7 @@ class Tasks:
     def _is_over(self) -> bool:
         """Return whether task 0 has ended, well or not."""
         try:
-            plan = json.loads((self.folder / FOLDER / PLAN).read_text(encoding="utf-8"))
+            plan = load_json(self.folder / FOLDER / PLAN)
         except (FileNotFoundError, NotADirectoryError):
             return True
         return bool(plan.get("failed"))

@@ -12,6 +12,7 @@ from typing import Any
 
 from gptoughts.data.text.rows import first_line, require
 from gptoughts.errors import DataError
+from gptoughts.files import load_json
 
 END_OF_TEXT = "<|endoftext|>"
 MIN_VOCAB_SIZE = 257  # 256 bytes and the end-of-text token.
@@ -57,7 +58,7 @@ def gpt2_from_folder(folder: Path) -> dict[str, Any] | None:
         merges_file, vocab_file = folder / merges_name, folder / vocab_name
         if merges_file.exists() and vocab_file.exists():
             try:
-                vocab = json.loads(vocab_file.read_text(encoding="utf-8"))
+                vocab = load_json(vocab_file)
                 lines = merges_file.read_text(encoding="utf-8").split("\n")
             except ValueError as error:
                 raise DataError(f"{folder}: {vocab_name} or {merges_name} cannot be read ({first_line(error)})") from None

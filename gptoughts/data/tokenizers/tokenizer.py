@@ -22,6 +22,7 @@ from gptoughts.data.text.sources import Source
 from gptoughts.data.tokenizers import bpe
 from gptoughts.data.tokenizers.stream import StreamDecoder
 from gptoughts.errors import DataError, nearest
+from gptoughts.files import load_json, parse_json
 
 CARD = "gptoughts_tokenizer.json"
 END_OF_TEXT_NAMES = (
@@ -99,7 +100,7 @@ class Tokenizer(ABC):
     def load(folder: Path) -> Tokenizer:
         """Load a tokenizer written by `save`. Raises DataError where a file is missing or changed."""
         try:
-            card = json.loads((folder / CARD).read_text(encoding="utf-8"))
+            card = load_json(folder / CARD)
             raw = (folder / "tokenizer.json").read_bytes()
         except (OSError, ValueError) as error:
             raise DataError(f"{folder}: not a saved tokenizer ({first_line(error)})") from None
@@ -111,7 +112,7 @@ class Tokenizer(ABC):
         if kind == "bytes":
             return ByteTokenizer()
         if kind == "chars":
-            return CharacterTokenizer(json.loads(raw)["characters"])
+            return CharacterTokenizer(parse_json(raw)["characters"])
         tokenizer = JsonTokenizer(raw, str(kind), str(folder / "tokenizer.json"))
         if card.get("engine") == "tiktoken":
             tokenizer.encoding = bpe.tiktoken_encoding(tokenizer.spec, tokenizer.eot_id)
@@ -181,7 +182,7 @@ class JsonTokenizer(Tokenizer):
     def __init__(self, raw: bytes, kind: str, origin: str) -> None:
         self.kind, self.canonical, self.origin = kind, raw, origin
         try:
-            self.spec: dict[str, Any] = json.loads(raw)
+            self.spec: dict[str, Any] = parse_json(raw)
             model = self.spec["model"]
             vocab = model["vocab"]
         except (ValueError, KeyError, TypeError) as error:

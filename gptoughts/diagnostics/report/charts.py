@@ -26,6 +26,7 @@ ENDINGS = {
     "joules": "J",
 }  # fmt: skip
 """Ending of a key without an entry in the table of metrics -> unit."""
+CAPITALS = ("gpu", "cpu", "mfu", "hfu", "tflops", "sm", "pcie", "gemm", "gc")
 SPREAD = ("_min", "_max")
 RANKS = ("_min_rank", "_max_rank")
 """Endings of the keys that name the rank of a minimum or maximum: listed in a table, not drawn."""
@@ -56,10 +57,12 @@ class Chart:
     clock: bool = False
     """x is the wall clock instead of the step."""
     lines: list[Line] = field(default_factory=list)
+    largest: float = 0.0
+    """Largest value of charts that shall have the same unit, at least."""
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data: x as differences of whole numbers, y in the unit of the axis with six digits."""
-        unit, factor = _scaled(self.unit, [point.y for line in self.lines for point in line.points])
+        unit, factor = _scaled(self.unit, [self.largest, *(point.y for line in self.lines for point in line.points)])
         ticks = TICKS if self.clock else 1
         lines = [
             {
@@ -122,10 +125,16 @@ def _step_times(runs: list[RunData]) -> list[Chart]:
             title,
             "Step time",
             "s",
-            "Seconds of a step on the first rank, by what it waits for or computes.",
+            "Time of a step on the first rank, by what it waits for or computes.",
         )
-        chart.lines = [Line(number, key.removeprefix(STEP_TIME), run.metrics.keys[key].curve.points(), "part") for key in keys]
+        chart.lines = [
+            Line(number, key.removeprefix(STEP_TIME).replace("_", " "), run.metrics.keys[key].curve.points(), "part")
+            for key in keys
+        ]
         charts.append(chart)
+    largest = max((point.y for chart in charts for line in chart.lines for point in line.points), default=0.0)
+    for chart in charts:
+        chart.largest = largest
     return charts
 
 
@@ -153,18 +162,27 @@ def _is_spread(key: str, keys: list[str]) -> bool:
 def _chart(key: str, tables: list[Table], clock: bool) -> Chart:
     """Return the chart of one key of every run, with its minimum and maximum over ranks as a band."""
     unit, definition = describe(key)
-    prefix, slash, name = key.partition("/")
-    title = (name if slash else key).replace("_", " ")
-    for word in ("gpu", "mfu", "hfu", "tflops"):
-        title = " ".join(part.upper() if part == word else part for part in title.split(" "))
-    chart = Chart(key, title[:1].upper() + title[1:], section_of(key), unit, definition, clock)
+    chart = Chart(key, title_of(key), section_of(key), unit, definition, clock)
+    marked = "marked" if key.startswith("eval/") else "line"
     for number, table in enumerate(tables):
-        found: list[tuple[str, str, Key | None]] = [("", "marked" if prefix == "eval" else "line", table.keys.get(key))]
+        found: list[tuple[str, str, Key | None]] = [("", marked, table.keys.get(key))]
         if clock:
             found += [(role, role, table.keys.get(f"{key}_{ending}")) for role, ending in (("low", "min"), ("high", "max"))]
         labels = {"": "", "low": "lowest rank", "high": "highest rank"}
         chart.lines += [Line(number, labels[word], one.curve.points(), role) for word, role, one in found if one is not None]
     return chart
+
+
+def title_of(key: str) -> str:
+    """Return the title of a key's chart: its name in words, without a unit at its end, which the axis shows."""
+    prefix, slash, name = key.partition("/")
+    ending = next((ending for ending in ENDINGS if name.endswith(f"_{ending}")), None)
+    name = name.removesuffix(f"_{ending}") if ending else name
+    words = (name if slash else key).replace("_", " ")
+    if prefix in ("cpu", "memory") and slash:  # they share a section
+        words = f"{prefix} {words}"
+    words = " ".join(word.upper() if word in CAPITALS else word for word in words.split(" "))
+    return words[:1].upper() + words[1:]
 
 
 def section_of(key: str) -> str:

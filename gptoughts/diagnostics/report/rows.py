@@ -40,6 +40,7 @@ def parsed(line: bytes, notes: Counter[str]) -> dict[str, Any] | None:
     """Return the object of a line under present key names; None for anything else, which is counted in `notes`."""
     if not line.strip():
         return None
+    row: Any
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
@@ -47,7 +48,9 @@ def parsed(line: bytes, notes: Counter[str]) -> dict[str, Any] | None:
     if not isinstance(row, dict):
         notes["lines that are cut off or damaged"] += 1
         return None
-    return {RENAMED.get(str(key), str(key)): value for key, value in row.items()}
+    if any(old in row for old in RENAMED):
+        return {RENAMED.get(str(key), str(key)): value for key, value in row.items()}
+    return row
 
 
 def number(value: Any) -> float | None:

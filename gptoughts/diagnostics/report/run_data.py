@@ -58,6 +58,8 @@ class Table:
     words: dict[str, Counter[str]] = field(default_factory=dict)
     """Key with text values -> rows with each text."""
     last_word: dict[str, str] = field(default_factory=dict)
+    listed: set[str] = field(default_factory=set)
+    """Text keys whose values are lists: a row can have several texts, or none."""
     rows: int = 0
     notes: Counter[str] = field(default_factory=Counter)
     """What was left out -> how often."""
@@ -65,8 +67,16 @@ class Table:
     def add(self, x: float, row: Mapping[str, Any], steady: bool = True) -> None:
         """Take a row at `x`. A list of numbers becomes its minimum, mean and maximum, texts are counted."""
         self.rows += 1
+        keys = self.keys
         for name, value in row.items():
-            if name not in PLACES and value is not None:
+            kind = type(value)
+            if (kind is float or kind is int) and name in keys and -LARGEST < value < LARGEST:
+                key = keys[name]  # the usual case: a known key with a number
+                key.curve.add(x, value)
+                if steady:
+                    key.total += value
+                    key.count += 1
+            elif value is not None and name not in PLACES:
                 self._add(name, x, value, steady)
 
     def _add(self, name: str, x: float, value: Any, steady: bool) -> None:
@@ -81,6 +91,7 @@ class Table:
                 for ending, one in (("min", min(amounts)), ("mean", sum(amounts) / len(amounts)), ("max", max(amounts))):
                     self._number(f"{name} {ending}", x, one, steady)
             else:
+                self.listed.add(name)
                 for one in value:
                     self._word(name, str(one))
         elif isinstance(value, bool):
@@ -106,7 +117,9 @@ class Table:
     def _word(self, name: str, word: str) -> None:
         if name not in self.words and len(self.words) >= MOST_KEYS:
             return
-        counted = self.words.setdefault(name, Counter())
+        counted = self.words.get(name)
+        if counted is None:
+            counted = self.words[name] = Counter()
         word = word[:400]
         counted[word if word in counted or len(counted) < MOST_WORDS else "others"] += 1
         self.last_word[name] = word

@@ -56,6 +56,7 @@ def results(runs: list[RunData]) -> list[Figure]:
         Figure("validation loss, last (nats)", of("eval/loss"), four),
         Figure("validation loss, best (nats)", tuple(_lowest(run, "eval/loss") for run in runs), four),
         Figure("tokens/s, last 90 % of the steps", tuple(map(mean_speed, runs)), count),
+        Figure("tokens/s, steady", of("perf/steady_tokens_per_second"), count),
         Figure("MFU, mean", tuple(_mean(run, "perf/mfu") for run in runs), share),
         Figure("HFU, mean", tuple(_mean(run, "perf/hfu") for run in runs), share),
         Figure("GPU utilization, mean (%)", tuple(_mean(run, "gpu/utilization", system=True) for run in runs), _one),

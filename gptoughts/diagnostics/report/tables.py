@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from gptoughts.console import bytes_in_words, duration, share
-from gptoughts.diagnostics.report.charts import RANKS, describe
+from gptoughts.diagnostics.report.charts import describe, title_of
 from gptoughts.diagnostics.report.differences import Difference, layers, plan_differences, plan_values, recipe_differences
 from gptoughts.diagnostics.report.markup import Markup, element, joined, table
 from gptoughts.diagnostics.report.run_data import RunData
@@ -119,7 +119,9 @@ def goodput_bars(runs: Sequence[RunData]) -> Markup | None:
 
 
 def _bars(runs: Sequence[RunData], parts: list[dict[str, float]], shown: Callable[[float], str], what: str) -> Markup | None:
-    names = list(dict.fromkeys(name for part in parts for name, value in part.items() if value > 0))
+    every = list(dict.fromkeys(name for part in parts for name in part))
+    # A part keeps its color, that of its curve too, also where others are left out.
+    names = [(place, name) for place, name in enumerate(every) if any(part.get(name, 0) > 0 for part in parts)]
     if not names:
         return None
     bars = []
@@ -131,7 +133,7 @@ def _bars(runs: Sequence[RunData], parts: list[dict[str, float]], shown: Callabl
                     "span", class_=f"c{place % COLORS}", style=f"width:{100 * part.get(name, 0) / total:.3f}%",
                     title=f"{name}: {shown(part.get(name, 0))}, {share(part.get(name, 0) / total)}",
                 )
-                for place, name in enumerate(names)
+                for place, name in names
             ]  # fmt: skip
             label = f"{run.name}: {shown(total)}"
             bars.append(
@@ -142,7 +144,7 @@ def _bars(runs: Sequence[RunData], parts: list[dict[str, float]], shown: Callabl
             joined([swatch(place), name.replace("_", " ")]),
             *(_share_cell(part.get(name), sum(part.values()), shown) for part in parts),
         ]
-        for place, name in enumerate(names)
+        for place, name in names
     ]
     return joined([*bars, table([what, *(run.name for run in runs)], rows, "figures")])
 
@@ -151,38 +153,68 @@ def _share_cell(value: float | None, total: float, shown: Callable[[float], str]
     return "n/a" if value is None or total <= 0 else f"{shown(value)} ({share(value / total)})"
 
 
+MOST_WORDS = 12
+"""Different texts of a key that a table shows, the most frequent first."""
+
+
 def word_tables(runs: Sequence[RunData], prefix: str) -> list[Markup]:
     """Return how often each text of the text keys with a prefix was logged, such as the limiter's verdicts."""
     found = []
-    keys = dict.fromkeys(
-        key for run in runs for kept in (run.metrics, run.system) for key in kept.words if key.startswith(prefix)
-    )
-    for key in keys:
-        counted = [run.metrics.words.get(key) or run.system.words.get(key) for run in runs]
-        words = dict.fromkeys(word for one in counted if one for word, _ in one.most_common())
-        rows = [[word, *(_rows_with(one, word) for one in counted)] for word in words]
+    held = [{**run.metrics.words, **run.system.words} for run in runs]
+    for key in dict.fromkeys(key for words in held for key in words if key.startswith(prefix)):
+        counted: list[tuple[dict[str, int], int]] = [
+            (words.get(key, {}), _rows_of(run, key)) for words, run in zip(held, runs, strict=True)
+        ]
+        frequent = sorted(
+            {word for words, _ in counted for word in words}, key=lambda word: -sum(one[0].get(word, 0) for one in counted)
+        )
+        rows = [[word, *(_rows_with(words.get(word, 0), total) for words, total in counted)] for word in frequent[:MOST_WORDS]]
+        title = (
+            f"{title_of(key)}, in rows of {'system.jsonl' if any(key in run.system.words for run in runs) else 'metrics.jsonl'}"
+        )
         found += [
-            element("h3", key),
+            element("h3", title),
             element("p", describe(key)[1], class_="quiet"),
-            table(["rows with", *run_heads(runs)], rows, "figures"),
+            table(["", *run_heads(runs)], rows, "figures"),
         ]
     return found
 
 
-def _rows_with(counted: Mapping[str, int] | None, word: str) -> str:
-    if not counted:
-        return "n/a"
-    return f"{counted.get(word, 0):,} ({share(counted.get(word, 0) / sum(counted.values()))})"
+def _rows_of(run: RunData, key: str) -> int:
+    """Return how many rows could have a text: all of the file for lists, else those that have one."""
+    for kept in (run.metrics, run.system):
+        if key in kept.words:
+            return kept.rows if key in kept.listed else sum(kept.words[key].values())
+    return 0
+
+
+def _rows_with(rows: int, total: int) -> str:
+    return f"{rows:,} ({share(rows / total)})" if total else "n/a"
 
 
 def rank_table(runs: Sequence[RunData], prefix: str) -> Markup | None:
     """Return which rank had the lowest and highest value in the newest sample; None for runs that did not gather them."""
     rows = []
-    for key in dict.fromkeys(key for run in runs for key in run.system.keys if key.startswith(prefix) and key.endswith(RANKS)):
-        found = [run.system.keys.get(key) for run in runs]
-        name = key.removesuffix("_rank").replace("_min", ", lowest").replace("_max", ", highest")
-        rows.append([name, *(f"rank {one.last:.0f}" if one and one.last is not None else "n/a" for one in found)])
-    return table(["newest sample", *run_heads(runs)], rows) if rows else None
+    endings = tuple(f"_{end}_rank" for end in ("min", "max"))
+    names = [key for run in runs for key in run.system.keys if key.startswith(prefix) and key.endswith(endings)]
+    for base in dict.fromkeys(name.removesuffix(endings[0]).removesuffix(endings[1]) for name in names):
+        cells = [
+            " ".join(f"{word} {_rank(run, base + end)}" for word, end in zip(("lowest", "highest"), endings, strict=True))
+            for run in runs
+        ]
+        rows.append([title_of(base), *cells])
+    if not rows:
+        return None
+    return element(
+        "details",
+        element("summary", "ranks with the lowest and highest value, newest sample"),
+        table(["", *run_heads(runs)], rows),
+    )
+
+
+def _rank(run: RunData, key: str) -> str:
+    found = run.system.keys.get(key)
+    return f"rank {found.last:.0f}" if found and found.last is not None else "n/a"
 
 
 def sample_list(run: RunData) -> Markup:

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from gptoughts.errors import CheckpointError
+from gptoughts.models.weight_files import opened
 
 METADATA = "parts"
 
@@ -56,10 +57,7 @@ class TensorFiles:
     def __init__(self, folder: Path, stem: str) -> None:
         """Open the files. Raises CheckpointError where one is missing or unreadable, or a tensor has gaps."""
         self.folder, self.stem = folder, stem
-        try:
-            self._files = [safe_open(path, framework="pt") for path in _paths(folder, stem)]
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{folder}: {stem} cannot be read: {error}") from None
+        self._files = [opened(path) for path in _paths(folder, stem)]
         self._places: dict[str, list[_Place]] = defaultdict(list)
         self._shapes: dict[str, tuple[int, ...]] = {}
         for number, file in enumerate(self._files):

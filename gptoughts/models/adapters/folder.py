@@ -16,17 +16,17 @@ from typing import Any, BinaryIO, Literal
 
 import torch
 import torch.nn as nn
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gptoughts.config.recipe import AdapterConfig
 from gptoughts.errors import CheckpointError
+from gptoughts.files import load_json
 from gptoughts.models.adapters.adapter import NAME, adapter_layers, base_name, is_trained, peft, with_injected
 from gptoughts.models.adapters.nf4 import is_turned
 from gptoughts.models.adapters.weights import AdapterSource
 from gptoughts.models.family import Family
-from gptoughts.models.weight_files import read_json
+from gptoughts.models.weight_files import MAX_HEADER_BYTES, opened, read_json
 
 CONFIG, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "base.json"
 PREFIX = "base_model.model."
@@ -104,13 +104,13 @@ def record_of_drawn(model: Mapping[str, Any], seed: int) -> BaseRecord:
 
 
 def _header(file: BinaryIO) -> bytes:
-    return file.read(int.from_bytes(file.read(8), "little"))
+    return file.read(min(int.from_bytes(file.read(8), "little"), MAX_HEADER_BYTES))
 
 
 def check_base(folder: Path, current: BaseRecord) -> str:
     """Raise CheckpointError if the adapter in `folder` was trained on another base. Returns a warning if it has no record, else ''."""
     try:
-        content = json.loads((folder / BASE).read_text(encoding="utf-8"))
+        content = load_json(folder / BASE)
         recorded = BaseRecord(str(content["path"]), str(content["digest"]))
     except FileNotFoundError:
         return f"{folder}: no {BASE}; base assumed to be {current.path}"
@@ -212,10 +212,7 @@ class AdapterFolder:
                 raise CheckpointError(f"{path}: not found")
             problem = f"{folder / pickles[0]}: a pickle, which can run code when loaded"
             raise CheckpointError(problem, fix="save the adapter again with peft's save_pretrained (safetensors)")
-        try:
-            self._file = safe_open(path, framework="pt")
-        except SafetensorError as error:
-            raise CheckpointError(f"{path}: cannot be opened: {error}") from error
+        self._file = opened(path)
         self._stored = {internal(name): name for name in self._file.keys()}  # noqa: SIM118  # not a dict
         self._left = dict(self._stored)
 

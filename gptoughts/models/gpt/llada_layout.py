@@ -10,17 +10,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from gptoughts.config.llada_spec import published
 from gptoughts.config.loader import ModelConfig
 from gptoughts.errors import CheckpointError
-from gptoughts.models.weight_files import INDEX, SINGLE, read_json, weight_files
+from gptoughts.models.weight_files import INDEX, SINGLE, opened, read_json, weight_files
 
 SHARD_BYTES = 5 * 10**9
 PREFIX = "model."  # added by the published wrapper class; files of the inner module lack it
@@ -62,7 +60,7 @@ class Published:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.config = read_json(folder / "config.json")
-        self.files = {path: _open(path) for path in weight_files(folder)}
+        self.files = {path: opened(path) for path in weight_files(folder)}
         self.stored = {name.removeprefix(PREFIX): (file, name) for file in self.files.values() for name in sorted(file.keys())}
         self._read_names: set[str] = set()
 
@@ -109,13 +107,6 @@ class Published:
 def load(folder: Path) -> Published:
     """Open the weights of a published checkpoint. Raises CheckpointError; never opens a pickle."""
     return Published(folder)
-
-
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from error
 
 
 # --- writing
@@ -183,7 +174,7 @@ def _split(state: Mapping[str, Tensor], names: list[str], model: ModelConfig) ->
 
 def _write(file: Path, tensors: dict[str, Tensor]) -> list[str]:
     save_file(tensors, file, metadata={"format": "pt"})
-    with _open(file) as written:
+    with opened(file) as written:
         same = set(written.keys()) == tensors.keys() and all(
             torch.equal(written.get_tensor(name).view(torch.uint8), tensor.view(torch.uint8))
             for name, tensor in tensors.items()

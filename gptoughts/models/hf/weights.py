@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,10 @@ from gptoughts.errors import CheckpointError
 from gptoughts.models.hf.config import Task, first_line, model_class, open_config, quiet
 from gptoughts.models.sources import Source
 from gptoughts.models.torch_internals import ignored_on_load
-from gptoughts.models.weight_files import INDEX, SINGLE, pickles
+from gptoughts.models.weight_files import INDEX, SINGLE, checked, pickles, read_header, shards_of
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """Floating-point dtypes of safetensors for computation, widest first."""
-MAX_HEADER_BYTES = 100 * 2**20
 MAX_LISTED = 8
 """Keys listed in a message."""
 
@@ -147,17 +145,10 @@ def files_of(folder: Path) -> list[Path]:
     """Return the safetensors files of a model. Raises CheckpointError if there are none, or if an indexed shard is missing."""
     single, index = folder / SINGLE, folder / INDEX
     if single.is_file():
-        return [single]
+        return [checked(single)]
     if not index.is_file():
         raise CheckpointError(f"{shown(folder)}: no {SINGLE}")
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{shown(index)}: cannot be read: {error}") from None
-    missing = [name for name in names if not (folder / Path(name).name).is_file()]
-    if missing:
-        raise CheckpointError(f"{shown(folder)}: missing shards of its index: {', '.join(missing)}")
-    return [folder / Path(name).name for name in names]
+    return [checked(path) for path in shards_of(index)]
 
 
 def refuse_pickles(folder: Path) -> None:
@@ -165,7 +156,7 @@ def refuse_pickles(folder: Path) -> None:
     try:
         files_of(folder)
     except CheckpointError:
-        if not (found := pickles(folder)):
+        if (folder / SINGLE).is_file() or not (found := pickles(folder)):
             raise
         raise CheckpointError(
             f"{shown(folder / found[0])}: a pickle, which can run code when loaded",
@@ -175,17 +166,8 @@ def refuse_pickles(folder: Path) -> None:
 
 
 def _headers(folder: Path) -> dict[str, str]:
-    """Return tensor name -> dtype from each file's header: 8 bytes of length, then JSON."""
-    types: dict[str, str] = {}
-    for path in files_of(folder):
-        try:
-            with path.open("rb") as file:
-                (length,) = struct.unpack("<Q", file.read(8))
-                content = json.loads(file.read(min(length, MAX_HEADER_BYTES)))
-            types |= {name: entry["dtype"] for name, entry in content.items() if name != "__metadata__"}
-        except (OSError, ValueError, struct.error, KeyError, TypeError) as error:
-            raise CheckpointError(f"{shown(path)}: not safetensors: {error}") from None
-    return types
+    """Return tensor name -> dtype from each file's header."""
+    return {name: entry["dtype"] for path in files_of(folder) for name, entry in read_header(path).items()}
 
 
 def _dtype(folder: Path) -> torch.dtype:

@@ -45,6 +45,7 @@ METRICS = (
     Metric("time/communication", "s", "exposed communication, with waits for other ranks (docs/limits.md); null if weights are sharded"),
     Metric("time/other", "s", "rest of the step; the `time/` keys add up to it"),
     Metric("perf/host_bound", "share", "share of this step in which the GPU waited for the host to launch; null on a CPU"),
+    Metric("perf/cpu_seconds", "s", "CPU time of the training thread in this step; null on a GPU"),
     Metric("perf/slowest_rank", "rank", "with several ranks: the rank whose timed step was longest without its waits for others"),
     Metric("perf/rank_spread", "share", "how much longer than the median of the other ranks"),
     Metric("perf/limiter", "text", "what limits the run (docs/limits.md); null during warm-up and in rows whose step was not timed"),

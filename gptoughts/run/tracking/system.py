@@ -61,6 +61,8 @@ class SystemMetrics(Callback):
         self._index, self._step = samples_before, 0
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
+        self._store: Any = None
+        """Of the process group, where several nodes sample."""
 
     def on_start(self, engine: Engine, progress: Progress) -> None:
         """Find out which ranks sample, once and together, and start the thread on those."""
@@ -73,7 +75,7 @@ class SystemMetrics(Callback):
         self._samplers = sampling_ranks(peers)
         if world.rank not in self._samplers:
             return
-        self._peers, self._store = peers, None
+        self._peers = peers
         if len(self._samplers) > 1:
             self._store = dist.PrefixStore(f"system/{peers[0].token}", default_store().clone())
         self._thread = threading.Thread(target=self._work, name="system-metrics", daemon=True)

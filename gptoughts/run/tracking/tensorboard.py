@@ -15,7 +15,7 @@ from gptoughts.run.tracking.jsonl import replay
 from gptoughts.run.tracking.redact import Redactor
 from gptoughts.run.tracking.sink import RunInfo, Sink
 
-FOLDER, SYSTEM_FOLDER = "tensorboard", "system"
+FOLDER, SYSTEM_FOLDER = "tensorboard", "system_metrics"
 FLUSH_SECONDS = 10
 """Longest time until a row can be seen."""
 
@@ -33,7 +33,7 @@ class TensorBoard(Sink):
         """Open the event files and fill them. Raises OSError for a folder that cannot be written."""
         from torch.utils.tensorboard import SummaryWriter
 
-        for name, folder in (("run", run.out / FOLDER), ("system", run.out / FOLDER / SYSTEM_FOLDER)):
+        for name, folder in (("run", run.out / FOLDER), ("samples", run.out / FOLDER / SYSTEM_FOLDER)):
             _remove_events(folder)
             # A TensorBoard that shows the run drops what it read of earlier files at the purge.
             self._writers[name] = SummaryWriter(
@@ -55,7 +55,7 @@ class TensorBoard(Sink):
     def sample(self, index: int, values: Mapping[str, Any]) -> None:
         """Write a sample at its own time."""
         for key, value in numbers_and_texts(values)[0].items():
-            self._writers["system"].add_scalar(key, value, index, walltime=values.get("time"))
+            self._writers["samples"].add_scalar(key, value, index, walltime=values.get("time"))
         self._flush()
 
     def text(self, step: int, name: str, text: str) -> None:

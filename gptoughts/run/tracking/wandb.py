@@ -123,7 +123,7 @@ class Wandb(Sink):
 
     def _remove_older(self, folder: Path, run_id: str) -> None:
         """Remove the offline folders of earlier attempts: this one holds their rows."""
-        for other in folder.parent.glob(f"offline-run-*-{run_id}"):
+        for other in folder.parent.glob(f"offline-run-*-{run_id}*"):  # two that start in one second differ by a last number
             if other.name != folder.name:
                 shutil.rmtree(other)
 

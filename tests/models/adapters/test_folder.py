@@ -273,7 +273,7 @@ def test_folders_that_cannot_be_opened_are_told(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="pickle, which can run code"):
         AdapterFolder(tmp_path)
     (tmp_path / WEIGHTS).write_bytes(b"no header")
-    with pytest.raises(CheckpointError, match="cannot be opened"):
+    with pytest.raises(CheckpointError, match="cannot be read as safetensors"):
         AdapterFolder(tmp_path)
     with pytest.raises(ConfigError, match="lm_head, outside the blocks"):
         adapted_as(family, folder_with(tmp_path, target_modules=["q_proj", "lm_head"])).build(None, 96, 8)  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -94,7 +95,7 @@ def test_pickles_and_what_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"index.json: cannot be read"):
         Pretrained(tmp_path / "b")
     (folder / "model.safetensors").write_bytes(b"\xff" * 64)
-    with pytest.raises(CheckpointError, match=r"model.safetensors: not safetensors"):
+    with pytest.raises(CheckpointError, match=r"model.safetensors: cannot be read as safetensors"):
         Pretrained(folder)
 
 
@@ -194,10 +195,11 @@ def test_a_real_language_model_from_gguf() -> None:
 def test_gguf_errors_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from gptoughts.models.hf import gguf
 
-    assert gguf.main([]) == 2 and "usage" in capsys.readouterr().err
     bad = tmp_path / "bad.gguf"
     bad.write_bytes(b"GGUF but no more")
-    assert gguf.main([str(bad), str(tmp_path / "out")]) == GptoughtsError.exit_code
+    with pytest.raises(SystemExit) as end:
+        gguf.serve(io.BytesIO(), io.BytesIO(), str(bad), str(tmp_path / "out"))
+    assert end.value.code == GptoughtsError.exit_code
     assert len(capsys.readouterr().err.strip().splitlines()) == 1 and not (tmp_path / "out").exists()
 
 

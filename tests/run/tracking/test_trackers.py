@@ -96,7 +96,7 @@ def test_all_trackers_have_the_same_keys(tracked: Tracked) -> None:
         "memory/system_available_bytes",
     } <= sampled
     assert set(scalars(tracked.out / "tensorboard")) == ours
-    assert set(scalars(tracked.out / "tensorboard" / "system")) == sampled
+    assert set(scalars(tracked.out / "tensorboard" / "system_metrics")) == sampled
     logged = history(tracked.wandb_files()[0])
     assert {key for row in logged for key in row if not key.startswith("samples/")} == ours | sampled | {"step", "sample"}
 
@@ -117,7 +117,7 @@ def test_no_step_or_sample_is_missing_or_doubled(tracked: Tracked) -> None:
     system = [row["sample"] for row in rows(tracked.out / "system.jsonl")]
     assert system == list(range(1, len(system) + 1))
     assert Counter(row["sample"] for row in logged if "sample" in row) == Counter(system)
-    assert sorted(scalars(tracked.out / "tensorboard" / "system")["cpu/load"]) == system
+    assert sorted(scalars(tracked.out / "tensorboard" / "system_metrics")["cpu/load"]) == system
 
 
 def test_a_resumed_run_has_one_wandb_id_which_is_in_its_checkpoints(tracked: Tracked) -> None:

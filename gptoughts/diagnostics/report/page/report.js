@@ -72,7 +72,7 @@
     for (const unit of units) {
       if (size >= unit[0]) return +(value / (unit[1] === "k" ? 1e3 : unit[0])).toPrecision(5) + " " + unit[1];
     }
-    return size !== 0 && size < 1e-3 ? value.toExponential(2) : String(+value.toPrecision(6));
+    return size !== 0 && size < 1e-5 ? value.toExponential(2) : String(+value.toPrecision(6));
   }
 
   function ticks(u, values) { return values.map(function (value) { return value == null ? "" : short(value); }); }
@@ -135,7 +135,7 @@
         Object.assign({}, common, { values: ticks, label: axisLabel(chart), labelSize: 18, size: 30, space: 70 }),
         Object.assign({}, common, {
           values: ticks, label: chart.unit || undefined, labelSize: 18,
-          size: function (u, labels) { return 18 + 6.5 * Math.max.apply(null, (labels || [""]).map(function (one) { return (one || "").length; })); }
+          size: function (u, labels) { return 26 + 6.5 * Math.max.apply(null, (labels || [""]).map(function (one) { return (one || "").length; })); }
         })
       ],
       cursor: { sync: { key: chart.clock && axis === hours ? "clock" : axis }, drag: { x: true, y: false } }

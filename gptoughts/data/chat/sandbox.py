@@ -1,0 +1,220 @@
+"""Compile and render chat templates in a child process with limits on CPU time, memory and output.
+
+A template comes with a model. Jinja's sandbox keeps it from running code, but not from looping for ever or from filling the memory:
+`{{ 'a' * 10**10 }}` does while it is compiled. One child serves all templates of a process.
+"""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import json
+import resource
+import signal
+import sys
+import threading
+from collections.abc import Mapping
+from datetime import datetime
+from typing import IO, Any
+
+from gptoughts.errors import DataError
+from gptoughts.processes import Child, ChildDied, receive, send
+
+BEGIN_ANSWER, END_ANSWER = "\ufdd2", "\ufdd3"
+"""Marks around the content of `{% generation %}`."""
+MAX_SECONDS = 10
+"""CPU time of one rendering; the longest conversations of published data sets take milliseconds."""
+MAX_MEMORY = 2 << 30
+"""Address space of the child: a rendering at the limit of its output takes about a quarter."""
+MAX_CHARACTERS = 64 << 20
+"""Characters of a rendered conversation, and of a template's source."""
+ERRORS = (TypeError, ValueError, KeyError, IndexError, AttributeError, ArithmeticError, RecursionError)
+LIMITS = f"{MAX_SECONDS} s of CPU time, {MAX_MEMORY >> 30} GiB of memory, {MAX_CHARACTERS:,} characters"
+
+
+class Rejected(DataError):
+    """The template's own error. `line` is that of a syntax error."""
+
+    def __init__(self, reason: str, line: int | None = None) -> None:
+        super().__init__(reason)
+        self.line = line
+
+
+class Sandbox:
+    """The child process of this process, started with the first template and again after one that exceeded a limit."""
+
+    def __init__(self, seconds: int = MAX_SECONDS) -> None:
+        self._child: Child | None = None
+        self._seconds = seconds
+        self._known = set[str]()
+        self._lock = threading.Lock()
+        atexit.register(self.close)
+
+    def compile(self, source: str, origin: str) -> dict[str, Any]:
+        """Return what a template reads: variables, whether it marks answers, its literal parts. Raises Rejected, DataError."""
+        if len(source) > MAX_CHARACTERS:
+            raise DataError(f"{origin}: chat template too long", found=f"{len(source):,} characters")
+        with self._lock:
+            found: dict[str, Any] = self._asked(source, {}, origin)
+            return found
+
+    def render(self, source: str, request: Mapping[str, Any]) -> str:
+        """Return the rendered text of `request`: variables, today, tracking. Raises Rejected, DataError."""
+        with self._lock:
+            text: str = self._asked(source, request, "chat template")
+            return text
+
+    def _asked(self, source: str, request: Mapping[str, Any], origin: str) -> Any:
+        if self._child is None:
+            self._child, self._known = Child(__name__, "serve", self._seconds), set()
+        name = hashlib.sha256(source.encode("utf-8", "surrogatepass")).hexdigest()
+        try:
+            answer, _ = self._child.ask({"name": name, "source": None if name in self._known else source, **request})
+        except ChildDied as error:
+            self.close()
+            reason = "takes too long" if error.code == -signal.SIGPROF else f"ended its process ({error})"
+            raise DataError(
+                f"{origin}: {reason}", found=f"more than {LIMITS}", fix="--data.template chatml, or another file"
+            ) from None
+        if answer.get("limit"):
+            self.close()
+            raise DataError(
+                f"{origin}: {answer['limit']}", found=f"more than {LIMITS}", fix="--data.template chatml, or another file"
+            )
+        if "error" in answer:
+            raise Rejected(answer["error"], answer.get("line"))
+        self._known.add(name)
+        return answer["value"]
+
+    def close(self) -> None:
+        """End the child; the next request starts another."""
+        if self._child is not None:
+            self._child.close(1)
+        self._child = None
+
+
+SANDBOX = Sandbox()
+
+
+# --- in the child
+
+
+def serve(requests: IO[bytes], answers: IO[bytes], seconds: int) -> None:
+    """Answer requests until the parent closes the pipe or dies, each within the limits."""
+    if sys.platform == "linux":
+        resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    compiled: dict[str, Compiled] = {}
+    while True:
+        try:
+            request, _ = receive(requests)
+        except EOFError:
+            return
+        signal.setitimer(signal.ITIMER_PROF, seconds)  # its default action ends the process, also inside C code
+        answer = _answer(compiled, request)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        try:
+            send(answers, answer)
+        except BrokenPipeError:
+            return
+        if "limit" in answer:
+            return
+
+
+def _answer(compiled: dict[str, Compiled], request: Mapping[str, Any]) -> dict[str, Any]:
+    import jinja2
+
+    try:
+        if request["source"] is not None:
+            compiled[request["name"]] = Compiled(request["source"])
+        found = compiled[request["name"]]
+        return {"value": found.render(request) if "variables" in request else found.reads}
+    except MemoryError:
+        return {"limit": "takes too much memory"}
+    except TooLong:
+        return {"limit": "writes too much"}
+    except jinja2.TemplateSyntaxError as error:
+        return {"error": _first_line(error), "line": error.lineno}
+    except (jinja2.TemplateError, *ERRORS) as error:
+        return {"error": _first_line(error)}
+
+
+class TooLong(Exception):
+    """The output exceeds the limit."""
+
+
+class Compiled:
+    """A template as transformers compiles it: loop controls, `{% generation %}`, tojson, raise_exception and strftime_now."""
+
+    def __init__(self, source: str) -> None:
+        from jinja2 import meta, nodes
+
+        self.today: datetime | None = None
+        self.tracking = self.marks_answers = False
+        environment = self._environment()
+        tree = environment.parse(source)
+        self._template = environment.from_string(source)
+        parts = {node.data for node in tree.find_all(nodes.TemplateData)}
+        parts |= {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
+        self.reads = {
+            "variables": sorted(meta.find_undeclared_variables(tree)),
+            "marks_answers": self.marks_answers,
+            # Joined with NUL, which is in no token, so that adjacent parts never form a token.
+            "literals": "\0".join(sorted(parts)),
+        }
+
+    def _environment(self) -> Any:
+        import jinja2
+        from jinja2 import ext, nodes, sandbox
+
+        template = self
+
+        class Generation(ext.Extension):
+            """`{% generation %}`: marks its content while answers are tracked."""
+
+            tags = {"generation"}  # noqa: RUF012
+
+            def parse(self, parser: Any) -> Any:
+                template.marks_answers = True
+                line = next(parser.stream).lineno
+                body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+                return nodes.CallBlock(self.call_method("enclosed"), [], [], body).set_lineno(line)
+
+            def enclosed(self, caller: Any) -> str:
+                return f"{BEGIN_ANSWER}{caller()}{END_ANSWER}" if template.tracking else caller()
+
+        def raise_exception(message: str) -> None:
+            raise jinja2.TemplateError(message)
+
+        def tojson(
+            value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+        ) -> str:
+            return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+        def strftime_now(form: str) -> str:
+            return (template.today or datetime.now()).strftime(form)
+
+        environment = sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols]
+        )
+        environment.filters["tojson"] = tojson
+        environment.globals["raise_exception"] = raise_exception
+        environment.globals["strftime_now"] = strftime_now
+        return environment
+
+    def render(self, request: Mapping[str, Any]) -> str:
+        """Return the text. Raises TooLong, and errors of Jinja and of the template."""
+        self.today = None if request["today"] is None else datetime.fromisoformat(request["today"])
+        self.tracking = request["tracking"]
+        parts, length = [], 0
+        for part in self._template.generate(**request["variables"]):
+            length += len(part)
+            if length > MAX_CHARACTERS:
+                raise TooLong
+            parts.append(part)
+        return "".join(parts)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
