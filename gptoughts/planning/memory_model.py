@@ -65,12 +65,10 @@ class Budget:
     compute_bytes: float = 4
     cast_weights: int = 0
     """Bytes of the 16-bit copies of weights if all are kept for the backward."""
-    frozen_share: float = 0.0
-    """Share of `cast_weights` of frozen weights. Autocast keeps copies of trained weights until the forward ends, of frozen ones not."""
     outside_share: float = 0.0
     """Share of `cast_weights` outside the blocks: the head's."""
     recasts: bool = False
-    """Whether blocks are recomputed, so that the backward casts the weights of one block at a time."""
+    """Whether blocks are recomputed, so that the weights of one block at a time are cast."""
     unpacked: int = 0
     """Elements of the largest frozen weight that is packed (NF4) or 16-bit: one is unpacked or cast at a time."""
     inner: float = 1.0
@@ -134,15 +132,7 @@ class Budget:
 
     @property
     def workspace(self) -> int:
-        """Weights cast for the matmuls when the forward ends."""
-        if not self.recasts:
-            return self.cast_weights
-        frozen = self.frozen_share * (1 - self.outside_share)
-        return int(self.cast_weights * (1 - frozen + frozen / self.depth))
-
-    @property
-    def block_workspace(self) -> int:
-        """Weights cast or unpacked for the matmuls during the backward."""
+        """Weights cast or unpacked for the matmuls, at one time."""
         inside = (1 - self.outside_share) / (self.depth if self.recasts else 1)
         return int(self.cast_weights * (self.outside_share + inside) + self.unpacked * self.compute_bytes)
 
@@ -150,12 +140,12 @@ class Budget:
     def peak(self) -> int:
         """Peak bytes: in the loss, at the start or end of the backward, or in the update."""
         always = self.weights + self.optimizer
-        before = always + (self.gradients if self.accumulates else 0)
+        before = always + self.workspace + (self.gradients if self.accumulates else 0)
         # The gradient of the head comes first; in most models it is the largest weight.
         head = 0 if self.accumulates else self.largest * MASTER_BYTES
-        loss = before + self.workspace + self.kept + max(self.logits, head)
-        first = before + self.block_workspace + head + self.activations
-        ending = always + self.block_workspace + self.gradients + int(self.block_bytes)
+        loss = before + self.kept + max(self.logits, head)
+        first = before + head + self.activations
+        ending = always + self.workspace + self.gradients + int(self.block_bytes)
         return max(loss, first, ending, always + self.gradients + self.temporary)
 
     def to_json(self) -> dict[str, Any]:
@@ -209,7 +199,6 @@ def baseline(spec: ModelSpec, recipe: Recipe, sequences: int) -> Budget | None:
         vocab_size=spec.vocab_size if task_of(recipe).over_vocabulary else 2,
         largest=head if frozen == 0 else 0,
         temporary=2 * max(head, embedding) * MASTER_BYTES if frozen == 0 else 0,
-        frozen_share=matmuls / (matmuls + trained) if frozen else 0.0,
         outside_share=head / (matmuls + (trained if frozen else 0)),
         unpacked=unpacked,
     )

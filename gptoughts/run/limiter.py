@@ -51,8 +51,8 @@ UPDATE_SHARE = 0.3
 """Share of a step in the update, which reads and writes every weight and its state, from which memory bandwidth is the verdict."""
 PAUSE_SHARE = 0.05
 """Share of the window in garbage collection from which it is named."""
-SLOWDOWNS = ("thermal", "brake", "hw_slowdown")
-"""Parts of NVML's reasons for lower clocks that are not the ordinary power limit."""
+ORDINARY = ("application clocks", "power cap")
+"""Reasons for lower clocks of `hardware/gpu_sampler.py` that are settings of the machine, not faults."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def judge(window: Window) -> Verdict | None:
     largest = max(waits, key=lambda one: one.share, default=None)
     if largest is not None:
         return largest
-    slowed = [reason for reason in window.throttled if any(part in reason.lower() for part in SLOWDOWNS)]
+    slowed = [reason for reason in window.throttled if reason not in ORDINARY]
     if slowed:
         return Verdict(THROTTLING, f"the GPU lowers its clocks: {', '.join(slowed)}")
     return _of_hardware(row, (seconds[OPTIMIZER] or 0.0) / total)
