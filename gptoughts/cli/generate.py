@@ -38,8 +38,7 @@ def generate(
     from gptoughts.inference.load import inference_mode, load
 
     given = {"steps": steps, "block_length": block_length, "remasking": remasking, "guidance": guidance}
-    diffusion = {key: value for key, value in given.items() if value is not None}
-    stack = ExitStack()
+    diffusion, stack = {key: value for key, value in given.items() if value is not None}, ExitStack()
     if memory is not None or offload is not None:
         if remote_code is not None:
             raise ConfigError("--remote-code: not supported with --memory or --offload", fix="omit both")
