@@ -52,6 +52,7 @@ LORA, BLOCKS = "--adapter.kind lora --adapter.rank 16", "--layer.recompute recom
 METHODS = {
     "full": "",
     "full, recompute": BLOCKS,
+    "full, recompute-ops": "--layer.recompute recompute-ops",
     "full, 8bit": "--layer.optimizer 8bit",
     "full, in-backward": "--layer.update in-backward --optim.clip-norm 0",
     "LoRA": LORA,

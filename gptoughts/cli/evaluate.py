@@ -230,7 +230,7 @@ def squad(
     if as_json:
         print(json.dumps({"checkpoint": str(loaded.folder), "step": loaded.step, **figures}, indent=1))
         return 0
-    print(f"{named(loaded)}: {len(questions[split].asked):,} questions of {data or settings.path}")
+    print(f"{named(loaded)}: {len(questions[split].asked):,} questions of {data or settings.val_path or settings.path}")
     print("  ".join(f"{name} {value:.2f}" for name, value in figures.items()))
     if out is not None:
         print(f"predictions in {Path(out) / 'predictions.json'}")
