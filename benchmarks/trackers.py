@@ -92,9 +92,9 @@ def background_seconds() -> dict[str, float]:
     found: dict[str, float] = {}
     for thread in threading.enumerate():
         if thread.name.startswith("tracker-"):
-            found[thread.name] = _cpu_seconds(Path(f"/proc/self/task/{thread.native_id}/stat"))
+            found[thread.name] = _cpu_seconds(Path(f"/proc/self/task/{thread.native_id}"))
     pids = [pid for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()]
-    found["child processes"] = sum(_cpu_seconds(Path(f"/proc/{pid}/stat")) for pid in pids)
+    found["child processes"] = sum(_cpu_seconds(task) for pid in pids for task in Path(f"/proc/{pid}/task").iterdir())
     return found
 
 
@@ -108,9 +108,9 @@ def sample_seconds(times: int = 50) -> float:
         return (perf_counter() - began) / times
 
 
-def _cpu_seconds(stat: Path) -> float:
-    user, system = stat.read_text(encoding="utf-8").rpartition(")")[2].split()[11:13]
-    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+def _cpu_seconds(task: Path) -> float:
+    """Return the CPU time of a thread, which schedstat has in nanoseconds."""
+    return int((task / "schedstat").read_text(encoding="ascii").split()[0]) / 1e9
 
 
 def bench_trackers(setting: ResolvedRun, rounds: int, steps: int, command: str, say: Callable[[str], None]) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def test_what_cannot_be_scored_stops_before_the_first_step(more: dict[str, Any],
     written(Path("bad.jsonl"), [ROWS[0], {key: value for key, value in ROWS[1].items() if key != "label"}])
     with pytest.raises((ConfigError, DataError), match=message):
         trained("refused", **more)
-    assert not (here / "out" / "refused" / FILE).exists()
+    assert read(here / "out" / "refused" / FILE) == []
 
 
 def drawn(here: Path, monkeypatch: pytest.MonkeyPatch, rows: list[dict[str, Any]]) -> list[list[str]]:
