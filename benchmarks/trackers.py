@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any
@@ -93,9 +94,17 @@ def background_seconds() -> dict[str, float]:
     for thread in threading.enumerate():
         if thread.name.startswith("tracker-"):
             found[thread.name] = _cpu_seconds(Path(f"/proc/self/task/{thread.native_id}"))
-    pids = [pid for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()]
+    pids = " ".join(_text(task / "children") for task in Path("/proc/self/task").iterdir()).split()
     found["child processes"] = sum(_cpu_seconds(task) for pid in pids for task in Path(f"/proc/{pid}/task").iterdir())
     return found
+
+
+def _text(file: Path) -> str:
+    """Return the text of a file of /proc, or nothing if the thread it belongs to has ended since it was listed."""
+    try:
+        return file.read_text(encoding="ascii")
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
 
 
 def sample_seconds(times: int = 50) -> float:
@@ -110,7 +119,7 @@ def sample_seconds(times: int = 50) -> float:
 
 def _cpu_seconds(task: Path) -> float:
     """Return the CPU time of a thread, which schedstat has in nanoseconds."""
-    return int((task / "schedstat").read_text(encoding="ascii").split()[0]) / 1e9
+    return int((_text(task / "schedstat") or "0").split()[0]) / 1e9
 
 
 def bench_trackers(setting: ResolvedRun, rounds: int, steps: int, command: str, say: Callable[[str], None]) -> dict[str, Any]:
@@ -152,7 +161,8 @@ def _figures(
     made: dict[str, Any],
 ) -> dict[str, Any]:
     recipe, steps = setting.resolved.recipe, made["rounds"] * made["steps_per_round"]
-    step_seconds = sum(seconds[ON]) / len(seconds[ON])
+    per_step = {name: value / steps for name, value in sorted(background.items())}
+    threads = sum(value for name, value in per_step.items() if name.startswith("tracker-"))
     return {
         "what": "bench trackers",
         **made,
@@ -169,8 +179,11 @@ def _figures(
             f"{AGAIN} / {OFF}": paired(seconds[AGAIN], seconds[OFF]),
         },
         "sample_ms": round(1000 * sample_seconds(), 3),
-        "background_cpu_ms_per_step": {name: round(1000 * value / steps, 4) for name, value in sorted(background.items())},
-        "background_cpu_share_of_step": round(sum(background.values()) / steps / step_seconds, 5),
+        "background_cpu_ms_per_step": {name: round(1000 * value, 4) for name, value in per_step.items()},
+        "shares_of_a_step": {  # of one core, by the median step, which spikes of other programs do not stretch
+            "threads of the trackers": round(threads / median(seconds[ON]), 5),
+            "child processes": round(per_step.get("child processes", 0.0) / median(seconds[ON]), 5),
+        },
     }
 
 
@@ -187,7 +200,8 @@ def trackers_table(run: dict[str, Any]) -> str:
     ]
     lines += [f"CPU of {name:<22}{value:>8.3f} ms/step" for name, value in run["background_cpu_ms_per_step"].items()]
     lines.append(f"one sample of the system {run['sample_ms']:>8.3f} ms")
-    return "\n".join([*lines, f"CPU of trackers: {100 * run['background_cpu_share_of_step']:.2f} % of a step's time"])
+    lines += [f"CPU of {name}: {100 * share:.2f} % of a step" for name, share in run["shares_of_a_step"].items()]
+    return "\n".join(lines)
 
 
 def _main(

@@ -21,4 +21,4 @@ def test_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert set(run["variants"]) == {OFF, ON, AGAIN} and set(run["ratios_of_seconds"]) == {f"{ON} / {OFF}", f"{AGAIN} / {OFF}"}
     assert {"tracker-TensorBoard", "tracker-Wandb", "child processes"} <= set(run["background_cpu_ms_per_step"])
     assert run["sample_ms"] > 0 and len(run["load_averages"]) == 3
-    assert "CPU of trackers" in capsys.readouterr().out
+    assert "CPU of threads of the trackers" in capsys.readouterr().out
