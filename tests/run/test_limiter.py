@@ -79,9 +79,9 @@ def verdict(window: Window) -> str:
         (Window(row(), saving=0.4), SAVING),
         (Window(row() | {"perf/data_wait": 0.3}, saving=0.4), SAVING),
         (Window(row() | {"perf/data_wait": 0.5}, saving=0.4), DATA),
-        (Window(row(), throttled=("hw_thermal_slowdown",)), THROTTLING),
-        (Window(row(), throttled=("sw_power_cap", "gpu_idle")), DEVICE),  # the ordinary power limit
-        (Window(row() | {"perf/data_wait": 0.5}, throttled=("hw_thermal_slowdown",)), DATA),
+        (Window(row(), throttled=("heat (hardware)",)), THROTTLING),
+        (Window(row(), throttled=("power cap", "application clocks")), DEVICE),  # the ordinary power limit
+        (Window(row() | {"perf/data_wait": 0.5}, throttled=("heat (hardware)",)), DATA),
         (Window(row(optimizer=0.9)), BANDWIDTH),
         (Window(row(of_gemm=0.7)), COMPUTE),
         (Window(row(of_gemm=0.2)), BANDWIDTH),
@@ -238,7 +238,7 @@ def test_throttling_is_read_from_the_newest_whole_sample(tmp_path: Path) -> None
     judged(1, row())
     spent["productive"] = 1.0
     assert judged(2, row())["perf/limiter"] == DEVICE
-    lines = [json.dumps({"gpu/throttle": reasons}) for reasons in ([], ["sw_thermal_slowdown"])]
+    lines = [json.dumps({"gpu/throttle": reasons}) for reasons in ([], ["heat (software)"])]
     samples.write_text("\n".join(lines) + '\n{"gpu/thr')
     spent["productive"] = 2.0
     found = judged(3, row())
