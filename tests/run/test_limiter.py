@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -252,6 +253,13 @@ def test_the_live_row_shows_what_the_sampler_knows(tmp_path: Path) -> None:
     assert gpu_fields(samples) == ["GPU 97 %", "2.00 GiB"]
     samples.write_text('{"gpu/utilization": null, "cpu/load": 1.0}\n[3]\n')
     assert gpu_fields(samples) == []
+
+
+def test_measuring_operators_takes_no_random_number() -> None:
+    """The generator is that of the training's dropout: a run that was judged would go on with other bits."""
+    before = torch.get_rng_state()
+    assert limiter.operator_seconds(2) > 0
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_many_small_operators_are_the_hosts_work(monkeypatch: pytest.MonkeyPatch) -> None:
