@@ -12,7 +12,7 @@ lint-imports and pytest.
   --all   also run the slow tier: every layer on every family, kills, notebooks, documentation commands, the wheel
           (up to 45 minutes on 2 cores; without it about 12)
 
-  --long  also run the long set: sharding on three and four ranks
+  --long  also run the long set: sharding on more ranks and with more layers, a report of a million steps
 
 Other flags go to pytest: launch/test.sh -k bench
 Default: two workers with one thread each. More threads than free cores make torch's tests very slow.

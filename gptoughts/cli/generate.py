@@ -31,7 +31,7 @@ def generate(
     guidance: float | None,
     memory: float | None,
     offload: str | None,
-    remote_code: str | None,
+    remote_code: str | None = None,
 ) -> int:
     """Continue each prompt; `-` reads standard input. Without prompts, continue an empty one."""
     from gptoughts.inference.generate.write import generate_text

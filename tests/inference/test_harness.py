@@ -91,7 +91,7 @@ def test_a_run_and_its_export_have_the_digits_of_the_harness(here: Path) -> None
     }  # fmt: skip
     run = gptoughts.train(values, layers=PLAIN, run="tiny", verbose=False).checkpoint
     assert run is not None
-    export_checkpoint(str(run), here / "exported", TEXT)
+    export_checkpoint(str(run), here / "exported")
     tasks = local_hellaswag(here / "tasks", written(here / "rows.jsonl"))
     names = ["local_hellaswag", rolling_task(tasks, TEXT), generation_task(tasks, ["Outdoors: a man", "Home and Garden: How"])]
     expected = theirs(here / "exported", tasks, names)

@@ -36,8 +36,11 @@ HYBRID = job("hybrid", layers={"parallel.replicas": "2"})
 NAMED = {one["name"]: one for one in (*JOBS, HYBRID)}
 SETS: Sets = {
     "default": {2: (DEFAULT,)},
-    "all": {2: tuple(one["name"] for one in JOBS), 3: (DEFAULT, "llada"), 4: ("hybrid",)},
-}
+    "all": {2: ("llama", "llada", "bert", "deepseek", "bf16", "fp8", "compiled")},
+    "long": {
+        2: ("recompute-blocks", "recompute-ops", "fused-ce", "kept", "lion"), 3: (DEFAULT, "llada"), 4: ("hybrid",),
+    },
+}  # fmt: skip
 """Tier -> ranks -> jobs. Three ranks divide no dimension of the models."""
 
 
@@ -61,10 +64,10 @@ def test_the_proof_counts_shards_and_refuses_an_optimizer_made_before_sharding(t
     assert found["inactive"] == []
 
 
-@pytest.mark.parametrize(("ranks", "name"), slow_or_long(SETS["all"]))
-def test_every_family_and_layer_trains_as_one_process(trained: Trained, ranks: int, name: str) -> None:
-    expect_equal(trained, NAMED[name], ranks, "all")
-    found = record(trained(ranks, "all"), name, ranks)
+@pytest.mark.parametrize(("tier", "ranks", "name"), slow_or_long(SETS))
+def test_every_family_and_layer_trains_as_one_process(trained: Trained, tier: str, ranks: int, name: str) -> None:
+    expect_equal(trained, NAMED[name], ranks, tier)
+    found = record(trained(ranks, tier), name, ranks)
     assert found["status"] == "active", found["proof"]
     assert found["inactive"] == [], "layers of the plan that sharding makes inactive"
 

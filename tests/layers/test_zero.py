@@ -50,9 +50,11 @@ JOBS = [
 ]
 NAMED = {one["name"]: one for one in JOBS}
 DEFAULT = ("modern-2", "modern-3")
+SLOW = ("modern-1", "llada-3", "bert-3", "deepseek-3", "bf16-3", "fp8-2", "compiled-2", "offload-1", "offload-weights-3")
 SETS: Sets = {
     "default": {2: DEFAULT},
-    "all": {2: tuple(NAMED), 3: ("modern-2", "modern-3")},
+    "all": {2: SLOW},
+    "long": {2: tuple(name for name in NAMED if name not in (*DEFAULT, *SLOW)), 3: ("modern-2", "modern-3")},
 }
 """Tier -> ranks -> jobs. Three ranks divide no dimension of the models."""
 
@@ -80,10 +82,10 @@ def test_the_proof_counts_partitions_and_refuses_an_update_without_deepspeed(tra
     assert found["inactive"] == []
 
 
-@pytest.mark.parametrize(("ranks", "name"), slow_or_long(SETS["all"]))
-def test_every_family_and_layer_trains_as_one_process(trained: Trained, ranks: int, name: str) -> None:
-    expect_equal(trained, NAMED[name], ranks, "all")
-    found = record(trained(ranks, "all"), name, ranks)
+@pytest.mark.parametrize(("tier", "ranks", "name"), slow_or_long(SETS))
+def test_every_family_and_layer_trains_as_one_process(trained: Trained, tier: str, ranks: int, name: str) -> None:
+    expect_equal(trained, NAMED[name], ranks, tier)
+    found = record(trained(ranks, tier), name, ranks)
     assert found["status"] == "active", found["proof"]
     assert found["inactive"] == [], "layers of the plan that ZeRO makes inactive"
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -79,9 +80,9 @@ def verdict(window: Window) -> str:
         (Window(row(), saving=0.4), SAVING),
         (Window(row() | {"perf/data_wait": 0.3}, saving=0.4), SAVING),
         (Window(row() | {"perf/data_wait": 0.5}, saving=0.4), DATA),
-        (Window(row(), throttled=("hw_thermal_slowdown",)), THROTTLING),
-        (Window(row(), throttled=("sw_power_cap", "gpu_idle")), DEVICE),  # the ordinary power limit
-        (Window(row() | {"perf/data_wait": 0.5}, throttled=("hw_thermal_slowdown",)), DATA),
+        (Window(row(), throttled=("heat (hardware)",)), THROTTLING),
+        (Window(row(), throttled=("power cap", "application clocks")), DEVICE),  # the ordinary power limit
+        (Window(row() | {"perf/data_wait": 0.5}, throttled=("heat (hardware)",)), DATA),
         (Window(row(optimizer=0.9)), BANDWIDTH),
         (Window(row(of_gemm=0.7)), COMPUTE),
         (Window(row(of_gemm=0.2)), BANDWIDTH),
@@ -238,7 +239,7 @@ def test_throttling_is_read_from_the_newest_whole_sample(tmp_path: Path) -> None
     judged(1, row())
     spent["productive"] = 1.0
     assert judged(2, row())["perf/limiter"] == DEVICE
-    lines = [json.dumps({"gpu/throttle": reasons}) for reasons in ([], ["sw_thermal_slowdown"])]
+    lines = [json.dumps({"gpu/throttle": reasons}) for reasons in ([], ["heat (software)"])]
     samples.write_text("\n".join(lines) + '\n{"gpu/thr')
     spent["productive"] = 2.0
     found = judged(3, row())
@@ -252,6 +253,13 @@ def test_the_live_row_shows_what_the_sampler_knows(tmp_path: Path) -> None:
     assert gpu_fields(samples) == ["GPU 97 %", "2.00 GiB"]
     samples.write_text('{"gpu/utilization": null, "cpu/load": 1.0}\n[3]\n')
     assert gpu_fields(samples) == []
+
+
+def test_measuring_operators_takes_no_random_number() -> None:
+    """The generator is that of the training's dropout: a run that was judged would go on with other bits."""
+    before = torch.get_rng_state()
+    assert limiter.operator_seconds(2) > 0
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_many_small_operators_are_the_hosts_work(monkeypatch: pytest.MonkeyPatch) -> None:

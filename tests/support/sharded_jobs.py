@@ -60,11 +60,12 @@ def trainings(factory: pytest.TempPathFactory, sets: Sets, jobs: Mapping[str, Jo
     return folder
 
 
-def slow_or_long(jobs: Mapping[int, Sequence[str]]) -> list[Any]:
-    """Parameters (ranks, name): those of two ranks are slow, those of more are long."""
+def slow_or_long(sets: Sets) -> list[Any]:
+    """Parameters (tier, ranks, name) of the sets `all`, which is slow, and `long`."""
     return [
-        pytest.param(ranks, name, marks=pytest.mark.slow if ranks == 2 else pytest.mark.long)
-        for ranks, names in jobs.items()
+        pytest.param(tier, ranks, name, marks=pytest.mark.slow if tier == "all" else pytest.mark.long)
+        for tier in ("all", "long")
+        for ranks, names in sets[tier].items()
         for name in names
     ]
 

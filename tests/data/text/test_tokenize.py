@@ -356,7 +356,7 @@ def test_a_dead_worker_is_an_error_and_the_work_goes_on(tmp_path: Path, monkeypa
         patch.setattr(workers, "SERVE", (__name__, "dies"))
         with pytest.raises(
             DataError,
-            match=r"tokenizing process: killed by SIGKILL: about to die \(out of memory\?\)\.\n  Try: free space, then again",
+            match=r"tokenizing process: killed by SIGKILL: about to die \(out of memory\?\)\.\n  Try: run again with fewer --processes",
         ):
             tokenize(str(tmp_path / "c.jsonl"), "bytes", tmp_path / "o", processes=2)
     tokenize(str(tmp_path / "c.jsonl"), "bytes", tmp_path / "o", processes=2)

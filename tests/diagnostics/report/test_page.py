@@ -107,7 +107,7 @@ def test_many_long_curves_stay_below_the_limit(tmp_path: Path, monkeypatch: pyte
     assert len(charts) == 100 and sum(len(line.points) for chart in charts for line in chart.lines) < 6_000
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_million_steps_are_below_five_megabytes(tmp_path: Path) -> None:
     names = (
         "train/loss",

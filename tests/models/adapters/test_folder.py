@@ -37,7 +37,7 @@ from gptoughts.models.adapters.weights import AdapterSource
 from gptoughts.models.hf.family import hf_family
 from gptoughts.models.hf.weights import Pretrained
 from gptoughts.run.build import build_engine
-from tests.models.adapters.adapters import State, filled, plain_family, theirs
+from tests.models.adapters.adapters import ANY, State, filled, plain_family, theirs
 from tests.support.engines import plan_of, random_batches, recipe_of, steps
 
 peft = pytest.importorskip("peft")
@@ -276,7 +276,7 @@ def test_folders_that_cannot_be_opened_are_told(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot be read as safetensors"):
         AdapterFolder(tmp_path)
     with pytest.raises(ConfigError, match="lm_head, outside the blocks"):
-        adapted_as(family, folder_with(tmp_path, target_modules=["q_proj", "lm_head"])).build(None, 96, 8)  # type: ignore[arg-type]
+        adapted_as(family, folder_with(tmp_path, target_modules=["q_proj", "lm_head"])).build(ANY, 96, 8)
 
 
 def test_a_folder_that_does_not_fit_is_told_by_name(tmp_path: Path) -> None:
