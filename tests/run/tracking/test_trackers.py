@@ -87,6 +87,7 @@ def test_all_trackers_have_the_same_keys(tracked: Tracked) -> None:
     metrics, system = read(tracked.out / "metrics.jsonl"), rows(tracked.out / "system.jsonl")
     assert len(system) > 4
     ours = {key for row in metrics for key in numbers(row)}
+    texts = {key for row in metrics for key in numbers_and_texts(row)[1]}
     sampled = {key for row in system for key in numbers(row, "sample")}
     assert {"train/loss", "eval/loss", "train/hours", "perf/tokens_per_second"} <= ours
     assert {
@@ -98,7 +99,10 @@ def test_all_trackers_have_the_same_keys(tracked: Tracked) -> None:
     assert set(scalars(tracked.out / "tensorboard")) == ours
     assert set(scalars(tracked.out / "tensorboard" / "system_metrics")) == sampled
     logged = history(tracked.wandb_files()[0])
-    assert {key for row in logged for key in row if not key.startswith("samples/")} == ours | sampled | {"step", "sample"}
+    assert {key for row in logged for key in row if not key.startswith("samples/")} == ours | texts | sampled | {
+        "step",
+        "sample",
+    }
 
 
 def test_no_step_or_sample_is_missing_or_doubled(tracked: Tracked) -> None:
