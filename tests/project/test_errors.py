@@ -17,6 +17,7 @@ FILES = sorted((ROOT / "gptoughts").rglob("*.py"))
 LOCATED_BY_THE_CALLER = {
     "gptoughts/cli/options.py": "click prints the flag first",
     "gptoughts/data/chat/conversations.py": "the reader puts file and row first",
+    "gptoughts/data/chat/formats.py": "the reader puts file and row first",
     "gptoughts/data/chat/tokenizer.py": "the reader puts file and row first",
     "gptoughts/data/tokenizers/tokenizer.py": "the reader puts file and document first",
     "gptoughts/layers/plugins.py": "`extensions` puts --plugin FILE first",
@@ -33,7 +34,7 @@ def test_every_class_writes_problem_found_and_fix(kind: type[GptoughtsError]) ->
     assert str(kind("--ranks: not a multiple of 8", fix="--ranks 8")) == "--ranks: not a multiple of 8.\n  Try: --ranks 8"
     assert str(kind("a: b", found="c", fix="d")) == "a: b. Found c.\n  Try: d"
     assert str(kind("a:\n  b", fix="d")) == "a:\n  b\n  Try: d"
-    assert kind.exit_code in (2, 3)
+    assert kind.exit_code in (2, 3, 74)  # 74: the disk, see docs/checkpoints.md
 
 
 def test_problems_of_a_list_stay_on_one_line() -> None:

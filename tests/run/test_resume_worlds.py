@@ -208,6 +208,8 @@ def test_a_sharded_checkpoint_is_loaded_for_generation_and_export(train: Train, 
 def test_a_checkpoint_of_a_missing_rank_is_damaged(tmp_path: Path) -> None:
     folder = tmp_path / "step-000001"
     folder.mkdir()
-    listed = {"files": {"model-00001-of-00002.safetensors": {"bytes": 1, "sha256": ""}}}
+    (folder / "state.json").write_text("{}")
+    state = {"bytes": 2, "sha256": hashlib.sha256(b"{}").hexdigest()}
+    listed = {"files": {"state.json": state, "model-00001-of-00002.safetensors": {"bytes": 1, "sha256": ""}}}
     (folder / "manifest.json").write_text(json.dumps(listed))
     assert integrity.damage(folder) == "model-00001-of-00002.safetensors is missing"
