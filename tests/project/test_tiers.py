@@ -30,7 +30,7 @@ def test_some(x): pass
 """
 """Tests of both tiers."""
 QUICK, SLOW = {"test_quick", "test_some[a]"}, {"test_slow", "test_some[b]"}
-WHOLLY_SLOW = {"project/test_wheel.py"}
+WHOLLY_SLOW = {"benchmarks/test_trackers.py", "project/test_wheel.py"}
 """Files without a test in the default tier."""
 MARKS = ("pytest.mark.slow", "slow_unless(", "slow_except(", "slow_or_long(")
 """What puts a test, or some of its parameters, into the slow tier."""
