@@ -10,6 +10,7 @@ from typing import Any
 
 from gptoughts.api import decide, train_resolved
 from gptoughts.hardware.machine import probe
+from gptoughts.run.tracking import sink
 
 RECIPE: dict[str, Any] = {
     "name": "tracked", "data.path": "text.txt", "data.tokenizer": "bytes", "data.sequence_length": 16, "model.depth": 1,
@@ -32,6 +33,7 @@ def main(run_dir: str, kill_at: int) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
             return False
 
+    sink.CLOSE_SECONDS = 200.0  # on a busy machine wandb's own process needs longer to start than this short run takes
     setting = decide(RECIPE, layers=LAYERS, machine=replace(probe(), gpus=()))
     train_resolved(setting, None, run_dir, numerics="off", callbacks=(Kill(),), collectives="gloo")
 
