@@ -113,7 +113,7 @@ class SilentConsole(Console):
 
 
 def print_line(text: str, stream: TextIO | None = None) -> None:
-    """Print lines to standard output or `stream`. Output that cannot be written is told once on standard error, and work goes on."""
+    """Print lines to standard output or `stream`. Report a failure once on standard error, and go on."""
     target = stream or sys.stdout
     _written(lambda: print(text, file=target, flush=True), target)
 

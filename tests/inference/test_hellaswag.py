@@ -62,11 +62,11 @@ def without(name: str) -> dict[str, Any]:
         (without("ctx_b"), r"rows.jsonl:4: no field 'ctx_b'. Found fields ind, activity_label, ctx_a"),
         ({"text": "x"}, r"rows.jsonl:4: no field 'activity_label', 'ctx_a', 'ctx_b', 'endings', 'label'"),
         (ROWS[3] | {"endings": "one"}, r"rows.jsonl:4: field 'endings' must be a list of at least two strings. Found str"),
-        (ROWS[3] | {"endings": ["a", 3]}, r"rows.jsonl:4: field 'endings' must hold strings. Found int"),
+        (ROWS[3] | {"endings": ["a", 3]}, r"rows.jsonl:4: field 'endings' must be a string. Found int"),
         (ROWS[3] | {"endings": ["a", "[step] "]}, r"rows.jsonl:4: field 'endings' has an ending without text"),
         (ROWS[3] | {"label": 4}, r"rows.jsonl:4: field 'label' must be from 0 to 3. Found 4"),
         (ROWS[3] | {"label": ""}, r"rows.jsonl:4: field 'label' must be from 0 to 3. Found ''"),
-        (ROWS[3] | {"ctx_a": None}, r"rows.jsonl:4: field 'ctx_a' must hold strings. Found NoneType"),
+        (ROWS[3] | {"ctx_a": None}, r"rows.jsonl:4: field 'ctx_a' must be a string. Found NoneType"),
         (ROWS[3] | {"ctx_a": "\ud800"}, r"rows.jsonl:4: field 'ctx_a' has an unpaired surrogate"),
     ],
 )

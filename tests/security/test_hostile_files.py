@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import json
 import os
@@ -26,7 +25,7 @@ from gptoughts.data.text import rows
 from gptoughts.data.text.sources import open_source
 from gptoughts.errors import CheckpointError, ConfigError, DataError
 from gptoughts.files import load_json, parse_json, read_limited
-from gptoughts.models.weight_files import read_header, weight_files
+from gptoughts.models.weight_files import opened, read_header, weight_files
 from tests.support.golden_files import ROOT
 
 # --- chat templates
@@ -112,8 +111,12 @@ def test_control_a_sound_header_is_read(tmp_path: Path) -> None:
 def test_any_bytes_are_a_header_or_an_error_of_ours(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
     path = tmp_path_factory.getbasetemp() / "fuzz.safetensors"
     path.write_bytes(content)
-    with contextlib.suppress(CheckpointError):
-        read_header(path)
+    try:
+        header = read_header(path)
+    except CheckpointError as error:
+        assert "fuzz.safetensors" in str(error)
+    else:
+        assert list(opened(path).keys()) == list(header), "what is taken can be opened"
 
 
 @pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "..", "sub/x.safetensors"])

@@ -12,8 +12,8 @@ from typing import Any
 
 from gptoughts.data.chat.formats import KNOWN_KEYS, LISTS, PAIRS, ROLE_ALIASES, ROLES, UNSUPPORTED_KEYS, turns_of
 from gptoughts.data.chat.template import REASONING, Template
-from gptoughts.data.text.rows import numbered
-from gptoughts.data.text.sources import ROW_SUFFIXES, first_line, json_row, open_lines, open_source, require
+from gptoughts.data.text.rows import numbered, parquet_objects
+from gptoughts.data.text.sources import ROW_SUFFIXES, first_line, json_row, open_lines, open_source
 from gptoughts.errors import DataError, nearest
 
 MAX_ROW_BYTES = 16 << 20
@@ -73,7 +73,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | InvalidRow]]:
     """Yield (`file:line`, row) and skip blank lines. Raises DataError for an unreadable file."""
     name = path.name.lower()
     if name.endswith(".parquet"):
-        yield from parquet_rows(path)
+        yield from parquet_objects(path)
         return
     if name.endswith((".json", ".csv")):
         yield from (array_rows if name.endswith(".json") else csv_rows)(path)
@@ -123,23 +123,6 @@ def csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | InvalidRow]]:
                     yield where, {key: value for key, value in row.items() if value != ""}
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path}: cannot be read as CSV ({first_line(error)})") from None
-
-
-def parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (`file:row`, row) of a Parquet file. Raises DataError."""
-    require("pyarrow", "hf", path.name)
-    import pyarrow
-    from pyarrow import parquet
-
-    row = 0
-    try:
-        with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
-                for content in batch.to_pylist():
-                    row += 1
-                    yield f"{path}:{row}", content
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path}: cannot be read as Parquet after row {row} ({first_line(error)})") from None
 
 
 def conversation_of(row: Mapping[str, Any], where: str, template: Template) -> Conversation:

@@ -96,18 +96,39 @@ def json_row(line: bytes, where: str) -> dict[str, Any]:
     return row
 
 
+def parquet_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (`file:row`, row) of a Parquet file, with all columns. Raises DataError."""
+    require("pyarrow", "hf", path.name)
+    import pyarrow
+    from pyarrow import parquet
+
+    row = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                for content in batch.to_pylist():
+                    row += 1
+                    yield f"{path}:{row}", content
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path}: cannot be read as parquet after row {row} ({first_line(error)})") from None
+
+
 def row_text(row: dict[str, Any], text_key: str, where: str) -> str:
     """Return the text of a row. Raises DataError where the field is missing, not a string, or not valid Unicode."""
     if text_key not in row:
         raise missing_field(text_key, list(row), where)
-    text = row[text_key]
-    if not isinstance(text, str):
-        raise DataError(f"{where}: field {text_key!r} must be a string", found=type(text).__name__)
+    return checked_text(row[text_key], text_key, where)
+
+
+def checked_text(value: Any, key: str, where: str) -> str:
+    """Return the value of a field if it is valid Unicode text. Raises DataError."""
+    if not isinstance(value, str):
+        raise DataError(f"{where}: field {key!r} must be a string", found=type(value).__name__)
     try:
-        text.encode("utf-8")
+        value.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise DataError(f"{where}: field {text_key!r} has an unpaired surrogate at character {error.start}") from None
-    return text
+        raise DataError(f"{where}: field {key!r} has an unpaired surrogate at character {error.start}") from None
+    return value
 
 
 def missing_field(text_key: str, fields: list[str], where: str) -> DataError:

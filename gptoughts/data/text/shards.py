@@ -265,7 +265,7 @@ class Shards:
 
 
 def file_state(path: Path) -> tuple[int, int, int, int]:
-    """Return size, time of content and of inode, and inode of a file: equal as long as nobody writes or replaces it. Raises DataError."""
+    """Return size, time of content and of inode, and inode of a file: a write or a replacement changes them. Raises DataError."""
     try:
         found = os.stat(path)
     except OSError as error:

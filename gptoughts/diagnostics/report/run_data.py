@@ -276,7 +276,7 @@ def _fingerprint(checkpoints: Path) -> str | None:
 
 
 def load_named(places: list[RunPlace]) -> list[RunData]:
-    """Load several runs. Runs of one name are told apart by the folder above theirs, or by a number."""
+    """Load several runs. Runs of one name get the name of the folder above theirs, or a number, to be distinct."""
     runs = [load_run(place) for place in places]
     names = [run.name for run in runs]
     for number_, run in enumerate(runs):

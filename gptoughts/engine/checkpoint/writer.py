@@ -1,6 +1,6 @@
 """Write checkpoints in a thread while training continues; keep the newest ones and the best.
 
-A write that fails is told at once and frees what it wrote; earlier checkpoints stay. The caller reads the failure with `failure` before the
+A write that fails is reported at once and frees what it wrote; earlier checkpoints stay. The caller reads the failure with `failure` before the
 next save and decides how often it tries again.
 """
 

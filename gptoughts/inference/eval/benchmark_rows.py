@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from gptoughts.data.text.rows import hub_dataset
+from gptoughts.data.text.rows import hub_dataset, numbered, parquet_objects
 from gptoughts.data.text.sources import HUB_NAME, ROW_SUFFIXES, first_line, json_row, open_lines, require
 from gptoughts.errors import DataError, nearest
 
@@ -77,34 +77,18 @@ def _folder_rows(path: Path) -> Iterator[Row]:
 
 def _file_rows(path: Path) -> Iterator[Row]:
     if path.name.endswith(".parquet"):
-        yield from _parquet_rows(path)
+        yield from parquet_objects(path)
         return
     if not path.name.endswith(ROW_SUFFIXES):
         raise DataError(f"{path}: not a benchmark file name", fix=f"a file named *{', *'.join(ROW_SUFFIXES)}")
     number = 0
     try:
         with open_lines(path) as lines:
-            for number, line in enumerate(lines, 1):
+            for number, line in numbered(lines, str(path)):
                 if line.strip():
                     yield f"{path}:{number}", json_row(line, f"{path}:{number}")
     except (gzip.BadGzipFile, EOFError, zlib.error, OSError) as error:
         raise DataError(f"{path}: cannot be read after line {number} ({error})") from None
-
-
-def _parquet_rows(path: Path) -> Iterator[Row]:
-    require("pyarrow", "hf", path.name)
-    import pyarrow
-    import pyarrow.parquet
-
-    number = 0
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{path}:{number}", row
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path}: cannot be read as parquet after row {number} ({first_line(error)})") from None
 
 
 def _saved_rows(path: Path) -> Iterator[Row]:

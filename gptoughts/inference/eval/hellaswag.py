@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from gptoughts.data.text.rows import checked_text
 from gptoughts.engine.engine import Engine
 from gptoughts.errors import DataError, RunError
 from gptoughts.inference.eval.benchmark_rows import benchmark_rows
@@ -89,27 +90,17 @@ def example_of(row: Mapping[str, Any], where: str) -> Example:
             found=f"fields {', '.join(map(str, row)) or 'none'}",
             fix="rows of the original hellaswag_val.jsonl",
         )
-    activity, first, second = (_text(row[name], name, where) for name in FIELDS[:3])
+    activity, first, second = (checked_text(row[name], name, where) for name in FIELDS[:3])
     endings, label = row["endings"], row["label"]
     if not isinstance(endings, list) or len(endings) < 2:
         raise DataError(f"{where}: field 'endings' must be a list of at least two strings", found=type(endings).__name__)
-    cleaned = tuple(clean(_text(ending, "endings", where)) for ending in endings)
+    cleaned = tuple(clean(checked_text(ending, "endings", where)) for ending in endings)
     if not all(cleaned):
         raise DataError(f"{where}: field 'endings' has an ending without text", found=endings[cleaned.index("")])
     number = int(label) if isinstance(label, int | str) and str(label).isdecimal() else -1
     if not 0 <= number < len(endings):
         raise DataError(f"{where}: field 'label' must be from 0 to {len(endings) - 1}", found=repr(label))
     return Example(clean(f"{activity}: {first} {second.capitalize()}"), cleaned, number)
-
-
-def _text(value: Any, name: str, where: str) -> str:
-    if not isinstance(value, str):
-        raise DataError(f"{where}: field {name!r} must hold strings", found=type(value).__name__)
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DataError(f"{where}: field {name!r} has an unpaired surrogate at character {error.start}") from None
-    return value
 
 
 def clean(text: str) -> str:

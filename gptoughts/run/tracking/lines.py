@@ -16,7 +16,7 @@ MOST_PENDING = 16 << 20
 
 
 class LineFile:
-    """A file to which lines are appended at once. Lines that the disk does not take are told once, and are written with a later one."""
+    """A file to which lines are appended at once. Lines that the disk does not take are reported once, and written with a later one."""
 
     def __init__(self, path: Path) -> None:
         """Open or create the file, and end a line that a kill left incomplete. Raises OSError."""
