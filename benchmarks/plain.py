@@ -61,13 +61,9 @@ def plain_loop(
     if settings.compiled:
         for block in family.blocks(model).values():
             block.compile(fullgraph=True, dynamic=False)
-    optim, parameters = recipe.optim, list(model.parameters())
+    parameters = list(model.parameters())
     model = wrap(model)
-    decayed = {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": optim.weight_decay}
-    kept = {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}
-    optimizer = torch.optim.AdamW(
-        [decayed, kept], betas=(optim.beta1, optim.beta2), eps=optim.epsilon, fused=settings.fused_optimizer
-    )
+    optimizer = _adamw(recipe, parameters, settings.fused_optimizer)
     autocast = torch.autocast(device.type, settings.autocast) if settings.autocast else nullcontext()
     done, last = 0, float("nan")
 
@@ -89,8 +85,8 @@ def plain_loop(
                     loss = model(x, labels=y) / weight
                 loss.backward()
                 total += loss.detach()
-            if optim.clip_norm > 0:
-                nn.utils.clip_grad_norm_(parameters, optim.clip_norm)
+            if recipe.optim.clip_norm > 0:
+                nn.utils.clip_grad_norm_(parameters, recipe.optim.clip_norm)
             for group in optimizer.param_groups:
                 group["lr"] = rate(done)
             optimizer.step()
@@ -101,3 +97,11 @@ def plain_loop(
         return last
 
     return run
+
+
+def _adamw(recipe: Recipe, parameters: list[nn.Parameter], fused: bool) -> torch.optim.AdamW:
+    """Return AdamW with weight decay on weights of two and more dimensions."""
+    optim = recipe.optim
+    decayed = {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": optim.weight_decay}
+    kept = {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}
+    return torch.optim.AdamW([decayed, kept], betas=(optim.beta1, optim.beta2), eps=optim.epsilon, fused=fused)
