@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from logging import getLogger
 from typing import Any, Literal
 
 import torch
@@ -20,6 +21,9 @@ from gptoughts.errors import ConfigError
 from gptoughts.models.meta import on_meta
 
 Task = Literal["causal", "question-answering"]
+
+# transformers imports DeepSpeed where it is installed, which says on standard output that it found no GPU: in the middle of JSON.
+getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
 
 LOADERS = {
     "causal": (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "language model that predicts the next token"),
