@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -66,9 +67,18 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("nested too deeply") from None
 
 
-def load_json(path: Path) -> Any:
-    """Return the value of a JSON file in UTF-8. Raises OSError, ValueError."""
-    return parse_json(read_limited(path).decode("utf-8-sig"))
+def load_json(path: Path, limit: int = MAX_BYTES) -> Any:
+    """Return the value of a JSON file in UTF-8 of at most `limit` bytes. Raises OSError, ValueError."""
+    return parse_json(read_limited(path, limit).decode("utf-8-sig"))
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file as hexadecimal digits. Raises OSError that names the file."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
 
 
 @contextmanager

@@ -15,9 +15,9 @@ import numpy as np
 
 from gptoughts.data.batches import IGNORED, ORDER_CHUNK, Batch, Cursor, rank_rows
 from gptoughts.data.order import permute
-from gptoughts.data.text.shards import INDEX, sha256_of
+from gptoughts.data.text.shards import INDEX
 from gptoughts.errors import DataError
-from gptoughts.files import TEMPORARY, load_json, sync, sync_folder, write_json
+from gptoughts.files import TEMPORARY, load_json, sha256_of, sync, sync_folder, write_json
 
 FORMAT, VERSION = "gptoughts-table", 1
 PLAIN_KINDS = "biuf"  # bool, int and float dtypes, which need no pickle

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,7 +121,7 @@ class Save(Callback):
         needed = int(1.01 * float(engine.ranks.sum(float(mine)).item())) + (1 << 20)
         found = other_folders(needed) if engine.ranks.first else iter(())
         while True:
-            place = engine.ranks.texts(_private(next(found, None)) if engine.ranks.first else "-")[0]
+            place = engine.ranks.texts(_private(found) if engine.ranks.first else "-")[0]
             if place == "-":
                 return
             if not self._write(engine, taken, value, Path(place)):
@@ -132,6 +133,9 @@ class Save(Callback):
                 shutil.rmtree(place, ignore_errors=True)
 
 
-def _private(folder: Path | None) -> str:
-    """Create a folder below `folder` that only this user can read. Returns its path, `-` without a folder."""
-    return "-" if folder is None else tempfile.mkdtemp(prefix="gptoughts-", dir=folder)
+def _private(folders: Iterator[Path]) -> str:
+    """Create a folder below the first of `folders` that takes one, for this user alone. Returns its path, `-` if none does."""
+    for folder in folders:
+        with suppress(OSError):
+            return tempfile.mkdtemp(prefix="gptoughts-", dir=folder)
+    return "-"

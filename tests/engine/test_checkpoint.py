@@ -21,7 +21,7 @@ def snapshot(step: int, words: str = "") -> Snapshot:
 def save(folder: Path, step: int, keep: int = 2, val_loss: float | None = None, keep_best: bool = True) -> None:
     writer = Writer(folder, keep, keep_best)
     writer.save(snapshot(step), val_loss)
-    writer.wait()
+    assert writer.failure() is None
 
 
 def steps(folder: Path) -> list[int]:

@@ -177,8 +177,13 @@ def test_a_state_that_lacks_what_a_run_needs(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_values_that_are_not_finite_are_refused_by_name(tmp_path: Path, value: float) -> None:
+def test_values_that_are_not_finite_are_refused_by_name(tmp_path: Path, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither written nor read: a checkpoint of an earlier version, or of another program, may hold them."""
     write(tmp_path / "checkpoints", 10, infinite=True)  # a mask may be
+    with pytest.raises(CheckpointError, match="model: w is not finite"):
+        write(tmp_path / "checkpoints", 20, weight=value)
+    assert [path.name for path in (tmp_path / "checkpoints").glob("*step-*")] == ["step-000010"], "nothing of it is left"
+    monkeypatch.setattr(store, "not_finite_of", lambda tensors, buffers: "")
     path = write(tmp_path / "checkpoints", 20, weight=value)
     assert integrity.damage(path) == "model: w is not finite"
     assert found(tmp_path / "checkpoints")[0].name == "step-000010"

@@ -159,7 +159,7 @@ signal.signal(signal.SIGTERM, lambda *_: sys.exit(5))
 processes.CLOCK.start((signal.SIGTERM,))
 processes.CLOCK.excused = lambda: sys.argv[1] == "excused"
 print("ready", flush=True)
-hashlib.pbkdf2_hmac("sha256", b"", b"", 5_000_000)  # native code, for seconds
+hashlib.pbkdf2_hmac("sha256", b"", b"", {"excused": 5_000_000, "no": 50_000_000}[sys.argv[1]])  # native code, for seconds; "no" is ended in it
 """
 
 

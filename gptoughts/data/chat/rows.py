@@ -27,11 +27,11 @@ from gptoughts.data.chat.packing import Document, build_arrays, fill_ratio, one_
 from gptoughts.data.chat.tokenizer import ChatTokenizer, Encoded
 from gptoughts.data.table import Table
 from gptoughts.data.text.folder import folder_lock
-from gptoughts.data.text.shards import INDEX, sha256_of
+from gptoughts.data.text.shards import INDEX
 from gptoughts.data.text.tokenize import cache_folder
 from gptoughts.data.tokenizers.tokenizer import Tokenizer
 from gptoughts.errors import DataError
-from gptoughts.files import TEMPORARY, load_json, write_json
+from gptoughts.files import TEMPORARY, load_json, sha256_of, write_json
 
 FORMAT, VERSION = "gptoughts-chat", 3
 TODAY = datetime(2024, 7, 26)

@@ -17,7 +17,7 @@ import numpy as np
 
 from gptoughts.data.tokenizers.tokenizer import Tokenizer
 from gptoughts.errors import DataError
-from gptoughts.files import first_link, load_json
+from gptoughts.files import first_link, load_json, sha256_of
 
 FORMAT, VERSION = "gptoughts-shards", 1
 INDEX, JOURNAL, TOKENIZER_FOLDER = "index.json", "progress.json", "tokenizer"
@@ -124,12 +124,6 @@ def npy_header(dtype: np.dtype[Any], length: int) -> bytes:
     """Return the header of a 1-D `.npy` file (format 1.0): always 128 bytes, so that it can be written last."""
     text = f"{{'descr': '{dtype.newbyteorder('<').str}', 'fortran_order': False, 'shape': ({length},), }}"
     return b"\x93NUMPY\x01\x00" + (HEADER_BYTES - 10).to_bytes(2, "little") + text.ljust(HEADER_BYTES - 11).encode() + b"\n"
-
-
-def sha256_of(path: Path) -> str:
-    """Return the sha256 of a file as hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Stream:

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from gptoughts.data.text.shards import HEADER_BYTES, JOURNAL, Shard, npy_header, sha256_of
+from gptoughts.data.text.shards import HEADER_BYTES, JOURNAL, Shard, npy_header
 from gptoughts.errors import DataError
-from gptoughts.files import replacing, sync, sync_folder
+from gptoughts.files import replacing, sha256_of, sync, sync_folder
 
 READ_TOKENS = 1 << 22
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +50,23 @@ def not_finite_in(folder: Path, state: Any) -> str:
             continue
         files = TensorFiles(folder, stem)
         for name in files.names():
-            for part in files.parts(name):
-                if not part.is_floating_point() or part.element_size() == 1 or not part.numel():
-                    continue
-                low, high = torch.aminmax(part)
-                may_be_infinite = stem == "model" and (buffers is None or name in buffers)
-                if low.isnan() or not (may_be_infinite or (low.isfinite() and high.isfinite())):
-                    return f"{stem}: {name} is not finite"
+            if any(_is_bad(stem, name, part, buffers) for part in files.parts(name)):
+                return f"{stem}: {name} is not finite"
     return ""
+
+
+def not_finite_of(tensors: Mapping[str, Mapping[str, Tensor]], buffers: Collection[str]) -> str:
+    """Return what `not_finite_in` would return for a checkpoint of these tensors: file stem -> name -> tensor."""
+    for stem in ("model", "optimizer"):
+        for name, tensor in tensors.get(stem, {}).items():
+            if _is_bad(stem, name, tensor, buffers):
+                return f"{stem}: {name} is not finite"
+    return ""
+
+
+def _is_bad(stem: str, name: str, part: Tensor, buffers: Collection[str] | None) -> bool:
+    if not part.is_floating_point() or part.element_size() == 1 or not part.numel():
+        return False
+    low, high = torch.aminmax(part)
+    may_be_infinite = stem == "model" and (buffers is None or name in buffers)
+    return bool(low.isnan()) or not (may_be_infinite or bool(low.isfinite() and high.isfinite()))

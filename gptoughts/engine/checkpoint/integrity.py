@@ -1,12 +1,11 @@
 """Find the newest intact checkpoint: every file against the manifest, the manifest itself, and values that are not finite.
 
 A file that cannot be read is tried again, because network disks fail for moments. Nothing is renamed or removed here: a checkpoint that
-is skipped stays, and counts again as soon as it can be read.
+is skipped stays. It counts again when it can be read, until a run saves at an earlier step, which renames it to `abandoned-step-N`.
 """
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from gptoughts.engine.checkpoint.finite import not_finite_in
-from gptoughts.engine.checkpoint.store import MANIFEST, STATE, all_steps, sha256_of, step_of
+from gptoughts.engine.checkpoint.store import MANIFEST, STATE, all_steps, step_of
 from gptoughts.errors import CheckpointError
+from gptoughts.files import load_json, sha256_of
 
 ATTEMPTS = 3
 PAUSE_SECONDS = 0.2
@@ -79,10 +79,10 @@ def _check(folder: Path) -> tuple[str, str]:
 
 def _damage(folder: Path) -> str:
     try:
-        files = _listed(_json(folder / MANIFEST))
+        files = _listed(load_json(folder / MANIFEST, MOST_BYTES))
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
-    except (ValueError, TypeError, RecursionError) as error:
+    except (ValueError, TypeError) as error:
         return f"{MANIFEST} is not readable: {str(error)[:200]}"
     for name, (size, digest) in files.items():
         path = folder / name
@@ -97,13 +97,6 @@ def _damage(folder: Path) -> str:
     if extra:
         return f"{extra[0]} is not in {MANIFEST}"
     return _content_damage(folder)
-
-
-def _json(path: Path) -> Any:
-    """Return the content of a JSON file. Raises OSError, ValueError or RecursionError."""
-    if path.stat().st_size > MOST_BYTES:
-        raise ValueError(f"larger than {MOST_BYTES >> 20} MiB")
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _listed(manifest: Any) -> dict[str, tuple[int, str]]:
@@ -127,8 +120,8 @@ def _listed(manifest: Any) -> dict[str, tuple[int, str]]:
 def _content_damage(folder: Path) -> str:
     """Return what is wrong with files whose hashes are right: another step's state, a file that is not safetensors, NaN."""
     try:
-        state = _json(folder / STATE)
-    except (ValueError, RecursionError) as error:
+        state = load_json(folder / STATE, MOST_BYTES)
+    except ValueError as error:
         return f"{STATE} is not readable: {str(error)[:200]}"
     if not isinstance(state, dict):
         return f"{STATE} is not a mapping"

@@ -9,7 +9,6 @@ waits for the parts and completes the checkpoint. The threads that write use no 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -26,9 +25,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gptoughts.console import LOGGER
+from gptoughts.engine.checkpoint.finite import not_finite_of
 from gptoughts.engine.checkpoint.parts import Ranges, file_name, metadata
 from gptoughts.errors import CheckpointError
-from gptoughts.files import first_link, write_text
+from gptoughts.files import first_link, sha256_of, write_text
 
 FORMAT = 1
 FORMAT_PARTS = 2
@@ -211,7 +211,14 @@ def _wait_for_part(temporary: Path, rank: int) -> dict[str, Any]:
 
 
 def _write_tensors(snapshot: Snapshot, folder: Path) -> dict[str, Any]:
-    """Write, sync and reopen the safetensors files of a rank. Returns their manifest entries."""
+    """Write, sync and reopen the safetensors files of a rank. Returns their manifest entries.
+
+    Raises CheckpointError for values with which no run would resume.
+    """
+    state = json.loads(snapshot.documents[STATE]) if STATE in snapshot.documents else {}
+    wrong = not_finite_of(snapshot.tensors, state.get("buffers", ()))
+    if wrong:
+        raise CheckpointError(f"{folder}: {wrong}")
     for stem, tensors in snapshot.tensors.items():
         path = folder / snapshot.file(stem)
         save_file(dict(tensors), path, metadata=metadata(snapshot.ranges.get(stem, {})))
@@ -241,15 +248,6 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file as hexadecimal digits. Raises OSError that names the file."""
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
 
 
 def point(pointer: Path, name: str) -> None:

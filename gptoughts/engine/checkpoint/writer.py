@@ -10,6 +10,7 @@ import json
 import math
 import shutil
 import threading
+from itertools import count
 from pathlib import Path
 
 from gptoughts.console import LOGGER
@@ -59,15 +60,12 @@ class Writer:
         error, self._error = self._error, None
         return error
 
-    def wait(self) -> None:
-        """Wait until the snapshot is on disk. Raises StorageError if writing failed."""
-        error = self.failure()
-        if error is not None:
-            raise StorageError(f"{self.folder}: writing a checkpoint failed: {reason(error)}; {self.kept()}") from error
-
     def kept(self) -> str:
         """Return words for messages about what is there: the newest checkpoint, or none."""
-        there = all_steps(self.folder)
+        try:
+            there = all_steps(self.folder)
+        except OSError:
+            return "earlier checkpoints cannot be listed"
         return f"{there[0].name} stays" if there else "there is no earlier checkpoint"
 
     def _join(self) -> None:
@@ -101,9 +99,8 @@ class Writer:
         """Rename checkpoints of later steps, which are damaged or of an abandoned branch, so that resuming does not find them."""
         for path in all_steps(self.folder):
             if step_of(path) > step_of(written):
-                target = path.with_name(f"{ABANDONED}{path.name}")
-                shutil.rmtree(target, ignore_errors=True)
-                path.rename(target)
+                names = (f"{ABANDONED}{path.name}{'' if number == 1 else f'.{number}'}" for number in count(1))
+                path.rename(next(target for target in map(path.with_name, names) if not target.exists()))
 
     def _note_best(self, path: Path, val_loss: float | None) -> None:
         if val_loss is None or not math.isfinite(val_loss):

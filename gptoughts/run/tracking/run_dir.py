@@ -121,9 +121,15 @@ def run_id(folder: RunFolder, checkpoint: Path | None, saved: str | None) -> str
     """
     file = folder.out / "run_id"
     own = checkpoint is not None and checkpoint.resolve().parent == folder.checkpoints.resolve()
-    known = (saved if own else None) or (file.read_text(encoding="ascii").strip() if file.is_file() else "")
+    noted = ""
+    with suppress(OSError):
+        noted = file.read_text(encoding="ascii", errors="replace").strip()
+    known = (saved if own else None) or (noted if noted.isalnum() and noted.isascii() else "")
     found = known or secrets.token_hex(4)
-    write_text(file, found + "\n")
+    try:
+        write_text(file, found + "\n")
+    except OSError as error:
+        LOGGER.warning("%s: cannot be written: %s; the checkpoints have it", file, error.strerror or error)
     return found
 
 
