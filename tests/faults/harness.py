@@ -7,8 +7,11 @@ import os
 import random
 import shlex
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -25,7 +28,27 @@ TINY = shlex.split(
     "--model.heads 2 --model.depth 1 --data.sequence-length 32 --train.global-batch 4 --save.keep 3 --numerics off "
     "--layer.compile eager --optim.warmup-steps 2"
 )
-COMPARED = ("model.safetensors", "optimizer.safetensors")
+AT_POINT = "from tests.faults.points import main; main()"
+RUN_SECONDS, LEAVE_SECONDS = 300, 20
+"""How long a run may take, and how long a rank may go on when another was killed."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kind of run that is compared with an unbroken one of the same kind."""
+
+    name: str
+    ranks: int = 1
+    words: tuple[str, ...] = ()
+
+
+SINGLE = Variant("single")
+VARIANTS = (
+    SINGLE,
+    Variant("compiled", words=("--layer.compile", "compile-blocks", "--numerics", "check")),
+    Variant("ddp", 2, ("--layer.parallel", "ddp", "--numerics", "check")),
+    Variant("fsdp2", 2, ("--layer.parallel", "fsdp2")),
+)
 
 
 @cache
@@ -39,6 +62,38 @@ def shim(folder: Path) -> Path:
 def can_compile() -> bool:
     """Return whether the library can be built and preloaded here."""
     return sys.platform == "linux" and shutil.which("gcc") is not None
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One disturbance of one rank: a failing system call (see shim.c) or a kill at a point (see points.py)."""
+
+    kind: str
+    """What it is called in a table."""
+    order: str
+    rank: int = 0
+    at_point: bool = False
+
+
+@dataclass(frozen=True)
+class Life:
+    """How the ranks of one start ended."""
+
+    codes: list[int]
+    said: str
+    struck: list[str]
+    """Faults that struck: `OP PATH`, or `point NAME`."""
+
+
+def world_of(variant: Variant) -> dict[str, str]:
+    """Return the variables that a launcher sets on every rank; none for one rank."""
+    if variant.ranks == 1:
+        return {}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    size = str(variant.ranks)
+    return {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
 @dataclass(frozen=True)
@@ -70,8 +125,50 @@ class Runs:
         base = {key: value for key, value in given.items() if key not in ("FAULTS", "FAULTS_LOG")}
         words = warm.command(*self.words(place, *more, **shape), environment=base)
         return subprocess.run(
-            words, env=given, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False, timeout=300, cwd=self.folder
+            words,
+            env=given,
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+            timeout=RUN_SECONDS,
+            cwd=self.folder,
         )
+
+    def run_ranks(self, place: Path, variant: Variant, faults: Sequence[Fault] = (), *, together: bool = False) -> Life:
+        """Run all ranks of a variant to the end, to an error or to a kill.
+
+        When a rank fails, the others get LEAVE_SECONDS, then SIGKILL, as from a launcher; with `together` they are killed with it, as by a
+        machine that loses its power.
+        """
+        (self.folder / "faults.log").unlink(missing_ok=True)
+        shared = world_of(variant)
+        processes = [
+            self._start(place, variant, {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} if shared else {}, faults)
+            for rank in range(variant.ranks)
+        ]
+        ends = time.monotonic() + RUN_SECONDS
+        while any(process.poll() is None for process in processes):
+            if any(process.returncode for process in processes):
+                ends = min(ends, time.monotonic() + (0 if together else LEAVE_SECONDS))
+            if time.monotonic() >= ends:
+                for process in processes:
+                    process.send_signal(signal.SIGKILL)
+            time.sleep(0.01)
+        said = [(place.parent / f"{place.name}.{rank}.log").read_text(encoding="utf-8") for rank in range(variant.ranks)]
+        return Life([process.returncode for process in processes], "\n".join(said), self.struck())
+
+    def _start(self, place: Path, variant: Variant, world: dict[str, str], faults: Sequence[Fault]) -> subprocess.Popen[bytes]:
+        rank = int(world.get("RANK", 0))
+        mine = [fault for fault in faults if fault.rank == rank]
+        calls = [fault.order for fault in mine if not fault.at_point]
+        given = self.environment(calls, **world)
+        base = {key: value for key, value in given.items() if key not in ("FAULTS", "FAULTS_LOG")}
+        words = self.words(place, *variant.words, "--data.cache", str(place.parent / f"{place.name}-cache"))
+        point = next((fault.order for fault in mine if fault.at_point), None)
+        start = warm.command(*words, environment=base) if point is None else [*warm.script(AT_POINT, base), point, *words]
+        with (place.parent / f"{place.name}.{rank}.log").open("wb") as log:
+            return subprocess.Popen(start, env=given, stdout=log, stderr=log, cwd=self.folder)
 
     def struck(self) -> list[str]:
         """Return the calls of the last run that failed by a fault: `OP PATH`."""
@@ -96,8 +193,8 @@ def losses(place: Path) -> dict[int, str]:
 
 
 def hashes(checkpoint: Path) -> dict[str, str]:
-    """Return the SHA-256 of the files of a checkpoint that resuming must reproduce."""
-    return {name: hashlib.sha256((checkpoint / name).read_bytes()).hexdigest() for name in COMPARED}
+    """Return the SHA-256 of the tensors of a checkpoint, which resuming must reproduce."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(checkpoint.glob("*.safetensors"))}
 
 
 def last(place: Path, step: int = STEPS) -> Path:
@@ -108,6 +205,11 @@ def last(place: Path, step: int = STEPS) -> Path:
 def steps_of(place: Path) -> list[int]:
     """Return the steps of the checkpoints in a run folder."""
     return sorted(int(path.name.removeprefix("step-")) for path in (place / "checkpoints").glob("step-*"))
+
+
+def same(place: Path, reference: Path) -> bool:
+    """Return whether a run made the losses and the last checkpoint of another, bit for bit."""
+    return losses(place) == losses(reference) and hashes(last(place)) == hashes(last(reference)) != {}
 
 
 def is_clean(ran: subprocess.CompletedProcess[str]) -> bool:

@@ -1,6 +1,10 @@
-"""Random kills, signals and failing system calls for as long as asked: every run must reach the unbroken run's losses and weights.
+"""Random faults in real runs, for as long as asked: every run must reach the unbroken run's losses and checkpoints, bit for bit.
 
-python -m tests.faults.soak --minutes 60 --seed 1 --to docs/measurements/cpu/soak.json
+python -m tests.faults.soak --kills 200 --seed 1 --to docs/measurements/cpu/kills.json     only kill -9, at system calls and points of the code
+python -m tests.faults.soak --minutes 60 --seed 1 --to docs/measurements/cpu/soak.json     also SIGTERM and failing system calls
+
+Runs have one or two ranks, as single process, compiled, DDP and FSDP2 (see harness.VARIANTS). A seed makes the same choices; what the clock
+does with them differs.
 """
 
 from __future__ import annotations
@@ -10,19 +14,24 @@ import json
 import platform
 import random
 import shutil
+import signal
 import tempfile
 import time
 from collections import Counter
+from dataclasses import dataclass, field
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tests.faults.harness import STEPS, Runs, hashes, is_clean, last, losses, prepare
+from gptoughts.hardware.cpu import read_cpu
+from tests.faults.harness import STEPS, VARIANTS, Fault, Life, Runs, Variant, last, losses, prepare, same
+from tests.faults.points import POINTS
 
 PLACES = {
     "open": (".writing-step-", "metrics.jsonl", "checkpoints/latest", "evidence"),
-    "write": (".writing-step-", "metrics.jsonl", "numerics", "plan"),
+    "write": (".writing-step-", ".writing-step-", "metrics.jsonl", "numerics", "plan"),
     "sync": (".writing-step-", "checkpoints/latest"),
     "rename": ("/step-", "checkpoints/latest", "checkpoints/best"),
     "unlink": (".dropped-", ".replaced-"),
@@ -30,82 +39,138 @@ PLACES = {
 }
 """Calls that fail, and parts of the paths where they do."""
 ERRORS = ("ENOSPC", "EIO", "EDQUOT", "EROFS")
-MOST_LIVES = 12
+MOST_LIVES = 8
 """Disturbed lives of a run; then it may go on to its end."""
+EXITS = (0, 2, 74, 76, 143, -signal.SIGKILL)
+"""Exit codes of a rank that is disturbed: complete, an unreadable file, no checkpoint written, another rank lost, SIGTERM, killed."""
+LEFT_OVER = (".writing-", ".dropped-", ".replaced-", ".tmp")
 
 
-def fault(chance: random.Random) -> tuple[str, str]:
-    """Return a kind of fault for the table, and the fault itself."""
+@dataclass
+class Record:
+    """What happened."""
+
+    seed: int
+    only_kills: bool
+    began: float = field(default_factory=time.monotonic)
+    runs: Counter[str] = field(default_factory=Counter)
+    lives: Counter[str] = field(default_factory=Counter)
+    kills: Counter[str] = field(default_factory=Counter)
+    struck: Counter[str] = field(default_factory=Counter)
+    exits: Counter[str] = field(default_factory=Counter)
+    inside_a_write: int = 0
+    wrong: list[str] = field(default_factory=list)
+
+    def add(self, variant: Variant, life: Life) -> None:
+        """Count how the ranks of one start ended."""
+        self.lives[variant.name] += 1
+        for code in life.codes:
+            self.exits[str(code)] += 1
+        kinds = [line.removeprefix("point ") if line.startswith("point ") else _kind(line) for line in life.struck]
+        killed = -signal.SIGKILL in life.codes
+        self.kills[variant.name] += killed
+        self.struck.update(kinds)
+        self.inside_a_write += killed and any("/checkpoints/" in line and not line.startswith("read ") for line in life.struck)
+
+    def to_json(self, command: str) -> dict[str, Any]:
+        """Return the record as plain values."""
+        return {
+            "command": command, "torch": torch.__version__, "machine": f"{read_cpu().label()}, {platform.system()}",
+            "seconds": round(time.monotonic() - self.began), "steps_per_run": STEPS, "runs": dict(self.runs),
+            "runs_with_other_bits": len(self.wrong), "lives": dict(self.lives), "kills": dict(self.kills),
+            "kills_inside_a_checkpoint_write": self.inside_a_write, "faults_that_struck": dict(sorted(self.struck.items())),
+            "exit_codes_of_ranks": dict(sorted(self.exits.items())), "wrong": self.wrong,
+        }  # fmt: skip
+
+
+def _kind(line: str) -> str:
+    call, _, path = line.partition(" ")
+    part = next((part for part in PLACES[call] if part in path), "another file")
+    return f"{call} {part.strip('./-')}"
+
+
+def fault(chance: random.Random, variant: Variant, only_kills: bool) -> Fault:
+    """Return a random fault of a random rank."""
+    rank = chance.randrange(variant.ranks)
+    if chance.random() < 0.4:
+        point = chance.choice(list(POINTS))
+        turn = chance.choice([1, 1, 2, 3, 5, 8])
+        return Fault(point, f"{point}:{turn}:{chance.choice([0, 0, 1, 3, 10, 30, 100])}", rank, at_point=True)
     call = chance.choice(list(PLACES))
-    action = chance.choice(["KILL", "KILL", "KILL", "TERM", "ERROR", "ERROR", "SHORT" if call == "write" else "KILL"])
-    shown, action = f"{call} {action}", chance.choice(ERRORS) if action == "ERROR" else action
-    count = chance.choice([1, 1, 3])
-    return shown, f"{call}:{action}:{chance.choice(PLACES[call])}:{chance.choice([0, 0, 1, 2, 4, 8, 16])}:{count}"
+    errors = ["TERM", chance.choice(ERRORS), chance.choice(ERRORS), "SHORT" if call == "write" else "KILL"]
+    action = chance.choice(["KILL", "KILL", "KILL", *([] if only_kills else errors)])
+    after = chance.choice([0, 0, 1, 2, 4, 8, 16])
+    return Fault(call, f"{call}:{action}:{chance.choice(PLACES[call])}:{after}:{chance.choice([1, 1, 3])}", rank)
 
 
-def one_run(runs: Runs, chance: random.Random, reference: Path, found: Counter[str], exits: Counter[str]) -> list[str]:
+def one_run(runs: Runs, variant: Variant, chance: random.Random, record: Record) -> str:
     """Disturb one run until it is complete, and compare it. Returns what is wrong."""
-    place = runs.folder / "run"
-    shutil.rmtree(place, ignore_errors=True)
-    told: list[str] = []
-    for life in range(MOST_LIVES + 1):
-        chosen = dict(fault(chance) for _ in range(3)) if life < MOST_LIVES else {}
-        ran = runs.run(place, faults=list(chosen.values()))
-        struck = {line.split()[0] for line in runs.struck()}
-        found.update(kind for kind in chosen if kind.split()[0] in struck)
-        exits[str(ran.returncode)] += 1
-        told.append(f"{';'.join(chosen.values())} -> {ran.returncode}")
-        if not is_clean(ran):
-            return [f"traceback after {told}: {ran.stderr[-1500:]}"]
-        if ran.returncode not in (0, -9, 2, 74, 143):
-            return [f"exit code {ran.returncode} after {told}: {ran.stderr[-1500:]}"]
-        if ran.returncode == 0 and last(place).is_dir():
+    place, told = runs.folder / "run", list[str]()
+    for old in (place, runs.folder / "run-cache"):
+        shutil.rmtree(old, ignore_errors=True)
+    for number in range(MOST_LIVES + 1):
+        chosen = [fault(chance, variant, record.only_kills) for _ in range(3)] if number < MOST_LIVES else []
+        life = runs.run_ranks(place, variant, chosen, together=chance.random() < 0.3)
+        record.add(variant, life)
+        told.append(f"{variant.name}: {[(each.rank, each.order) for each in chosen]} -> {life.codes} {life.struck}")
+        if "Traceback" in life.said:
+            return f"traceback after {told}: {life.said[-3000:]}"
+        if not all(code in EXITS for code in life.codes):
+            return f"exit codes {life.codes} after {told}: {life.said[-3000:]}"
+        if not any(life.codes) and last(place).is_dir():
             break
-    if losses(place) != losses(reference) or hashes(last(place)) != hashes(last(reference)):
-        return [f"other bits after {told}"]
-    return []
+    if not last(place).is_dir():
+        return f"not complete after {told}: {life.said[-3000:]}"
+    if not same(place, runs.folder / variant.name):
+        return f"other bits after {told}: losses equal: {losses(place) == losses(runs.folder / variant.name)}"
+    left = [path.name for path in (place / "checkpoints").iterdir() if path.name.startswith(LEFT_OVER)]
+    return f"left over after {told}: {left}" if left else ""
 
 
-def soak(minutes: float, seed: int) -> dict[str, Any]:
-    """Run until the time is over. Returns the record."""
-    chance, began = random.Random(seed), time.monotonic()
-    found: Counter[str] = Counter()
-    exits: Counter[str] = Counter()
-    wrong: list[str] = []
-    done = 0
-    with tempfile.TemporaryDirectory(prefix="soak-") as folder:
-        runs = prepare(Path(folder))
-        ran = runs.run(runs.folder / "reference")
-        if ran.returncode:
-            raise SystemExit(ran.stderr)
-        while time.monotonic() < began + 60 * minutes and not wrong:
-            wrong += one_run(runs, chance, runs.folder / "reference", found, exits)
-            done += 1
-            print(
-                f"{time.monotonic() - began:.0f} s: {done} runs, {sum(found.values())} faults struck, {len(wrong)} wrong",
-                flush=True,
-            )
-    return {
-        "command": f"python -m tests.faults.soak --minutes {minutes:g} --seed {seed}", "torch": torch.__version__,
-        "machine": f"{platform.machine()}, {platform.system()}", "seconds": round(time.monotonic() - began), "steps": STEPS, "runs": done,
-        "bit_identical": done - len(wrong), "lives": sum(exits.values()), "exit_codes": dict(sorted(exits.items())),
-        "faults_that_struck": dict(sorted(found.items())), "wrong": wrong,
-    }  # fmt: skip
+def references(runs: Runs) -> None:
+    """Make the run of every variant that nothing disturbs."""
+    for variant in VARIANTS:
+        life = runs.run_ranks(runs.folder / variant.name, variant)
+        if any(life.codes):
+            raise SystemExit(life.said)
+
+
+def soak(runs: Runs, record: Record, minutes: float, kills: int) -> None:
+    """Disturb run after run until the time is over or so many processes were killed."""
+    chance, variants = random.Random(record.seed), cycle(VARIANTS)
+    ends = record.began + 60 * minutes
+    while not record.wrong and (record.kills.total() < kills if kills else time.monotonic() < ends):
+        variant = next(variants)
+        found = one_run(runs, variant, chance, record)
+        record.runs[variant.name] += 1
+        record.wrong += [found] if found else []
+        print(
+            f"{time.monotonic() - record.began:.0f} s: {record.runs.total()} runs, {record.kills.total()} kills,"
+            f" {record.inside_a_write} of them inside a checkpoint write, {len(record.wrong)} runs with other bits",
+            flush=True,
+        )
 
 
 def main() -> None:
     """Parse the command line, print and keep the record; exit with 1 if a run differed."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--kills", type=int, default=0, help="only kill -9, until so many killed a run; 0: all faults")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--to", type=Path, help="file for the record")
     given = parser.parse_args()
-    record = soak(given.minutes, given.seed)
-    text = json.dumps(record, indent=1) + "\n"
+    length = f"--kills {given.kills}" if given.kills else f"--minutes {given.minutes:g}"
+    with tempfile.TemporaryDirectory(prefix="soak-") as folder:
+        runs = prepare(Path(folder))
+        references(runs)
+        record = Record(given.seed, only_kills=bool(given.kills))
+        soak(runs, record, given.minutes, given.kills)
+    found = record.to_json(f"python -m tests.faults.soak {length} --seed {given.seed}")
+    text = json.dumps(found, indent=1) + "\n"
     print(text)
     if given.to:
         given.to.write_text(text, encoding="utf-8")
-    raise SystemExit(bool(record["wrong"]))
+    raise SystemExit(bool(found["wrong"]))
 
 
 if __name__ == "__main__":

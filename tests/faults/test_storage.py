@@ -8,11 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.harness import STEPS, Runs, hashes, is_clean, last, losses, steps_of
-
-
-def same(place: Path, reference: Path) -> bool:
-    return losses(place) == losses(reference) and hashes(last(place)) == hashes(last(reference))
+from tests.faults.harness import STEPS, Runs, is_clean, same, steps_of
 
 
 def test_failed_writes_of_every_kind_are_told_and_tried_again(runs: Runs, reference: Path, tmp_path: Path) -> None:
