@@ -206,6 +206,25 @@ def kill_group(pid: int) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
+def kill_tree(pid: int) -> None:
+    """Kill a process and all that it started, also those in process groups of their own, which it is stopped for first."""
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGSTOP)
+    for child in _children(pid):
+        kill_tree(child)
+    kill_group(pid)
+
+
+def _children(pid: int) -> list[int]:
+    """Return the processes that `pid` started; none where there is no /proc."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError, ValueError, IndexError):
+            if int(path.read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()[1]) == pid:
+                found.append(int(path.parent.name))
+    return found
+
+
 def exit_text(code: int) -> str:
     """Return `exit code 1` or `killed by SIGSEGV`."""
     if code >= 0:

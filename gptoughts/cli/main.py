@@ -36,7 +36,7 @@ def build_cli() -> CommandGroup:
         "gptoughts",
         "Train language models at the speed of the hardware, with evidence that every optimization is active.\n\n"
         "A recipe defines the training, a profile the optimizations for a kind of hardware, a run is one training.",
-        _train(), _plan(), _trace(), *_lists(), _fetch(), _tokenize(), _data(), _generate(), _export(), eval_group(),
+        _train(), _plan(), _trace(), _verify_resume(), *_lists(), _fetch(), _tokenize(), _data(), _generate(), _export(), eval_group(),
         bench_group(), *report_commands(), _doctor(), _launch(),
         epilog="Start with: gptoughts plan, then gptoughts train quickstart",
     )  # fmt: skip
@@ -81,6 +81,11 @@ def _gpus() -> list[click.Parameter]:
     return [option("--gpus", type=click.IntRange(1), metavar="N", help="GPUs to use on each machine; default: all")]
 
 
+def _numerics() -> click.Parameter:
+    text = "compare the layers with the baseline on two blocks before the first step"
+    return option("--numerics", default="check", type=click.Choice(["check", "off"]), help=text)
+
+
 def _train() -> click.Command:
     params = [
         *recipe_options(),
@@ -88,12 +93,7 @@ def _train() -> click.Command:
         option("--run-dir", metavar="DIR", help="write everything into DIR instead of out/ and checkpoints/"),
         option("--resume", default="auto", metavar="auto|never|PATH", help="checkpoint to resume from"),
         option("--strict", is_flag=True, help="also stop if a layer cannot be proven active"),
-        option(
-            "--numerics",
-            default="check",
-            type=click.Choice(["check", "off"]),
-            help="compare the layers with the baseline on two blocks before the first step",
-        ),
+        _numerics(),
         option("--ranks", type=click.IntRange(1), help="processes to start on this machine; default: one per GPU"),
         *_gpus(),
         option(
@@ -130,6 +130,26 @@ def _trace() -> click.Command:
         option("--memory-history", is_flag=True, help="record GPU allocations, for the report if memory runs out"),
     ]
     return recipe_command("trace", "trace.trace", "Profile a few steps of RECIPE and show where the time goes.", params)
+
+
+def _verify_resume() -> click.Command:
+    steps = click.IntRange(1)
+    params = [
+        *recipe_options(),
+        option("--before", type=steps, default=10, metavar="N", help="steps before the kill"),
+        option("--after", type=steps, default=10, metavar="M", help="steps after it"),
+        _numerics(),
+        option("--ranks", type=steps, help="processes to start on this machine; default: one per GPU"),
+        *_gpus(),
+        option(
+            "--run-dir", metavar="DIR", help="keep the trainings in DIR; default: a new folder in out/, removed if all is equal"
+        ),
+    ]
+    text = (
+        "Train RECIPE, kill it with SIGKILL and resume it; compare losses and checkpoint with a training that was not killed. "
+        "Exits with code 1 if a bit differs, and names the layer."
+    )
+    return recipe_command("verify-resume", "verify_resume.verify_resume", text, params)
 
 
 def _lists() -> list[click.Command]:

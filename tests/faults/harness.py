@@ -29,7 +29,7 @@ TINY = shlex.split(
     "--layer.compile eager --optim.warmup-steps 2"
 )
 AT_POINT = "from tests.faults.points import main; main()"
-RUN_SECONDS, LEAVE_SECONDS = 300, 20
+RUN_SECONDS, LEAVE_SECONDS = 300, 10
 """How long a run may take, and how long a rank may go on when another was killed."""
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.harness import VARIANTS, Fault, Runs, Variant, same, steps_of
+from tests.faults.harness import SINGLE, VARIANTS, Fault, Runs, Variant, same, steps_of
 from tests.faults.points import POINTS
+from tests.support.tiers import slow_except
 
 CHAINS = {
     "single": ["tokenizing:1", "build:1", "loader:3", "step:5", "restore:1", "optimizer:2", "evaluation:1", "snapshot:2", "sampling:1"],
@@ -26,7 +27,7 @@ def test_every_point_is_tried() -> None:
     assert set(CHAINS) == {variant.name for variant in VARIANTS}
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
+@pytest.mark.parametrize("variant", slow_except(VARIANTS, SINGLE), ids=lambda variant: variant.name)
 def test_killed_at_one_point_after_another(runs: Runs, tmp_path: Path, variant: Variant) -> None:
     unbroken = runs.run_ranks(tmp_path / "unbroken", variant)
     assert not any(unbroken.codes), unbroken.said
