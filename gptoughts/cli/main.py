@@ -294,7 +294,7 @@ def main(arguments: list[str] | None = None) -> None:
     except click.ClickException as error:
         _exit(f"error: {error.format_message()}" if _prints(error.format_message()) else "", error.exit_code)
     except (click.exceptions.Abort, KeyboardInterrupt) as error:
-        _exit("interrupted", getattr(error, "code", 130))
+        _exit("interrupted", getattr(error.__cause__ or error, "code", 130))  # click replaces a KeyboardInterrupt by Abort
     except GptoughtsError as error:
         _exit(f"error: {error}" if str(error) and _prints(str(error)) else "", error.exit_code)
     except BrokenPipeError:

@@ -11,8 +11,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,12 +34,16 @@ REQUEST = "save"
 """File in the run folder that asks for a checkpoint; it is removed when it was seen."""
 LOOK_SECONDS = 1.0
 """Shortest time between two looks for that file, which may lie on a slow network disk."""
+AGAIN_SECONDS = 0.01
 
 Item = TypeVar("Item")
 
 
-class Interrupted(Exception):
-    """A signal ends the run while it evaluates or generates a sample, which is left incomplete."""
+class Interrupted(BaseException):
+    """A signal ends the run while it evaluates or generates a sample, which is left incomplete.
+
+    Like KeyboardInterrupt not an Exception: the compiler, in which it may be raised, turns those into failures of its own.
+    """
 
 
 class SecondSignal(KeyboardInterrupt):
@@ -65,6 +70,8 @@ class SignalWatcher:
         self._request = folder / REQUEST if folder is not None and ranks.first else None
         self._looked, self._served = 0.0, 0
         self._wanted = self._save = self._reading = False
+        self._raised: int | None = None
+        self._dropped: BaseException | None = None
 
     def asked(self, progress: Progress) -> bool:
         """Return whether any rank received a signal: the same answer on all ranks; with several ranks, one step late."""
@@ -136,15 +143,30 @@ class SignalWatcher:
         heeded = [number for number in (*SAVING, ASKING) if signal.getsignal(number) is not signal.SIG_IGN]
         before = {number: signal.signal(number, self._note) for number in heeded}
         excused, CLOCK.excused = CLOCK.excused, lambda: self.stepped
+        hook, sys.unraisablehook = sys.unraisablehook, partial(self._raise_later, sys.unraisablehook)
         try:
             yield
         finally:
+            sys.unraisablehook = hook
             if not self.stepped:
                 CLOCK.excused = excused
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    def _raise_later(self, hook: Callable[[Any], Any], unraisable: Any) -> None:
+        """Raise what a handler raised a moment later if it ran in a callback, of garbage collection or weak references, that drops it."""
+        number, error = self._raised, unraisable.exc_value
+        if number is None or not isinstance(error, Interrupted | SecondSignal | SystemExit):
+            hook(unraisable)
+            return
+        self._dropped = error.with_traceback(None)
+        threading.Timer(AGAIN_SECONDS, signal.pthread_kill, (threading.main_thread().ident, number)).start()
+
     def _note(self, number: int, frame: Any) -> None:
+        if self._dropped is not None:
+            error, self._dropped = self._dropped, None
+            raise error
+        self._raised = number
         if number == ASKING:
             self._wanted = True
             return

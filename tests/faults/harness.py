@@ -66,7 +66,7 @@ def can_compile() -> bool:
 
 @dataclass(frozen=True)
 class Fault:
-    """One disturbance of one rank: a failing system call (see shim.c) or a kill at a point (see points.py)."""
+    """One disturbance of one rank: a failing system call (see shim.c) or a signal at a point (see points.py)."""
 
     kind: str
     """What it is called in a table."""
@@ -83,6 +83,8 @@ class Life:
     said: str
     struck: list[str]
     """Faults that struck: `OP PATH`, or `point NAME`."""
+    ended: float
+    """When the last rank ended, on the monotonic clock."""
 
 
 def world_of(variant: Variant) -> dict[str, str]:
@@ -135,7 +137,9 @@ class Runs:
             cwd=self.folder,
         )
 
-    def run_ranks(self, place: Path, variant: Variant, faults: Sequence[Fault] = (), *, together: bool = False) -> Life:
+    def run_ranks(
+        self, place: Path, variant: Variant, faults: Sequence[Fault] = (), *, together: bool = False, **variables: str
+    ) -> Life:
         """Run all ranks of a variant to the end, to an error or to a kill.
 
         When a rank fails, the others get LEAVE_SECONDS, then SIGKILL, as from a launcher; with `together` they are killed with it, as by a
@@ -143,10 +147,8 @@ class Runs:
         """
         (self.folder / "faults.log").unlink(missing_ok=True)
         shared = world_of(variant)
-        processes = [
-            self._start(place, variant, {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} if shared else {}, faults)
-            for rank in range(variant.ranks)
-        ]
+        ranks = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} if shared else {} for rank in range(variant.ranks)]
+        processes = [self._start(place, variant, {**variables, **own}, faults) for own in ranks]
         ends = time.monotonic() + RUN_SECONDS
         while any(process.poll() is None for process in processes):
             if any(process.returncode for process in processes):
@@ -155,8 +157,9 @@ class Runs:
                 for process in processes:
                     process.send_signal(signal.SIGKILL)
             time.sleep(0.01)
+        ended = time.monotonic()
         said = [(place.parent / f"{place.name}.{rank}.log").read_text(encoding="utf-8") for rank in range(variant.ranks)]
-        return Life([process.returncode for process in processes], "\n".join(said), self.struck())
+        return Life([process.returncode for process in processes], "\n".join(said), self.struck(), ended)
 
     def _start(self, place: Path, variant: Variant, world: dict[str, str], faults: Sequence[Fault]) -> subprocess.Popen[bytes]:
         rank = int(world.get("RANK", 0))
@@ -176,11 +179,11 @@ class Runs:
         return log.read_text(encoding="utf-8").splitlines() if log.exists() else []
 
 
-def prepare(folder: Path) -> Runs:
-    """Write the text and build the library."""
+def prepare(folder: Path, lines: int = 200) -> Runs:
+    """Write a text of so many lines and build the library."""
     words = random.Random(3)
-    lines = ("".join(words.choice("abcdefgh ") for _ in range(60)) for _ in range(200))
-    (folder / "text.txt").write_text("\n".join(lines), encoding="utf-8")
+    text = ("".join(words.choice("abcdefgh ") for _ in range(60)) for _ in range(lines))
+    (folder / "text.txt").write_text("\n".join(text), encoding="utf-8")
     (folder / "home").mkdir()
     return Runs(folder, shim(folder))
 

@@ -21,7 +21,7 @@ from gptoughts.engine.trainer import Progress
 from gptoughts.hardware.world import World
 from gptoughts.run import signals
 from gptoughts.run.callbacks import Evaluate, Sample
-from gptoughts.run.signals import REQUEST, SAVING, SecondSignal, SignalWatcher
+from gptoughts.run.signals import REQUEST, SAVING, Interrupted, SecondSignal, SignalWatcher
 from gptoughts.run.tracking.sink import Sink
 from tests.support.engines import engine_of, plan_of, random_batches, recipe_of
 
@@ -149,6 +149,58 @@ def test_a_sample_ends_before_its_next_token(watcher: SignalWatcher) -> None:
         sample.on_step(engine, Progress(step=1), None, False)  # type: ignore[arg-type]
         assert not engine.bare._forward_pre_hooks
     assert calls == [0, 1, 2] and sample.text == ""
+
+
+class Dropping:
+    """Collected with a callback in which a signal arrives; Python drops what a callback raises."""
+
+    def __init__(self, *numbers: int) -> None:
+        self.numbers = numbers
+
+    def __del__(self) -> None:
+        for number in self.numbers:
+            os.kill(os.getpid(), number)
+
+
+def wait() -> None:
+    for _ in range(1000):
+        time.sleep(0.01)
+
+
+def test_what_a_handler_raises_in_a_callback_is_raised_after_it(
+    watcher: SignalWatcher, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with watcher.listening():
+        with pytest.raises(SystemExit) as left:  # before the first step
+            Dropping(signal.SIGTERM)
+            wait()
+        assert left.value.code == 143
+    watcher.signal = None
+    monkeypatch.setattr(signals, "is_compiling", lambda: True)
+    with watcher.listening():
+        assert not asked(watcher)
+        with pytest.raises(Interrupted), watcher.interruptible():
+            Dropping(signal.SIGTERM)
+            wait()
+        assert asked(watcher)
+        with pytest.raises(SecondSignal) as ended:
+            Dropping(signal.SIGTERM)
+            wait()
+        assert ended.value.code == 143
+    assert capfd.readouterr().err == "ended by SIGTERM before the first step; saved checkpoints stay\n"
+
+
+def test_other_exceptions_of_callbacks_are_told_as_before(watcher: SignalWatcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wrong:
+        def __del__(self) -> None:
+            raise ValueError("a defect")
+
+    told: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: told.append(str(unraisable.exc_value)))
+    with watcher.listening():
+        Wrong()
+    Wrong()
+    assert told == ["a defect"] * 2
 
 
 STUCK = """
