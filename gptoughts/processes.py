@@ -126,6 +126,8 @@ class SignalClock:
 
     def __init__(self) -> None:
         self.excused: Callable[[], bool] = lambda: False
+        self.heard: int | None = None
+        """The last signal that came. What a handler raises is lost if a module that is being imported catches everything."""
         self._reading: int | None = None
 
     def start(self, numbers: Sequence[int]) -> None:
@@ -143,6 +145,7 @@ class SignalClock:
         while True:
             found = [number for number in os.read(self._reading, 64) if number in numbers]
             if found:
+                self.heard = found[-1]
                 time.sleep(SIGNAL_SECONDS)
                 if not self.excused():
                     with suppress(OSError):

@@ -135,11 +135,13 @@ class SignalWatcher:
         """Handle signals in the block: the first ends the run after the step with a checkpoint, a second Ctrl-C interrupts at once.
 
         Before the first step there is nothing to save: one rank alone ends at once, several end if no step follows. A signal that the
-        process was started to ignore, as SIGHUP under nohup, stays ignored.
+        process was started to ignore, as SIGHUP under nohup, stays ignored. One that came before, and was lost, ends the process here.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
+        if CLOCK.heard is not None:
+            sys.exit(128 + CLOCK.heard)
         heeded = [number for number in (*SAVING, ASKING) if signal.getsignal(number) is not signal.SIG_IGN]
         before = {number: signal.signal(number, self._note) for number in heeded}
         excused, CLOCK.excused = CLOCK.excused, lambda: self.stepped

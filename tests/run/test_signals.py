@@ -151,6 +151,15 @@ def test_a_sample_ends_before_its_next_token(watcher: SignalWatcher) -> None:
     assert calls == [0, 1, 2] and sample.text == ""
 
 
+def test_a_signal_that_was_lost_in_an_import_ends_the_process_before_training(
+    watcher: SignalWatcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(signals.CLOCK, "heard", signal.SIGTERM)
+    with pytest.raises(SystemExit) as left, watcher.listening():
+        raise AssertionError("trained")
+    assert left.value.code == 143
+
+
 class Dropping:
     """Collected with a callback in which a signal arrives; Python drops what a callback raises."""
 
