@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -29,6 +28,7 @@ from gptoughts.config.recipe import (
 )
 from gptoughts.errors import ConfigError, listed, nearest
 from gptoughts.errors import describe as problem_line
+from gptoughts.files import parse_toml, read_limited
 
 __all__ = [
     "DataConfig", "ModelConfig", "OptimConfig", "Recipe", "Resolved", "TrainConfig", "fields", "from_values", "load", "type_word",
@@ -36,6 +36,8 @@ __all__ = [
 
 PACKAGED_RECIPES = Path(__file__).parents[1] / "recipes"
 REMOTE_CODE = "model.remote_code"
+MOST_BYTES = 16 << 20
+"""Size of a TOML file."""
 
 
 def shown(path: Path) -> str:
@@ -109,10 +111,10 @@ def find_toml(what: str, name: str, shipped: Path, known: list[str]) -> Path:
 def read_toml(path: Path) -> dict[str, Any]:
     """Return the tables of a TOML file. Raises ConfigError if it cannot be read or is not TOML."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return parse_toml(read_limited(path, MOST_BYTES).decode("utf-8"))
     except OSError as error:
         raise ConfigError(f"{shown(path)}: cannot read it ({error.strerror})") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except ValueError as error:
         raise ConfigError(f"{shown(path)}: not valid TOML: {error}") from None
 
 

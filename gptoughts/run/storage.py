@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -15,7 +14,7 @@ from gptoughts.console import LOGGER, bytes_in_words
 from gptoughts.engine.checkpoint import store
 from gptoughts.engine.engine import Engine
 from gptoughts.errors import RunError
-from gptoughts.files import cache_dir, free_bytes, scratch_dir, write_json, writing_problem
+from gptoughts.files import cache_dir, free_bytes, load_json, scratch_dir, write_json, writing_problem
 from gptoughts.models.sources import shape_of
 from gptoughts.run.tracking.run_dir import RunFolder
 
@@ -92,7 +91,7 @@ def _require(name: str, folder: Path) -> None:
 def checkpoint_bytes(engine: Engine, resumed: Path | None, trained_only: bool) -> int:
     """Return the size of a checkpoint: that of the one resumed from, else weights and two float32 moments per trained parameter."""
     if resumed is not None:
-        files = json.loads((resumed / "manifest.json").read_text(encoding="utf-8"))["files"]
+        files = load_json(resumed / "manifest.json")["files"]
         return sum(entry["bytes"] for entry in files.values())
     total = 0
     for parameter in engine.bare.parameters():

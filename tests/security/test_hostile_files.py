@@ -184,7 +184,7 @@ def nested(depth: int) -> object:
 REPLACE = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
 TOKENIZERS = {
     "nested lists": ("[" * 200_000, "nested too deeply"),
-    "nested tables": (tokenizer_spec(normalizer=nested(60)), "nested more than 64 deep"),
+    "nested tables": (tokenizer_spec(normalizer=nested(60)), "nested too deeply"),
     "an id of 2^40": (tokenizer_spec(**model_of(vocab={"</s>": 0, "a": 2**40})), "id of token 'a' must be from 0 to"),
     "an added id of 2^40": (tokenizer_spec(**added(id=2**40)), "id of token '<x>' must be from 0 to"),
     "a negative id": (tokenizer_spec(**added(id=-1)), "id of token '<x>' must be from 0 to"),

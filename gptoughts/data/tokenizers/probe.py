@@ -53,7 +53,9 @@ def types_in(part: Any) -> set[Any]:
     if not isinstance(part, dict):
         return {None}
     parts = part.get("normalizers", part.get("pretokenizers"))
-    return set().union(*map(types_in, parts)) if isinstance(parts, list) and parts else {part.get("type")}
+    if isinstance(parts, list) and parts:
+        return set().union(*map(types_in, parts))
+    return {part["type"] if isinstance(part.get("type"), str) else "unknown"}
 
 
 def try_patterns(spec: Mapping[str, Any], origin: str) -> None:

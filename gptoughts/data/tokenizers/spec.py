@@ -20,8 +20,6 @@ MAX_TOKENIZER_BYTES = 128 << 20
 """Size of a tokenizer.json; the largest published ones have 35 MB."""
 MAX_ID = 1 << 28
 """Ids are below this, as `model.vocab_size` is: the embedding has a row for each."""
-MAX_NESTING = 64
-"""Depth of lists and tables; published files have 8."""
 PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder", "truncation", "padding")
 
 
@@ -34,8 +32,6 @@ def read_spec(raw: bytes, origin: str) -> dict[str, Any]:
         spec: dict[str, Any] = parse_json(raw)
     except ValueError as error:
         raise DataError(f"{wrong} ({first_line(error)})") from None
-    if depth_of(spec) > MAX_NESTING:
-        raise DataError(f"{wrong} (nested more than {MAX_NESTING} deep)")
     problem = _shape_problem(spec) or _vocab_problem(spec["model"]["vocab"]) or _added_problem(spec.get("added_tokens") or [])
     if problem:
         raise DataError(f"{wrong} ({problem})")
@@ -48,17 +44,6 @@ def read_spec(raw: bytes, origin: str) -> dict[str, Any]:
         except UnicodeEncodeError:
             raise DataError(f"{wrong} (half of a surrogate pair)") from None
     return spec
-
-
-def depth_of(value: Any) -> int:
-    """Return how deep lists and tables are nested; 0 for a number or text. Does not recurse."""
-    depth, level = 0, [value]
-    while level := [one for one in level if isinstance(one, dict | list)]:
-        depth += 1
-        if depth > MAX_NESTING:
-            break
-        level = [inner for one in level for inner in (one.values() if isinstance(one, dict) else one)]
-    return depth
 
 
 def _shape_problem(spec: Any) -> str:
@@ -143,10 +128,10 @@ def load_library(spec: Mapping[str, Any], origin: str) -> Any:
 
 @contextmanager
 def library_errors(origin: str) -> Iterator[None]:
-    """Turn a panic of the tokenizers library into a DataError: it derives from BaseException, as an interrupt does."""
+    """Turn errors of the tokenizers library, bare Exceptions, and its panics, which derive from BaseException, into a DataError."""
     try:
         yield
     except BaseException as error:
-        if type(error).__name__ != "PanicException":
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
             raise
         raise DataError(f"{origin}: the tokenizers library fails on this text ({first_line(error)})") from None

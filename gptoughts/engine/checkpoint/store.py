@@ -28,7 +28,7 @@ from gptoughts.console import LOGGER
 from gptoughts.engine.checkpoint.finite import not_finite_of
 from gptoughts.engine.checkpoint.parts import Ranges, file_name, metadata
 from gptoughts.errors import CheckpointError
-from gptoughts.files import first_link, sha256_of, write_text
+from gptoughts.files import first_link, load_json, sha256_of, write_text
 
 FORMAT = 1
 FORMAT_PARTS = 2
@@ -67,8 +67,8 @@ class Snapshot:
 def read_state(folder: Path) -> dict[str, Any]:
     """Return a checkpoint's `state.json`. Raises CheckpointError for a file that cannot be read, and for another format version."""
     try:
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        state = load_json(folder / STATE)
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder / STATE}: cannot be read ({error})", fix="an earlier checkpoint") from None
     if not isinstance(state, dict) or state.get("format") not in (FORMAT, FORMAT_PARTS):
         raise CheckpointError(
@@ -269,9 +269,9 @@ def step_of(path: Path) -> int:
 def best(folder: Path) -> tuple[str, float] | None:
     """Return name and validation loss of the best checkpoint, or None where none is noted or the note is damaged."""
     try:
-        noted = json.loads((folder / "best").read_text(encoding="utf-8"))
+        noted = load_json(folder / "best")
         name, loss = str(noted["checkpoint"]), float(noted["val_loss"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return None
     return (name, loss) if Path(name).name == name and math.isfinite(loss) else None
 
