@@ -5,10 +5,13 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from io import TextIOWrapper
+from types import TracebackType
 from typing import Any, Literal, TextIO
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
@@ -18,6 +21,24 @@ LOGGER = logging.getLogger("gptoughts")
 LOGGER.addHandler(logging.NullHandler())
 NOISY_LOGGERS = ("torchao", "torch.utils._pytree")
 """Loggers of libraries that warn at import about kernels for other machines and about deprecations."""
+
+
+COLORS = ("\x1b[32m", "\x1b[0m")
+"""Begin and end of marked text on a terminal; the only control sequences that are printed."""
+_CONTROLS = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e0fff]"
+)
+_PARTS = re.compile("|".join(f"({re.escape(code)})" for code in COLORS))
+
+
+def escaped(text: str) -> str:
+    """Return text that a terminal shows as it is: control characters as `\\x1b`, without newline and tab, bidirectional and invisible ones."""
+    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def shown(text: str) -> str:
+    """Return `escaped` text in which COLORS stay."""
+    return "".join(part if part in COLORS else escaped(part) for part in _PARTS.split(text) if part)
 
 
 class Console:
@@ -46,7 +67,7 @@ class Console:
         if live is None:
             print_line(text, self._stream)
         else:
-            _written(lambda: live.console.print(text, markup=False, highlight=False, soft_wrap=True), self._stream)
+            _written(lambda: live.console.print(shown(text), markup=False, highlight=False, soft_wrap=True), self._stream)
 
     def row(self, *fields: str) -> None:
         """Show the state of the run: replaces the previous row on a terminal, a line of its own in a log.
@@ -69,10 +90,10 @@ class Console:
                 console=terminal, auto_refresh=False, transient=False, redirect_stdout=False, redirect_stderr=False
             )
             self._live.start()
-        shown = list(fields)
-        while len(shown) > 1 and len("  ".join(shown)) >= self._live.console.width:
-            shown.pop()
-        self._live.update(Text("  ".join(shown), no_wrap=True, overflow="ellipsis"), refresh=True)
+        kept = [escaped(field) for field in fields]
+        while len(kept) > 1 and len("  ".join(kept)) >= self._live.console.width:
+            kept.pop()
+        self._live.update(Text("  ".join(kept), no_wrap=True, overflow="ellipsis"), refresh=True)
 
     def end_row(self) -> None:
         """Leave the live row where it is; later output starts on a new line."""
@@ -113,9 +134,27 @@ class SilentConsole(Console):
 
 
 def print_line(text: str, stream: TextIO | None = None) -> None:
-    """Print lines to standard output or `stream`. Report a failure once on standard error, and go on."""
+    """Print lines to standard output or `stream`, escaped, because they hold names and text of files.
+
+    Reports a failure once on standard error, and goes on.
+    """
     target = stream or sys.stdout
-    _written(lambda: print(text, file=target, flush=True), target)
+    _written(lambda: print(shown(text), file=target, flush=True), target)
+
+
+def print_result(text: str, end: str = "\n", raw: bool = False) -> None:
+    """Print the result of a command to standard output, escaped. Raises OSError.
+
+    `raw` is for generated text, JSON and files: as they are, but escaped on a terminal.
+    """
+    stream = sys.stdout
+    whole = text if raw and not stream.isatty() else shown(text)
+    _encoded(lambda: print(whole, end=end, flush=True), stream)
+
+
+def print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print an uncaught exception as Python does, escaped: for sys.excepthook."""
+    print_line("".join(traceback.format_exception(kind, error, trace)).rstrip("\n"), sys.stderr)
 
 
 _told: set[str] = set()
@@ -123,20 +162,25 @@ _told: set[str] = set()
 
 
 def _written(write: Callable[[], None], stream: TextIO) -> None:
-    """Call `write`; escape characters that the stream cannot encode, and survive a full disk, a closed pipe and a closed stream."""
+    """Call `write`, and survive a full disk, a closed pipe and a closed stream."""
     try:
-        try:
-            write()
-        except UnicodeEncodeError as error:
-            if not isinstance(stream, TextIOWrapper):
-                raise
-            stream.reconfigure(errors="backslashreplace")
-            _tell_once(f"note: the output's encoding is {error.encoding}; other characters are escaped")
-            write()
+        _encoded(write, stream)
     except (OSError, ValueError) as error:
         _tell_once(f"warning: output cannot be written ({error}); work goes on without it")
         if isinstance(error, BrokenPipeError):
             _discard(stream)
+
+
+def _encoded(write: Callable[[], None], stream: TextIO) -> None:
+    """Call `write`; escape characters that the stream cannot encode."""
+    try:
+        write()
+    except UnicodeEncodeError as error:
+        if not isinstance(stream, TextIOWrapper):
+            raise
+        stream.reconfigure(errors="backslashreplace")
+        _tell_once(f"note: the output's encoding is {error.encoding}; other characters are escaped")
+        write()
 
 
 def _tell_once(text: str) -> None:

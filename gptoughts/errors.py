@@ -5,17 +5,8 @@ Every message follows one formula: `<option or file>: <problem>. Found <x>. Try:
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-
-CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufff9-\ufffb\ud800-\udfff]")
-"""Characters that move a terminal's cursor, change its state or reorder its text, without newline and tab; and halves of surrogate pairs."""
-
-
-def escaped(text: str) -> str:
-    """Return text that a terminal shows as it is: control characters as `\\x1b`, bidirectional overrides as `\\u202e`."""
-    return CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def describe(problem: str, found: object = None, fix: str = "") -> str:

@@ -61,6 +61,12 @@ def is_file_name(name: str) -> bool:
     return 0 < len(name.encode("utf-8", "surrogatepass")) <= 255 and not set(name) & set("/\0") and not _SURROGATE.search(name)
 
 
+def is_path(text: str) -> bool:
+    """Return whether a file or folder can have this path."""
+    parts = [part for part in text.split("/") if part]
+    return len(text.encode("utf-8", "surrogatepass")) < 4096 and all(map(is_file_name, parts)) and "\0" not in text
+
+
 def read_limited(path: Path, limit: int = MAX_BYTES) -> bytes:
     """Return the content of a regular file of at most `limit` bytes. Raises OSError, ValueError."""
     with regular(path).open("rb") as file:

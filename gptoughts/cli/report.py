@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from gptoughts.console import print_result
 from gptoughts.errors import ConfigError
 
 
@@ -33,6 +34,6 @@ def report(runs: Sequence[str], out: str | None) -> int:
             f"--to {path}: cannot be written ({error.strerror})", fix="--to FILE.html in another folder"
         ) from None
     for line in cautions(loaded):
-        print(f"caution: {CAUTION}: {line}")
-    print(f"{path} ({len(text.encode()) / 1e6:.2f} MB)")
+        print_result(f"caution: {CAUTION}: {line}")
+    print_result(f"{path} ({len(text.encode()) / 1e6:.2f} MB)")
     return 0

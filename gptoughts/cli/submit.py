@@ -13,6 +13,7 @@ from typing import Any
 
 from gptoughts.config.loader import load
 from gptoughts.config.site import SlurmSite, read_site
+from gptoughts.console import print_result
 from gptoughts.errors import ConfigError
 from gptoughts.files import write_text
 from gptoughts.processes import module_words
@@ -69,15 +70,15 @@ def slurm(
     words = _train_words(recipe, profile, fields, layers, plugin)
     text = job_file(settings, name, [*words, "--name", name])
     if dry_run:
-        print(text, end="")
+        print_result(text, end="", raw=True)
         return 0
     path = Path(out) if out else Path("logs") / f"{name}.sbatch"
     Path("logs").mkdir(exist_ok=True)  # SLURM does not make the folder of the output
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, text)
-    print(f"job file    {path}")
+    print_result(f"job file    {path}")
     if not submit:
-        print(f"next        sbatch {shlex.quote(str(path))}")
+        print_result(f"next        sbatch {shlex.quote(str(path))}")
         return 0
     _require("sbatch")
     return subprocess.run(["sbatch", str(path)], check=False).returncode
@@ -132,7 +133,7 @@ def _training(given: Mapping[str, Any]) -> list[str]:
 
 
 def _print_or_start(words: list[str], start: bool) -> int:
-    print(shlex.join(words), flush=True)
+    print_result(shlex.join(words), raw=True)
     if start:
         _require(words[0])
         os.execvp(words[0], words)

@@ -39,7 +39,7 @@ def sizes(config: Mapping[str, Any]) -> dict[str, Any]:
         for key, built in REQUIRED.items()
         if key in config and config[key] not in built
     ]
-    wrong += [f"missing {key}" for key in NEEDED if key not in config]
+    wrong += [f"missing {key}" for key in NEEDED if config.get(key) is None]
     wrong += [
         f"{key} = {config[key]!r:.100} (a whole number of at least 1)"
         for key in (*NEEDED, *COUNTS)

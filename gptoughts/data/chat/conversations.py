@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gptoughts.console import escaped
 from gptoughts.data.chat.formats import KNOWN_KEYS, LISTS, PAIRS, ROLE_ALIASES, ROLES, UNSUPPORTED_KEYS, turns_of
 from gptoughts.data.chat.template import REASONING, Template
 from gptoughts.data.text.rows import numbered, parquet_objects
 from gptoughts.data.text.sources import ROW_SUFFIXES, first_line, json_row, open_lines, open_source
-from gptoughts.errors import DataError, escaped, nearest
+from gptoughts.errors import DataError, nearest
 from gptoughts.files import load_json
 
 MAX_ROW_BYTES = 16 << 20

@@ -25,6 +25,7 @@ from typing import Any, Self
 
 import torch.distributed as dist
 
+from gptoughts.console import escaped
 from gptoughts.engine.distributed.ranks import Ranks
 from gptoughts.engine.distributed.verdict import DISCONNECTED, DONE, FAILED, SILENT_SECONDS, RankState, Seen, Verdict, decide
 from gptoughts.errors import ConfigError, RunError
@@ -305,7 +306,7 @@ class FailureWatch:
 def _write(text: str) -> None:
     """Write to standard error in one call, past locks that the main thread may hold."""
     with suppress(OSError):
-        os.write(2, (text.rstrip("\n") + "\n").encode())
+        os.write(2, (escaped(text.rstrip("\n")) + "\n").encode())
 
 
 def _host() -> str:
