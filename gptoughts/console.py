@@ -1,4 +1,4 @@
-"""Console output of a run, and number formatting: bytes, durations, counts, shares."""
+"""Console output of a run, without secrets and control characters, and number formatting: bytes, durations, counts, shares."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from io import TextIOWrapper
 from types import TracebackType
@@ -21,6 +21,48 @@ LOGGER = logging.getLogger("gptoughts")
 LOGGER.addHandler(logging.NullHandler())
 NOISY_LOGGERS = ("torchao", "torch.utils._pytree")
 """Loggers of libraries that warn at import about kernels for other machines and about deprecations."""
+
+
+HIDDEN = "[redacted]"
+_SECRET_NAME = re.compile(
+    r"(^|[_.\- ])((api|access|private|secret)[_\-]?key|key|token|secret|credentials?)$|passw(or)?d$|passphrase$", re.I
+)
+_NOT_SECRET = ("text_key", "mask_token")
+"""Fields of a recipe whose names end as those of secrets do."""
+_KNOWN = re.compile(r"hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_\-]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|AKIA[A-Z0-9]{16}")
+"""Forms of tokens that are secret wherever they stand."""
+_IN_ADDRESS = re.compile(r"(?<=://)[^/@\s:]*:[^/@\s]+(?=@)")
+SHORTEST = 6
+"""Shorter values of variables are ordinary words too."""
+
+
+def is_secret_name(name: str) -> bool:
+    """Return whether a key or an environment variable of this name holds a secret."""
+    return name.rpartition(".")[2] not in _NOT_SECRET and bool(_SECRET_NAME.search(name))
+
+
+class Redactor:
+    """Replaces secrets in text, lists and tables by `[redacted]`. Takes the secret variables of `environment` as they are now."""
+
+    def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
+        secrets = {value for name, value in environment.items() if is_secret_name(name) and len(value) >= SHORTEST}
+        words = [re.escape(value) for value in sorted(secrets, key=len, reverse=True)]
+        self._pattern = re.compile("|".join([*words, _KNOWN.pattern, _IN_ADDRESS.pattern]))
+
+    def __call__(self, value: Any) -> Any:
+        """Return `value` without secrets; of a table, also without the texts of secret keys."""
+        if isinstance(value, str):
+            return self._pattern.sub(HIDDEN, value)
+        if isinstance(value, Mapping):
+            return {
+                key: HIDDEN if isinstance(one, str) and is_secret_name(str(key)) else self(one) for key, one in value.items()
+            }
+        return [self(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def redacted(value: Any) -> Any:
+    """Return a text, list or table without secrets, also those of this process's environment: for all that is printed or saved."""
+    return Redactor()(value)
 
 
 COLORS = ("\x1b[32m", "\x1b[0m")
@@ -37,8 +79,8 @@ def escaped(text: str) -> str:
 
 
 def shown(text: str) -> str:
-    """Return `escaped` text in which COLORS stay."""
-    return "".join(part if part in COLORS else escaped(part) for part in _PARTS.split(text) if part)
+    """Return text as it is printed: redacted, escaped, with COLORS."""
+    return "".join(part if part in COLORS else escaped(part) for part in _PARTS.split(redacted(text)) if part)
 
 
 class Console:
@@ -90,7 +132,7 @@ class Console:
                 console=terminal, auto_refresh=False, transient=False, redirect_stdout=False, redirect_stderr=False
             )
             self._live.start()
-        kept = [escaped(field) for field in fields]
+        kept = [escaped(redacted(field)) for field in fields]
         while len(kept) > 1 and len("  ".join(kept)) >= self._live.console.width:
             kept.pop()
         self._live.update(Text("  ".join(kept), no_wrap=True, overflow="ellipsis"), refresh=True)
@@ -148,7 +190,7 @@ def print_result(text: str, end: str = "\n", raw: bool = False) -> None:
     `raw` is for generated text, JSON and files: as they are, but escaped on a terminal.
     """
     stream = sys.stdout
-    whole = text if raw and not stream.isatty() else shown(text)
+    whole = shown(text) if not raw else escaped(text) if stream.isatty() else text
     _encoded(lambda: print(whole, end=end, flush=True), stream)
 
 

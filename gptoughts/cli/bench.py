@@ -9,7 +9,7 @@ from pathlib import Path
 
 from gptoughts.api import ResolvedRun, decide
 from gptoughts.cli.train import require_torch
-from gptoughts.console import print_line, print_result
+from gptoughts.console import print_line, print_result, redacted
 from gptoughts.diagnostics.bench.variants import RunRequest
 from gptoughts.errors import ConfigError, LayerError
 
@@ -174,4 +174,4 @@ def _print_kept(path: Path, *others: str) -> None:
 
 
 def _command() -> str:
-    return shlex.join(["gptoughts", *sys.argv[1:]])
+    return str(redacted(shlex.join(["gptoughts", *sys.argv[1:]])))

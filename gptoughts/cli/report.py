@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from gptoughts.console import print_result
+from gptoughts.console import print_result, redacted
 from gptoughts.errors import ConfigError
 
 
@@ -26,7 +26,7 @@ def report(runs: Sequence[str], out: str | None) -> int:
             f"--to {path}: {'is a folder' if path.is_dir() else 'its folder does not exist'}", fix="--to FILE.html"
         )
     loaded = load_named(places)
-    text = page(loaded, __version__)
+    text = redacted(page(loaded, __version__))
     try:
         write_text(path, text)
     except OSError as error:

@@ -26,6 +26,7 @@ from gptoughts.config.recipe import (
     leaf_types,
     type_word,
 )
+from gptoughts.console import redacted
 from gptoughts.errors import ConfigError, listed, nearest
 from gptoughts.errors import describe as problem_line
 from gptoughts.files import parse_toml, read_limited
@@ -64,7 +65,7 @@ class Resolved:
         return key in self.sources
 
     def to_toml(self) -> str:
-        """Return the recipe as TOML for `gptoughts train FILE`, each line with its source. Unset values are "none"."""
+        """Return the recipe as TOML for `gptoughts train FILE`, each line with its source, without secrets. Unset values are "none"."""
         lines, table = [], ""
         for key, value in self.values().items():
             head, _, leaf = key.rpartition(".")
@@ -72,7 +73,7 @@ class Resolved:
                 table = head
                 lines.append(f"\n[{table}]")
             source = "default" if key not in self.sources else _one_line(self.sources[key])
-            lines.append(f"{leaf} = {_toml(value)}  # {source}")
+            lines.append(f"{leaf} = {_toml(redacted(value))}  # {redacted(source)}")
         return "\n".join(lines) + "\n"
 
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from gptoughts.console import LOGGER, bytes_in_words
+from gptoughts.console import LOGGER, bytes_in_words, redacted
 from gptoughts.engine.checkpoint import store
 from gptoughts.engine.engine import Engine
 from gptoughts.errors import RunError
@@ -60,7 +60,7 @@ def storage_errors() -> Iterator[None]:
 def write_record(path: Path, value: Any) -> None:
     """Write a JSON file that training can do without; warn where it cannot be written."""
     try:
-        write_json(path, value)
+        write_json(path, redacted(value))
     except OSError as error:
         LOGGER.warning("%s: cannot be written: %s", path, error.strerror or error)
 

@@ -24,7 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gptoughts.console import LOGGER
+from gptoughts.console import LOGGER, redacted
 from gptoughts.engine.checkpoint.finite import not_finite_of
 from gptoughts.engine.checkpoint.parts import Ranges, file_name, metadata
 from gptoughts.errors import CheckpointError
@@ -177,7 +177,7 @@ def write_part(snapshot: Snapshot, folder: Path) -> None:
         write_text(record, json.dumps({"files": _write_tensors(snapshot, temporary)}), durable=True)
     except BaseException as error:
         with suppress(OSError):
-            write_text(record, json.dumps({"error": f"{type(error).__name__}: {error}"}))
+            write_text(record, json.dumps({"error": redacted(f"{type(error).__name__}: {error}")}))
         with suppress(OSError):
             (temporary / _marker(snapshot.rank)).unlink(missing_ok=True)
         raise
