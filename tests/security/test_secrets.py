@@ -57,7 +57,7 @@ def test_a_run_prints_and_saves_no_secret(
 ) -> None:
     train("one")
     report(["one"], None)
-    main_quietly(["plan", "quickstart", "--note", NOTE, "--json"])
+    main_quietly(["plan", "quickstart", "--track.tags", NOTE, "--json"])
     main_quietly(["compare", "one"])
     text = "".join(capsys.readouterr())
     assert [one for one in ALL if one in text] == []
@@ -109,8 +109,8 @@ def test_figures_of_a_benchmark_hold_no_secret(here: Path) -> None:
 def test_a_job_file_with_a_secret_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words in (["--dry-run"], []):
         with pytest.raises(SystemExit) as end:
-            main(["launch", "slurm", "quickstart", "--note", ALL[0], "--nodes", "1", "--tasks-per-node", "1", *words])
+            main(["launch", "slurm", "quickstart", "--track.tags", ALL[0], "--nodes", "1", "--tasks-per-node", "1", *words])
         said = "".join(capsys.readouterr())
         assert end.value.code == 2 and "the job file would hold a secret" in said and ALL[0] not in said
     assert holding(here) == {}
-    main_quietly(["launch", "slurm", "quickstart", "--note", "nothing", "--nodes", "1", "--tasks-per-node", "1", "--dry-run"])
+    main_quietly(["launch", "slurm", "quickstart", "--track.tags", "nothing", "--nodes", "1", "--tasks-per-node", "1", "--dry-run"])
