@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -39,6 +40,33 @@ def scratch_dir(environment: Mapping[str, str] = os.environ) -> Path | None:
         names.append("SLURM_TMPDIR")
     found = [Path(environment[name]) for name in names if environment.get(name)]
     return next((path for path in found if path.is_absolute() and path.is_dir() and os.access(path, os.W_OK | os.X_OK)), None)
+
+
+def make_private(folder: Path, new: bool = False) -> None:
+    """Create a folder and its missing parents for this user alone, mode 0700. One that exists keeps its mode.
+
+    Below a set-group-ID folder, the usual form of a group's shared folder, the group gets that folder's rights, as far as
+    the umask allows. Raises FileExistsError if `new` and the folder exists, and OSError.
+    """
+    if not new and folder.is_dir():
+        return
+    if folder != folder.parent:
+        make_private(folder.parent)
+    above = folder.parent.stat().st_mode
+    folder.mkdir(mode=0o700 | (above & 0o070 if above & stat.S_ISGID else 0), exist_ok=not new)
+
+
+def open_to_all(folder: Path) -> Path | None:
+    """Return the folder, or the first parent, in which every user of the machine can replace what is executed; None if there is none.
+
+    In a parent with the sticky bit, as /tmp has, only the owner of a file replaces it.
+    """
+    place = folder.resolve()
+    for here in (place, *place.parents):
+        mode = here.stat().st_mode if here.exists() else 0
+        if mode & stat.S_IWOTH and (here == place or not mode & stat.S_ISVTX):
+            return here
+    return None
 
 
 def hub_home(environment: Mapping[str, str] = os.environ) -> Path:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gptoughts.errors import ConfigError
-from gptoughts.files import cache_dir, hub_home, is_path, load_json, wait_for_lock
+from gptoughts.files import cache_dir, hub_home, is_path, load_json, make_private, wait_for_lock
 from gptoughts.processes import Child, exit_text
 
 PACKAGE = "package:"
@@ -149,7 +149,7 @@ def check_sizes(content: Any, what: str) -> None:
 @contextmanager
 def _locked(lock: Path) -> Iterator[None]:
     try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
+        make_private(lock.parent)
         with lock.open("w") as file:
             wait_for_lock(file.fileno())
             yield

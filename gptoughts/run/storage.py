@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +15,16 @@ from gptoughts.console import LOGGER, bytes_in_words, redacted
 from gptoughts.engine.checkpoint import store
 from gptoughts.engine.engine import Engine
 from gptoughts.errors import RunError
-from gptoughts.files import cache_dir, free_bytes, load_json, scratch_dir, write_json, writing_problem
+from gptoughts.files import (
+    cache_dir,
+    free_bytes,
+    load_json,
+    make_private,
+    open_to_all,
+    scratch_dir,
+    write_json,
+    writing_problem,
+)
 from gptoughts.models.sources import shape_of
 from gptoughts.run.tracking.run_dir import RunFolder
 
@@ -79,6 +89,7 @@ def check_temporary(environment: Mapping[str, str] = os.environ) -> None:
         folder = Path(environment[name]) if environment.get(name) else None
         if folder is not None and folder.exists():  # its compiler creates it otherwise
             _require(name, folder)
+            _check_writers(name, folder)
 
 
 def _require(name: str, folder: Path) -> None:
@@ -86,6 +97,18 @@ def _require(name: str, folder: Path) -> None:
     if problem:
         fix = f"export {name}=DIR with a folder on a disk that can be written and has space"
         raise RunError(f"{name}: {folder} cannot be written ({problem})", fix=fix)
+
+
+def _check_writers(name: str, folder: Path) -> None:
+    """Raise RunError if everybody can write a compiler's cache, whose files are executed; warn if a group or another user can."""
+    place = open_to_all(folder)
+    if place is not None:
+        raise RunError(f"{name}: everybody can write {place}, and cached code is executed", fix=f"chmod o-w {place}")
+    state = folder.stat()
+    if state.st_uid not in (0, os.geteuid()):
+        LOGGER.warning("%s: %s belongs to user %d, and cached code is executed", name, folder, state.st_uid)
+    elif state.st_mode & stat.S_IWGRP and state.st_gid != state.st_uid:  # each user's own group has the user's number
+        LOGGER.warning("%s: group %d can write %s, and cached code is executed", name, state.st_gid, folder)
 
 
 def checkpoint_bytes(engine: Engine, resumed: Path | None, trained_only: bool) -> int:
@@ -124,7 +147,7 @@ def other_folders(needed: int, environment: Mapping[str, str] = os.environ) -> I
         seen.add(folder)
         if folder == candidates[-1]:
             try:
-                folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+                make_private(folder)
             except OSError:
                 continue
         free = free_bytes(folder)

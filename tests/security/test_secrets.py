@@ -113,4 +113,6 @@ def test_a_job_file_with_a_secret_is_refused(here: Path, capsys: pytest.CaptureF
         said = "".join(capsys.readouterr())
         assert end.value.code == 2 and "the job file would hold a secret" in said and ALL[0] not in said
     assert holding(here) == {}
-    main_quietly(["launch", "slurm", "quickstart", "--track.tags", "nothing", "--nodes", "1", "--tasks-per-node", "1", "--dry-run"])
+    main_quietly(
+        ["launch", "slurm", "quickstart", "--track.tags", "nothing", "--nodes", "1", "--tasks-per-node", "1", "--dry-run"]
+    )

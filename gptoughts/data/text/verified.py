@@ -9,7 +9,7 @@ from typing import Any
 
 from gptoughts.console import GIB, LOGGER, bytes_in_words
 from gptoughts.data.text.shards import VERIFIED, Shards, check_content, file_state
-from gptoughts.files import cache_dir, load_json, write_json
+from gptoughts.files import cache_dir, load_json, make_private, write_json
 
 
 def verify_once(shards: Shards) -> None:
@@ -58,7 +58,7 @@ def _known(folder: Path) -> dict[str, Any]:
 def _remember(folder: Path, states: dict[str, list[Any]]) -> None:
     for path in _records(folder):
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_private(path.parent)
             write_json(path, states, shared=True)
             return
         except OSError:

@@ -28,7 +28,7 @@ from gptoughts.console import LOGGER, redacted
 from gptoughts.engine.checkpoint.finite import not_finite_of
 from gptoughts.engine.checkpoint.parts import Ranges, file_name, metadata
 from gptoughts.errors import CheckpointError
-from gptoughts.files import first_link, load_json, sha256_of, write_text
+from gptoughts.files import first_link, load_json, make_private, sha256_of, write_text
 
 FORMAT = 1
 FORMAT_PARTS = 2
@@ -82,7 +82,8 @@ def begin(folder: Path, step: int, ranks: int = 1) -> Path:
     """Create the temporary folder of a checkpoint, before any rank writes into it, with a marker for every other rank that will write."""
     temporary = _temporary(folder, step)
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    make_private(folder)
+    temporary.mkdir()
     for rank in range(1, ranks):
         (temporary / _marker(rank)).touch()
     return temporary
