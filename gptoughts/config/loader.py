@@ -29,7 +29,7 @@ from gptoughts.config.recipe import (
 from gptoughts.console import redacted
 from gptoughts.errors import ConfigError, listed, nearest
 from gptoughts.errors import describe as problem_line
-from gptoughts.files import parse_toml, read_limited
+from gptoughts.files import is_path, parse_toml, read_limited
 
 __all__ = [
     "DataConfig", "ModelConfig", "OptimConfig", "Recipe", "Resolved", "TrainConfig", "fields", "from_values", "load", "type_word",
@@ -98,11 +98,11 @@ def find_recipe(name: str) -> Path:
 
 def find_toml(what: str, name: str, shipped: Path, known: list[str]) -> Path:
     """Return the file of `name`: a path if it has a slash or ends in .toml, else one of `shipped`. Raises ConfigError."""
-    is_path = name.endswith(".toml") or "/" in name
-    path = Path(name) if is_path else shipped / f"{name}.toml"
-    if path.is_file():
+    a_path = name.endswith(".toml") or "/" in name
+    path = Path(name) if a_path else shipped / f"{name}.toml"
+    if is_path(str(path)) and path.is_file():
         return path
-    if is_path:
+    if a_path:
         raise ConfigError(f"{what} {name}: no such file")
     raise ConfigError(
         f"{what} {name!r}: no such {what}{nearest(name, known)}; shipped: {', '.join(known)}, or a path to a .toml file"
