@@ -143,7 +143,7 @@ def test_an_index_cannot_lead_out_of_its_folder(name: str, tmp_path: Path) -> No
 def tokenizer_spec(**changes: object) -> dict[str, object]:
     """A small sound tokenizer.json with some parts replaced."""
     vocab: dict[str, object] = {"</s>": 0, "a": 1, "b": 2}
-    model = {"type": "BPE", "dropout": None, "unk_token": None, "vocab": vocab, "merges": []}
+    model: dict[str, object] = {"type": "BPE", "dropout": None, "unk_token": None, "vocab": vocab, "merges": []}
     return {
         "version": "1.0",
         "added_tokens": [],
@@ -310,6 +310,7 @@ def test_every_named_test_exists() -> None:
 
     page = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
     named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", page)
-    assert len(named) > 10
+    assert len(named) > 40
+    assert len(named) == page.count("`tests/"), "every file of tests is named with its test"
     for file, test in named:
         assert f"def {test}(" in (ROOT / file).read_text(encoding="utf-8"), f"{file}::{test}"
