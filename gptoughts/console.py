@@ -1,14 +1,17 @@
-"""Console output of a run, and number formatting: bytes, durations, counts, shares."""
+"""Console output of a run, without secrets and control characters, and number formatting: bytes, durations, counts, shares."""
 
 from __future__ import annotations
 
 import atexit
 import logging
 import os
+import re
 import sys
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from io import TextIOWrapper
+from types import TracebackType
 from typing import Any, Literal, TextIO
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
@@ -18,6 +21,66 @@ LOGGER = logging.getLogger("gptoughts")
 LOGGER.addHandler(logging.NullHandler())
 NOISY_LOGGERS = ("torchao", "torch.utils._pytree")
 """Loggers of libraries that warn at import about kernels for other machines and about deprecations."""
+
+
+HIDDEN = "[redacted]"
+_SECRET_NAME = re.compile(
+    r"(^|[_.\- ])((api|access|private|secret)[_\-]?key|key|token|secret|credentials?)$|passw(or)?d$|passphrase$", re.I
+)
+_NOT_SECRET = ("text_key", "mask_token")
+"""Fields of a recipe whose names end as those of secrets do."""
+_KNOWN = re.compile(r"hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_\-]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|AKIA[A-Z0-9]{16}")
+"""Forms of tokens that are secret wherever they stand."""
+_IN_ADDRESS = re.compile(r"(?<=://)[^/@\s:]*:[^/@\s]+(?=@)")
+SHORTEST = 6
+"""Shorter values of variables are ordinary words too."""
+
+
+def is_secret_name(name: str) -> bool:
+    """Return whether a key or an environment variable of this name holds a secret."""
+    return name.rpartition(".")[2] not in _NOT_SECRET and bool(_SECRET_NAME.search(name))
+
+
+class Redactor:
+    """Replaces secrets in text, lists and tables by `[redacted]`. Takes the secret variables of `environment` as they are now."""
+
+    def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
+        secrets = {value for name, value in environment.items() if is_secret_name(name) and len(value) >= SHORTEST}
+        words = [re.escape(value) for value in sorted(secrets, key=len, reverse=True)]
+        self._pattern = re.compile("|".join([*words, _KNOWN.pattern, _IN_ADDRESS.pattern]))
+
+    def __call__(self, value: Any) -> Any:
+        """Return `value` without secrets; of a table, also without the texts of secret keys."""
+        if isinstance(value, str):
+            return self._pattern.sub(HIDDEN, value)
+        if isinstance(value, Mapping):
+            return {
+                key: HIDDEN if isinstance(one, str) and is_secret_name(str(key)) else self(one) for key, one in value.items()
+            }
+        return [self(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def redacted(value: Any) -> Any:
+    """Return a text, list or table without secrets, also those of this process's environment: for all that is printed or saved."""
+    return Redactor()(value)
+
+
+COLORS = ("\x1b[32m", "\x1b[0m")
+"""Begin and end of marked text on a terminal; the only control sequences that are printed."""
+_CONTROLS = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e0fff]"
+)
+_PARTS = re.compile("|".join(f"({re.escape(code)})" for code in COLORS))
+
+
+def escaped(text: str) -> str:
+    """Return text that a terminal shows as it is: control characters as `\\x1b`, without newline and tab, bidirectional and invisible ones."""
+    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def shown(text: str) -> str:
+    """Return text as it is printed: redacted, escaped, with COLORS."""
+    return "".join(part if part in COLORS else escaped(part) for part in _PARTS.split(redacted(text)) if part)
 
 
 class Console:
@@ -46,7 +109,7 @@ class Console:
         if live is None:
             print_line(text, self._stream)
         else:
-            _written(lambda: live.console.print(text, markup=False, highlight=False, soft_wrap=True), self._stream)
+            _written(lambda: live.console.print(shown(text), markup=False, highlight=False, soft_wrap=True), self._stream)
 
     def row(self, *fields: str) -> None:
         """Show the state of the run: replaces the previous row on a terminal, a line of its own in a log.
@@ -69,10 +132,10 @@ class Console:
                 console=terminal, auto_refresh=False, transient=False, redirect_stdout=False, redirect_stderr=False
             )
             self._live.start()
-        shown = list(fields)
-        while len(shown) > 1 and len("  ".join(shown)) >= self._live.console.width:
-            shown.pop()
-        self._live.update(Text("  ".join(shown), no_wrap=True, overflow="ellipsis"), refresh=True)
+        kept = [escaped(redacted(field)) for field in fields]
+        while len(kept) > 1 and len("  ".join(kept)) >= self._live.console.width:
+            kept.pop()
+        self._live.update(Text("  ".join(kept), no_wrap=True, overflow="ellipsis"), refresh=True)
 
     def end_row(self) -> None:
         """Leave the live row where it is; later output starts on a new line."""
@@ -113,9 +176,27 @@ class SilentConsole(Console):
 
 
 def print_line(text: str, stream: TextIO | None = None) -> None:
-    """Print lines to standard output or `stream`. Report a failure once on standard error, and go on."""
+    """Print lines to standard output or `stream`, escaped, because they hold names and text of files.
+
+    Reports a failure once on standard error, and goes on.
+    """
     target = stream or sys.stdout
-    _written(lambda: print(text, file=target, flush=True), target)
+    _written(lambda: print(shown(text), file=target, flush=True), target)
+
+
+def print_result(text: str, end: str = "\n", raw: bool = False) -> None:
+    """Print the result of a command to standard output, escaped. Raises OSError.
+
+    `raw` is for generated text, JSON and files: as they are, but escaped on a terminal.
+    """
+    stream = sys.stdout
+    whole = shown(text) if not raw else escaped(text) if stream.isatty() else text
+    _encoded(lambda: print(whole, end=end, flush=True), stream)
+
+
+def print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print an uncaught exception as Python does, escaped: for sys.excepthook."""
+    print_line("".join(traceback.format_exception(kind, error, trace)).rstrip("\n"), sys.stderr)
 
 
 _told: set[str] = set()
@@ -123,20 +204,25 @@ _told: set[str] = set()
 
 
 def _written(write: Callable[[], None], stream: TextIO) -> None:
-    """Call `write`; escape characters that the stream cannot encode, and survive a full disk, a closed pipe and a closed stream."""
+    """Call `write`, and survive a full disk, a closed pipe and a closed stream."""
     try:
-        try:
-            write()
-        except UnicodeEncodeError as error:
-            if not isinstance(stream, TextIOWrapper):
-                raise
-            stream.reconfigure(errors="backslashreplace")
-            _tell_once(f"note: the output's encoding is {error.encoding}; other characters are escaped")
-            write()
+        _encoded(write, stream)
     except (OSError, ValueError) as error:
         _tell_once(f"warning: output cannot be written ({error}); work goes on without it")
         if isinstance(error, BrokenPipeError):
             _discard(stream)
+
+
+def _encoded(write: Callable[[], None], stream: TextIO) -> None:
+    """Call `write`; escape characters that the stream cannot encode."""
+    try:
+        write()
+    except UnicodeEncodeError as error:
+        if not isinstance(stream, TextIOWrapper):
+            raise
+        stream.reconfigure(errors="backslashreplace")
+        _tell_once(f"note: the output's encoding is {error.encoding}; other characters are escaped")
+        write()
 
 
 def _tell_once(text: str) -> None:

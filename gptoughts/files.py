@@ -6,6 +6,9 @@ import fcntl
 import hashlib
 import json
 import os
+import re
+import stat
+import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,6 +16,10 @@ from typing import IO, Any
 
 MAX_BYTES = 512 << 20
 """Size of a file that is read as a whole: tokenizers and question data sets have tens of megabytes."""
+_SURROGATE = re.compile("[\ud800-\udfff]")
+MAX_NESTING = 100
+"""Depth of lists and tables in JSON and TOML; code that reads them recurses."""
+TOO_DEEP = "nested too deeply"
 TEMPORARY = ".tmp"
 """Part of the name of files that are being written; a kill can leave one."""
 
@@ -35,6 +42,33 @@ def scratch_dir(environment: Mapping[str, str] = os.environ) -> Path | None:
     return next((path for path in found if path.is_absolute() and path.is_dir() and os.access(path, os.W_OK | os.X_OK)), None)
 
 
+def make_private(folder: Path, new: bool = False) -> None:
+    """Create a folder and its missing parents for this user alone, mode 0700. One that exists keeps its mode.
+
+    Below a set-group-ID folder, the usual form of a group's shared folder, the group gets that folder's rights, as far as
+    the umask allows. Raises FileExistsError if `new` and the folder exists, and OSError.
+    """
+    if not new and folder.is_dir():
+        return
+    if folder != folder.parent:
+        make_private(folder.parent)
+    above = folder.parent.stat().st_mode
+    folder.mkdir(mode=0o700 | (above & 0o070 if above & stat.S_ISGID else 0), exist_ok=not new)
+
+
+def open_to_all(folder: Path) -> Path | None:
+    """Return the folder, or the first parent, in which every user of the machine can replace what is executed; None if there is none.
+
+    In a parent with the sticky bit, as /tmp has, only the owner of a file replaces it.
+    """
+    place = folder.resolve()
+    for here in (place, *place.parents):
+        mode = here.stat().st_mode if here.exists() else 0
+        if mode & stat.S_IWOTH and (here == place or not mode & stat.S_ISVTX):
+            return here
+    return None
+
+
 def hub_home(environment: Mapping[str, str] = os.environ) -> Path:
     """Return the folder of Hugging Face's caches: `$HF_HOME`, else below `$XDG_CACHE_HOME`, scratch or ~/.cache."""
     if environment.get("HF_HOME"):
@@ -50,6 +84,17 @@ def regular(path: Path) -> Path:
     return path
 
 
+def is_file_name(name: str) -> bool:
+    """Return whether a file can have this name: no slash, no NUL, valid Unicode, at most 255 bytes."""
+    return 0 < len(name.encode("utf-8", "surrogatepass")) <= 255 and not set(name) & set("/\0") and not _SURROGATE.search(name)
+
+
+def is_path(text: str) -> bool:
+    """Return whether a file or folder can have this path."""
+    parts = [part for part in text.split("/") if part]
+    return len(text.encode("utf-8", "surrogatepass")) < 4096 and all(map(is_file_name, parts)) and "\0" not in text
+
+
 def read_limited(path: Path, limit: int = MAX_BYTES) -> bytes:
     """Return the content of a regular file of at most `limit` bytes. Raises OSError, ValueError."""
     with regular(path).open("rb") as file:
@@ -61,10 +106,40 @@ def read_limited(path: Path, limit: int = MAX_BYTES) -> bytes:
 
 def parse_json(text: str | bytes) -> Any:
     """Return the value of a JSON text. Raises ValueError, also for values that are nested too deeply."""
+    opening = (b"[", b"{") if isinstance(text, bytes) else ("[", "{")
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except RecursionError:
-        raise ValueError("nested too deeply") from None
+        raise ValueError(TOO_DEEP) from None
+    if sum(map(text.count, opening)) > MAX_NESTING and depth_of(value) > MAX_NESTING:  # type: ignore[arg-type]
+        raise ValueError(TOO_DEEP)
+    return value
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """Return the tables of a TOML text. Raises ValueError, also for tables that are nested too deeply and integers beyond 64 bits."""
+    try:
+        found = tomllib.loads(text)
+    except RecursionError:
+        raise ValueError(TOO_DEEP) from None
+    if depth_of(found) > MAX_NESTING:
+        raise ValueError(TOO_DEEP)
+    level: list[Any] = [found]
+    while level:
+        value = level.pop()
+        if isinstance(value, int) and value.bit_length() > 64:  # 0xfff...: Python could not print it
+            raise ValueError("an integer of more than 64 bits")
+        level += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return found
+
+
+def depth_of(value: Any) -> int:
+    """Return how deep lists and tables are nested, at most MAX_NESTING + 1; 0 for a number or text. Does not recurse."""
+    depth, level = 0, [value]
+    while depth <= MAX_NESTING and (level := [one for one in level if isinstance(one, dict | list)]):
+        depth += 1
+        level = [inner for one in level for inner in (one.values() if isinstance(one, dict) else one)]
+    return depth
 
 
 def load_json(path: Path, limit: int = MAX_BYTES) -> Any:

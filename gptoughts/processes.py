@@ -6,8 +6,10 @@ exit then, so none is orphaned. No child looks for modules in the current folder
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -116,6 +118,78 @@ class Child:
 
     def __exit__(self, kind: object, *_: object) -> None:
         self.close(GRACE_SECONDS if kind is None else 0)
+
+
+class LimitExceeded(Exception):
+    """A limited child exceeded a limit and was ended: `takes too long`, `takes too much memory`, or the child's own word."""
+
+
+class LimitedChild:
+    """A child that answers requests from files of others, each within limits on CPU time and memory.
+
+    `module.function()` returns, in the child, a function from request to answer (a table); an answer with the key `limit` ends the
+    child. It starts with the first request, and again after one that exceeded a limit. Safe to use from several threads.
+    """
+
+    def __init__(self, module: str, function: str, seconds: float, memory_bytes: int) -> None:
+        self._arguments = (module, function, seconds, memory_bytes)
+        self._child: Child | None = None
+        self.lock = threading.RLock()
+        atexit.register(self.close)
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the child of the previous request still serves."""
+        return self._child is not None
+
+    def ask(self, request: Any) -> dict[str, Any]:
+        """Return the answer to a request. Raises LimitExceeded."""
+        with self.lock:
+            if self._child is None:
+                self._child = Child(__name__, "serve_limited", *self._arguments)
+            try:
+                answer: dict[str, Any] = self._child.ask(request)[0]
+            except ChildDied as error:
+                self.close()
+                reason = "takes too long" if error.code == -signal.SIGPROF else f"ended its process ({error})"
+                raise LimitExceeded(reason) from None
+            if "limit" in answer:
+                self.close()
+                raise LimitExceeded(answer["limit"])
+            return answer
+
+    def close(self) -> None:
+        """End the child; the next request starts another."""
+        if self._child is not None:
+            self._child.close(1)
+        self._child = None
+
+
+def serve_limited(
+    requests: IO[bytes], answers: IO[bytes], module: str, function: str, seconds: float, memory_bytes: int
+) -> None:
+    """Answer requests of a LimitedChild until the parent closes the pipe or dies."""
+    if sys.platform == "linux":
+        resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    answer_to = getattr(import_module(module), function)()
+    while True:
+        try:
+            request, _ = receive(requests)
+        except EOFError:
+            return
+        signal.setitimer(signal.ITIMER_PROF, seconds)  # its default action ends the process, also inside C code
+        try:
+            answer = answer_to(request)
+        except MemoryError:
+            answer = {"limit": "takes too much memory"}
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        try:
+            send(answers, answer)
+        except BrokenPipeError:
+            return
+        if "limit" in answer:
+            return
 
 
 class SignalClock:

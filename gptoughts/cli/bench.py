@@ -9,6 +9,7 @@ from pathlib import Path
 
 from gptoughts.api import ResolvedRun, decide
 from gptoughts.cli.train import require_torch
+from gptoughts.console import print_line, print_result, redacted
 from gptoughts.diagnostics.bench.variants import RunRequest
 from gptoughts.errors import ConfigError, LayerError
 
@@ -39,7 +40,7 @@ def layers(
 
     path = _target(out)
     run = bench_layers(setting, ask, rounds, steps, _command(), _progress)
-    print(layers_text(run))
+    print_result(layers_text(run))
     if path is not None:
         runs = keep(path, run, SAME_MEASUREMENT)
         draw_layers(runs, path.with_suffix(".png"))
@@ -70,7 +71,7 @@ def parity(
     named = [slot.strip().replace("-", "_") for slot in slots.split(",")] if slots else []
     path = _target(out)
     run = bench_parity(setting, ask, steps=steps, seeds=seeds, named=named, command=_command(), say=_progress)
-    print(parity_text(run))
+    print_result(parity_text(run))
     if path is not None:
         runs = keep(path, run, (*SAME_MEASUREMENT, "in_question"))
         draw_parity(run, path.with_suffix(".png"))
@@ -101,7 +102,7 @@ def scaling(
     request = request_of(setting, ranks, strategies, options, threads, (only,) if only else (STRONG, WEAK))
     path = _target(out)
     if ranks is not None and "1" not in [word.strip() for word in ranks.split(",")]:
-        print("note: --ranks without 1: the single process is measured too, as the base", flush=True)
+        print_result("note: --ranks without 1: the single process is measured too, as the base")
     from gptoughts.diagnostics.bench.figures import keep
     from gptoughts.diagnostics.bench.picture import draw_scaling
     from gptoughts.diagnostics.bench.scaling import bench_scaling
@@ -109,7 +110,7 @@ def scaling(
     from gptoughts.files import write_text
 
     run = bench_scaling(setting, ask, request, rounds=rounds, steps=steps, command=_command(), say=_progress)
-    print(scaling_text(run))
+    print_result(scaling_text(run))
     if path is not None:
         runs = keep(path, run, (*SAME_MEASUREMENT, "threads_per_rank"))
         draw_scaling(run, path.with_suffix(".png"))
@@ -130,9 +131,9 @@ def gemm(largest: int | None, out: str | None) -> int:
 
     here, path = probe(), _target(out)
     run = bench_gemm(here, _command(), _progress, effort_for(here, largest))
-    print(gemm_text(run))
+    print_result(gemm_text(run))
     if largest is None:  # small matrices do not reach the peak
-        print(f"kept in {save_measured_peaks(here, measured_peaks_of(run))}")
+        print_result(f"kept in {save_measured_peaks(here, measured_peaks_of(run))}")
     if path is not None:
         runs = keep(path, run, ("what", "device"))
         write_text(path.with_suffix(".md"), gemm_markdown(runs))
@@ -147,7 +148,7 @@ def _resolve(
     setting = decide(recipe, profile, fields, layers, plugin)
     require_torch()
     for note in setting.plan.notes:
-        print(f"note: {note}", flush=True)
+        print_result(f"note: {note}")
     return setting, RunRequest(recipe, profile, fields, tuple(plugin))
 
 
@@ -165,12 +166,12 @@ def _target(out: str | None) -> Path | None:
 
 
 def _progress(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print_line(text, sys.stderr)
 
 
 def _print_kept(path: Path, *others: str) -> None:
-    print(f"kept in {', '.join(str(path.with_suffix(end)) for end in (path.suffix, *others))}")
+    print_result(f"kept in {', '.join(str(path.with_suffix(end)) for end in (path.suffix, *others))}")
 
 
 def _command() -> str:
-    return shlex.join(["gptoughts", *sys.argv[1:]])
+    return str(redacted(shlex.join(["gptoughts", *sys.argv[1:]])))

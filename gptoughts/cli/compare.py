@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from gptoughts.console import print_result
+
 
 def compare(runs: Sequence[str]) -> int:
     """Print cautions, results, step time, wall time, and the differences of recipe and plan."""
@@ -11,5 +13,5 @@ def compare(runs: Sequence[str]) -> int:
     from gptoughts.diagnostics.report.run_data import load_named
     from gptoughts.diagnostics.report.text import comparison
 
-    print(comparison(load_named([locate(run) for run in runs])))
+    print_result(comparison(load_named([locate(run) for run in runs])))
     return 0

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from gptoughts.config.loader import load
 from gptoughts.config.resolve import resolve_recipe
+from gptoughts.console import print_result
 from gptoughts.errors import ConfigError
 
 
@@ -22,11 +23,13 @@ def show(recipe: str | None, fields: Mapping[str, str], layers: Mapping[str, str
     corpus = open_corpus(resolved)
     style: Style = "color" if sys.stdout.isatty() and "NO_COLOR" not in os.environ else "brackets"
     begin, end = MARKS[style]
-    print(f"recipe {resolved.name}, data {resolved.data.path} ({resolved.data.format}); {begin}learned tokens{end} are marked")
+    print_result(
+        f"recipe {resolved.name}, data {resolved.data.path} ({resolved.data.format}); {begin}learned tokens{end} are marked"
+    )
     for number, row in enumerate(first_rows(corpus, resolved, count), 1):
-        print(f"--- sample {number}: {row_summary(row)}")
-        print(render_row(corpus.tokenizer, row, style))
-    print("---")
+        print_result(f"--- sample {number}: {row_summary(row)}")
+        print_result(render_row(corpus.tokenizer, row, style))
+    print_result("---")
     for line in split_summaries(corpus, resolved):
-        print(line)
+        print_result(line)
     return 0

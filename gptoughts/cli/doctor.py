@@ -5,6 +5,7 @@ from __future__ import annotations
 from json import dumps
 from pathlib import Path
 
+from gptoughts.console import print_result
 from gptoughts.diagnostics.doctor.diagnosis import diagnose, examine, look
 from gptoughts.diagnostics.doctor.text import text
 from gptoughts.hardware.machine import probe
@@ -18,11 +19,11 @@ def doctor(json: bool, machine_json: bool = False, quick: bool = False) -> int:
     """Print the diagnosis as text or JSON; return 0 if training can start, otherwise 1. `quick` skips checks that run something."""
     machine = probe()
     if machine_json:
-        print(dumps(machine.to_json(), indent=2))
+        print_result(dumps(machine.to_json(), indent=2), raw=True)
         return 0
     folder = Path.cwd()
     left_out = QUICK if quick else "" if "torch" in machine.packages else WITHOUT_TORCH
     checks = (look if quick else examine)(machine, folder)
     diagnosis = diagnose(machine, folder, checks, left_out)
-    print(dumps(diagnosis.to_json(), indent=2) if json else "\n".join(text(diagnosis)))
+    print_result(dumps(diagnosis.to_json(), indent=2) if json else "\n".join(text(diagnosis)), raw=json)
     return 0 if diagnosis.ready else 1

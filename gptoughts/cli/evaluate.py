@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptoughts.config.tasks import task_of
+from gptoughts.console import print_result
 from gptoughts.errors import ConfigError, DataError, nearest
 
 if TYPE_CHECKING:
@@ -60,11 +61,13 @@ def perplexity(
         "unigram_entropy": unigram,
     }
     if as_json:
-        print(json.dumps({"checkpoint": str(loaded.folder), "step": loaded.step, "split": split, **figures}, indent=1))
+        print_result(
+            json.dumps({"checkpoint": str(loaded.folder), "step": loaded.step, "split": split, **figures}, indent=1), raw=True
+        )
         return 0
-    print(f"{named(loaded)}, split {split} of {corpus.folder}: {labels:,} labels, {text_bytes:,} bytes")
+    print_result(f"{named(loaded)}, split {split} of {corpus.folder}: {labels:,} labels, {text_bytes:,} bytes")
     shown = {name: "n/a" if value is None else f"{value:.3f}" for name, value in figures.items()}
-    print(
+    print_result(
         f"loss {loss:.4f} nats per token, perplexity {shown['perplexity']}, {shown['bits_per_token']} bits per token, "
         f"{shown['bits_per_byte']} bits per byte; unigram entropy {unigram:.4f}"
     )
@@ -104,11 +107,11 @@ def compare(
         )
     found = difference(losses[0], losses[1])
     if as_json:
-        print(json.dumps({"first": losses[0].mean(), "second": losses[1].mean(), **vars(found)}, indent=1))
+        print_result(json.dumps({"first": losses[0].mean(), "second": losses[1].mean(), **vars(found)}, indent=1), raw=True)
         return 0
-    print(f"{checkpoint}  {losses[0].mean():.4f} nats per token over {found.windows:,} windows of {data}")
-    print(f"{other}  {losses[1].mean():.4f}")
-    print(f"difference  {found.mean:+.4f}, 95 % bootstrap interval {found.low:+.4f} to {found.high:+.4f}")
+    print_result(f"{checkpoint}  {losses[0].mean():.4f} nats per token over {found.windows:,} windows of {data}")
+    print_result(f"{other}  {losses[1].mean():.4f}")
+    print_result(f"difference  {found.mean:+.4f}, 95 % bootstrap interval {found.low:+.4f} to {found.high:+.4f}")
     return 0
 
 
@@ -190,10 +193,12 @@ def likelihood(
         "unigram_entropy": unigram,
     }
     if as_json:
-        print(json.dumps({"checkpoint": str(loaded.folder), "step": loaded.step, "split": split, **figures}, indent=1))
+        print_result(
+            json.dumps({"checkpoint": str(loaded.folder), "step": loaded.step, "split": split, **figures}, indent=1), raw=True
+        )
         return 0
-    print(f"{named(loaded)}, split {split} of {corpus.folder}: {found.tokens:,} tokens, {draws} maskings per window")
-    print(f"upper bound {nats:.4f} +- {error:.4f} nats per token; unigram entropy {unigram:.4f}")
+    print_result(f"{named(loaded)}, split {split} of {corpus.folder}: {found.tokens:,} tokens, {draws} maskings per window")
+    print_result(f"upper bound {nats:.4f} +- {error:.4f} nats per token; unigram entropy {unigram:.4f}")
     return 0
 
 
@@ -228,10 +233,10 @@ def squad(
     loaded.engine.micro_batch = batch
     figures = evaluate(loaded.engine, tables[split], questions[split], threshold=threshold, out=out)
     if as_json:
-        print(json.dumps({"checkpoint": str(loaded.folder), "step": loaded.step, **figures}, indent=1))
+        print_result(json.dumps({"checkpoint": str(loaded.folder), "step": loaded.step, **figures}, indent=1), raw=True)
         return 0
-    print(f"{named(loaded)}: {len(questions[split].asked):,} questions of {data or settings.val_path or settings.path}")
-    print("  ".join(f"{name} {value:.2f}" for name, value in figures.items()))
+    print_result(f"{named(loaded)}: {len(questions[split].asked):,} questions of {data or settings.val_path or settings.path}")
+    print_result("  ".join(f"{name} {value:.2f}" for name, value in figures.items()))
     if out is not None:
-        print(f"predictions in {Path(out) / 'predictions.json'}")
+        print_result(f"predictions in {Path(out) / 'predictions.json'}")
     return 0

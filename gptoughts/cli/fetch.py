@@ -9,6 +9,7 @@ from typing import Any
 
 from gptoughts.config.loader import load, recipe_names
 from gptoughts.config.model_path import HUB_NAME, is_offline, resolve_model_folder
+from gptoughts.console import print_result
 from gptoughts.errors import ConfigError, GptoughtsError, listed, nearest
 
 
@@ -24,10 +25,10 @@ def fetch(names: Sequence[str], dataset: Sequence[str]) -> int:
     wanted = dict.fromkeys([*(one for name in names for one in _wanted(name)), *(("dataset", name) for name in dataset)])
     problems = []
     if not wanted:
-        print(f"nothing to fetch: {', '.join(names)} needs no files from the hub")
+        print_result(f"nothing to fetch: {', '.join(names)} needs no files from the hub")
     for kind, name in wanted:
         try:
-            print(f"{kind:<8} {name}  {_download(kind, name)}", flush=True)
+            print_result(f"{kind:<8} {name}  {_download(kind, name)}")
         except GptoughtsError as error:
             problems.append(str(error))
     if problems:

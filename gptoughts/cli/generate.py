@@ -9,6 +9,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from gptoughts.console import print_line, print_result
 from gptoughts.errors import CheckpointError, ConfigError, DataError
 
 TOKENS = 200
@@ -65,14 +66,14 @@ def generate(
         nonlocal shown
         if index != shown:
             if shown >= 0:
-                print("\n" + "-" * 40)
-            print(f"> {texts[index]}\n" if chat else texts[index], end="")
+                print_result("\n" + "-" * 40, raw=True)
+            print_result(f"> {texts[index]}\n" if chat else texts[index], end="", raw=True)
             shown = index
-        print(piece, end="", flush=True)
+        print_result(piece, end="", raw=True)
 
     with stack:
         generate_text(model, tokenizer, prompts, recipe, mask_id, top_p=top_p, seed=seed, on_text=on_text, stops=stops)
-    print()
+    print_result("", raw=True)
     return 0
 
 
@@ -170,7 +171,7 @@ def check_room(model: Any, recipe: Any, mask_id: int | None, prompts: list[list[
         problem = f"prompt {number}: {len(ids):,} tokens exceed the context of {free:,}{new}"
         if chat:
             raise DataError(problem, fix=f"a shorter prompt{', or fewer --tokens' if new else ''}")
-        print(f"note: {problem}; its beginning is dropped", file=sys.stderr, flush=True)
+        print_line(f"note: {problem}; its beginning is dropped", sys.stderr)
 
 
 def asked(recipe: Any, sample: dict[str, Any], diffusion: dict[str, Any], mask_id: int | None) -> Any:

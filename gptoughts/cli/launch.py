@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from gptoughts.console import print_line
 from gptoughts.planning.environment import GUARD, SHORTAGE, preset_guard
 
 AGAIN = 5
@@ -31,7 +32,7 @@ def launch(ranks: int, words: Sequence[str], environment: Mapping[str, str], res
                 if code == 0 or not shortage.exists() or not resumes or again == 0:
                     break
                 shortage.unlink()
-                print("out of memory; restarting with the smaller micro-batch", file=sys.stderr, flush=True)
+                print_line("out of memory; restarting with the smaller micro-batch", sys.stderr)
     return code
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from gptoughts.api import default_recipe
 from gptoughts.config import loader as config
 from gptoughts.config.model_spec import spec_for
+from gptoughts.console import print_result
 from gptoughts.errors import ConfigError, PlanError, nearest
 from gptoughts.hardware.machine import probe
 from gptoughts.hardware.world import World
@@ -17,7 +18,7 @@ def recipes(name: str | None) -> int:
     """Print names and notes, or one recipe's file."""
     if name is not None:
         config.load(name)
-        print(config.find_recipe(name).read_text(encoding="utf-8"), end="")
+        print_result(config.find_recipe(name).read_text(encoding="utf-8"), end="", raw=True)
         return 0
     notes = {known: config.read_toml(config.PACKAGED_RECIPES / f"{known}.toml") for known in config.recipe_names()}
     _print([(known, table.get("note", "")) for known, table in notes.items()])
@@ -28,7 +29,7 @@ def profiles(name: str | None) -> int:
     """Print names and notes with the choice of auto marked, or one profile's file."""
     if name is not None:
         profile.read(name)
-        print(profile.find(name).read_text(encoding="utf-8"), end="")
+        print_result(profile.find(name).read_text(encoding="utf-8"), end="", raw=True)
         return 0
     machine = probe()
     try:
@@ -42,7 +43,7 @@ def profiles(name: str | None) -> int:
             for one in known
         ]
     )
-    print(footer)
+    print_result(footer)
     return 0
 
 
@@ -51,14 +52,14 @@ def layers(name: str | None, markdown: bool) -> int:
     if markdown:
         from gptoughts.cli.cards import layers_page
 
-        print(layers_page(CATALOG), end="")
+        print_result(layers_page(CATALOG), end="", raw=True)
         return 0
     if name is not None:
         if name not in CATALOG:
             raise ConfigError(f"no layer {name!r}{nearest(name, CATALOG)}. Layers: {', '.join(CATALOG)}")
         from gptoughts.cli.cards import card
 
-        print(card(CATALOG[name]))
+        print_result(card(CATALOG[name]))
         return 0
     machine = probe()
     recipe = config.load(default_recipe(machine)).recipe
@@ -66,8 +67,8 @@ def layers(name: str | None, markdown: bool) -> int:
     wide, wider = (2 + max(map(len, names)) for names in (SLOTS, CATALOG))
     for slot in SLOTS:
         for layer in (layer for layer in CATALOG.values() if layer.slot == slot):
-            print(f"{slot:<{wide}}{layer.name:<{wider}}{_state(layer, case)}")
-    print(f"for recipe {recipe.name} on {machine.label()}. Details: gptoughts layers NAME")
+            print_result(f"{slot:<{wide}}{layer.name:<{wider}}{_state(layer, case)}")
+    print_result(f"for recipe {recipe.name} on {machine.label()}. Details: gptoughts layers NAME")
     return 0
 
 
@@ -84,4 +85,4 @@ def _state(layer: Layer, case: Case) -> str:
 def _print(rows: list[tuple[str, str]]) -> None:
     width = max(len(row[0]) for row in rows)
     for first, second in rows:
-        print(f"{first:<{width}}  {second}")
+        print_result(f"{first:<{width}}  {second}")

@@ -5,6 +5,7 @@ Commands import their module when they run, so `--help` and `plan` load nothing 
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from typing import Any
@@ -24,10 +25,13 @@ from gptoughts.cli.options import (
     remote_code,
 )
 from gptoughts.cli.report_commands import report_commands
-from gptoughts.console import flush_output_at_exit, print_line
+from gptoughts.console import flush_output_at_exit, print_line, print_result, print_traceback
 from gptoughts.errors import GptoughtsError
 from gptoughts.planning.environment import Process
 from gptoughts.processes import shelter_children
+
+OF_THE_SYSTEM = {errno.ENAMETOOLONG: 2, errno.ENOSPC: 74, errno.EDQUOT: 74, errno.EIO: 74}
+"""Errors of the operating system that any file can raise, and their exit codes: of wrong usage, and EX_IOERR."""
 
 
 def build_cli() -> CommandGroup:
@@ -52,7 +56,7 @@ def _version(context: click.Context, parameter: click.Parameter, given: bool) ->
     if given:
         from gptoughts import __version__
 
-        click.echo(__version__)
+        print_result(__version__)
         context.exit()
 
 
@@ -68,7 +72,7 @@ def _renamed(context: click.Context, parameter: click.Parameter, given: str | No
         from gptoughts.hardware.world import is_quiet
 
         if not is_quiet(os.environ):
-            print("note: --run is now --name", file=sys.stderr)
+            print_line("note: --run is now --name", sys.stderr)
 
 
 def _old_name() -> str | None:
@@ -288,6 +292,7 @@ def main(arguments: list[str] | None = None) -> None:
     process = Process.OURS if arguments is None else Process.CALLERS
     if process is Process.OURS:
         flush_output_at_exit()
+        sys.excepthook = print_traceback
         shelter_children()
     try:
         build_cli().main(args=arguments, prog_name="gptoughts", standalone_mode=False, obj=process)
@@ -302,6 +307,9 @@ def main(arguments: list[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in OF_THE_SYSTEM:
+            named = f"{error.filename:.200}" if isinstance(error.filename, str) else "standard output"
+            _exit(f"error: {named}: {error.strerror}", OF_THE_SYSTEM[error.errno])
         meeting = _meeting()
         if meeting is None or meeting.claim(f"{type(error).__name__}: {error}"):
             raise

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 
 from gptoughts.api import decide
+from gptoughts.console import print_result
 
 
 def plan(
@@ -22,10 +23,10 @@ def plan(
     """Print the plan as a table or as JSON."""
     setting = decide(recipe, profile, fields, layers, plugin, machine, ranks=ranks, gpus=gpus, every_gpu=True)
     if as_json:
-        print(json.dumps({"recipe": setting.resolved.recipe.name, **setting.plan.to_json()}, indent=1))
+        print_result(json.dumps({"recipe": setting.resolved.recipe.name, **setting.plan.to_json()}, indent=1), raw=True)
         return 0
-    print(f"recipe {setting.resolved.recipe.name}")
-    print(setting.plan.table())
+    print_result(f"recipe {setting.resolved.recipe.name}")
+    print_result(setting.plan.table())
     if setting.probe_seconds is not None:
-        print(f"probed this machine in {setting.probe_seconds:.2f} s")
+        print_result(f"probed this machine in {setting.probe_seconds:.2f} s")
     return 0

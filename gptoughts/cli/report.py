@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from gptoughts.console import print_result, redacted
 from gptoughts.errors import ConfigError
 
 
@@ -25,7 +26,7 @@ def report(runs: Sequence[str], out: str | None) -> int:
             f"--to {path}: {'is a folder' if path.is_dir() else 'its folder does not exist'}", fix="--to FILE.html"
         )
     loaded = load_named(places)
-    text = page(loaded, __version__)
+    text = redacted(page(loaded, __version__))
     try:
         write_text(path, text)
     except OSError as error:
@@ -33,6 +34,6 @@ def report(runs: Sequence[str], out: str | None) -> int:
             f"--to {path}: cannot be written ({error.strerror})", fix="--to FILE.html in another folder"
         ) from None
     for line in cautions(loaded):
-        print(f"caution: {CAUTION}: {line}")
-    print(f"{path} ({len(text.encode()) / 1e6:.2f} MB)")
+        print_result(f"caution: {CAUTION}: {line}")
+    print_result(f"{path} ({len(text.encode()) / 1e6:.2f} MB)")
     return 0

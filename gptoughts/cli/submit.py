@@ -13,6 +13,7 @@ from typing import Any
 
 from gptoughts.config.loader import load
 from gptoughts.config.site import SlurmSite, read_site
+from gptoughts.console import print_result, redacted
 from gptoughts.errors import ConfigError
 from gptoughts.files import write_text
 from gptoughts.processes import module_words
@@ -68,16 +69,22 @@ def slurm(
     name = name or f"{loaded.recipe.name if loaded else 'gptoughts'}-{time.strftime('%Y%m%d-%H%M%S')}"
     words = _train_words(recipe, profile, fields, layers, plugin)
     text = job_file(settings, name, [*words, "--name", name])
+    secret = next((line for line in text.splitlines() if redacted(line) != line), None)
+    if secret is not None:
+        raise ConfigError(
+            "launch slurm: the job file would hold a secret", found=redacted(secret),
+            fix="leave it in the environment, which sbatch passes on",
+        )  # fmt: skip
     if dry_run:
-        print(text, end="")
+        print_result(text, end="", raw=True)
         return 0
     path = Path(out) if out else Path("logs") / f"{name}.sbatch"
     Path("logs").mkdir(exist_ok=True)  # SLURM does not make the folder of the output
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, text)
-    print(f"job file    {path}")
+    print_result(f"job file    {path}")
     if not submit:
-        print(f"next        sbatch {shlex.quote(str(path))}")
+        print_result(f"next        sbatch {shlex.quote(str(path))}")
         return 0
     _require("sbatch")
     return subprocess.run(["sbatch", str(path)], check=False).returncode
@@ -132,7 +139,7 @@ def _training(given: Mapping[str, Any]) -> list[str]:
 
 
 def _print_or_start(words: list[str], start: bool) -> int:
-    print(shlex.join(words), flush=True)
+    print_result(redacted(shlex.join(words)), raw=True)
     if start:
         _require(words[0])
         os.execvp(words[0], words)

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from gptoughts.cli.ending import end_at_signals
+from gptoughts.console import print_result
 from gptoughts.errors import DataError
 from gptoughts.hardware.world import world_from_environment
 
@@ -53,15 +54,17 @@ def tokenize(
     read = index.source
     size = f", {read['bytes'] / 1e6:.1f} MB" if read["bytes"] is not None else ""
     skipped = f", {read['empty_rows']} empty rows skipped" if read["empty_rows"] else ""
-    print(f"source     {read['spec']}  ({read['files']} files{size}{skipped})")
-    print(f"tokenizer  {index.tokenizer['kind']}  {index.vocab_size} ids, {index.dtype}, engine {index.tokenizer['engine']}")
+    print_result(f"source     {read['spec']}  ({read['files']} files{size}{skipped})")
+    print_result(
+        f"tokenizer  {index.tokenizer['kind']}  {index.vocab_size} ids, {index.dtype}, engine {index.tokenizer['engine']}"
+    )
     total = sum(split.tokens for split in index.splits.values())
     for name, split in index.splits.items():
         shards = f"{len(split.shards)} shard{'s' if len(split.shards) != 1 else ''}"
-        print(
+        print_result(
             f"{name:<10} {split.tokens:,} tokens, {split.documents:,} documents, {shards}, "
             f"unigram entropy {split.unigram_entropy:.3f} nats per token"
         )
-    print(f"time       {'already tokenized' if done else f'{seconds:.1f} s, {total / seconds / 1e6:.2f} Mtok/s'}")
-    print(f"folder     {folder}")
-    print(f"next       gptoughts train RECIPE --data.path {folder}")
+    print_result(f"time       {'already tokenized' if done else f'{seconds:.1f} s, {total / seconds / 1e6:.2f} Mtok/s'}")
+    print_result(f"folder     {folder}")
+    print_result(f"next       gptoughts train RECIPE --data.path {folder}")

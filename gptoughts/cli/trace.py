@@ -8,6 +8,7 @@ from pathlib import Path
 
 from gptoughts.api import ResolvedRun, decide
 from gptoughts.cli.train import apply_environment, require_torch
+from gptoughts.console import print_result
 from gptoughts.errors import ConfigError
 
 SETTLE_STEPS = 2
@@ -37,10 +38,10 @@ def trace(
 
     name = run_name or f"{setting.resolved.recipe.name}-trace-{time.strftime('%Y%m%d-%H%M%S')}"
     out: Path = run_folder(name, run_dir).out
-    print(setting.plan.table(), flush=True)
-    print(f"tracing steps {first} to {last}", flush=True)
+    print_result(setting.plan.table())
+    print_result(f"tracing steps {first} to {last}")
     record(setting, first, last, out, memory_history)
-    print(describe(out, f"{name}: steps {first} to {last} on {setting.plan.machine}"))
+    print_result(describe(out, f"{name}: steps {first} to {last} on {setting.plan.machine}"))
     return 0
 
 

@@ -27,6 +27,9 @@ REQUIRED = {
     "clip_qkv": (None,),
 }
 """Architecture keys -> supported values. A missing key counts as supported."""
+NEEDED = ("d_model", "n_heads", "n_layers")
+COUNTS = ("n_kv_heads", "mlp_hidden_size", "embedding_size", "vocab_size")
+NUMBERS = ("rope_theta", "mlp_ratio")
 
 
 def sizes(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -36,7 +39,15 @@ def sizes(config: Mapping[str, Any]) -> dict[str, Any]:
         for key, built in REQUIRED.items()
         if key in config and config[key] not in built
     ]
-    wrong += [f"missing {key}" for key in ("d_model", "n_heads", "n_layers") if key not in config]
+    wrong += [f"missing {key}" for key in NEEDED if config.get(key) is None]
+    wrong += [
+        f"{key} = {config[key]!r:.100} (a whole number of at least 1)"
+        for key in (*NEEDED, *COUNTS)
+        if config.get(key) is not None and (type(config[key]) is not int or config[key] < 1)
+    ]
+    wrong += [f"{key} = {config[key]!r:.100} (a number)" for key in NUMBERS if type(config.get(key, 1)) not in (int, float)]
+    if config.get("embedding_size") is None and config.get("vocab_size") is None:
+        wrong.append("missing vocab_size")
     if wrong:
         raise ConfigError(f"config.json of a LLaDA model: {'; '.join(wrong)}")
     inner = config.get("mlp_hidden_size") or config.get("mlp_ratio", 4) * config["d_model"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -27,8 +26,10 @@ from gptoughts.config.recipe import (
     leaf_types,
     type_word,
 )
+from gptoughts.console import redacted
 from gptoughts.errors import ConfigError, listed, nearest
 from gptoughts.errors import describe as problem_line
+from gptoughts.files import is_path, parse_toml, read_limited
 
 __all__ = [
     "DataConfig", "ModelConfig", "OptimConfig", "Recipe", "Resolved", "TrainConfig", "fields", "from_values", "load", "type_word",
@@ -36,6 +37,8 @@ __all__ = [
 
 PACKAGED_RECIPES = Path(__file__).parents[1] / "recipes"
 REMOTE_CODE = "model.remote_code"
+MOST_BYTES = 16 << 20
+"""Size of a TOML file."""
 
 
 def shown(path: Path) -> str:
@@ -62,7 +65,7 @@ class Resolved:
         return key in self.sources
 
     def to_toml(self) -> str:
-        """Return the recipe as TOML for `gptoughts train FILE`, each line with its source. Unset values are "none"."""
+        """Return the recipe as TOML for `gptoughts train FILE`, each line with its source, without secrets. Unset values are "none"."""
         lines, table = [], ""
         for key, value in self.values().items():
             head, _, leaf = key.rpartition(".")
@@ -70,7 +73,7 @@ class Resolved:
                 table = head
                 lines.append(f"\n[{table}]")
             source = "default" if key not in self.sources else _one_line(self.sources[key])
-            lines.append(f"{leaf} = {_toml(value)}  # {source}")
+            lines.append(f"{leaf} = {_toml(redacted(value))}  # {redacted(source)}")
         return "\n".join(lines) + "\n"
 
 
@@ -95,11 +98,11 @@ def find_recipe(name: str) -> Path:
 
 def find_toml(what: str, name: str, shipped: Path, known: list[str]) -> Path:
     """Return the file of `name`: a path if it has a slash or ends in .toml, else one of `shipped`. Raises ConfigError."""
-    is_path = name.endswith(".toml") or "/" in name
-    path = Path(name) if is_path else shipped / f"{name}.toml"
-    if path.is_file():
+    a_path = name.endswith(".toml") or "/" in name
+    path = Path(name) if a_path else shipped / f"{name}.toml"
+    if is_path(str(path)) and path.is_file():
         return path
-    if is_path:
+    if a_path:
         raise ConfigError(f"{what} {name}: no such file")
     raise ConfigError(
         f"{what} {name!r}: no such {what}{nearest(name, known)}; shipped: {', '.join(known)}, or a path to a .toml file"
@@ -109,10 +112,10 @@ def find_toml(what: str, name: str, shipped: Path, known: list[str]) -> Path:
 def read_toml(path: Path) -> dict[str, Any]:
     """Return the tables of a TOML file. Raises ConfigError if it cannot be read or is not TOML."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return parse_toml(read_limited(path, MOST_BYTES).decode("utf-8"))
     except OSError as error:
         raise ConfigError(f"{shown(path)}: cannot read it ({error.strerror})") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except ValueError as error:
         raise ConfigError(f"{shown(path)}: not valid TOML: {error}") from None
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gptoughts.errors import ConfigError
-from gptoughts.files import cache_dir, hub_home, load_json, wait_for_lock
+from gptoughts.files import cache_dir, hub_home, is_path, load_json, make_private, wait_for_lock
 from gptoughts.processes import Child, exit_text
 
 PACKAGE = "package:"
@@ -37,6 +37,8 @@ def resolve_model_folder(name: str) -> Path:
     `name` is a folder, a .gguf file or a folder with one (converted once into the user's cache), `package:NAME` for an
     installed Python package with either, or a hub name (downloaded unless cached). Raises ConfigError.
     """
+    if not is_path(name):
+        raise ConfigError("model: not a name or path of a file system", found=repr(name)[:100])
     if name.startswith(PACKAGE):
         return _in_package(name)
     path = Path(name).expanduser()
@@ -147,7 +149,7 @@ def check_sizes(content: Any, what: str) -> None:
 @contextmanager
 def _locked(lock: Path) -> Iterator[None]:
     try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
+        make_private(lock.parent)
         with lock.open("w") as file:
             wait_for_lock(file.fileno())
             yield

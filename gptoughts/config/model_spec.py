@@ -120,12 +120,12 @@ def _attention_window(config: Mapping[str, Any], depth: int | None, sequence_len
     every layer of the other models that name a `sliding_window` has it.
     """
     window, kinds = config.get("sliding_window"), config.get("layer_types")
-    if not isinstance(window, int) or window >= sequence_length or not depth:
+    if type(window) is not int or not 0 < window < sequence_length or not depth:
         return None
     if isinstance(kinds, list):
         windowed = kinds.count("sliding_attention")
     elif str(config.get("model_type")).startswith("qwen"):
-        windowed = max(0, depth - int(config.get("max_window_layers", 28))) if config.get("use_sliding_window") else 0
+        windowed = max(0, depth - (config.get("max_window_layers") or 28)) if config.get("use_sliding_window") else 0
     else:
         windowed = depth
     return (windowed * window + (depth - windowed) * sequence_length) / depth if windowed else None

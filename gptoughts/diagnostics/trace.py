@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from gptoughts.api import ResolvedRun
+from gptoughts.console import print_result, redacted
 from gptoughts.console import share as in_per_cent
 from gptoughts.diagnostics.bench.training import open_training
 from gptoughts.engine.trainer import run_step
@@ -127,7 +128,7 @@ def record(setting: ResolvedRun, first: int, last: int, out: Path, memory_histor
         with ExitStack() as stack:
             if memory_history:
                 if not setting.machine.gpus:
-                    print("note: --memory-history: records GPU allocations, and there is no GPU", flush=True)
+                    print_result("note: --memory-history: records GPU allocations, and there is no GPU")
                 stack.enter_context(history(torch.device("cuda" if setting.machine.gpus else "cpu")))
             training = stack.enter_context(open_training(setting))
             engine, schedule = training.engine, training.session.length.rate
@@ -149,6 +150,7 @@ def record(setting: ResolvedRun, first: int, last: int, out: Path, memory_histor
 def describe(out: Path, title: str) -> str:
     """Summarize the trace in `out`, write the summary as Markdown, JSON and a plot beside it, and return its text."""
     summary = summarize(read(out / "trace.json.gz"))
+    title = redacted(title)
     text = summary.markdown(title)
     (out / "trace.md").write_text(text, encoding="utf-8")
     (out / "trace.summary.json").write_text(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gptoughts.errors import ConfigError
-from gptoughts.files import cache_dir, load_json, write_json
+from gptoughts.files import cache_dir, load_json, make_private, write_json
 from gptoughts.hardware.machine import Machine
 from gptoughts.hardware.peak_flops import peaks
 from gptoughts.hardware.world import World
@@ -71,7 +71,7 @@ def save_measured_peaks(machine: Machine, found: MeasuredPeaks) -> Path:
     speeds = _higher(before.gb_per_second if before else {}, found.gb_per_second)
     rows = {**_rows(), key(machine): {**vars(found), "tflops": tflops, "gb_per_second": speeds}}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_private(path.parent)
         write_json(path, rows, shared=True)
     except OSError as error:
         raise ConfigError(

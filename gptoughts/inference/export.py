@@ -21,8 +21,10 @@ from torch import Tensor, nn
 from gptoughts.config import hf_spec
 from gptoughts.config.loader import Recipe
 from gptoughts.config.tasks import task_of
+from gptoughts.data.chat.template import read_json
 from gptoughts.data.tokenizers.tokenizer import JsonTokenizer, Tokenizer
 from gptoughts.errors import CheckpointError, ConfigError
+from gptoughts.files import parse_json
 from gptoughts.models.gpt import gpt2_layout, llada_layout, llama_layout
 from gptoughts.models.gpt.gpt import GPT
 
@@ -286,11 +288,11 @@ def _tokenizer_files(origin: Path | None, base_files: Mapping[str, str]) -> dict
         return texts
     texts["chat_template.jinja"] = (own / "chat_template.jinja").read_text(encoding="utf-8")
     if (own / "tokenizer_config.json").is_file():
-        config = json.loads((own / "tokenizer_config.json").read_text(encoding="utf-8"))
-        base = json.loads(texts.get("tokenizer_config.json", "{}"))
+        config = read_json(own / "tokenizer_config.json")
+        base = parse_json(texts.get("tokenizer_config.json", "{}"))
         base.pop("chat_template", None)
-        kind = base.get("tokenizer_class", config.get("tokenizer_class"))
-        texts["tokenizer_config.json"] = json.dumps({**base, **config, "tokenizer_class": kind}, indent=2) + "\n"
+        kind = {"tokenizer_class": base.get("tokenizer_class", config.get("tokenizer_class"))}
+        texts["tokenizer_config.json"] = json.dumps({**base, **config, **kind}, indent=2) + "\n"
     return texts
 
 
@@ -309,9 +311,8 @@ def _write_tokenizer(tokenizer: Tokenizer, folder: Path, origin: Path | None, re
     texts = _tokenizer_files(origin, _base_files(origin, recipe) if recipe.model.family == "hf" else {})
     _write_texts(folder, texts)
     if "tokenizer_config.json" not in texts:
-        end = next(
-            (t["content"] for t in json.loads(tokenizer.canonical).get("added_tokens", []) if t["id"] == tokenizer.eot_id), None
-        )
+        added = tokenizer.spec.get("added_tokens") or []
+        end = next((token["content"] for token in added if token["id"] == tokenizer.eot_id), None)
         config = {"tokenizer_class": "PreTrainedTokenizerFast", **({"eos_token": end, "bos_token": end} if end else {})}
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     sample = text[:4000]

@@ -132,9 +132,12 @@ def trained_recipe(folder: Path, base: str | None, remote_code: str | None = Non
     state = checkpoint.read_state(folder)
     try:
         values = dict(state["run"]["circumstances"]["recipe"])
+        step = int(state["step"])
     except KeyError:
         raise CheckpointError(f"{folder}: model trained by `gptoughts.fit`, which only its own code can build") from None
-    values.pop("rows")
+    except (TypeError, ValueError, OverflowError) as error:
+        raise CheckpointError(f"{folder / 'state.json'}: no recipe or step ({error})", fix="an earlier checkpoint") from None
+    values.pop("rows", None)
     adapted = values.get("adapter.kind", "none") != "none"
     if (folder / "base").is_dir() and not adapted and values.get("model.remote_code") is None:
         # The checkpoint stores the weights and their config, so the initial model folder is not needed.
@@ -145,7 +148,7 @@ def trained_recipe(folder: Path, base: str | None, remote_code: str | None = Non
         values["model.path"] = base
     values |= {REMOTE_CODE: consent(folder, values.get("model.path"), remote_code, values.get(REMOTE_CODE) is not None)}
     recipe = from_values({key: value for key, value in values.items() if value is not None}, str(folder)).recipe
-    return recipe, state["step"]
+    return recipe, step
 
 
 def consent(folder: Path, path: str | None, given: str | None, needed: bool) -> str | None:

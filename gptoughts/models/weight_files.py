@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gptoughts.errors import CheckpointError
-from gptoughts.files import load_json, parse_json, regular
+from gptoughts.files import is_file_name, load_json, parse_json, regular
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -64,7 +64,7 @@ def shards_of(index: Path) -> list[Path]:
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
         raise CheckpointError(f"{index}: no weight_map")
     files = sorted(set(names.values()))
-    outside = [name for name in files if name in ("", ".", "..") or Path(name).name != name or "\0" in name]
+    outside = [name for name in files if name in ("", ".", "..") or Path(name).name != name or not is_file_name(name)]
     if outside:
         raise CheckpointError(f"{index}: a shard must be a file name in this folder", found=repr(outside[0])[:200])
     missing = [name for name in files if not (index.parent / name).is_file()]

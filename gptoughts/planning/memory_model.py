@@ -158,7 +158,7 @@ def verdict(need: int, memory_bytes: int | None) -> Verdict:
     """Compare `need` bytes with a memory of `memory_bytes`, with a reserve."""
     if memory_bytes is None:
         return Verdict.UNKNOWN
-    share = need / memory_bytes
+    share = need / max(1, memory_bytes)
     return Verdict.FITS if share <= FITS_SHARE else Verdict.TIGHT if share <= TIGHT_SHARE else Verdict.DOES_NOT
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from gptoughts.console import redacted
 from gptoughts.planning.layer import SLOTS, Choice
 from gptoughts.planning.memory_fit import MemoryCheck
 
@@ -54,8 +55,8 @@ class Plan:
         return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:16]
 
     def to_json(self) -> dict[str, Any]:
-        """Return the plan as plain data, with every reason."""
-        return {
+        """Return the plan as plain data, with every reason, without secrets."""
+        plain = {
             "profile": self.profile,
             "machine": self.machine,
             "world_size": self.world_size,
@@ -67,6 +68,7 @@ class Plan:
             "model": dict(self.spec),
             "memory": self.memory.to_json() if self.memory else {},
         }
+        return dict(redacted(plain))
 
     def table(self) -> str:
         """Return the plan as text: slot, layer and every reason."""

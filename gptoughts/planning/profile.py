@@ -13,6 +13,7 @@ from gptoughts.config.loader import describe, find_toml, read_toml, shown
 from gptoughts.console import GIB
 from gptoughts.errors import ConfigError, PlanError, listed
 from gptoughts.errors import describe as describe_problem
+from gptoughts.files import is_path
 from gptoughts.hardware.machine import Machine
 
 _PACKAGE = Path(__file__).parents[1]
@@ -130,7 +131,7 @@ def read(name: str) -> Profile:
 def _find_base(name: str, child: Path) -> Path:
     """Resolve `extends`: a path relative to the profile, a profile of that name beside it, or a shipped one; never itself."""
     beside = child.parent / (name if name.endswith(".toml") else f"{name}.toml")
-    if beside.is_file() and beside.resolve() != child.resolve():
+    if is_path(str(beside)) and beside.is_file() and beside.resolve() != child.resolve():
         return beside
     try:
         found = find_toml("profile", name, folder(), names())

@@ -6,7 +6,6 @@ checkpoint, so a killed attempt loses less than a second or one step to `restart
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -17,7 +16,7 @@ from gptoughts.console import LOGGER, duration, share
 from gptoughts.engine.callback import Callback
 from gptoughts.engine.engine import Engine
 from gptoughts.engine.progress import Progress, StepStats
-from gptoughts.files import write_json
+from gptoughts.files import load_json, write_json
 
 FILE = "goodput.json"
 PARTS = ("start", "compile", "productive", "data", "evaluation", "checkpoint", "sample", "restart", "redone", "other")
@@ -189,12 +188,12 @@ def _redo(parts: dict[str, float], checkpoints: dict[str, dict[str, float]], res
 def _read(file: Path) -> tuple[dict[str, float], list[dict[str, Any]], dict[str, dict[str, float]]]:
     """Return parts, attempts and checkpoints of earlier attempts; empty ones for a file that is missing or damaged."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = load_json(file)
         parts = {part: float(content["parts"][part]) for part in PARTS}
         attempts = [dict(one, ended=float(one["ended"]), end=str(one["end"])) for one in content["attempts"]]
         checkpoints = {
             str(int(step)): {part: float(kept[part]) for part in REDONE} for step, kept in content["checkpoints"].items()
         }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return dict.fromkeys(PARTS, 0.0), [], {}
     return parts, attempts, checkpoints

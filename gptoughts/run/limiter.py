@@ -6,7 +6,6 @@ A verdict needs no profiler: it compares shares of the window's wall time that w
 from __future__ import annotations
 
 import gc
-import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from torch import nn
 
 from gptoughts.console import Console, bytes_in_words, share
 from gptoughts.engine.progress import COMMUNICATION, DATA_WAIT, OPTIMIZER, PARTS
+from gptoughts.files import parse_json
 from gptoughts.layers.support.compile import recompiles
 from gptoughts.planning.evidence import StepTrace
 from gptoughts.run.advice import Advisor
@@ -263,7 +263,7 @@ def newest_sample(samples: Path | None) -> Mapping[str, Any]:
         lines = file.read().decode("utf-8", errors="replace").splitlines()
     for line in reversed(lines):
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError:
             continue  # cut by the writer, or by the seek
         return row if isinstance(row, dict) else {}

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from gptoughts.config.loader import Resolved
+from gptoughts.console import redacted
 from gptoughts.data.batches import Cursor
 from gptoughts.engine.checkpoint import integrity, store
 from gptoughts.engine.distributed.ranks import Ranks
@@ -147,7 +148,7 @@ def find_on_rank_0(folder: RunFolder, resume: str, ranks: Ranks) -> tuple[Resume
 def fingerprint(resolved: Resolved, plan: Plan, rows: int) -> dict[str, Any]:
     """Return everything that must be equal for a resumed run to continue bit for bit."""
     values = {key: value for key, value in resolved.values().items() if not key.startswith("track.")}
-    return {
+    here = {
         "recipe": {**values, "rows": rows},
         "layers": {choice.slot: [choice.layer, dict(choice.options)] for choice in plan.choices},
         "machine": plan.machine,
@@ -155,6 +156,7 @@ def fingerprint(resolved: Resolved, plan: Plan, rows: int) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "versions": {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()},
     }
+    return dict(redacted(here))
 
 
 def check_shape(point: ResumePoint, now: Mapping[str, Any]) -> None:
@@ -185,7 +187,7 @@ def check_shape(point: ResumePoint, now: Mapping[str, Any]) -> None:
 def changes(point: ResumePoint, now: Mapping[str, Any]) -> list[str]:
     """Return one line per difference, `key: old | new`, without the harmless keys."""
     old, new = _flat(point.state["circumstances"]), _flat(json.loads(json.dumps(now)))
-    keys = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]
+    keys = [key for key in dict.fromkeys([*old, *new]) if redacted(old.get(key)) != new.get(key)]
     return [f"{key}: {old.get(key)} | {new.get(key)}" for key in keys if key.removeprefix("recipe.") not in HARMLESS]
 
 

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from gptoughts.console import LOGGER, bytes_in_words
+from gptoughts.console import LOGGER, bytes_in_words, redacted
 from gptoughts.engine.checkpoint import store
 from gptoughts.engine.engine import Engine
 from gptoughts.errors import RunError
-from gptoughts.files import cache_dir, free_bytes, scratch_dir, write_json, writing_problem
+from gptoughts.files import (
+    cache_dir,
+    free_bytes,
+    load_json,
+    make_private,
+    open_to_all,
+    scratch_dir,
+    write_json,
+    writing_problem,
+)
 from gptoughts.models.sources import shape_of
 from gptoughts.run.tracking.run_dir import RunFolder
 
@@ -61,7 +70,7 @@ def storage_errors() -> Iterator[None]:
 def write_record(path: Path, value: Any) -> None:
     """Write a JSON file that training can do without; warn where it cannot be written."""
     try:
-        write_json(path, value)
+        write_json(path, redacted(value))
     except OSError as error:
         LOGGER.warning("%s: cannot be written: %s", path, error.strerror or error)
 
@@ -80,6 +89,7 @@ def check_temporary(environment: Mapping[str, str] = os.environ) -> None:
         folder = Path(environment[name]) if environment.get(name) else None
         if folder is not None and folder.exists():  # its compiler creates it otherwise
             _require(name, folder)
+            _check_writers(name, folder)
 
 
 def _require(name: str, folder: Path) -> None:
@@ -89,10 +99,22 @@ def _require(name: str, folder: Path) -> None:
         raise RunError(f"{name}: {folder} cannot be written ({problem})", fix=fix)
 
 
+def _check_writers(name: str, folder: Path) -> None:
+    """Raise RunError if everybody can write a compiler's cache, whose files are executed; warn if a group or another user can."""
+    place = open_to_all(folder)
+    if place is not None:
+        raise RunError(f"{name}: everybody can write {place}, and cached code is executed", fix=f"chmod o-w {place}")
+    state = folder.stat()
+    if state.st_uid not in (0, os.geteuid()):
+        LOGGER.warning("%s: %s belongs to user %d, and cached code is executed", name, folder, state.st_uid)
+    elif state.st_mode & stat.S_IWGRP and state.st_gid != state.st_uid:  # each user's own group has the user's number
+        LOGGER.warning("%s: group %d can write %s, and cached code is executed", name, state.st_gid, folder)
+
+
 def checkpoint_bytes(engine: Engine, resumed: Path | None, trained_only: bool) -> int:
     """Return the size of a checkpoint: that of the one resumed from, else weights and two float32 moments per trained parameter."""
     if resumed is not None:
-        files = json.loads((resumed / "manifest.json").read_text(encoding="utf-8"))["files"]
+        files = load_json(resumed / "manifest.json")["files"]
         return sum(entry["bytes"] for entry in files.values())
     total = 0
     for parameter in engine.bare.parameters():
@@ -125,7 +147,7 @@ def other_folders(needed: int, environment: Mapping[str, str] = os.environ) -> I
         seen.add(folder)
         if folder == candidates[-1]:
             try:
-                folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+                make_private(folder)
             except OSError:
                 continue
         free = free_bytes(folder)

@@ -160,6 +160,8 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     binary.write_bytes(b"\xff\xfe\x00")
     for name, words in (
         (str(binary), "not valid TOML"),
+        ("x" * 300, "no such recipe"),
+        (f"{'x' * 300}.toml", "no such file"),
         (str(tmp_path / "none.toml"), "none.toml: no such file"),
         (f"{tmp_path}/", "no such file"),
         ("quikstart", "recipe 'quikstart': no such recipe (did you mean 'quickstart'?); shipped: "),

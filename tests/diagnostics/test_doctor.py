@@ -142,7 +142,7 @@ def test_versions(packages: dict[str, str], missing: list[str]) -> None:
 
 
 def test_an_old_torch_is_found_and_does_not_stop() -> None:
-    (found,) = findings(torch("h100", "2.9.1+cu128"))
+    found, _ = findings(torch("h100", "2.9.1+cu128"))
     assert (found.weight, found.what) == ("costs", "unsupported version: torch>=2.10,<2.14 (found 2.9.1+cu128)")
 
 

@@ -153,7 +153,7 @@ def test_a_tensor_file_that_the_manifest_does_not_list(whole: Path, tmp_path: Pa
     assert path == folder / "step-000010" and "optimizer.safetensors is not in manifest.json" in lines
 
 
-STATES = {
+STATES: dict[str, tuple[dict[str, Any], str]] = {
     "another step": ({"step": 30}, "of step 30"),
     "no run": ({"run": None}, "no mapping 'run'"),
     "a run of a list": ({"run": []}, "no mapping 'run'"),

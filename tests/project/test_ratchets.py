@@ -134,6 +134,20 @@ def test_no_error_is_swallowed() -> None:
     assert silent == []
 
 
+def test_everything_is_printed_by_the_console_which_escapes_it() -> None:
+    """A name or text of a file must not send commands to the terminal."""
+    found = []
+    for path in FILES:
+        if path == PACKAGE / "console.py":
+            continue
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in (
+                "print", "click.echo", "click.secho", "sys.stdout.write", "sys.stderr.write", "sys.stdout.buffer.write",
+            ):  # fmt: skip
+                found.append(place(path, node))
+    assert found == []
+
+
 def test_no_pickle() -> None:
     found = []
     for path in FILES:

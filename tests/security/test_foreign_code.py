@@ -197,7 +197,12 @@ def test_a_recipe_file_cannot_allow_code(here: Path, mark: Path) -> None:  # noq
 def test_an_unknown_model_is_refused_without_a_question(here: Path, mark: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(here / "modules"))
     asked: list[str] = []
-    monkeypatch.setattr("builtins.input", lambda text="": asked.append(text) or "y")
+
+    def answer(text: str = "") -> str:
+        asked.append(text)
+        return "y"
+
+    monkeypatch.setattr("builtins.input", answer)
     own_code("own")
     with pytest.raises((ConfigError, CheckpointError), match="model_type unknown to transformers"):
         offloaded("own", 1.0, None)

@@ -15,6 +15,7 @@ import jinja2.sandbox
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as Library
 
 from gptoughts.config.loader import from_values
 from gptoughts.config.model_path import check_sizes
@@ -23,9 +24,12 @@ from gptoughts.data.chat import sandbox
 from gptoughts.data.chat.template import Template
 from gptoughts.data.text import rows
 from gptoughts.data.text.sources import open_source
+from gptoughts.data.tokenizers import probe
+from gptoughts.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from gptoughts.errors import CheckpointError, ConfigError, DataError
 from gptoughts.files import load_json, parse_json, read_limited
 from gptoughts.models.weight_files import opened, read_header, weight_files
+from gptoughts.processes import LimitedChild
 from tests.support.golden_files import ROOT
 
 # --- chat templates
@@ -133,6 +137,108 @@ def test_an_index_cannot_lead_out_of_its_folder(name: str, tmp_path: Path) -> No
     assert weight_files(folder) == [folder / "in.safetensors"], "the control"
 
 
+# --- tokenizers
+
+
+def tokenizer_spec(**changes: object) -> dict[str, object]:
+    """A small sound tokenizer.json with some parts replaced."""
+    vocab: dict[str, object] = {"</s>": 0, "a": 1, "b": 2}
+    model: dict[str, object] = {"type": "BPE", "dropout": None, "unk_token": None, "vocab": vocab, "merges": []}
+    return {
+        "version": "1.0",
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": None,
+        "decoder": None,
+        "model": model,
+        **changes,
+    }
+
+
+def opened_tokenizer(content: object, path: Path) -> Tokenizer:
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    tokenizer = load_tokenizer(str(path))
+    tokenizer.encode("aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaab ab")
+    return tokenizer
+
+
+def model_of(**changes: object) -> dict[str, object]:
+    return {"model": {"type": "BPE", "vocab": {"</s>": 0, "a": 1}, "merges": [], **changes}}
+
+
+def added(**changes: object) -> dict[str, object]:
+    return {"added_tokens": [{"id": 5, "content": "<x>", "special": True, **changes}]}
+
+
+def split(pattern: str) -> dict[str, object]:
+    return {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}}
+
+
+def nested(depth: int) -> object:
+    value: object = {}
+    for _ in range(depth):
+        value = {"type": "Sequence", "normalizers": [value]}
+    return value
+
+
+REPLACE = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+TOKENIZERS = {
+    "nested lists": ("[" * 200_000, "nested too deeply"),
+    "nested tables": (tokenizer_spec(normalizer=nested(60)), "nested too deeply"),
+    "an id of 2^40": (tokenizer_spec(**model_of(vocab={"</s>": 0, "a": 2**40})), "id of token 'a' must be from 0 to"),
+    "an added id of 2^40": (tokenizer_spec(**added(id=2**40)), "id of token '<x>' must be from 0 to"),
+    "a negative id": (tokenizer_spec(**added(id=-1)), "id of token '<x>' must be from 0 to"),
+    "a true id": (tokenizer_spec(**model_of(vocab={"</s>": 0, "a": True})), "an id in model.vocab is not an integer"),
+    "a text for an id": (tokenizer_spec(**added(id="5")), "the id of added token '<x>' is not an integer"),
+    "no content": (tokenizer_spec(**added(content="")), "an added token without content"),
+    "a list of numbers": (tokenizer_spec(**model_of(vocab=[1, 2])), "must list"),
+    "merges of three": (tokenizer_spec(**model_of(merges=["a b c"])), "model.merges must be"),
+    "half a surrogate": (tokenizer_spec(**added(content="\ud800")), "half of a surrogate pair"),
+    "a decoder in a list": (tokenizer_spec(decoder=[]), "decoder must be a table"),
+    "exponential pattern": (tokenizer_spec(**split("(a+)+$")), "its patterns fail on ordinary text"),
+    "exponential on words": (tokenizer_spec(**split(r"(\w+\s?)+$")), "its patterns fail on ordinary text"),
+    "cubic pattern": (tokenizer_spec(**split("a*a*a*a*[bc]{9}")), "its patterns fail on ordinary text"),
+    "pattern of the decoder": (
+        tokenizer_spec(decoder={"type": "Replace", "pattern": {"Regex": "(a+)+$"}, "content": ""}), "its patterns fail",
+    ),
+    "text that doubles": (tokenizer_spec(normalizer={"type": "Sequence", "normalizers": [REPLACE] * 40}), "its patterns fail"),
+    "text that grows": (tokenizer_spec(normalizer={**REPLACE, "content": "a" * 10**6}), "writes too much|too much memory|died|ended"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_tokenizers_that_no_text_could_have_are_refused(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(probe, "CHILD", LimitedChild(probe.__name__, "answering", 2, probe.MAX_MEMORY))
+    content, said = TOKENIZERS[kind]
+    with pytest.raises(DataError, match=said) as told:
+        opened_tokenizer(content, tmp_path / "tokenizer.json")
+    assert "\n" not in str(told.value) and "tokenizer.json" in str(told.value)
+    assert capfd.readouterr().err == "", "what the library prints when it panics stays in the child"
+
+
+def test_control_sound_tokenizers_are_opened_and_the_library_alone_takes_hostile_ones(tmp_path: Path) -> None:
+    opened_tokenizer(tokenizer_spec(), tmp_path / "tokenizer.json")
+    published = (  # cl100k, o200k, SmolLM's digits, Llama 2
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+"
+        r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}{1,3}|\s+(?!\S)|\s+",
+        r"\d{1,3}(?=(?:\d{3})*\b)",
+    )
+    for pattern in published:
+        opened_tokenizer(tokenizer_spec(**split(pattern)), tmp_path / "tokenizer.json")
+    spaces = {
+        "type": "Sequence",
+        "normalizers": [{"type": "Prepend", "prepend": "▁"}, {**REPLACE, "pattern": {"String": " "}, "content": "▁"}],
+    }
+    opened_tokenizer(tokenizer_spec(normalizer=spaces), tmp_path / "tokenizer.json")
+    library = Library.from_str(json.dumps(tokenizer_spec(**split("(a+)+$"))))
+    with pytest.raises(BaseException, match="retry-limit-in-match over") as told:
+        library.encode("a" * 40 + "b")
+    assert not isinstance(told.value, Exception), "ends a program that catches Exception"
+
+
 # --- text and conversations
 
 
@@ -204,6 +310,7 @@ def test_every_named_test_exists() -> None:
 
     page = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
     named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", page)
-    assert len(named) > 10
+    assert len(named) > 40
+    assert len(named) == page.count("`tests/"), "every file of tests is named with its test"
     for file, test in named:
         assert f"def {test}(" in (ROOT / file).read_text(encoding="utf-8"), f"{file}::{test}"

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import csv
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gptoughts.console import escaped
 from gptoughts.data.chat.formats import KNOWN_KEYS, LISTS, PAIRS, ROLE_ALIASES, ROLES, UNSUPPORTED_KEYS, turns_of
 from gptoughts.data.chat.template import REASONING, Template
 from gptoughts.data.text.rows import numbered, parquet_objects
 from gptoughts.data.text.sources import ROW_SUFFIXES, first_line, json_row, open_lines, open_source
 from gptoughts.errors import DataError, nearest
+from gptoughts.files import load_json
 
 MAX_ROW_BYTES = 16 << 20
 """Bytes of a conversation, about four million tokens: its rendering takes several times as much."""
@@ -44,7 +45,7 @@ class InvalidRow(DataError):
 
 def one_line(error: DataError) -> str:
     """Return the text of an error as one line, for lists of problems."""
-    return str(error).replace("\n  ", " ")
+    return escaped(str(error).replace("\n  ", " ").replace("\n", "\\n"))
 
 
 def chat_files(spec: str) -> list[Path]:
@@ -100,8 +101,8 @@ def json_object(line: bytes, where: str) -> dict[str, Any] | InvalidRow:
 def array_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | InvalidRow]]:
     """Yield (`file[row]`, row) of a JSON array of objects. Raises DataError."""
     try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        content = load_json(path)
+    except (OSError, ValueError) as error:
         raise DataError(f"{path}: not a JSON array ({first_line(error)})", fix="rename JSON lines to .jsonl") from None
     if not isinstance(content, list):
         raise DataError(f"{path}: not a JSON array", found=type(content).__name__, fix="a list of objects, or .jsonl")

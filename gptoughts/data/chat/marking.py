@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
-from unicodedata import category
+
+from gptoughts.console import COLORS, escaped
 
 if TYPE_CHECKING:
     import numpy as np
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 IGNORED = -100
 Style = Literal["color", "brackets"]
-MARKS: dict[Style, tuple[str, str]] = {"color": ("\x1b[32m", "\x1b[0m"), "brackets": ("⟦", "⟧")}
+MARKS: dict[Style, tuple[str, str]] = {"color": COLORS, "brackets": ("⟦", "⟧")}
 
 
 def first_rows(corpus: Corpus, recipe: Recipe, count: int) -> Iterator[dict[str, np.ndarray]]:
@@ -107,7 +108,7 @@ def marked(tokenizer: Tokenizer, ids: np.ndarray, labels: np.ndarray, style: Sty
     edges = [0, *(np.flatnonzero(np.diff(is_learned)) + 1).tolist(), len(ids)]
     out = []
     for start, stop in pairwise(edges):
-        text = escape_control(spelled(tokenizer, ids[start:stop].tolist()))
+        text = escaped(spelled(tokenizer, ids[start:stop].tolist()))
         out.append(f"{begin}{text}{end}" if stop > start and is_learned[start] else text)
     return "".join(out)
 
@@ -125,15 +126,6 @@ def spelled(tokenizer: Tokenizer, ids: list[int]) -> str:
         else:
             parts[-1].append(index)
     return name.join(tokenizer.decode(part) if part else "" for part in parts)
-
-
-def escape_control(text: str) -> str:
-    """Escape control and format characters, except newlines, tabs and the emoji joiner."""
-    allowed = "\n\t\u200d"
-    return "".join(
-        char if char in allowed or category(char)[0] != "C" else char.encode("unicode_escape", "surrogatepass").decode("ascii")
-        for char in text
-    )
 
 
 def split_summaries(corpus: Corpus, recipe: Recipe) -> Iterator[str]:

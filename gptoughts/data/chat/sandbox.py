@@ -6,19 +6,15 @@ A template comes with a model. Jinja's sandbox keeps it from running code, but n
 
 from __future__ import annotations
 
-import atexit
 import hashlib
 import json
-import resource
-import signal
-import sys
-import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime
-from typing import IO, Any
+from functools import partial
+from typing import Any
 
 from gptoughts.errors import DataError
-from gptoughts.processes import Child, ChildDied, receive, send
+from gptoughts.processes import LimitedChild, LimitExceeded
 
 BEGIN_ANSWER, END_ANSWER = "\ufdd2", "\ufdd3"
 """Marks around the content of `{% generation %}`."""
@@ -41,56 +37,39 @@ class Rejected(DataError):
 
 
 class Sandbox:
-    """The child process of this process, started with the first template and again after one that exceeded a limit."""
+    """The child process that compiles and renders the templates of this process."""
 
     def __init__(self, seconds: int = MAX_SECONDS) -> None:
-        self._child: Child | None = None
-        self._seconds = seconds
+        self._child = LimitedChild(__name__, "answering", seconds, MAX_MEMORY)
         self._known = set[str]()
-        self._lock = threading.Lock()
-        atexit.register(self.close)
 
     def compile(self, source: str, origin: str) -> dict[str, Any]:
         """Return what a template reads: variables, whether it marks answers, its literal parts. Raises Rejected, DataError."""
         if len(source) > MAX_CHARACTERS:
             raise DataError(f"{origin}: chat template too long", found=f"{len(source):,} characters")
-        with self._lock:
-            found: dict[str, Any] = self._asked(source, {}, origin)
-            return found
+        found: dict[str, Any] = self._asked(source, {}, origin)
+        return found
 
     def render(self, source: str, request: Mapping[str, Any]) -> str:
         """Return the rendered text of `request`: variables, today, tracking. Raises Rejected, DataError."""
-        with self._lock:
-            text: str = self._asked(source, request, "chat template")
-            return text
+        text: str = self._asked(source, request, "chat template")
+        return text
 
     def _asked(self, source: str, request: Mapping[str, Any], origin: str) -> Any:
-        if self._child is None:
-            self._child, self._known = Child(__name__, "serve", self._seconds), set()
         name = hashlib.sha256(source.encode("utf-8", "surrogatepass")).hexdigest()
-        try:
-            answer, _ = self._child.ask({"name": name, "source": None if name in self._known else source, **request})
-        except ChildDied as error:
-            self.close()
-            reason = "takes too long" if error.code == -signal.SIGPROF else f"ended its process ({error})"
-            raise DataError(
-                f"{origin}: {reason}", found=f"more than {LIMITS}", fix="--data.template chatml, or another file"
-            ) from None
-        if answer.get("limit"):
-            self.close()
-            raise DataError(
-                f"{origin}: {answer['limit']}", found=f"more than {LIMITS}", fix="--data.template chatml, or another file"
-            )
-        if "error" in answer:
-            raise Rejected(answer["error"], answer.get("line"))
-        self._known.add(name)
-        return answer["value"]
-
-    def close(self) -> None:
-        """End the child; the next request starts another."""
-        if self._child is not None:
-            self._child.close(1)
-        self._child = None
+        with self._child.lock:
+            if not self._child.is_running:
+                self._known.clear()
+            try:
+                answer = self._child.ask({"name": name, "source": None if name in self._known else source, **request})
+            except LimitExceeded as error:
+                raise DataError(
+                    f"{origin}: {error}", found=f"more than {LIMITS}", fix="--data.template chatml, or another file"
+                ) from None
+            if "error" in answer:
+                raise Rejected(answer["error"], answer.get("line"))
+            self._known.add(name)
+            return answer["value"]
 
 
 SANDBOX = Sandbox()
@@ -99,26 +78,9 @@ SANDBOX = Sandbox()
 # --- in the child
 
 
-def serve(requests: IO[bytes], answers: IO[bytes], seconds: int) -> None:
-    """Answer requests until the parent closes the pipe or dies, each within the limits."""
-    if sys.platform == "linux":
-        resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    compiled: dict[str, Compiled] = {}
-    while True:
-        try:
-            request, _ = receive(requests)
-        except EOFError:
-            return
-        signal.setitimer(signal.ITIMER_PROF, seconds)  # its default action ends the process, also inside C code
-        answer = _answer(compiled, request)
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        try:
-            send(answers, answer)
-        except BrokenPipeError:
-            return
-        if "limit" in answer:
-            return
+def answering() -> Callable[[Mapping[str, Any]], dict[str, Any]]:
+    """Return the function that answers the requests of a Sandbox."""
+    return partial(_answer, {})
 
 
 def _answer(compiled: dict[str, Compiled], request: Mapping[str, Any]) -> dict[str, Any]:
@@ -129,8 +91,6 @@ def _answer(compiled: dict[str, Compiled], request: Mapping[str, Any]) -> dict[s
             compiled[request["name"]] = Compiled(request["source"])
         found = compiled[request["name"]]
         return {"value": found.render(request) if "variables" in request else found.reads}
-    except MemoryError:
-        return {"limit": "takes too much memory"}
     except TooLong:
         return {"limit": "writes too much"}
     except jinja2.TemplateSyntaxError as error:

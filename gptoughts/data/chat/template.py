@@ -85,9 +85,13 @@ class Template:
         }
         today = None if self.today is None else self.today.isoformat()
         try:
-            return SANDBOX.render(self.source, {"variables": variables, "today": today, "tracking": tracking})
+            text = SANDBOX.render(self.source, {"variables": variables, "today": today, "tracking": tracking})
+            text.encode()
         except Rejected as error:
             raise DataError(f"chat template: rejects the messages ({error})") from None
+        except UnicodeEncodeError:
+            raise DataError(f"{self.origin}: writes half of a surrogate pair") from None
+        return text
 
     def save(self, folder: Path) -> None:
         """Write the template and its token names to a tokenizer folder in Hugging Face's format."""

@@ -5,7 +5,6 @@ Control tokens are renamed to aliases that no text can contain, so the tokenizer
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from gptoughts.data.chat.template import (
     load_template,
     special_token_names,
 )
-from gptoughts.data.text.sources import first_line, require
+from gptoughts.data.tokenizers.spec import library_errors, load_library
 from gptoughts.data.tokenizers.tokenizer import JsonTokenizer, Tokenizer, load_tokenizer
 from gptoughts.errors import DataError
 
@@ -84,10 +83,12 @@ class ChatTokenizer:
         names = sorted(self.control, key=lambda name: self.control[name])[:PROBED_TOKENS]
         probe = "a b\n".join(["One two", *(f"{name}{name} x" for name in names), "\n\nlast"])
         plain = self.tokenizer.library
-        plain.encode_special_tokens = False
-        expected = plain.encode(probe, add_special_tokens=False).ids
-        plain.encode_special_tokens = True
-        if expected != library.encode("".join(piece.text for piece in self._pieces(probe)), add_special_tokens=False).ids:
+        with library_errors(self.tokenizer.origin):
+            plain.encode_special_tokens = False
+            expected = plain.encode(probe, add_special_tokens=False).ids
+            plain.encode_special_tokens = True
+            found = library.encode("".join(piece.text for piece in self._pieces(probe)), add_special_tokens=False).ids
+        if expected != found:
             raise DataError(f"{self.tokenizer.origin}: special tokens cannot be distinguished from text that spells them")
         return library
 
@@ -170,7 +171,8 @@ class ChatTokenizer:
         for continues in {piece.continues for piece in pieces}:
             library = self.continuation_library if continues else self.library
             selected = [piece.text for piece in pieces if piece.continues == continues]
-            encodings[continues] = iter(library.encode_batch(selected, add_special_tokens=False))
+            with library_errors(self.tokenizer.origin):
+                encodings[continues] = iter(library.encode_batch(selected, add_special_tokens=False))
         out = []
         for plan in plans:
             ids, learned = [np.empty(0, dtype=np.uint32)], [np.empty(0, dtype=bool)]
@@ -289,14 +291,3 @@ def load_aliased(tokenizer: JsonTokenizer, control: Mapping[str, int], changes: 
     if any(library.token_to_id(alias(index)) != index for index in control.values()):
         raise DataError(f"{tokenizer.origin}: ids of added tokens differ from the file")
     return library
-
-
-def load_library(spec: Mapping[str, Any], origin: str) -> Any:
-    """Return the tokenizers library's object for a tokenizer.json."""
-    require("tokenizers", "train", origin)
-    import tokenizers
-
-    try:
-        return tokenizers.Tokenizer.from_str(json.dumps(spec))
-    except Exception as error:  # the library raises bare Exception
-        raise DataError(f"{origin}: not loadable by the tokenizers library ({first_line(error)})") from None

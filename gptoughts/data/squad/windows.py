@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from gptoughts.data.squad.question import Question
+from gptoughts.data.tokenizers.spec import MAX_TOKENIZER_BYTES, library_errors, load_library, read_spec
 from gptoughts.errors import DataError
-from gptoughts.files import load_json
+from gptoughts.files import load_json, read_limited
 
 CHUNK = 256  # questions tokenized at once
 PADDING_NAMES = ("[PAD]", "<pad>")
@@ -37,8 +38,6 @@ class Reader:
     @staticmethod
     def open(folder: Path | str) -> Reader:
         """Open the tokenizer.json of a model folder. Raises DataError if it is missing, or its pairs do not begin with a special token."""
-        import tokenizers
-
         path = Path(folder).expanduser()
         path = path / "tokenizer.json" if path.is_dir() else path
         if not path.is_file():
@@ -46,16 +45,17 @@ class Reader:
                 f"{path}: no such file; question answering needs the model folder's tokenizer.json",
                 fix="transformers.AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)",
             )
-        raw = path.read_bytes()
         try:
-            library = tokenizers.Tokenizer.from_str(raw.decode("utf-8"))
-        except Exception as error:  # the library raises bare Exception
-            raise DataError(f"{path}: not a tokenizer ({error})") from None
+            raw = read_limited(path, MAX_TOKENIZER_BYTES)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path}: cannot be read ({error})") from None
+        library = load_library(read_spec(raw, str(path)), str(path))
         padding_id = padding_of(path, library)
         # A file may set its own lengths: MiniLM's truncates and pads to 128.
         library.no_truncation()
         library.no_padding()
-        pair = library.encode("a", "b")
+        with library_errors(str(path)):
+            pair = library.encode("a", "b")
         if not pair.special_tokens_mask or pair.special_tokens_mask[0] != 1 or 1 not in pair.sequence_ids:
             raise DataError(
                 f"{path}: no special token before a text pair, which is the label of unanswerable questions",
@@ -74,8 +74,10 @@ def padding_of(path: Path, library: Any) -> int:
         config_path = path.parent / name
         try:
             config = load_json(config_path) if config_path.is_file() else {}
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             raise DataError(f"{config_path}: not JSON ({error})") from None
+        if not isinstance(config, dict):
+            raise DataError(f"{config_path}: not a JSON object")
         token = config.get("pad_token")
         token = token.get("content") if isinstance(token, dict) else token
         index = library.token_to_id(token) if isinstance(token, str) else config.get("pad_token_id")
@@ -100,17 +102,18 @@ def windows(questions: Sequence[Question], reader: Reader, length: int, stride: 
     Raises DataError for a question too long for `length`, or an answer dropped by the tokenizer.
     """
     library = reader.library
-    check_lengths(questions, library, length, stride)
-    library.enable_truncation(max_length=length, stride=stride, strategy="only_second")
     narrow = np.uint16 if library.get_vocab_size(with_added_tokens=True) <= 1 << 16 else np.uint32
     rows: list[dict[str, Any]] = []
-    try:
-        for number, question, encodings in encoded(questions, library):
-            rows.extend(
-                {"owner": number, **row} for row in question_rows(question, encodings, length, reader.padding_id, narrow)
-            )
-    finally:
-        library.no_truncation()
+    with library_errors(reader.name):
+        check_lengths(questions, library, length, stride)
+        library.enable_truncation(max_length=length, stride=stride, strategy="only_second")
+        try:
+            for number, question, encodings in encoded(questions, library):
+                rows.extend(
+                    {"owner": number, **row} for row in question_rows(question, encodings, length, reader.padding_id, narrow)
+                )
+        finally:
+            library.no_truncation()
     types = {"starts": np.int64, "ends": np.int64, "owner": np.int32}
     return {name: np.array([row[name] for row in rows], dtype=types.get(name)) for name in rows[0]}
 

@@ -109,7 +109,7 @@ def parquet_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 for content in batch.to_pylist():
                     row += 1
                     yield f"{path}:{row}", content
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
         raise DataError(f"{path}: cannot be read as parquet after row {row} ({first_line(error)})") from None
 
 
@@ -153,7 +153,7 @@ def parquet_rows(path: Path, name: str, text_key: str) -> Iterator[Row]:
                 for text in batch.column(0).to_pylist():
                     row += 1
                     yield f"{name}:{row}", row_text({text_key: text}, text_key, f"{name}:{row}")
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
         raise DataError(f"{name}: cannot be read as parquet after row {row} ({first_line(error)})") from None
 
 

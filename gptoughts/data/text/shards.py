@@ -17,7 +17,7 @@ import numpy as np
 
 from gptoughts.data.tokenizers.tokenizer import Tokenizer
 from gptoughts.errors import DataError
-from gptoughts.files import first_link, load_json, sha256_of
+from gptoughts.files import first_link, is_file_name, load_json, sha256_of
 
 FORMAT, VERSION = "gptoughts-shards", 1
 INDEX, JOURNAL, TOKENIZER_FOLDER = "index.json", "progress.json", "tokenizer"
@@ -103,7 +103,18 @@ class Index:
         return index
 
     def check(self, path: Path) -> None:
-        """Raise DataError where the index is inconsistent or names a file outside its folder."""
+        """Raise DataError where the index is inconsistent or names a file outside its folder, TypeError for a value of another type."""
+        counts = [self.vocab_size, self.eot_id]
+        for split in self.splits.values():
+            counts += [split.tokens, split.documents]
+            for shard in split.shards:
+                counts += [shard.tokens, shard.documents, shard.max_id]
+                if not all(isinstance(text, str) for text in (shard.file, shard.sha256, shard.docs_file, shard.docs_sha256)):
+                    raise TypeError("a name or hash of a shard is not a string")
+        if not all(type(count) is int and -1 <= count < 2**48 for count in counts):
+            raise TypeError("a count is not an integer, or out of range")
+        if not isinstance(self.tokenizer, dict) or not isinstance(self.tokenizer.get("hash"), str):
+            raise TypeError("the tokenizer has no hash")
         expected = "uint16" if self.vocab_size <= 65536 else "uint32"
         if self.dtype != expected:
             problem = f"{path}: dtype must be {expected} for a vocabulary of {self.vocab_size}"
@@ -113,7 +124,7 @@ class Index:
             if split.tokens != tokens:
                 raise DataError(f"{path}: split {name!r} lists {split.tokens} tokens, its shards {tokens}", fix=AGAIN)
             for shard in split.shards:
-                if any(Path(file).name != file for file in (shard.file, shard.docs_file)):
+                if any(Path(file).name != file or not is_file_name(file) for file in (shard.file, shard.docs_file)):
                     raise DataError(f"{path}: shard {shard.file!r} is not a plain file name", fix=AGAIN)
                 if shard.max_id >= self.vocab_size:
                     problem = f"{path}: {shard.file} has a token id outside the vocabulary of {self.vocab_size}"
@@ -296,7 +307,7 @@ def open_array(path: Path, length: int, dtype: np.dtype[Any]) -> np.ndarray:
     try:
         # An empty array cannot be mapped.
         array = np.load(path, mmap_mode="r" if length else None, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+    except Exception as error:  # numpy reads the header as Python, with errors of many types
         if "bject" not in str(error):  # An object array gets its own message, whatever its size.
             check_size(path, HEADER_BYTES + length * dtype.itemsize)
         raise DataError(f"{path}: not a plain .npy array ({error})", fix=AGAIN) from None

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Literal
 
@@ -24,7 +24,7 @@ from gptoughts.data.text.sources import TEXT_SUFFIXES, Source, open_source
 from gptoughts.data.text.tasks import Tasks
 from gptoughts.data.tokenizers.tokenizer import Tokenizer
 from gptoughts.errors import DataError
-from gptoughts.files import cache_dir
+from gptoughts.files import cache_dir, make_private
 from gptoughts.hardware.world import World
 
 SHARD_TOKENS = 100_000_000
@@ -130,10 +130,11 @@ def prepare(data: DataConfig, out: Path | None = None) -> Path:
 
 
 def cache_folder(data: DataConfig) -> Path:
-    """Return the folder that caches tokenized text between runs."""
-    if data.cache is not None:
-        return Path(data.cache).expanduser()
-    return cache_dir("data")
+    """Return the folder that caches tokenized text between runs, created for this user alone."""
+    folder = Path(data.cache).expanduser() if data.cache is not None else cache_dir("data")
+    with suppress(OSError):  # the folder's lock tells why
+        make_private(folder)
+    return folder
 
 
 def prepared_name(data: DataConfig, source: Source) -> str:

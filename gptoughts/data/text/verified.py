@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from gptoughts.console import GIB, LOGGER, bytes_in_words
 from gptoughts.data.text.shards import VERIFIED, Shards, check_content, file_state
-from gptoughts.files import cache_dir, write_json
+from gptoughts.files import cache_dir, load_json, make_private, write_json
 
 
 def verify_once(shards: Shards) -> None:
@@ -48,8 +47,8 @@ def _records(folder: Path) -> tuple[Path, Path]:
 def _known(folder: Path) -> dict[str, Any]:
     for path in _records(folder):
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
+            found = load_json(path)
+        except (OSError, ValueError):
             continue
         if isinstance(found, dict):
             return found
@@ -59,7 +58,7 @@ def _known(folder: Path) -> dict[str, Any]:
 def _remember(folder: Path, states: dict[str, list[Any]]) -> None:
     for path in _records(folder):
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_private(path.parent)
             write_json(path, states, shared=True)
             return
         except OSError:

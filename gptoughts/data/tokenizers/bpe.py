@@ -145,7 +145,7 @@ def splits_like_gpt2(spec: dict[str, Any]) -> bool:
     )
 
 
-def tiktoken_ranks(spec: dict[str, Any]) -> dict[bytes, int] | None:
+def tiktoken_ranks(spec: dict[str, Any], eot_id: int) -> dict[bytes, int] | None:
     """Return token bytes -> id if this tokenizer follows tiktoken's merge rule (lowest id first), else None."""
     model, added = spec["model"], spec.get("added_tokens") or []
     plain = not any(
@@ -161,6 +161,8 @@ def tiktoken_ranks(spec: dict[str, Any]) -> dict[bytes, int] | None:
     tokens = {name: index for name, index in vocab.items() if name not in names}
     if any(char not in byte for name in tokens for char in name) or not all(char in tokens for char in byte):
         return None
+    if eot_id in tokens.values() or len(set(tokens.values())) < len(tokens):
+        return None  # two names of one id
     in_order = all(earlier < later for earlier, later in zip([-1, *results], results, strict=False))
     if not in_order or set(results) != {index for name, index in tokens.items() if len(name) > 1}:
         return None
@@ -169,7 +171,7 @@ def tiktoken_ranks(spec: dict[str, Any]) -> dict[bytes, int] | None:
 
 def tiktoken_encoding(spec: dict[str, Any], eot_id: int) -> Any | None:
     """Return a `tiktoken.Encoding` with this tokenizer's ids, or None if its merge rules differ."""
-    ranks = tiktoken_ranks(spec)
+    ranks = tiktoken_ranks(spec, eot_id)
     if ranks is None:
         return None
     require("tiktoken", "train", "a byte-level BPE")

@@ -16,13 +16,21 @@ from typing import Any
 
 import numpy as np
 
-from gptoughts.data.text.rows import first_line, require
+from gptoughts.data.text.rows import first_line
 from gptoughts.data.text.sample import first_characters, spread_sample
 from gptoughts.data.text.sources import Source
 from gptoughts.data.tokenizers import bpe
+from gptoughts.data.tokenizers.spec import (
+    MAX_TOKENIZER_BYTES,
+    library_errors,
+    load_library,
+    names_of,
+    read_characters,
+    read_spec,
+)
 from gptoughts.data.tokenizers.stream import StreamDecoder
 from gptoughts.errors import DataError, nearest
-from gptoughts.files import load_json, parse_json
+from gptoughts.files import load_json, read_limited
 
 CARD = "gptoughts_tokenizer.json"
 END_OF_TEXT_NAMES = (
@@ -101,7 +109,7 @@ class Tokenizer(ABC):
         """Load a tokenizer written by `save`. Raises DataError where a file is missing or changed."""
         try:
             card = load_json(folder / CARD)
-            raw = (folder / "tokenizer.json").read_bytes()
+            raw = read_limited(folder / "tokenizer.json", MAX_TOKENIZER_BYTES)
         except (OSError, ValueError) as error:
             raise DataError(f"{folder}: not a saved tokenizer ({first_line(error)})") from None
         found = hashlib.sha256(raw).hexdigest()
@@ -112,7 +120,7 @@ class Tokenizer(ABC):
         if kind == "bytes":
             return ByteTokenizer()
         if kind == "chars":
-            return CharacterTokenizer(parse_json(raw)["characters"])
+            return CharacterTokenizer(read_characters(raw, str(folder / "tokenizer.json")))
         tokenizer = JsonTokenizer(raw, str(kind), str(folder / "tokenizer.json"))
         if card.get("engine") == "tiktoken":
             tokenizer.encoding = bpe.tiktoken_encoding(tokenizer.spec, tokenizer.eot_id)
@@ -181,15 +189,8 @@ class JsonTokenizer(Tokenizer):
 
     def __init__(self, raw: bytes, kind: str, origin: str) -> None:
         self.kind, self.canonical, self.origin = kind, raw, origin
-        try:
-            self.spec: dict[str, Any] = parse_json(raw)
-            model = self.spec["model"]
-            vocab = model["vocab"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{origin}: not a tokenizer.json of the tokenizers library ({first_line(error)})") from None
-        if isinstance(vocab, list):  # A Unigram model lists [token, score] pairs.
-            vocab = {entry[0]: index for index, entry in enumerate(vocab)}
-        added = {token["content"]: int(token["id"]) for token in self.spec.get("added_tokens") or []}
+        self.spec = read_spec(raw, origin)
+        vocab, added = names_of(self.spec)
         self.vocab_size = max([*vocab.values(), *added.values()], default=-1) + 1
         eot = next((table[name] for table in (added, vocab) for name in END_OF_TEXT_NAMES if name in table), None)
         if eot is None:
@@ -213,18 +214,12 @@ class JsonTokenizer(Tokenizer):
     def library(self) -> Any:
         """The tokenizers library's object, set to encode special tokens in a text as text."""
         if self._library is None:
-            require("tokenizers", "train", self.origin)
-            import tokenizers
-
             spec = dict(self.spec, truncation=None, padding=None)
             spec["added_tokens"] = [
                 dict(token, special=bool(token.get("special")) or token["id"] == self.eot_id)
                 for token in spec.get("added_tokens") or []
             ]
-            try:
-                self._library = tokenizers.Tokenizer.from_str(json.dumps(spec))
-            except Exception as error:  # The library raises bare Exception.
-                raise DataError(f"{self.origin}: the tokenizers library cannot load it ({first_line(error)})") from None
+            self._library = load_library(spec, self.origin)
             self._library.encode_special_tokens = True
         return self._library
 
@@ -232,7 +227,9 @@ class JsonTokenizer(Tokenizer):
         if self.encoding is not None:
             # With no special token allowed and none disallowed, tiktoken encodes all of them as plain text.
             return [self.encoding.encode_to_numpy(text, disallowed_special=()).astype(self.dtype) for text in texts]
-        encoded = self.library.encode_batch_fast(list(texts), add_special_tokens=False)
+        library = self.library
+        with library_errors(self.origin):
+            encoded = library.encode_batch_fast(list(texts), add_special_tokens=False)
         batch = [np.array(one.ids, dtype=np.uint32).astype(self.dtype) for one in encoded]
         # A Unigram or WordLevel model can match the end-of-text token in a text as an ordinary piece.
         return [self._without_eot(text) if (ids == self.eot_id).any() else ids for text, ids in zip(texts, batch, strict=True)]
@@ -241,7 +238,8 @@ class JsonTokenizer(Tokenizer):
         """Return the ids of a text that contains the end-of-text token as text, by cutting each occurrence after its first character."""
         name = next(name for name, index in self.library.get_vocab().items() if index == self.eot_id)
         parts = text.replace(name, name[0] + "\0" + name[1:]).split("\0") if "\0" not in text else [text]
-        encoded = self.library.encode_batch_fast(parts, add_special_tokens=False)
+        with library_errors(self.origin):
+            encoded = self.library.encode_batch_fast(parts, add_special_tokens=False)
         ids = np.array([index for one in encoded for index in one.ids], dtype=np.uint32).astype(self.dtype)
         if (ids == self.eot_id).any():
             problem = f"the text contains the end-of-text token {name!r}, which {self.origin} cannot encode as text"
@@ -265,7 +263,9 @@ class JsonTokenizer(Tokenizer):
         if self._bytes is not None:
             return super().decode(ids)
         known = [int(index) for index in ids if 0 <= index < self.vocab_size and index != self.eot_id]
-        return self.library.decode(known, skip_special_tokens=False)
+        library = self.library
+        with library_errors(self.origin):
+            return str(library.decode(known, skip_special_tokens=False))
 
     def cut(self, text: str, characters: int) -> Iterator[str]:
         if not bpe.splits_like_gpt2(self.spec) or any(
@@ -323,4 +323,7 @@ def load_tokenizer(name: str) -> Tokenizer:
     if not path.is_file():
         known = ("bytes", "chars", "gpt2", "bpe")
         raise DataError(f"tokenizer {name!r}: not bytes, chars, gpt2 or bpe, and no such file{nearest(name, known)}")
-    return JsonTokenizer(path.read_bytes(), "file", name)
+    try:
+        return JsonTokenizer(read_limited(path, MAX_TOKENIZER_BYTES), "file", name)
+    except (OSError, ValueError) as error:
+        raise DataError(f"tokenizer {name!r}: cannot be read ({first_line(error)})") from None

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gptoughts import __version__
+from gptoughts.console import redacted
 from gptoughts.errors import ConfigError
 from gptoughts.files import write_json
 from gptoughts.hardware.machine import Machine
@@ -79,7 +80,7 @@ def keep(path: Path, run: dict[str, Any], key: tuple[str, ...]) -> list[dict[str
 
     Raises ConfigError if the file is not a list of runs or cannot be written.
     """
-    runs = [other for other in runs_in(path) if any(other.get(name) != run.get(name) for name in key)] + [run]
+    runs = [other for other in runs_in(path) if any(other.get(name) != run.get(name) for name in key)] + [redacted(run)]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, {"runs": runs})

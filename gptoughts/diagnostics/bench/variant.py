@@ -13,6 +13,7 @@ from time import perf_counter
 from typing import IO, TYPE_CHECKING, Any
 
 from gptoughts.api import decide
+from gptoughts.console import print_line
 from gptoughts.errors import GptoughtsError, LayerError
 from gptoughts.processes import receive, send
 
@@ -115,7 +116,7 @@ def clock_mhz() -> int | None:
     try:
         return torch.cuda.clock_rate()
     except Exception as error:  # no NVML package or no clock on this GPU: error classes differ
-        print(f"clock: not read ({type(error).__name__}: {error})", file=sys.stderr)
+        print_line(f"clock: not read ({type(error).__name__}: {error})", sys.stderr)
         return None
 
 

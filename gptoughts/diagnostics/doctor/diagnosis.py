@@ -11,6 +11,7 @@ from typing import Any
 
 from gptoughts.console import GIB, bytes_in_words
 from gptoughts.diagnostics.doctor import clocks, disk, forks, host, imports, ranks, speed
+from gptoughts.diagnostics.doctor.advisories import advisory_findings
 from gptoughts.diagnostics.doctor.finding import Check, Finding, worst_first
 from gptoughts.diagnostics.doctor.packages import EXTRAS, lacking, package_findings, torch_findings
 from gptoughts.errors import GptoughtsError
@@ -75,6 +76,7 @@ def diagnose(machine: Machine, folder: Path, checks: tuple[Check, ...] = (), lef
     findings = [
         *package_findings(machine, extras["train"]),
         *torch_findings(machine),
+        *advisory_findings(machine.packages),
         *space_findings(folder, disk_free_bytes),
         *host.shared_memory_findings(shm_bytes),
         *(finding for check in checks for finding in check.findings),

@@ -19,6 +19,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import IO, Any
 
+from gptoughts.console import print_line
 from gptoughts.processes import POLL_SECONDS, ROOT, Child, exit_text, kill_group, last_lines
 
 START_SECONDS = 90
@@ -95,7 +96,7 @@ def serve(requests: IO[bytes], answers: IO[bytes], name: str, at_once: int) -> N
     try:
         import torch  # noqa: F401
     except BaseException as error:  # reported by the job that imports torch
-        print(f"torch: {type(error).__name__}: {error}", file=sys.stderr)
+        print_line(f"torch: {type(error).__name__}: {error}", sys.stderr)
     signal.alarm(0)
 
     def reap() -> None:

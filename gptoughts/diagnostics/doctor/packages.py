@@ -36,11 +36,11 @@ def lacking(requirements: tuple[str, ...], packages: dict[str, str]) -> list[str
 def _within(version: str, requirement: str) -> bool:
     """Return whether `version` satisfies every `>=` and `<` bound of `requirement`, by release numbers."""
     return all(
-        (_release(version) >= _release(bound)) == (sign == ">=") for sign, bound in re.findall(r"(>=|<)([\d.]+)", requirement)
+        (release(version) >= release(bound)) == (sign == ">=") for sign, bound in re.findall(r"(>=|<)([\d.]+)", requirement)
     )
 
 
-def _release(version: str) -> tuple[int, ...]:
+def release(version: str) -> tuple[int, ...]:
     """Return `2.13.0+cu130` as (2, 13), without trailing zeros."""
     match = re.match(r"\d+(\.\d+)*", version)
     parts = [int(part) for part in match[0].split(".")] if match else []

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from gptoughts.files import parse_json
 from gptoughts.run.tracking.metrics import RENAMED
 
 MOST_BYTES_OF_A_LINE = 1 << 22
@@ -42,8 +42,8 @@ def parsed(line: bytes, notes: Counter[str]) -> dict[str, Any] | None:
         return None
     row: Any
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
+        row = parse_json(line)
+    except ValueError:
         row = None
     if not isinstance(row, dict):
         notes["lines that are cut off or damaged"] += 1

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import tomllib
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -14,6 +12,7 @@ from typing import Any
 from gptoughts.diagnostics.report.decimate import Curve
 from gptoughts.diagnostics.report.locate import FILE, RunPlace
 from gptoughts.diagnostics.report.rows import ends_of_attempts, lines, number, parsed, position
+from gptoughts.files import parse_json, parse_toml
 
 MOST_WINDOWS = 500
 """A curve holds this many windows to twice as many, each with its minimum and maximum; a chart is about as many pixels wide."""
@@ -231,8 +230,8 @@ def _document(path: Path, notes: list[str]) -> Mapping[str, Any]:
     if text is None:
         return {}
     try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
+        found = parse_json(text)
+    except ValueError:
         found = None
     if not isinstance(found, dict):
         notes.append(f"{path.name}: cut off or damaged, left out")
@@ -248,8 +247,8 @@ def _recipe(path: Path, notes: list[str]) -> dict[str, Any]:
     whole = text.splitlines()
     for end in chain(range(len(whole), max(0, len(whole) - 3), -1), [0]):
         try:
-            tables = tomllib.loads("\n".join(whole[:end]))
-        except (tomllib.TOMLDecodeError, RecursionError):
+            tables = parse_toml("\n".join(whole[:end]))
+        except ValueError:
             continue
         if end < len(whole):
             notes.append(f"{path.name}: cut off or damaged, read to line {end}")

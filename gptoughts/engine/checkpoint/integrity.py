@@ -125,6 +125,8 @@ def _content_damage(folder: Path) -> str:
         return f"{STATE} is not readable: {str(error)[:200]}"
     if not isinstance(state, dict):
         return f"{STATE} is not a mapping"
+    if not isinstance(state.get("buffers"), list | None):
+        return f"{STATE} has no list of buffers"
     if folder.name.removeprefix("step-").isdecimal() and state.get("step", step_of(folder)) != step_of(folder):
         return f"{STATE} is of step {state['step']!r:.80}"
     try:

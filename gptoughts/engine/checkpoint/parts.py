@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from gptoughts.errors import CheckpointError
+from gptoughts.files import parse_json
 from gptoughts.models.weight_files import opened
 
 METADATA = "parts"
@@ -65,14 +66,14 @@ class TensorFiles:
 
     def _add(self, number: int, file: Any) -> None:
         try:
-            ranges = json.loads((file.metadata() or {}).get(METADATA, "{}"))
+            ranges = parse_json((file.metadata() or {}).get(METADATA, "{}"))
             for name in file.keys():  # noqa: SIM118  # not a dict
                 start, shape = ranges.get(name, (0, file.get_slice(name).get_shape()))
                 self._places[name].append(_Place(number, int(start)))
                 known = self._shapes.setdefault(name, tuple(map(int, shape)))
                 if known != tuple(shape):
                     raise ValueError(f"{name} has shape {list(known)} in one file and {list(shape)} in another")
-        except (ValueError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
+        except (ValueError, TypeError, AttributeError, OverflowError, SafetensorError) as error:
             raise CheckpointError(f"{self.folder}: parts of {self.stem} cannot be read: {error}") from None
 
     def names(self) -> Iterator[str]:

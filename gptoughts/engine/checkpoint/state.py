@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from gptoughts.engine.checkpoint.parts import TensorFiles
-from gptoughts.engine.checkpoint.store import FORMAT, FORMAT_PARTS, Snapshot, read_state
+from gptoughts.engine.checkpoint.store import FORMAT, FORMAT_PARTS, STATE, Snapshot, read_state
 from gptoughts.engine.distributed.shards import Part, is_sharded, like, part_of
 from gptoughts.engine.engine import Engine
 from gptoughts.engine.optim.param_groups import GROUP_STATE, CustomStateOptimizer
@@ -209,11 +209,21 @@ def restore(engine: Engine, folder: Path) -> dict[str, Any]:
     if engine.device.type == "cuda" and _of_rank("generator/cuda", rank) in kept:
         torch.cuda.set_rng_state(kept[_of_rank("generator/cuda", rank)], engine.device)
     if engine.ranks.first:
-        kind, keys, position, has_gauss, gauss = state["generators"]["numpy"]
-        np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, gauss))
-        version, internal, gauss_next = state["generators"]["python"]
-        random.setstate((version, tuple(internal), gauss_next))
+        restore_host_generators(state["generators"], folder)
     return dict(state["run"])
+
+
+def restore_host_generators(saved: Mapping[str, Any], folder: Path) -> None:
+    """Set NumPy's and Python's generators. Raises CheckpointError for a state that they do not take."""
+    try:
+        kind, keys, position, has_gauss, gauss = saved["numpy"]
+        np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, gauss))
+        version, internal, gauss_next = saved["python"]
+        random.setstate((version, tuple(internal), gauss_next))
+    except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
+        raise CheckpointError(
+            f"{folder / STATE}: no state of NumPy's and Python's generators ({error})", fix="an earlier checkpoint"
+        ) from None
 
 
 def _restore_optimizer(engine: Engine, files: TensorFiles, numbers: Mapping[str, Any], folder: Path) -> None:

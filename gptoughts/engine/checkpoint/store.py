@@ -24,11 +24,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gptoughts.console import LOGGER
+from gptoughts.console import LOGGER, redacted
 from gptoughts.engine.checkpoint.finite import not_finite_of
 from gptoughts.engine.checkpoint.parts import Ranges, file_name, metadata
 from gptoughts.errors import CheckpointError
-from gptoughts.files import first_link, sha256_of, write_text
+from gptoughts.files import first_link, load_json, make_private, sha256_of, write_text
 
 FORMAT = 1
 FORMAT_PARTS = 2
@@ -67,8 +67,8 @@ class Snapshot:
 def read_state(folder: Path) -> dict[str, Any]:
     """Return a checkpoint's `state.json`. Raises CheckpointError for a file that cannot be read, and for another format version."""
     try:
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        state = load_json(folder / STATE)
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder / STATE}: cannot be read ({error})", fix="an earlier checkpoint") from None
     if not isinstance(state, dict) or state.get("format") not in (FORMAT, FORMAT_PARTS):
         raise CheckpointError(
@@ -82,7 +82,8 @@ def begin(folder: Path, step: int, ranks: int = 1) -> Path:
     """Create the temporary folder of a checkpoint, before any rank writes into it, with a marker for every other rank that will write."""
     temporary = _temporary(folder, step)
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    make_private(folder)
+    temporary.mkdir()
     for rank in range(1, ranks):
         (temporary / _marker(rank)).touch()
     return temporary
@@ -177,7 +178,7 @@ def write_part(snapshot: Snapshot, folder: Path) -> None:
         write_text(record, json.dumps({"files": _write_tensors(snapshot, temporary)}), durable=True)
     except BaseException as error:
         with suppress(OSError):
-            write_text(record, json.dumps({"error": f"{type(error).__name__}: {error}"}))
+            write_text(record, json.dumps({"error": redacted(f"{type(error).__name__}: {error}")}))
         with suppress(OSError):
             (temporary / _marker(snapshot.rank)).unlink(missing_ok=True)
         raise
@@ -269,9 +270,9 @@ def step_of(path: Path) -> int:
 def best(folder: Path) -> tuple[str, float] | None:
     """Return name and validation loss of the best checkpoint, or None where none is noted or the note is damaged."""
     try:
-        noted = json.loads((folder / "best").read_text(encoding="utf-8"))
+        noted = load_json(folder / "best")
         name, loss = str(noted["checkpoint"]), float(noted["val_loss"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return None
     return (name, loss) if Path(name).name == name and math.isfinite(loss) else None
 

@@ -25,6 +25,7 @@ from typing import Any, Self
 
 import torch.distributed as dist
 
+from gptoughts.console import redacted, shown
 from gptoughts.engine.distributed.ranks import Ranks
 from gptoughts.engine.distributed.verdict import DISCONNECTED, DONE, FAILED, SILENT_SECONDS, RankState, Seen, Verdict, decide
 from gptoughts.errors import ConfigError, RunError
@@ -296,6 +297,7 @@ class FailureWatch:
             faulthandler.dump_traceback(file, all_threads=True)
             file.seek(0)
             text = file.read().decode("utf-8", "replace")
+        text = redacted(text)
         _write(text)
         if self._folder is not None:
             with suppress(OSError):
@@ -305,7 +307,7 @@ class FailureWatch:
 def _write(text: str) -> None:
     """Write to standard error in one call, past locks that the main thread may hold."""
     with suppress(OSError):
-        os.write(2, (text.rstrip("\n") + "\n").encode())
+        os.write(2, (shown(text.rstrip("\n")) + "\n").encode())
 
 
 def _host() -> str:

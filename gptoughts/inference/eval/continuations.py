@@ -7,7 +7,6 @@ are scored. Special tokens that a text spells out are encoded as text, unlike th
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from gptoughts.config.loader import Recipe
 from gptoughts.config.model_path import resolve_model_folder
+from gptoughts.data.chat.template import read_json
 from gptoughts.data.tokenizers.tokenizer import JsonTokenizer, Tokenizer
 from gptoughts.engine.engine import Engine
 from gptoughts.engine.objectives.base import IGNORED
@@ -79,7 +79,7 @@ def encoder_of(tokenizer: Tokenizer, folder: Path | None) -> Encoder:
     if not isinstance(tokenizer, JsonTokenizer):
         return Encoder(tokenizer, (), tokenizer.eot_id, tokenizer.eot_id)
     file = folder / "tokenizer_config.json" if folder else None
-    config = json.loads(file.read_text(encoding="utf-8")) if file and file.is_file() else {}
+    config = read_json(file) if file and file.is_file() else {}
     begin, end = (_special(tokenizer, config.get(key)) for key in ("bos_token", "eos_token"))
     end = tokenizer.eot_id if end is None else end
     start = _added_before(tokenizer)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from gptoughts.errors import LayerError
-from gptoughts.files import cache_dir
+from gptoughts.files import cache_dir, make_private, open_to_all
 from gptoughts.models.torch_internals import caches_disabled, default_graph_cache, disable_caches
 from gptoughts.planning.layer import Option
 
@@ -32,7 +32,7 @@ def cached_graphs(cache: str, environment: MutableMapping[str, str] = os.environ
     """Set torch's graph cache to the user's own folder inside the block, unless TORCHINDUCTOR_CACHE_DIR is set.
 
     Torch's default is a predictable name below /tmp that another user can create first, and cached code is executed.
-    Raises LayerError if another user owns the folder.
+    Raises LayerError if another user owns the folder, or everybody can write the one in use.
     """
     name = "TORCHINDUCTOR_CACHE_DIR"
     before, disabled = environment.get(name), caches_disabled()
@@ -41,6 +41,8 @@ def cached_graphs(cache: str, environment: MutableMapping[str, str] = os.environ
             disable_caches(True)
         elif cache == "own" and before in (None, default_graph_cache()):  # torch sets its default there on first use
             environment[name] = str(_own(cache_folder(environment)))
+        if cache != "off":
+            _check(environment.get(name))
         yield
     finally:
         disable_caches(disabled)
@@ -50,20 +52,38 @@ def cached_graphs(cache: str, environment: MutableMapping[str, str] = os.environ
             environment.pop(name, None)
 
 
+def _check(named: str | None) -> None:
+    default = default_graph_cache()
+    folder = Path(named or default)
+    place = open_to_all(folder)
+    if place is not None:
+        raise LayerError(
+            f"{folder}: everybody can write {place}, and cached code would be executed",
+            fix=f"chmod o-w {place}, or --layer.compile.cache own without TORCHINDUCTOR_CACHE_DIR",
+        )
+    if str(folder) == default and folder.exists():
+        _check_owner(folder)  # a predictable name below /tmp
+
+
 def _own(folder: Path) -> Path:
     try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        state = folder.stat()
-        if state.st_uid == os.geteuid():
-            folder.chmod(0o700)
-            return folder
+        make_private(folder)
+        _check_owner(folder)
+        folder.chmod(0o700)
+        return folder
     except OSError as error:
         raise LayerError(
             f"{folder}: cannot cache compiled graphs: {error.strerror}",
             fix="another XDG_CACHE_HOME, or --layer.compile.cache torch",
         ) from None
+
+
+def _check_owner(folder: Path) -> None:
+    owner = folder.stat().st_uid
+    if owner == os.geteuid():
+        return
     raise LayerError(
         f"{folder}: belongs to another user, and cached code would be executed",
-        found=f"user {state.st_uid}, you are {os.geteuid()}",
+        found=f"user {owner}, you are {os.geteuid()}",
         fix="another XDG_CACHE_HOME, or --layer.compile.cache off",
     )

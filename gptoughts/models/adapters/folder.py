@@ -243,6 +243,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     unsupported += [
         f"{key} is set" for key in content if key.endswith("_config") and content[key] and key not in NEUTRAL_TABLES
     ]
+    if not isinstance(content.get("base_model_name_or_path"), str | None):
+        raise CheckpointError(f"{path}: base_model_name_or_path must be a string")
     initial = content.get("init_lora_weights", True)
     if str(initial).startswith(CHANGE_THE_BASE):
         unsupported.append(f"init_lora_weights = {initial!r} (convert with peft's path_initial_model_for_weight_conversion)")

@@ -65,7 +65,7 @@ def open_config(model: ModelConfig, task: Task = "causal", quantized: bool = Fal
         content.pop("quantization_config", None)
     try:
         config = CONFIG_MAPPING[kind].from_dict(content)
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
+    except Exception as error:  # classes of transformers check in their own ways
         raise ConfigError(f"model {model.path or model.config}: invalid config.json: {first_line(error)}") from error
     notes += _set_dropout(config, model.dropout) if model.dropout is not None else []
     config.use_cache = True

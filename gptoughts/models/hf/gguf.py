@@ -14,6 +14,7 @@ from typing import IO
 
 import torch
 
+from gptoughts.console import print_line
 from gptoughts.errors import CheckpointError, GptoughtsError
 
 
@@ -55,5 +56,5 @@ def serve(requests: IO[bytes], answers: IO[bytes], gguf: str, folder: str) -> No
     try:
         convert(Path(gguf), Path(folder))
     except GptoughtsError as error:
-        print(str(error).replace("\n ", ""), file=sys.stderr)
+        print_line(str(error).replace("\n ", ""), sys.stderr)
         sys.exit(error.exit_code)

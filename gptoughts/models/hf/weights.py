@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +18,7 @@ from gptoughts.errors import CheckpointError
 from gptoughts.models.hf.config import Task, first_line, model_class, open_config, quiet
 from gptoughts.models.sources import Source
 from gptoughts.models.torch_internals import ignored_on_load
-from gptoughts.models.weight_files import INDEX, SINGLE, checked, pickles, read_header, shards_of
+from gptoughts.models.weight_files import INDEX, SINGLE, checked, pickles, read_header, read_json, shards_of
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """Floating-point dtypes of safetensors for computation, widest first."""
@@ -191,12 +190,11 @@ def stored_dtype(config: ModelConfig) -> torch.dtype | None:
 
 def _quantization(folder: Path) -> dict[str, Any] | None:
     """Return config.json's quantization_config with dequantization enabled. Raises CheckpointError for other methods than FP8."""
-    try:
-        quantization = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{shown(folder / 'config.json')}: cannot be read: {error}") from None
+    quantization = read_json(folder / "config.json").get("quantization_config")
     if quantization is None:
         return None
+    if not isinstance(quantization, dict):
+        raise CheckpointError(f"{shown(folder / 'config.json')}: quantization_config must be a table")
     method = quantization.get("quant_method")
     if method != "fp8":
         problem = f"{shown(folder)}: quantized weights of this method cannot be trained"

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gptoughts.console import LOGGER
+from gptoughts.console import LOGGER, redacted
 from gptoughts.run.tracking.lines import LineFile, read_lines
 from gptoughts.run.tracking.metrics import RENAMED
 from gptoughts.run.tracking.sink import RunInfo, Sink
@@ -48,7 +48,7 @@ class Jsonl(Sink):
 
     def _append(self, name: str, number: Mapping[str, int], values: Mapping[str, Any]) -> None:
         assert self._run is not None, "start comes first"
-        self._open(name).write(json.dumps({**number, "attempt": self._run.attempt, **values}))
+        self._open(name).write(json.dumps({**number, "attempt": self._run.attempt, **redacted(values)}))
 
     def _open(self, name: str) -> LineFile:
         assert self._run is not None, "start comes first"

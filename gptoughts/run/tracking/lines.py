@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from contextlib import suppress
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gptoughts.console import LOGGER
+from gptoughts.files import parse_json
 
 MOST_PENDING = 16 << 20
 """Bytes of lines that are kept in memory while the disk does not take them; the oldest are dropped beyond."""
@@ -72,8 +72,8 @@ def read_lines(path: Path, integers: Sequence[str]) -> tuple[list[dict[str, Any]
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
+            row = parse_json(line)
+        except ValueError:
             bad += 1
             continue
         if isinstance(row, dict) and all(type(row.get(key)) is int for key in integers):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from gptoughts.console import LOGGER
 from gptoughts.errors import RunError
-from gptoughts.files import try_lock, write_text, writing_problem
+from gptoughts.files import make_private, try_lock, write_text, writing_problem
 
 LOCK = ".lock"
 """File in the folder of checkpoints with the process that holds it; also the lock itself where folders cannot be locked (NFS)."""
@@ -67,13 +67,13 @@ class RunFolder:
             name, parents = self.name, (self.out.parent, self.checkpoints.parent)
             for number in count(2):
                 try:
-                    self.out.mkdir(parents=True)
+                    make_private(self.out, new=True)
                     break
                 except FileExistsError:  # a run that started in the same second
                     self.name = f"{name}-{number}"
                     self.out, self.checkpoints = (parent / self.name for parent in parents)
-        self.out.mkdir(parents=True, exist_ok=True)
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        make_private(self.out)
+        make_private(self.checkpoints)
 
     def _locked(self) -> int | None:
         """Lock the folder of checkpoints itself, which cannot be removed by itself as a file can. Returns the descriptor."""

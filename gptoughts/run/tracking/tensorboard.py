@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gptoughts.console import Redactor
 from gptoughts.run.tracking.figures import numbers_and_texts
 from gptoughts.run.tracking.jsonl import replay
-from gptoughts.run.tracking.redact import Redactor
 from gptoughts.run.tracking.sink import RunInfo, Sink
 
 FOLDER, SYSTEM_FOLDER = "tensorboard", "system_metrics"

@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from gptoughts.console import LOGGER, note
+from gptoughts.console import LOGGER, Redactor, note
 from gptoughts.run.tracking.figures import numbers_and_texts
 from gptoughts.run.tracking.jsonl import replay
 from gptoughts.run.tracking.metrics import GATHERED, METRICS
-from gptoughts.run.tracking.redact import Redactor
 from gptoughts.run.tracking.sink import RunInfo, Sink
 
 

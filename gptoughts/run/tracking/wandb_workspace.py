@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from gptoughts.console import print_line, print_result
 from gptoughts.run.tracking.metrics import GATHERED, METRICS
 
 SECTIONS = {
@@ -64,13 +65,13 @@ def workspace(entity: str, project: str) -> Any:
 def main(arguments: Sequence[str]) -> int:
     """Print the definition, or save it in a project. Returns the exit code."""
     if not arguments:
-        print(json.dumps(definition(), indent=1))
+        print_result(json.dumps(definition(), indent=1), raw=True)
         return 0
     if len(arguments) != 2:
-        print(__doc__, file=sys.stderr)
+        print_line(__doc__, sys.stderr)
         return 2
     saved = workspace(*arguments).save()
-    print(saved.url)
+    print_result(saved.url)
     return 0
 
 

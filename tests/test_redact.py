@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from gptoughts.config.recipe import fields
-from gptoughts.run.tracking.redact import HIDDEN, Redactor, is_secret_name
+from gptoughts.console import HIDDEN, Redactor, is_secret_name
+from gptoughts.layers import CATALOG
 
 SECRET = "not-a-real-one-1234"
 
@@ -45,3 +46,8 @@ def test_forms_of_secrets(text: str, shown: str) -> None:
 def test_other_values_stay() -> None:
     value = {"train": {"steps": 3, "tokens": None}, "flag": True, "shares": [0.1, 0.2]}
     assert Redactor({"A_TOKEN": SECRET})(value) == value
+
+
+def test_no_option_of_a_layer_is_taken_for_a_secret() -> None:
+    assert [f"{name}.{option}" for name, layer in CATALOG.items() for option in layer.options if is_secret_name(option)] == []
+    assert not is_secret_name("data.text_key") and not is_secret_name("diffusion.mask_token")
