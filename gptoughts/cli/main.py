@@ -5,14 +5,13 @@ Commands import their module when they run, so `--help` and `plan` load nothing 
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
-from typing import Any
 
 import click
 
 from gptoughts.cli.bench_commands import bench_group
+from gptoughts.cli.ending import one_message
 from gptoughts.cli.eval_commands import eval_group
 from gptoughts.cli.options import (
     CommandGroup,
@@ -26,12 +25,8 @@ from gptoughts.cli.options import (
 )
 from gptoughts.cli.report_commands import report_commands
 from gptoughts.console import flush_output_at_exit, print_line, print_result, print_traceback
-from gptoughts.errors import GptoughtsError
 from gptoughts.planning.environment import Process
 from gptoughts.processes import shelter_children
-
-OF_THE_SYSTEM = {errno.ENAMETOOLONG: 2, errno.ENOSPC: 74, errno.EDQUOT: 74, errno.EIO: 74}
-"""Errors of the operating system that any file can raise, and their exit codes: of wrong usage, and EX_IOERR."""
 
 
 def build_cli() -> CommandGroup:
@@ -294,45 +289,5 @@ def main(arguments: list[str] | None = None) -> None:
         flush_output_at_exit()
         sys.excepthook = print_traceback
         shelter_children()
-    try:
+    with one_message(process):
         build_cli().main(args=arguments, prog_name="gptoughts", standalone_mode=False, obj=process)
-    except click.ClickException as error:
-        _exit(f"error: {error.format_message()}" if _prints(error.format_message()) else "", error.exit_code)
-    except (click.exceptions.Abort, KeyboardInterrupt) as error:
-        _exit("interrupted", getattr(error.__cause__ or error, "code", 130))  # click replaces a KeyboardInterrupt by Abort
-    except GptoughtsError as error:
-        _exit(f"error: {error}" if str(error) and _prints(str(error)) else "", error.exit_code)
-    except BrokenPipeError:
-        # The reader of our output has exited; the interpreter must not flush into the closed pipe at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno in OF_THE_SYSTEM:
-            named = f"{error.filename:.200}" if isinstance(error.filename, str) else "standard output"
-            _exit(f"error: {named}: {error.strerror}", OF_THE_SYSTEM[error.errno])
-        meeting = _meeting()
-        if meeting is None or meeting.claim(f"{type(error).__name__}: {error}"):
-            raise
-        sys.exit(1)  # another rank prints the traceback
-
-
-def _meeting() -> Any:
-    """Return the store that this rank shares with the others, None before they met."""
-    rendezvous = sys.modules.get("gptoughts.engine.distributed.rendezvous")
-    return rendezvous.current() if rendezvous else None
-
-
-def _prints(message: str) -> bool:
-    """Return whether this process prints an error: among ranks the first that finds it, so that one cause is one message."""
-    meeting = _meeting()
-    if meeting is not None:
-        return bool(meeting.claim(message))
-    from gptoughts.hardware.world import shares_errors
-
-    return not shares_errors(os.environ)
-
-
-def _exit(message: str, code: int) -> None:
-    if message:
-        print_line(message, sys.stderr)
-    sys.exit(code)

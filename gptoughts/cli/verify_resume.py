@@ -12,6 +12,7 @@ from pathlib import Path
 from gptoughts.api import decide
 from gptoughts.cli.train import require_torch
 from gptoughts.config.recipe import LENGTHS
+from gptoughts.console import print_line, print_result
 from gptoughts.errors import ConfigError
 from gptoughts.hardware.world import world_from_environment
 
@@ -47,19 +48,19 @@ def verify_resume(
     trial = Trial(tuple(words), layers, before, after, folder)
     claimed = setting.plan.not_repeatable
     if claimed:
-        print(f"note: the plan does not promise equal bits, because of {', '.join(claimed)}", flush=True)
+        print_result(f"note: the plan does not promise equal bits, because of {', '.join(claimed)}")
     done = False
     try:
         difference, unbroken = verify(trial, _say)
         if not difference.lines:
-            print(
+            print_result(
                 f"exact: {difference.losses} metrics of {trial.steps} steps and {difference.files} files of tensors are equal, bit for bit"
             )
             done = True
             return 0
-        print("not exact:", *difference.lines, sep="\n  ", flush=True)
-        print(find_cause(trial, setting, unbroken, _say))
-        print(f"the trainings stay in {folder}")
+        print_result("\n  ".join(["not exact:", *difference.lines]))
+        print_result(find_cause(trial, setting, unbroken, _say))
+        print_result(f"the trainings stay in {folder}")
         return 1
     finally:
         if done and run_dir is None:
@@ -84,4 +85,4 @@ def _folder(run_dir: str | None) -> Path:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print_line(text, sys.stderr)

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -138,7 +138,13 @@ class Runs:
         )
 
     def run_ranks(
-        self, place: Path, variant: Variant, faults: Sequence[Fault] = (), *, together: bool = False, **variables: str
+        self,
+        place: Path,
+        variant: Variant,
+        faults: Sequence[Fault] = (),
+        *,
+        together: bool = False,
+        variables: Mapping[str, str] | None = None,
     ) -> Life:
         """Run all ranks of a variant to the end, to an error or to a kill.
 
@@ -148,7 +154,7 @@ class Runs:
         (self.folder / "faults.log").unlink(missing_ok=True)
         shared = world_of(variant)
         ranks = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} if shared else {} for rank in range(variant.ranks)]
-        processes = [self._start(place, variant, {**variables, **own}, faults) for own in ranks]
+        processes = [self._start(place, variant, {**(variables or {}), **own}, faults) for own in ranks]
         ends = time.monotonic() + RUN_SECONDS
         while any(process.poll() is None for process in processes):
             if any(process.returncode for process in processes):

@@ -108,13 +108,13 @@ def try_cell(runs: Runs, phase: Phase, signals: str) -> Cell:
     if phase.resumed:
         runs.run_ranks(place, phase.variant, [Fault("", "step:5:0", rank, at_point=True) for rank in everywhere])
     orders = [Fault("", f"{phase.order}:{signals}", rank, at_point=True) for rank in everywhere]
-    life = runs.run_ranks(place, phase.variant, orders, **variables)
+    life = runs.run_ranks(place, phase.variant, orders, variables=variables)
     sent = [float(line.removeprefix("at ")) for line in life.struck if line.startswith("at ")]
     struck = sorted({line.removeprefix("point ") for line in life.struck if line.startswith("point ")})
     seconds = life.ended - max(sent) if sent else -1.0
     newest = max(steps_of(place), default=None) if (place / "checkpoints").is_dir() else None
     left = [path.name for path in (place / "checkpoints").glob(".*") if path.name.startswith(LEFT_OVER)]
-    after = runs.run_ranks(place, phase.variant, **variables)
+    after = runs.run_ranks(place, phase.variant, variables=variables)
     bits = not any(after.codes) and same(place, reference(runs, phase.variant))
     faults = list(_faults(phase, signals, life, seconds, newest))
     faults += [f"left over: {left}"] if left else []

@@ -3,6 +3,7 @@
 python -m tests.faults.soak --kills 200 --seed 1 --to docs/measurements/cpu/kills.json     only kill -9, at system calls and points of the code
 python -m tests.faults.soak --minutes 60 --seed 1 --to docs/measurements/cpu/soak.json     also SIGTERM and failing system calls
 
+A table by injection point goes beside the record, as .md.
 Runs have one or two ranks, as single process, compiled, DDP and FSDP2 (see harness.VARIANTS). A seed makes the same choices; what the clock
 does with them differs.
 """
@@ -151,6 +152,24 @@ def soak(runs: Runs, record: Record, minutes: float, kills: int) -> None:
         )
 
 
+def to_markdown(record: dict[str, Any]) -> str:
+    """Return the record as tables: runs, kills and other bits by variant, and what struck by injection point."""
+    names, runs = list(record["runs"]), record["runs"]
+    struck = record["faults_that_struck"]
+    lines = [
+        "# Faults in real runs", "", f"Made by `{record['command']}` in {record['seconds'] / 60:.0f} min on {record['machine']}, torch {record['torch']}.",
+        f"{sum(runs.values())} runs of {record['steps_per_run']} steps were disturbed again and again and reached their end; {record['runs_with_other_bits']}",
+        f"of them with other losses or weights than the unbroken run. {sum(record['kills'].values())} starts were killed, {record['kills_inside_a_checkpoint_write']} of them",
+        "inside a checkpoint write.", "",
+        f"| | {' | '.join(names)} |", f"| --- |{' ---: |' * len(names)}",
+        *(f"| {title} | {' | '.join(str(record[key].get(name, 0)) for name in names)} |"
+          for title, key in (("runs", "runs"), ("starts", "lives"), ("starts that were killed", "kills"))),
+        "", "| injection point: part of the code, or system call and file | times it struck |", "| --- | ---: |",
+        *(f"| {kind} | {times} |" for kind, times in struck.items()),
+    ]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     """Parse the command line, print and keep the record; exit with 1 if a run differed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -170,6 +189,7 @@ def main() -> None:
     print(text)
     if given.to:
         given.to.write_text(text, encoding="utf-8")
+        given.to.with_suffix(".md").write_text(to_markdown(found), encoding="utf-8")
     raise SystemExit(bool(found["wrong"]))
 
 

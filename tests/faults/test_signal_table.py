@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from tests.faults.harness import Runs, can_compile, prepare
@@ -11,7 +13,7 @@ IN_CI = {("validation", 0), ("sampling", 1), ("watched step", 2), ("writing a ch
 """Phase and number of the signal that every run of the slow tier tries; the long set tries all."""
 
 
-def _cells() -> list[object]:
+def _cells() -> list[Any]:
     cells = []
     for phase in PHASES:
         for number, signals in enumerate(SIGNALS):
