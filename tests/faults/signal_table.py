@@ -93,9 +93,9 @@ class Cell:
     """What was not as promised."""
 
 
-def expected_codes(signals: str) -> set[int]:
-    """Return the exit codes that a signal may end with; 0 where training was complete already."""
-    return {0, 128 + signal.Signals[signals.partition("+")[0]]}
+def expected_codes(phase: Phase, signals: str) -> set[int]:
+    """Return the exit codes that a signal may end with; 0 where training is complete already."""
+    return {128 + signal.Signals[signals.partition("+")[0]], *([0] if phase.name == "end" else [])}
 
 
 def try_cell(runs: Runs, phase: Phase, signals: str) -> Cell:
@@ -127,7 +127,7 @@ def _faults(phase: Phase, signals: str, life: Life, seconds: float, newest: int 
         yield f"no signal was sent: {life.said[-2000:]}"
     if seconds > LIMIT:
         yield f"{seconds:.1f} s"
-    if not set(life.codes) <= expected_codes(signals):
+    if not set(life.codes) <= expected_codes(phase, signals):
         yield f"exit codes {life.codes}: {life.said[-2000:]}"
     if "Traceback" in life.said:
         yield f"traceback: {life.said[-2000:]}"
@@ -170,7 +170,10 @@ def main() -> None:
     parser.add_argument("--to", type=Path, help="file for the record; the table goes beside it")
     parser.add_argument("--phase", help="only phases with this name")
     given = parser.parse_args()
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it, and children would inherit that
+    signal.signal(
+        signal.SIGHUP, signal.SIG_DFL
+    )  # nohup ignores it, and a shell's background job SIGINT: children would inherit that
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     cells: list[Cell] = []
     with tempfile.TemporaryDirectory(prefix="signals-") as folder:
         runs = prepare(Path(folder), LINES)
