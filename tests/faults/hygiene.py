@@ -33,6 +33,8 @@ EARLY, LATE = (0.2, 0.4), (0.8, 1.0)
 """Parts of the steps that are compared; before EARLY, pools and caches fill."""
 MOST_GROWTH = 8 << 20
 """Bytes of resident memory that a rank may gain between the two parts: noise of the allocator. 8000 lost rows of metrics would be more."""
+TORCHS_CACHE = "torchinductor_"
+"""Torch makes its folder of kernels when it is imported."""
 OFTEN = ("--eval.every", "50", "--sample.every", "50", "--save.every", "50", "--save.keep", "2", "--layer.loader", "prefetch")
 
 
@@ -57,7 +59,7 @@ class Found:
     seconds: float
     growth_bytes: int
     handles: tuple[int, int]
-    """Most open file handles early and late; likewise the next two."""
+    """Median of the open file handles early and late; likewise the next two."""
     threads: tuple[int, int]
     shared_files: tuple[int, int]
     resident_bytes: tuple[int, int]
@@ -115,20 +117,20 @@ def watch(runs: Runs, variant: Variant, steps: int) -> Found:
         time.sleep(LOOK_SECONDS)
     if any(process.returncode for process in processes):
         raise RuntimeError((runs.folder / f"{variant.name}.0.log").read_text(encoding="utf-8", errors="replace")[-3000:])
-    left = sorted(str(path.relative_to(runs.folder)) for path in temporary.iterdir())
+    left = sorted(path.name for path in temporary.iterdir() if not path.name.startswith(TORCHS_CACHE))
     left += sorted(path.name for path in (place / "checkpoints").iterdir() if path.name.startswith(".") and path.is_dir())
     parts = [_parts(rank, steps) for rank in looks]
     early, late = [part for part, _ in parts], [part for _, part in parts]
 
-    def most(name: str) -> tuple[int, int]:
-        one, other = (max(getattr(each, name) for part in side for each in part) for side in (early, late))
+    def middle(name: str) -> tuple[int, int]:
+        one, other = (max(int(median(getattr(each, name) for each in part)) for part in side) for side in (early, late))
         return one, other
 
     resident = [tuple(int(median(each.resident_bytes for each in part)) for part in pair) for pair in parts]
     worst = max(resident, key=lambda pair: pair[1] - pair[0])
     return Found(
-        variant.name, steps, round(time.monotonic() - began, 1), worst[1] - worst[0], most("handles"), most("threads"),
-        most("shared_files"), (worst[0], worst[1]), left,
+        variant.name, steps, round(time.monotonic() - began, 1), worst[1] - worst[0], middle("handles"), middle("threads"),
+        middle("shared_files"), (worst[0], worst[1]), left,
     )  # fmt: skip
 
 
