@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from io import TextIOWrapper
 from types import TracebackType
 from typing import Any, Literal, TextIO
@@ -84,13 +85,14 @@ def shown(text: str) -> str:
 
 
 class Console:
-    """Prints lines and, on a terminal, one live row at the bottom. In a log every row is a line."""
+    """Prints lines and one live row: on a terminal at the bottom, in a notebook as a bar. In a log every row is a line."""
 
     _level = logging.INFO
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stdout
         self._is_terminal = self._stream.isatty()
+        self._notebook = _notebook_display() if self._stream is sys.stdout else None
         self._live: Any = None
 
     @property
@@ -106,17 +108,21 @@ class Console:
     def say(self, text: str) -> None:
         """Print lines that stay."""
         live = self._live
-        if live is None:
+        if live is None or self._notebook:
             print_line(text, self._stream)
         else:
             _written(lambda: live.console.print(shown(text), markup=False, highlight=False, soft_wrap=True), self._stream)
 
     def row(self, *fields: str) -> None:
-        """Show the state of the run: replaces the previous row on a terminal, a line of its own in a log.
+        """Show the state of the run: replaces the previous row on a terminal and in a notebook, a line of its own in a log.
 
         On a terminal the last fields are dropped where the row would be wider than a line.
         """
-        if not self._is_terminal:
+        if self._notebook is not None:
+            output = {"text/plain": bar(fields[0]) + shown("  ".join(fields))}
+            update = self._live.update if self._live is not None else partial(self._notebook, display_id=True)
+            self._live = update(output, raw=True) or self._live
+        elif not self._is_terminal:
             print_line("  ".join(fields), self._stream)
         else:
             _written(lambda: self._show(fields), self._stream)
@@ -140,7 +146,7 @@ class Console:
     def end_row(self) -> None:
         """Leave the live row where it is; later output starts on a new line."""
         live, self._live = self._live, None
-        if live is not None:
+        if live is not None and self._notebook is None:
             _written(live.stop, self._stream)
 
     @contextmanager
@@ -161,6 +167,19 @@ class Console:
                 LOGGER.addHandler(one)
             LOGGER.setLevel(level)
             self.end_row()
+
+
+def _notebook_display() -> Callable[..., Any] | None:
+    """Return IPython's function that shows something in a notebook's cell; None elsewhere, also in IPython on a terminal."""
+    ipython: Any = sys.modules.get("IPython")
+    return ipython.display.display if ipython and type(ipython.get_ipython()).__name__ == "ZMQInteractiveShell" else None
+
+
+def bar(field: str, width: int = 20) -> str:
+    """Return a bar of the share done in a field such as `step 30/120`; nothing where there is no total."""
+    done, _, total = field.rpartition(" ")[2].partition("/")
+    filled = min(width, width * int(done) // int(total)) if done.isdigit() and total.isdigit() and int(total) else None
+    return "" if filled is None else "█" * filled + "░" * (width - filled) + " "
 
 
 class SilentConsole(Console):
@@ -285,10 +304,8 @@ class Progress:
 
 def bytes_in_words(count: float | None) -> str:
     """Return `3.41 GiB`, `812 MiB`, `24 KiB`, or n/a for None."""
-    if count is None:
-        return "n/a"
-    if count >= GIB:
-        return f"{count / GIB:.2f} GiB"
+    if count is None or count >= GIB:
+        return "n/a" if count is None else f"{count / GIB:.2f} GiB"
     return f"{count / KIB:.0f} KiB" if 0 < count < MIB else f"{count / MIB:.0f} MiB"
 
 
@@ -297,10 +314,7 @@ def duration(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
-    if minutes < 100:
-        return f"{minutes} min {rest:02d} s"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def count(value: float) -> str:

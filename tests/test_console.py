@@ -7,7 +7,9 @@ import sys
 from io import BytesIO, TextIOWrapper
 from pathlib import Path
 
+import nbformat
 import pytest
+from nbclient import NotebookClient
 
 from gptoughts import console
 from gptoughts.console import Console
@@ -57,3 +59,30 @@ def test_the_exit_code_stays_ours(target: str, tmp_path: Path) -> None:
     else:
         ran = subprocess.run(["bash", "-c", '"$@" | true; exit "${PIPESTATUS[0]}"', "bash", *words], stderr=-1, text=True, check=False)  # fmt: skip
     assert ran.returncode == 0 and ran.stderr.count("output cannot be written") == 1, ran.stderr
+
+
+CELL = """
+from gptoughts.console import Console
+console = Console()
+console.say("before")
+for step in range(1, 5):
+    console.row(f"step {step}/4", "loss 2.5")
+    console.say(f"line {step}")
+console.end_row()
+console.row("step 9", "loss 1.5")
+"""
+
+
+def test_a_notebook_shows_one_row_with_a_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(CELL)])
+    NotebookClient(notebook, timeout=60, kernel_name="python3").execute()
+    outputs = notebook.cells[0].outputs
+    lines = "".join(output.text for output in outputs if output.output_type == "stream")
+    rows = [output.data["text/plain"] for output in outputs if output.output_type == "display_data"]
+    assert lines == "before\nline 1\nline 2\nline 3\nline 4\n"
+    assert rows == ["█" * 20 + " step 4/4  loss 2.5", "step 9  loss 1.5"]
+
+
+def test_a_bar_shows_the_share_done() -> None:
+    assert [console.bar(field, 4) for field in ("step 1/4", "step 9/4", "step 3", "step 0/0")] == ["█░░░ ", "████ ", "", ""]
