@@ -8,6 +8,7 @@ document offsets, passed beside the masks as transformers' `cu_seq_lens_q`.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,7 @@ from transformers.masking_utils import (
 )
 from transformers.modeling_utils import AttentionInterface
 
+from gptoughts.config.hf_attention import attention_needs
 from gptoughts.errors import LayerError
 from gptoughts.models.gpt.attention import AttentionFunction
 from gptoughts.models.gpt.masks import Documents, MaskForm
@@ -44,9 +46,14 @@ IGNORED_KWARGS = frozenset(
 """Keyword arguments of transformers that do not change the result: masks already include sliding windows."""
 
 
+OTHER_INPUTS = re.compile(r"encoder_attn|cross_?att|vision|visual|image|audio|speech", re.IGNORECASE)
+"""Names of modules that do not run on text alone: attention to an encoder, and towers of other inputs."""
+
+
 def attentions(model: nn.Module) -> dict[str, nn.Module]:
-    """Return name -> module whose forward looks up its attention function."""
-    return {name: module for name, module in model.named_modules() if _uses_interface(type(module))}
+    """Return name -> module whose forward looks up its attention function, and runs on text alone."""
+    modules = model.named_modules()
+    return {name: module for name, module in modules if not OTHER_INPUTS.search(name) and _uses_interface(type(module))}
 
 
 def _uses_interface(kind: type[nn.Module]) -> bool:
@@ -64,9 +71,9 @@ def set_attention(model: PreTrainedModel, function: AttentionFunction, form: Mas
     found = attentions(model)
     if not found or not takes_attention_functions(model):
         raise LayerError(f"attention: {type(model).__name__} does not use transformers' attention interface", fix=MATH)
-    softcaps = [key for key in ("attn_logit_softcapping", "attention_softcap") if getattr(model.config, key, None)]
-    if softcaps:
-        raise LayerError(f"attention: {type(model).__name__} caps its attention scores ({softcaps[0]})", fix=MATH)
+    needs = attention_needs({**model.config.get_text_config().to_dict(), "model_type": model.config.model_type})
+    if needs is not None:
+        raise LayerError(f"attention: the attention of {type(model).__name__} has {needs}", fix=MATH)
     dropping = [name for name, module in found.items() if _dropout(module)]
     if dropping:
         raise LayerError(

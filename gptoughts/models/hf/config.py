@@ -41,13 +41,17 @@ KERNEL_KEYS = re.compile(r"_?(attn|experts)_implementation(_internal)?|use_kerne
 """Keys of a config.json that can name a package of kernels on a hub, which is code: the plan chooses the kernels."""
 
 
+FLOAT_TAG, SPECIAL_FLOATS = "__float__", ("Infinity", "-Infinity", "NaN")
+"""How transformers writes floats that JSON lacks: {"__float__": "Infinity"}."""
+
+
 def open_config(model: ModelConfig, task: Task = "causal", quantized: bool = False) -> tuple[PretrainedConfig, list[str]]:
     """Return transformers' config of the recipe's model, and notes for the user. Raises ConfigError.
 
     Dropout is a training option: rates become `model.dropout`, on attention 0. Quantized weights are dequantized, so their
     quantization_config is dropped, unless they shall stay `quantized`.
     """
-    content, notes = without_kernels(read_config(model)), list[str]()
+    content, notes = special_floats(without_kernels(read_config(model))), list[str]()
     kind = content["model_type"]
     if model.remote_code is not None:
         return _remote_config(model), [f"model.remote_code: code of {model.remote_code} is executed"]
@@ -77,6 +81,16 @@ def without_kernels(content: Any) -> Any:
     if isinstance(content, dict):
         return {key: without_kernels(value) for key, value in content.items() if not KERNEL_KEYS.fullmatch(key)}
     return [without_kernels(value) for value in content] if isinstance(content, list) else content
+
+
+def special_floats(content: Any) -> Any:
+    """Return the values of a config.json with transformers' spelling of infinity and NaN as floats."""
+    if isinstance(content, dict):
+        tag = content.get(FLOAT_TAG)
+        if len(content) == 1 and tag in SPECIAL_FLOATS:
+            return float(tag)
+        return {key: special_floats(value) for key, value in content.items()}
+    return [special_floats(value) for value in content] if isinstance(content, list) else content
 
 
 def first_line(error: BaseException) -> str:

@@ -28,6 +28,7 @@ from gptoughts.models.hf import expert_autocast as hf_experts
 from gptoughts.models.hf import initial as hf_initial
 from gptoughts.models.hf.config import Task, model_class, open_config
 from gptoughts.models.hf.introspect import plain_head, separates_documents
+from gptoughts.models.hf.probe import Probed, probe
 from gptoughts.models.meta import on_meta
 from gptoughts.models.torch_internals import child_table, share_tables
 
@@ -73,11 +74,11 @@ class Head(nn.Module):
 class HFModel(TransformersModel):
     """Causal language model of transformers with the call interface of native models."""
 
-    def __init__(self, inner: PreTrainedModel, sequence_length: int) -> None:
+    def __init__(self, inner: PreTrainedModel, sequence_length: int, packs: bool) -> None:
         super().__init__(inner)
         self.vocab_size = len(_embedding(inner))
         self.sequence_length = sequence_length
-        self.packs = separates_documents(inner)
+        self.packs = packs
         self.head_name = plain_head(inner)
         if self.head_name is not None:
             weight = inner.get_submodule(self.head_name).weight
@@ -179,8 +180,6 @@ def hf_family(config: ModelConfig, task: Task = "causal") -> Family:
     """Return the family of the transformers model at `config.path` or `config.config`. Raises ConfigError if `task` does not support it."""
     hf_config, _ = open_config(config, task)
     probe = _build(hf_config, config, task, 1, rows=None)
-    if task == "causal":
-        _require_causal(probe.inner)
     with on_meta():
         initials = hf_initial.scheme(_transformers_model(hf_config, config, task, None))
     has_head = isinstance(probe, HFModel) and probe.head_name is not None
@@ -240,16 +239,35 @@ def _build(hf_config: PretrainedConfig, config: ModelConfig, task: Task, length:
     with on_meta():
         inner = _transformers_model(hf_config, config, task, rows)
     hf_experts.use_autocast_experts(inner)
-    return HFModel(inner, length) if task == "causal" else HFEncoder(inner, length)
+    if task != "causal":
+        return HFEncoder(inner, length)
+    found = _probed(hf_config, config, inner)
+    separates = separates_documents(inner) if found.separates is None else found.separates
+    return HFModel(inner, length, separates)
 
 
-def _require_causal(inner: PreTrainedModel) -> None:
-    bidirectional = [
-        name for name, module in hf_attention.attentions(inner).items() if getattr(module, "is_causal", True) is False
-    ]
-    if bidirectional:
-        problem = f"objective: {inner.config.model_type} is bidirectional and cannot be trained to predict the next token"
-        raise ConfigError(problem, fix="--objective question-answering")
+def _probed(hf_config: PretrainedConfig, config: ModelConfig, inner: PreTrainedModel) -> Probed:
+    """Return what a run of the model, or of its tiny twin, shows. Raises ConfigError for a model that is not causal."""
+    loader, kwargs = model_class("causal", config)
+
+    def make(made: PretrainedConfig) -> PreTrainedModel:
+        model: PreTrainedModel = loader.from_config(
+            copy.deepcopy(made), attn_implementation=hf_attention.EAGER, dtype=torch.float32, **kwargs
+        )
+        return model
+
+    found = probe(hf_config, make, sum(parameter.numel() for parameter in inner.parameters()))
+    if found.causal or (found.causal is None and not _reads_both_ways(inner)):
+        return found
+    problem = f"objective: {hf_config.model_type} is bidirectional and cannot be trained to predict the next token"
+    moved = None if found.before is None else f"logits that move by {found.before:.1g} of the largest with a later token"
+    decodes = getattr(hf_config, "is_decoder", None) is False
+    fix = '"is_decoder": true in config.json, or --objective question-answering' if decodes else "--objective question-answering"
+    raise ConfigError(problem, found=moved, fix=fix)
+
+
+def _reads_both_ways(inner: PreTrainedModel) -> bool:
+    return any(getattr(module, "is_causal", True) is False for module in hf_attention.attentions(inner).values())
 
 
 def _blocks(model: TransformersModel) -> dict[str, nn.Module]:
