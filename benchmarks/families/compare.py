@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from benchmarks.families.tiny import config_of, tiny
@@ -190,9 +190,8 @@ def _logits(ours: HFModel, theirs: Any, ids: Tensor) -> float:
 def _generated(ours: HFModel, theirs: Any, prompt: Tensor) -> bool:
     """Compare greedy text, token by token."""
     with torch.no_grad():
-        wanted = theirs.eval().generate(
-            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0
-        )
+        theirs.generation_config = GenerationConfig(max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, pad_token_id=0)
+        wanted = theirs.eval().generate(prompt, attention_mask=torch.ones_like(prompt))
         read, written, unread = ours.reader().reading(), prompt[0].tolist(), prompt[0].tolist()
         for _ in range(NEW):
             unread = [int(read(unread).argmax())]

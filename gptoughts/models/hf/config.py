@@ -93,6 +93,11 @@ def special_floats(content: Any) -> Any:
     return [special_floats(value) for value in content] if isinstance(content, list) else content
 
 
+def vocabulary(config: PretrainedConfig) -> int:
+    """Return the embedding rows of a config; models that read images or sound too have them in the config of their text."""
+    return int(config.get_text_config().vocab_size)
+
+
 def first_line(error: BaseException) -> str:
     """Return the first non-empty line of an error's text, or the name of its type."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
@@ -129,7 +134,7 @@ def model_class(task: Task, model: ModelConfig) -> tuple[Any, dict[str, Any]]:
 def whole_model(model: ModelConfig, task: Task, rows: int) -> Any:
     """Build transformers' model on meta with `rows` embedding rows and config.json's dropout, for export."""
     config, _ = open_config(model.model_copy(update={"dropout": None}), task)
-    config.vocab_size = rows
+    config.get_text_config().vocab_size = rows
     loader, kwargs = model_class(task, model)
     with on_meta():
         return loader.from_config(config, attn_implementation="eager", dtype=torch.float32, **kwargs)

@@ -23,6 +23,8 @@ from gptoughts.models.torch_internals import convolution_type, unsaved_buffers
 
 EXPERT_COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """Config keys of transformers for the number of routed experts."""
+EXPERT_SWITCHES = ("is_moe", "enable_moe_block")
+"""Config keys of transformers that say whether a model has experts, where the number alone does not."""
 AUX_LOSS_KEY = "router_aux_loss_coef"
 DEEPSEEK_AUX_LOSS_KEY = "aux_loss_alpha"
 BIAS_NAMES = ("e_score_correction_bias", "expert_bias")
@@ -106,13 +108,13 @@ def described(found: Mapping[str, Router]) -> str:
 
 
 def config_of(model: nn.Module) -> tuple[Any, str] | None:
-    """Return the config that counts more than one expert and its key, or None."""
+    """Return the config that counts more than one expert, and its key; None without one, or where a switch makes the model dense."""
     for module in model.modules():
         config = getattr(module, "config", None)
         for part in (config, getattr(config, "text_config", None)):
             for key in EXPERT_COUNT_KEYS:
                 value = getattr(part, key, None)
-                if isinstance(value, int) and value > 1:
+                if isinstance(value, int) and value > 1 and all(getattr(part, switch, True) for switch in EXPERT_SWITCHES):
                     return part, key
     return None
 

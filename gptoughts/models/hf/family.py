@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from gptoughts.config.hf_spec import max_positions
 from gptoughts.config.loader import ModelConfig
@@ -26,7 +26,8 @@ from gptoughts.models.gpt.masks import MaskForm, lengths
 from gptoughts.models.hf import attention as hf_attention
 from gptoughts.models.hf import expert_autocast as hf_experts
 from gptoughts.models.hf import initial as hf_initial
-from gptoughts.models.hf.config import Task, model_class, open_config
+from gptoughts.models.hf import reading
+from gptoughts.models.hf.config import Task, first_line, model_class, open_config, vocabulary
 from gptoughts.models.hf.introspect import plain_head, separates_documents
 from gptoughts.models.hf.probe import Probed, probe
 from gptoughts.models.meta import on_meta
@@ -74,11 +75,12 @@ class Head(nn.Module):
 class HFModel(TransformersModel):
     """Causal language model of transformers with the call interface of native models."""
 
-    def __init__(self, inner: PreTrainedModel, sequence_length: int, packs: bool) -> None:
+    def __init__(self, inner: PreTrainedModel, sequence_length: int, found: Probed) -> None:
         super().__init__(inner)
         self.vocab_size = len(_embedding(inner))
         self.sequence_length = sequence_length
-        self.packs = packs
+        self.packs = separates_documents(inner) if found.separates is None else found.separates
+        self.caches = found.caches
         self.head_name = plain_head(inner)
         if self.head_name is not None:
             weight = inner.get_submodule(self.head_name).weight
@@ -125,15 +127,9 @@ class HFModel(TransformersModel):
         """Return the model itself, for `generate.autoregressive`."""
         return self
 
-    def reading(self) -> Callable[[list[int]], Tensor]:
-        """Return a function with a new key-value cache: it takes the next ids and returns the logits (V) of the following one."""
-        cache, device = DynamicCache(config=self.inner.config), _embedding(self.inner).device
-
-        def read(ids: list[int]) -> Tensor:
-            input_ids = torch.tensor([ids], device=device)
-            return self.inner(input_ids=input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
-
-        return read
+    def reading(self) -> reading.Read:
+        """Return a function that takes the next ids of a new text and returns the logits (V) of the following one."""
+        return reading.cached(self.inner) if self.caches else reading.whole(self.inner)
 
 
 def _embedding(inner: PreTrainedModel) -> Tensor:
@@ -222,16 +218,22 @@ def _head(model: nn.Module) -> nn.Module:
 
 def _transformers_model(hf_config: PretrainedConfig, config: ModelConfig, task: Task, rows: int | None) -> PreTrainedModel:
     hf_config = copy.deepcopy(hf_config)
-    if rows is not None and config.path is None and rows != hf_config.vocab_size:
-        hf_config.vocab_size = rows
+    if rows is not None and config.path is None and rows != vocabulary(hf_config):
+        hf_config.get_text_config().vocab_size = rows
     loader, kwargs = model_class(task, config)
-    return loader.from_config(hf_config, attn_implementation=hf_attention.EAGER, dtype=torch.float32, **kwargs)
+    try:
+        model: PreTrainedModel = loader.from_config(
+            hf_config, attn_implementation=hf_attention.EAGER, dtype=torch.float32, **kwargs
+        )
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, ImportError, AssertionError, ZeroDivisionError) as error:
+        raise ConfigError(f"model {config.path or config.config}: transformers cannot build it: {first_line(error)}") from error
+    return model
 
 
 def _build(hf_config: PretrainedConfig, config: ModelConfig, task: Task, length: int, rows: int | None) -> Any:
-    if rows is not None and config.path is not None and rows > hf_config.vocab_size:
+    if rows is not None and config.path is not None and rows > vocabulary(hf_config):
         problem = f"model.path {config.path}: the tokenizer needs {rows} embedding rows"
-        raise ConfigError(problem, found=hf_config.vocab_size)
+        raise ConfigError(problem, found=vocabulary(hf_config))
     limit = max_positions({**hf_config.to_dict(), "model_type": hf_config.model_type})
     if limit is not None and length > limit:
         problem = f"data.sequence_length: {hf_config.model_type} has {limit} positions"
@@ -241,22 +243,13 @@ def _build(hf_config: PretrainedConfig, config: ModelConfig, task: Task, length:
     hf_experts.use_autocast_experts(inner)
     if task != "causal":
         return HFEncoder(inner, length)
-    found = _probed(hf_config, config, inner)
-    separates = separates_documents(inner) if found.separates is None else found.separates
-    return HFModel(inner, length, separates)
+    return HFModel(inner, length, _probed(hf_config, config, inner))
 
 
 def _probed(hf_config: PretrainedConfig, config: ModelConfig, inner: PreTrainedModel) -> Probed:
     """Return what a run of the model, or of its tiny twin, shows. Raises ConfigError for a model that is not causal."""
-    loader, kwargs = model_class("causal", config)
-
-    def make(made: PretrainedConfig) -> PreTrainedModel:
-        model: PreTrainedModel = loader.from_config(
-            copy.deepcopy(made), attn_implementation=hf_attention.EAGER, dtype=torch.float32, **kwargs
-        )
-        return model
-
-    found = probe(hf_config, make, sum(parameter.numel() for parameter in inner.parameters()))
+    size = sum(parameter.numel() for parameter in inner.parameters())
+    found = probe(hf_config, lambda made: _transformers_model(made, config, "causal", None), size)
     if found.causal or (found.causal is None and not _reads_both_ways(inner)):
         return found
     problem = f"objective: {hf_config.model_type} is bidirectional and cannot be trained to predict the next token"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from gptoughts.models.hf import twin
+from gptoughts.models.hf import reading, twin
 from gptoughts.models.hf.config import first_line, quiet
 
 LENGTH, CUT, ROWS = 24, 9, 2
@@ -39,7 +39,14 @@ class Probed:
     """Largest change of the logits before a changed token, relative to the largest logit."""
     apart: float | None
     """Largest difference of packed documents from each alone; infinity for a model that takes no positions."""
+    cached: float | None = None
+    """Largest change of the logits of the last token if it is read with a cache; None for a model that takes none."""
     problem: str = ""
+
+    @property
+    def caches(self) -> bool:
+        """Whether a text may be read token by token."""
+        return self.cached is not None and self.cached <= MOVED
 
     @property
     def causal(self) -> bool | None:
@@ -60,7 +67,7 @@ def probe(config: PretrainedConfig, make: Callable[[PretrainedConfig], PreTraine
 
     Random state is kept. Never raises: a model that cannot run is no error here.
     """
-    key = f"{type(config).__name__} {config.to_json_string(use_diff=False)}"
+    key = f"{type(config).__module__}.{type(config).__name__} {config.to_json_string(use_diff=False)}"
     if key not in _KNOWN:
         with torch.random.fork_rng(devices=[]), torch.device("cpu"), quiet():
             _KNOWN[key] = _probed(config, make, parameters)
@@ -73,7 +80,7 @@ def _probed(config: PretrainedConfig, make: Callable[[PretrainedConfig], PreTrai
     try:
         model = make(config if parameters <= SMALL else smaller(config)).eval()
     except Exception as error:  # of transformers, for sizes that do not fit each other
-        return Probed(None, None, f"no tiny model of this config: {type(error).__name__}: {first_line(error)}")
+        return Probed(None, None, problem=f"no tiny model of this config: {type(error).__name__}: {first_line(error)}")
     generator = torch.Generator("cpu").manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -87,14 +94,31 @@ def _probed(config: PretrainedConfig, make: Callable[[PretrainedConfig], PreTrai
             changed[:, CUT] = torch.where(ids[:, CUT] == rows - 1, rows - 2, rows - 1)
             before = _far(_logits(model, changed)[:, :CUT], whole[:, :CUT], whole)
         except Exception as error:  # of transformers' forward
-            return Probed(None, None, f"its tiny model does not run: {type(error).__name__}: {first_line(error)}")
-        try:
-            positions = torch.cat((torch.arange(CUT), torch.arange(LENGTH - CUT))).expand(ROWS, -1)
-            together = _logits(model, ids, position_ids=positions)
-            alone = torch.cat((_logits(model, ids[:, :CUT]), _logits(model, ids[:, CUT:])), 1)
-            return Probed(before, _far(together, alone, alone))
-        except Exception:  # it takes no positions
-            return Probed(before, float("inf"))
+            return Probed(None, None, problem=f"its tiny model does not run: {type(error).__name__}: {first_line(error)}")
+        return Probed(before, _apart(model, ids), _cached(model, ids, whole))
+
+
+def _apart(model: PreTrainedModel, ids: Tensor) -> float:
+    """Return the largest difference of two documents in a row from each alone; infinity for a model that takes no positions."""
+    positions = torch.cat((torch.arange(CUT), torch.arange(LENGTH - CUT))).expand(ROWS, -1)
+    try:
+        together = _logits(model, ids, position_ids=positions)
+        alone = torch.cat((_logits(model, ids[:, :CUT]), _logits(model, ids[:, CUT:])), 1)
+    except Exception:  # of transformers' forward
+        return float("inf")
+    return _far(together, alone, alone)
+
+
+def _cached(model: PreTrainedModel, ids: Tensor, whole: Tensor) -> float | None:
+    """Return the largest difference of the last tokens' logits if they are read one by one with a cache; None if it takes none."""
+    row, read_alone = ids[0].tolist(), 3
+    try:
+        read = reading.cached(model)
+        found = [read(row[: LENGTH - read_alone]), *(read([one]) for one in row[LENGTH - read_alone :])]
+    except Exception:  # of transformers' forward, for a cache of another class
+        return None
+    wanted = whole[0, LENGTH - read_alone - 1 :]
+    return _far(torch.stack(found).float(), wanted, wanted)
 
 
 def smaller(config: PretrainedConfig) -> PretrainedConfig:
