@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from benchmarks.families.tiny import config_of, tiny
-from gptoughts.config.loader import Recipe, from_values
+from gptoughts.config.loader import ModelConfig, Recipe, from_values
 from gptoughts.config.model_spec import spec_for
 from gptoughts.data.tokenizers.tokenizer import ByteTokenizer
 from gptoughts.engine.distributed.ranks import Ranks
@@ -34,7 +34,7 @@ from gptoughts.hardware.world import World
 from gptoughts.inference.export import export
 from gptoughts.inference.load import inference_engine
 from gptoughts.layers import CATALOG
-from gptoughts.models.hf.config import first_line, quiet
+from gptoughts.models.hf.config import first_line, quiet, vocabulary
 from gptoughts.models.hf.experts import BIAS_NAMES
 from gptoughts.models.hf.family import HFModel, hf_family
 from gptoughts.models.hf.weights import Pretrained
@@ -63,9 +63,11 @@ def examine(kind: str, folder: Path, content: dict[str, Any] | None = None) -> d
     record: dict[str, Any] = {"type": kind}
     shutil.rmtree(folder, ignore_errors=True)
     try:
-        theirs = _saved(content or tiny(kind), folder)
+        content = content or tiny(kind)
+        theirs = _saved(content, folder)
     except Exception as error:  # transformers cannot build, run or save it
-        return {**record, "state": "not built", "reason": f"{type(error).__name__}: {first_line(error)}"}
+        problem = f"transformers does not build it: {type(error).__name__}: {first_line(error)}"
+        return {**record, "stage": "open", **_unbuilt(kind, content, folder, problem)}
     record["parameters"] = sum(parameter.numel() for parameter in theirs.parameters())
     stage = "open"
     try:
@@ -80,6 +82,20 @@ def examine(kind: str, folder: Path, content: dict[str, Any] | None = None) -> d
         return {**record, "state": "failed", "stage": stage, "reason": f"{type(error).__name__}: {first_line(error)}"}
 
 
+def _unbuilt(kind: str, content: dict[str, Any] | None, folder: Path, problem: str) -> dict[str, str]:
+    """Return state and reason of a type that transformers does not build: refused if our error is one for users."""
+    content = content or {"model_type": kind}
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(content), encoding="utf-8")
+    try:
+        hf_family(ModelConfig(family="hf", config=str(folder)))
+    except GptoughtsError:
+        return {"state": "refused", "reason": problem}
+    except Exception as error:
+        return {"state": "failed", "reason": f"{type(error).__name__}: {first_line(error)}, where {problem}"}
+    return {"state": "not built", "reason": problem}
+
+
 def _saved(content: dict[str, Any], folder: Path) -> Any:
     """Save a model with random weights away from their initial values, and return it as transformers opens it."""
     torch.manual_seed(0)
@@ -91,6 +107,9 @@ def _saved(content: dict[str, Any], folder: Path) -> Any:
                 tensor.add_(0.02 * torch.randn_like(tensor))
         model.save_pretrained(folder)
         del model
+        if json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"] != content["model_type"]:
+            # Of a model that reads images too, the config of the text part, which transformers does not open by itself.
+            (folder / "config.json").write_text(json.dumps(content), encoding="utf-8")
         opened = plain(folder)
     with torch.no_grad():
         opened.eval()(_ids())
@@ -135,7 +154,8 @@ def _stages(folder: Path, theirs: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     recipe, ids = _recipe(folder), _ids(columns=LENGTH + 1)
     yield "adopt", {}
     family = hf_family(recipe.model)
-    model = meta_model(recipe, family, theirs.get_input_embeddings().weight.shape[0])
+    rows = vocabulary(theirs.config)
+    model = meta_model(recipe, family, rows)
     plan = plan_of(recipe)
     yield "build", {"attention": plan.layers["attention"], "packs": model.packs, "head": model.head_name}
     batches = ((_batch(ids), number) for number in range(100))
@@ -151,8 +171,7 @@ def _stages(folder: Path, theirs: Any) -> Iterator[tuple[str, dict[str, Any]]]:
         yield "export", {"evidence": _evidence(engine, plan)}
         proof, _ = export(ours, recipe, ByteTokenizer(), folder / "exported", TEXT)
     yield "load", {"export": proof.max_difference}
-    bundle = ModelBundle(family, NextToken(), len(theirs.get_input_embeddings().weight), spec_for(recipe))
-    rows = theirs.get_input_embeddings().weight.shape[0]
+    bundle = ModelBundle(family, NextToken(), rows, spec_for(recipe))
     loaded = inference_engine(recipe, bundle, meta_model(recipe, family, rows), CPU, Pretrained(folder / "exported"), "fused")
     yield "", _loaded(loaded.bare, plain(folder / "exported"), ids)
 

@@ -18,10 +18,12 @@ LEFT_OUT = ("transformers_version", "dtype")
 
 
 def tiny(kind: str) -> dict[str, Any]:
-    """Return the content of a config.json of a tiny `kind`, without dropout."""
+    """Return the content of a config.json of a tiny `kind`, without dropout, as a decoder."""
     own = dict(OWN.get(kind, {}))
     config = CONFIG_MAPPING[kind](**own.pop("given", {}))
     content = {key: value for key, value in twin.smaller(config.to_dict()).items() if key not in LEFT_OUT}
+    if content.get("is_decoder") is False:
+        content["is_decoder"] = True  # else it reads both ways, and is refused
     return {**_without_dropout(_merged(content, own)), "model_type": kind}
 
 
@@ -36,7 +38,7 @@ def _without_dropout(content: Any) -> Any:
     if not isinstance(content, dict):
         return content
     return {
-        key: 0.0 if DROPOUT_KEYS.search(key) and type(value) in (int, float) else _without_dropout(value)
+        key: type(value)(0) if DROPOUT_KEYS.search(key) and type(value) in (int, float) else _without_dropout(value)
         for key, value in content.items()
     }
 

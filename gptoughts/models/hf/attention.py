@@ -119,11 +119,16 @@ def _dispatch(
     transformers defines this signature.
     """
     _require_supported(module, kwargs, dropout)
-    causal = module.is_causal if is_causal is None else is_causal
+    causal = _is_causal(module, is_causal)
     # A single query attends to all keys. A mask already includes causality.
     causal = bool(causal) and attention_mask is None and query.shape[2] > 1
     output = module.attend(query, key, value, causal, attention_mask, scaling)  # B H T E
     return output.transpose(1, 2).contiguous(), None
+
+
+def _is_causal(module: Any, given: bool | None) -> bool:
+    """Return the argument of the call, else the module's attribute; a module with neither, in a causal model, is causal."""
+    return bool(getattr(module, "is_causal", True) if given is None else given)
 
 
 def _require_supported(module: Any, kwargs: dict[str, Any], dropout: float) -> None:
@@ -160,7 +165,7 @@ def _dispatch_lengths(
         return _dispatch(module, query, key, value, None, scaling, dropout, is_causal, **kwargs)
     _require_supported(module, kwargs, dropout)
     assert max_length_q is not None
-    causal = bool(module.is_causal if is_causal is None else is_causal)
+    causal = _is_causal(module, is_causal)
     output = module.attend(query, key, value, causal, Documents(cu_seq_lens_q, max_length_q), scaling)
     return output.transpose(1, 2).contiguous(), None
 

@@ -9,6 +9,7 @@ from logging import getLogger
 from typing import Any, Literal
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForQuestionAnswering, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES
@@ -69,7 +70,7 @@ def open_config(model: ModelConfig, task: Task = "causal", quantized: bool = Fal
         content.pop("quantization_config", None)
     try:
         config = CONFIG_MAPPING[kind].from_dict(content)
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError, StrictDataclassError) as error:
         raise ConfigError(f"model {model.path or model.config}: invalid config.json: {first_line(error)}") from error
     notes += _set_dropout(config, model.dropout) if model.dropout is not None else []
     config.use_cache = True
@@ -99,8 +100,9 @@ def vocabulary(config: PretrainedConfig) -> int:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first non-empty line of an error's text, or the name of its type."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """Return the first non-empty line of an error's text, with the next one after a colon, or the name of its type."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1]) if lines else type(error).__name__
 
 
 def _remote_config(model: ModelConfig) -> PretrainedConfig:

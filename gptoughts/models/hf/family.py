@@ -27,7 +27,7 @@ from gptoughts.models.hf import attention as hf_attention
 from gptoughts.models.hf import expert_autocast as hf_experts
 from gptoughts.models.hf import initial as hf_initial
 from gptoughts.models.hf import reading
-from gptoughts.models.hf.config import Task, first_line, model_class, open_config, vocabulary
+from gptoughts.models.hf.config import LOADERS, Task, first_line, model_class, open_config, vocabulary
 from gptoughts.models.hf.introspect import plain_head, separates_documents
 from gptoughts.models.hf.probe import Probed, probe
 from gptoughts.models.meta import on_meta
@@ -254,9 +254,9 @@ def _probed(hf_config: PretrainedConfig, config: ModelConfig, inner: PreTrainedM
         return found
     problem = f"objective: {hf_config.model_type} is bidirectional and cannot be trained to predict the next token"
     moved = None if found.before is None else f"logits that move by {found.before:.1g} of the largest with a later token"
-    decodes = getattr(hf_config, "is_decoder", None) is False
-    fix = '"is_decoder": true in config.json, or --objective question-answering' if decodes else "--objective question-answering"
-    raise ConfigError(problem, found=moved, fix=fix)
+    fixes = ['"is_decoder": true in config.json'] if getattr(hf_config, "is_decoder", None) is False else []
+    fixes += ["--objective question-answering"] if hf_config.model_type in LOADERS["question-answering"][1] else []
+    raise ConfigError(problem, found=moved, fix=", or ".join(fixes))
 
 
 def _reads_both_ways(inner: PreTrainedModel) -> bool:

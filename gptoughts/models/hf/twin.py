@@ -45,6 +45,7 @@ _VALUES: dict[str, Any] = {
     r"sliding_window(_size)?|attention_window_size|window_size|local_attention|attention_chunk_size|keep_window_size"
     r"|(mamba_)?chunk_size": 8,
     r"index_topk": 4,
+    r"encoder_hash_byte_group_vocab": 512,
     r"pad_token_id": 0,
     r"bos_token_id|decoder_start_token_id": 1,
     r"eos_token_id|forced_eos_token_id|sep_token_id": 2,
