@@ -244,7 +244,11 @@ def _step(engine: Engine, theirs: Any, ids: Tensor) -> dict[str, Any]:
     batch = _batch(ids)
     labels = batch["labels"][:, 1:].flatten()
     theirs.train()
-    logits = theirs(input_ids=ids[:, :-1]).logits
+    # Loading from a folder makes trainable what a constructor froze, such as sinusoidal positions.
+    frozen = {name for name, parameter in engine.bare.named_parameters() if not parameter.requires_grad}
+    for name, parameter in theirs.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+    logits = theirs(input_ids=ids[:, :-1], use_cache=False).logits
     loss = F.cross_entropy(logits.float().flatten(0, 1), labels, ignore_index=-100)
     loss.backward()
     wanted = torch.nn.utils.get_total_norm([p.grad for p in theirs.parameters() if p.grad is not None])

@@ -47,6 +47,7 @@ OWN: dict[str, dict[str, Any]] = {
         "num_buckets": 4, "local_attn_chunk_length": 8, "lsh_attn_chunk_length": 8,
     },
     "roc_bert": {"pronunciation_vocab_size": 32, "shape_vocab_size": 32, "pronunciation_embed_dim": 16, "shape_embed_dim": 16},
+    "rwkv": {"attention_hidden_size": 64},
     "xmod": {"default_language": "en_XX"},
     "xlstm": {"embedding_dim": 64, "qk_dim_factor": 1.0, "chunk_size": 8},
     "zamba": {

@@ -29,7 +29,10 @@ MEANINGS = {
     "block_indices": "a choice of keys for each query",
     "position_bias": "a bias for each pair of positions",
     "softcap": "a cap on attention scores",
+    "attention_mask": "a mask that it computes from its input",
 }
+GIVEN_MASKS = frozenset(("attention_mask", "causal_mask", "mask"))
+"""Names of masks that the base model makes for all its layers."""
 OTHER_INPUTS = re.compile(r"Vision|Audio|Image|Video|Speech|Patch|Perceiver|Depth|VQ|Vqvae|VAE")
 """Classes of the parts of a model that read no text."""
 
@@ -79,11 +82,15 @@ def _needs(path: Path) -> tuple[str, ...] | None:
     calls = list(_calls(tree))
     if not calls:
         return None
-    return tuple(word.arg for call in calls for word in call.keywords if word.arg is not None and word.arg not in PLAIN and not _is_none(word))
+    return tuple(word.arg for call in calls for word in call.keywords if word.arg is not None and not _is_plain(word))
 
 
-def _is_none(word: ast.keyword) -> bool:
-    return isinstance(word.value, ast.Constant) and word.value.value is None
+def _is_plain(word: ast.keyword) -> bool:
+    if isinstance(word.value, ast.Constant) and word.value.value is None:
+        return True
+    if word.arg == "attention_mask":
+        return not isinstance(word.value, ast.Name) or word.value.id in GIVEN_MASKS
+    return word.arg in PLAIN
 
 
 def _calls(tree: ast.Module) -> Iterator[ast.Call]:

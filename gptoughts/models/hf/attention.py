@@ -41,7 +41,7 @@ MATH = "--layer.attention math"
 IGNORED_KWARGS = frozenset(
     ("sliding_window", "position_ids", "use_cache", "output_attentions", "output_hidden_states", "return_dict", "cache_position",
      "position_embeddings", "is_causal", "deterministic", "past_key_values", "output_router_logits", "num_items_in_batch",
-     "token_type_ids")
+     "token_type_ids", "logits_to_keep")
 )  # fmt: skip
 """Keyword arguments of transformers that do not change the result: masks already include sliding windows."""
 
@@ -54,6 +54,13 @@ def attentions(model: nn.Module) -> dict[str, nn.Module]:
     """Return name -> module whose forward looks up its attention function, and runs on text alone."""
     modules = model.named_modules()
     return {name: module for name, module in modules if not OTHER_INPUTS.search(name) and _uses_interface(type(module))}
+
+
+def mark_causal(model: nn.Module) -> None:
+    """Set `is_causal` of every attention module of a causal model: some keep their encoder's False, and rely on a mask that is left out."""
+    for module in attentions(model).values():
+        if getattr(module, "is_causal", True) is False:
+            module.is_causal = True  # type: ignore[assignment]  # a plain attribute, not a module
 
 
 def _uses_interface(kind: type[nn.Module]) -> bool:

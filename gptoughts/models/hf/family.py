@@ -77,7 +77,7 @@ class HFModel(TransformersModel):
 
     def __init__(self, inner: PreTrainedModel, sequence_length: int, found: Probed) -> None:
         super().__init__(inner)
-        self.vocab_size = len(_embedding(inner))
+        self.vocab_size = vocabulary(inner.config)  # some models embed more rows, which text does not hold
         self.sequence_length = sequence_length
         self.packs = separates_documents(inner) if found.separates is None else found.separates
         self.caches = found.caches
@@ -130,12 +130,6 @@ class HFModel(TransformersModel):
     def reading(self) -> reading.Read:
         """Return a function that takes the next ids of a new text and returns the logits (V) of the following one."""
         return reading.cached(self.inner) if self.caches else reading.whole(self.inner)
-
-
-def _embedding(inner: PreTrainedModel) -> Tensor:
-    weight = inner.get_input_embeddings().weight
-    assert isinstance(weight, Tensor)
-    return weight
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor, reduction: Reduction) -> Tensor:
@@ -243,7 +237,9 @@ def _build(hf_config: PretrainedConfig, config: ModelConfig, task: Task, length:
     hf_experts.use_autocast_experts(inner)
     if task != "causal":
         return HFEncoder(inner, length)
-    return HFModel(inner, length, _probed(hf_config, config, inner))
+    found = _probed(hf_config, config, inner)
+    hf_attention.mark_causal(inner)
+    return HFModel(inner, length, found)
 
 
 def _probed(hf_config: PretrainedConfig, config: ModelConfig, inner: PreTrainedModel) -> Probed:
