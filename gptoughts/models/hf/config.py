@@ -134,7 +134,7 @@ def model_class(task: Task, model: ModelConfig) -> tuple[Any, dict[str, Any]]:
 
 
 def whole_model(model: ModelConfig, task: Task, rows: int) -> Any:
-    """Build transformers' model on meta with `rows` embedding rows and config.json's dropout, for export."""
+    """Build transformers' model on meta with a vocabulary of `rows` and config.json's dropout, for export."""
     config, _ = open_config(model.model_copy(update={"dropout": None}), task)
     config.get_text_config().vocab_size = rows
     loader, kwargs = model_class(task, model)

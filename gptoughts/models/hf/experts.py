@@ -66,6 +66,7 @@ def routers(model: nn.Module) -> dict[str, Router]:
     """
     found: dict[str, Router] = {}
     unsupported: dict[str, None] = {}
+    counts = _counts(model)
     for name, block in model.named_modules():
         for container, experts in _expert_containers(block):
             candidates = dict(_router_candidates(block, container, experts))
@@ -77,7 +78,7 @@ def routers(model: nn.Module) -> dict[str, Router]:
                     name=full, module=candidates[child], experts=experts, chosen=chosen, scores_at=scores_at,
                     choice_at=choice_at, sigmoid=sigmoid, bias=_balancing_bias(block, container, experts),
                 )  # fmt: skip
-            if not passed and _stacked_experts(block.get_submodule(container)):
+            if not passed and _stacked_experts(block.get_submodule(container)) and (counts is None or experts in counts):
                 reasons = [f"{child} ({type(candidates[child]).__name__}) {result}" for child, result in results.items()]
                 reason = "; ".join(reasons) or f"no sibling module has a matrix of {experts} rows or columns"
                 unsupported[f"{type(block).__name__}: {reason}"] = None
@@ -117,6 +118,18 @@ def config_of(model: nn.Module) -> tuple[Any, str] | None:
                 if isinstance(value, int) and value > 1 and all(getattr(part, switch, True) for switch in EXPERT_SWITCHES):
                     return part, key
     return None
+
+
+def _counts(model: nn.Module) -> set[int] | None:
+    """Return every number of the model's configs whose key speaks of experts; None for a model without a config.
+
+    Weights with three dimensions are not experts if their number is none of these: block-diagonal weights of a recurrence, heads.
+    """
+    configs = [module.config for module in model.modules() if hasattr(getattr(module, "config", None), "to_dict")]
+    parts = [part for config in configs[:1] for part in (config, config.get_text_config())]
+    if not parts:
+        return None
+    return {value for part in parts for key in dir(part) if "expert" in key and isinstance(value := getattr(part, key), int)}
 
 
 def coefficient(model: nn.Module, found: Mapping[str, Router]) -> float:
@@ -238,9 +251,10 @@ def _probe(module: nn.Module, experts: int) -> tuple[int, int, int, bool] | str:
         width = next(weight.shape[-1] for weight in probe.parameters() if weight.ndim == 2)
         hidden = torch.randn((1, PROBE_TOKENS, width), generator=generator)
         others = list(inspect.signature(probe.forward).parameters.values())[1:]
-        extra = [torch.zeros(experts) for one in others if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD]
+        needed = [one.name for one in others if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD]
+        biases = [one.name for one in others if one.name in BIAS_NAMES]
         try:
-            outputs = probe(hidden, *extra)
+            outputs = probe(hidden, **{name: torch.zeros(experts) for name in [*needed, *biases]})
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
             return f"raises {type(error).__name__}: {str(error).splitlines()[0]}"
     return _parse_outputs(outputs, experts)
