@@ -1,14 +1,16 @@
-"""Run the comparison of model types with plain transformers, and write its record and its table.
+"""Compare model types with plain transformers; write the record and the table of a page.
 
-    python -m benchmarks.families --out docs/measurements/cpu/families.json [TYPE ...]
-    python -m benchmarks.families --table docs/measurements/cpu/families.json    # rewrites the table of docs/models.md
+    python -m benchmarks.families --to docs/measurements/cpu/families.json --table docs/models.md   # all types
+    python -m benchmarks.families llama mamba                                                       # two types, printed only
 
-Each type runs in a process of its own, so that one that aborts or hangs costs its own row only.
+With types, `--to` replaces the rows of those types in the record. Each type runs in a process of its own, so that one that aborts or hangs
+costs its own row only.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import sys
 import tempfile
@@ -17,41 +19,54 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
+
 from benchmarks.families.compare import examine
+from benchmarks.families.table import rewrite, states
 from benchmarks.families.tiny import KINDS
+from gptoughts.files import write_json
+from gptoughts.hardware.machine import probe
 
 DEADLINE = 300.0
 """Seconds after which a type counts as failed."""
+WRONG = ("different", "failed")
+"""States that are an error of ours."""
 _FORK = multiprocessing.get_context("fork")
 
 
-def sweep(kinds: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Return the records of `kinds`, in their order."""
-    records = []
+def sweep(kinds: tuple[str, ...]) -> dict[str, Any]:
+    """Return the record of `kinds`."""
+    rows, begin = [], time.perf_counter()
     for kind in kinds:
-        begin = time.perf_counter()
-        record = _alone(kind)
-        records.append(record)
-        seconds = time.perf_counter() - begin
-        print(f"{kind:28} {record['state']:10} {record.get('stage', ''):10} {seconds:6.1f} s  {record['reason'][:300]}", flush=True)
-    return records
+        began = time.perf_counter()
+        row = _alone(kind)
+        rows.append(row)
+        seconds = time.perf_counter() - began
+        print(f"{kind:28} {row['state']:10} {row.get('stage', ''):10} {seconds:6.1f} s  {row['reason'][:300]}", flush=True)
+    return {
+        "command": "python -m benchmarks.families --to docs/measurements/cpu/families.json",
+        "machine": probe().label(), "torch": torch.__version__, "transformers": transformers.__version__,
+        "seconds": round(time.perf_counter() - begin), "types": rows,
+    }  # fmt: skip
 
 
 def _alone(kind: str) -> dict[str, Any]:
-    """Return the record of `kind`, examined in a child process."""
+    """Return the row of `kind`, examined in a child process."""
     reader, writer = _FORK.Pipe(duplex=False)
     with tempfile.TemporaryDirectory(prefix="families-") as folder:
         child = _FORK.Process(target=_examine, args=(kind, Path(folder) / "model", writer), daemon=True)
         child.start()
         writer.close()
         try:
-            record: dict[str, Any] = reader.recv() if reader.poll(DEADLINE) else _failed(kind, f"no result in {DEADLINE:g} s")
+            row: dict[str, Any] = reader.recv() if reader.poll(DEADLINE) else _failed(kind, f"no result in {DEADLINE:g} s")
         except EOFError:
             child.join()
-            record = _failed(kind, f"its process ended with exit code {child.exitcode}")
+            row = _failed(kind, f"its process ended with exit code {child.exitcode}")
         child.kill()
         child.join()
-    return record
+        row["reason"] = row["reason"].replace(folder, "FOLDER")
+    return row
 
 
 def _failed(kind: str, reason: str) -> dict[str, Any]:
@@ -62,14 +77,30 @@ def _examine(kind: str, folder: Path, writer: Connection) -> None:
     writer.send(examine(kind, folder))
 
 
+def _merged(path: Path, run: dict[str, Any]) -> dict[str, Any]:
+    """Return the record at `path` with the rows of `run` in place of its own."""
+    (old,) = json.loads(path.read_text(encoding="utf-8"))["runs"]
+    new = {row["type"]: row for row in run["types"]}
+    return {**old, "types": [new.get(row["type"], row) for row in old["types"]]}
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.families", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Run the command line. Returns 1 if a type is different or failed."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.families", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("kinds", nargs="*", metavar="TYPE", help="model types; all causal types of transformers if none is given")
-    parser.add_argument("--out", type=Path, help="write the record there, as JSON")
+    parser.add_argument("--to", type=Path, help="write the record there, as JSON")
+    parser.add_argument("--table", type=Path, help="rewrite the table of this page")
     given = parser.parse_args(arguments)
-    records = sweep(tuple(given.kinds) or KINDS)
-    return 0 if all(record["state"] not in ("different", "failed") for record in records) else 1
+    run = sweep(tuple(given.kinds) or KINDS)
+    print(", ".join(f"{sum(row['state'] == state for row in run['types'])} {state}" for state in states(run["types"])))
+    if given.to:
+        run = _merged(given.to, run) if given.kinds and given.to.exists() else run
+        write_json(given.to, {"runs": [run]})
+    if given.table:
+        rewrite(given.table, run)
+    return 0 if all(row["state"] not in WRONG for row in run["types"]) else 1
 
 
 if __name__ == "__main__":

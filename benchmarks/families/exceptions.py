@@ -60,4 +60,4 @@ OWN: dict[str, dict[str, Any]] = {
     },
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
-"""Model type -> keys of its config.json; `given` goes to the config class, `without` names keys to drop, `layers` layers to keep."""
+"""Model type -> keys of its config.json."""

@@ -19,12 +19,11 @@ LEFT_OUT = ("transformers_version", "dtype")
 
 def tiny(kind: str) -> dict[str, Any]:
     """Return the content of a config.json of a tiny `kind`, without dropout, as a decoder."""
-    own = dict(OWN.get(kind, {}))
-    config = CONFIG_MAPPING[kind](**own.pop("given", {}))
+    config = CONFIG_MAPPING[kind]()
     content = {key: value for key, value in twin.smaller(config.to_dict()).items() if key not in LEFT_OUT}
     if content.get("is_decoder") is False:
         content["is_decoder"] = True  # else it reads both ways, and is refused
-    return {**_without_dropout(_merged(content, own)), "model_type": kind}
+    return {**_without_dropout(_merged(content, OWN.get(kind, {}))), "model_type": kind}
 
 
 def _merged(content: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
