@@ -2,6 +2,7 @@
 
     python -m benchmarks.families --to docs/measurements/cpu/families.json --table docs/models.md   # all types
     python -m benchmarks.families llama mamba                                                       # two types, printed only
+    python -m benchmarks.families --from docs/measurements/cpu/families.json --table docs/models.md # the table of a record
 
 With types, `--to` replaces the rows of those types in the record. Each type runs in a process of its own, so that one that aborts or hangs
 costs its own row only.
@@ -77,9 +78,16 @@ def _examine(kind: str, folder: Path, writer: Connection) -> None:
     writer.send(examine(kind, folder))
 
 
+def _read(path: Path) -> dict[str, Any]:
+    """Return the record at `path`."""
+    run: dict[str, Any]
+    (run,) = json.loads(path.read_text(encoding="utf-8"))["runs"]
+    return run
+
+
 def _merged(path: Path, run: dict[str, Any]) -> dict[str, Any]:
     """Return the record at `path` with the rows of `run` in place of its own."""
-    (old,) = json.loads(path.read_text(encoding="utf-8"))["runs"]
+    old = _read(path)
     new = {row["type"]: row for row in run["types"]}
     return {**old, "types": [new.get(row["type"], row) for row in old["types"]]}
 
@@ -89,11 +97,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.families", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("kinds", nargs="*", metavar="TYPE", help="model types; all causal types of transformers if none is given")
+    parser.add_argument(
+        "kinds", nargs="*", metavar="TYPE", help="model types; all causal types of transformers if none is given"
+    )
+    parser.add_argument("--from", dest="record", type=Path, metavar="FILE", help="read this record and examine nothing")
     parser.add_argument("--to", type=Path, help="write the record there, as JSON")
     parser.add_argument("--table", type=Path, help="rewrite the table of this page")
     given = parser.parse_args(arguments)
-    run = sweep(tuple(given.kinds) or KINDS)
+    run = _read(given.record) if given.record else sweep(tuple(given.kinds) or KINDS)
     print(", ".join(f"{sum(row['state'] == state for row in run['types'])} {state}" for state in states(run["types"])))
     if given.to:
         run = _merged(given.to, run) if given.kinds and given.to.exists() else run

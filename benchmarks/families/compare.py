@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +69,7 @@ def examine(kind: str, folder: Path, content: dict[str, Any] | None = None) -> d
     record["parameters"] = sum(parameter.numel() for parameter in theirs.parameters())
     stage = "open"
     try:
-        for stage, figures in _stages(folder, theirs):
+        for stage, figures in _stages(folder, theirs):  # noqa: B007  # the handlers read the stage
             record |= figures
         return {**record, "state": "equal", "reason": ""}
     except GptoughtsError as error:
@@ -118,8 +117,7 @@ def _saved(content: dict[str, Any], folder: Path) -> Any:
 def plain(folder: Path) -> Any:
     """Return the folder's model as transformers opens it, without dropout."""
     with quiet():
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    return model
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
 
 
 def _ids(rows: int = ROWS_OF_BATCH, columns: int = LENGTH) -> Tensor:
@@ -156,7 +154,10 @@ def _stages(folder: Path, theirs: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     rows = vocabulary(theirs.config)
     model = meta_model(recipe, family, rows)
     plan = plan_of(recipe)
-    yield "build", {"attention": plan.layers["attention"], "packs": model.packs, "caches": model.caches, "head": model.head_name}
+    yield (
+        "build",
+        {"attention": plan.layers["attention"], "packs": model.packs, "caches": model.caches, "head": model.head_name},
+    )
     batches = ((_batch(ids), number) for number in range(100))
     with build_engine(
         model, family, NextToken(), recipe, plan, CATALOG, ranks=Ranks(World(), CPU), batches=batches, source=Pretrained(folder)
@@ -176,7 +177,10 @@ def _stages(folder: Path, theirs: Any) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _batch(ids: Tensor) -> dict[str, Tensor]:
-    return {"input_ids": ids, "labels": ids.masked_fill(torch.arange(ids.shape[1]) > torch.tensor([[LENGTH], [14], [20]]), -100)}
+    return {
+        "input_ids": ids,
+        "labels": ids.masked_fill(torch.arange(ids.shape[1]) > torch.tensor([[LENGTH], [14], [20]]), -100),
+    }
 
 
 def _near(what: str, found: Any, wanted: Any) -> float:
@@ -230,7 +234,9 @@ def _generated(ours: HFModel, theirs: Any, prompt: Tensor) -> str:
     for name, text in wanted.items():
         if text[0].tolist() == written:
             return name
-    raise Different(f"greedy text: {written[prompt.shape[1]:]}, transformers {wanted['generate'][0, prompt.shape[1]:].tolist()}")
+    raise Different(
+        f"greedy text: {written[prompt.shape[1] :]}, transformers {wanted['generate'][0, prompt.shape[1] :].tolist()}"
+    )
 
 
 def _loaded(ours: Any, theirs: Any, ids: Tensor) -> dict[str, Any]:

@@ -14,7 +14,10 @@ _INDEXER: dict[str, Any] = {
 OWN: dict[str, dict[str, Any]] = {
     "bamba": {"mamba_d_head": 32, "attn_layer_indices": [1]},
     "cohere_compass_text": {"rope_parameters": {"full_attention": None, "sliding_attention": {**_ROTARY, "mrope_section": [2, 3, 3]}}},
-    "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0}, "ffn_config": {"ffn_hidden_size": 96, "hidden_size": 64}},
+    "dbrx": {
+        "attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 96, "hidden_size": 64},
+    },
     "deepseek_v2": {"num_experts_per_tok": 2},
     "flint": {"mlp_only_layers": [0]},
     "dory": {  # its config.json counts attention and MLP apart

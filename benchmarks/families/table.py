@@ -18,8 +18,9 @@ def table(run: Mapping[str, Any]) -> str:
     equal = [row for row in types if row["state"] == "equal"]
     others = [row for row in types if row["state"] != "equal"]
     counts = ", ".join(f"{sum(row['state'] == state for row in types)} {state}" for state in states(types))
+    versions = f"transformers {run['transformers']}, torch {run['torch']}, {run['machine']}"
     lines = [
-        f"transformers {run['transformers']}, torch {run['torch']}, {run['machine']}: {len(types)} types, {counts}, in {run['seconds'] / 60:.0f} minutes.",
+        f"{versions}: {len(types)} types, {counts}, in {run['seconds'] / 60:.0f} minutes.",
         "",
         "| model type | attention | packs conversations | loss | gradient norm | logits | reloaded | greedy text |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -39,7 +40,13 @@ def states(types: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _equal(row: Mapping[str, Any]) -> str:
     figures = (row["loss_difference"], row["gradient_difference"], row["logits"], row["reloaded"])
-    cells = (f"`{row['type']}`", row["attention"], PACKED[row["packs"]], *(f"{figure:.0e}" for figure in figures), row["generated"])
+    cells = (
+        f"`{row['type']}`",
+        row["attention"],
+        PACKED[row["packs"]],
+        *(f"{figure:.0e}" for figure in figures),
+        row["generated"],
+    )
     return f"| {' | '.join(cells)} |"
 
 

@@ -36,7 +36,7 @@ MIN_CAPABILITY = (8, 0)  # torch's own tests of flex_attention start there
 
 def unmet(case: Case, options: Options) -> Iterator[Reason]:
     """A family with replaceable attention, Triton on a GPU, and documents that share rows."""
-    spec, data = case.spec, case.recipe.data
+    data = case.recipe.data
     fixed = list(fixed_attention(case))
     yield from fixed
     if fixed:

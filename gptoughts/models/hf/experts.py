@@ -125,8 +125,10 @@ def _counts(model: nn.Module) -> set[int] | None:
 
     Weights with three dimensions are not experts if their number is none of these: block-diagonal weights of a recurrence, heads.
     """
-    configs = [module.config for module in model.modules() if hasattr(getattr(module, "config", None), "to_dict")]
-    parts = [part for config in configs[:1] for part in (config, config.get_text_config())]
+    config: Any = next(
+        (module.config for module in model.modules() if hasattr(getattr(module, "config", None), "to_dict")), None
+    )
+    parts = [] if config is None else [config, config.get_text_config()]
     if not parts:
         return None
     return {value for part in parts for key in dir(part) if "expert" in key and isinstance(value := getattr(part, key), int)}

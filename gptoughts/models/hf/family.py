@@ -219,7 +219,16 @@ def _transformers_model(hf_config: PretrainedConfig, config: ModelConfig, task: 
         model: PreTrainedModel = loader.from_config(
             hf_config, attn_implementation=hf_attention.EAGER, dtype=torch.float32, **kwargs
         )
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError, ImportError, AssertionError, ZeroDivisionError) as error:
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        IndexError,
+        ImportError,
+        AssertionError,
+        ZeroDivisionError,
+    ) as error:
         raise ConfigError(f"model {config.path or config.config}: transformers cannot build it: {first_line(error)}") from error
     return model
 

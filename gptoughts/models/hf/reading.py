@@ -43,7 +43,9 @@ def whole(inner: PreTrainedModel) -> Read:
 
 
 def _logits(inner: PreTrainedModel, ids: list[int], kwargs: dict[str, Any]) -> Tensor:
-    input_ids = torch.tensor([ids], device=inner.get_input_embeddings().weight.device)
+    weight = inner.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    input_ids = torch.tensor([ids], device=weight.device)
     logits: Tensor = inner(input_ids=input_ids, **kwargs).logits[0, -1]
     return logits
 

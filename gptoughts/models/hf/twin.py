@@ -64,7 +64,11 @@ PER_LAYER_CONFIG = "per_layer_config"
 def smaller(content: Mapping[str, Any]) -> dict[str, Any]:
     """Return the content of a config with small sizes; of lists with a value per layer, the values of the kept layers."""
     depth = next((content[key] for key in DEPTH_KEYS if isinstance(content.get(key), int)), None)
-    lists = {key: value for key, value in content.items() if isinstance(value, list) and depth is not None and len(value) == depth > 2}
+    lists = {
+        key: value
+        for key, value in content.items()
+        if isinstance(value, list) and depth is not None and len(value) == depth > 2
+    }
     kept = _kept(content, lists, depth)
     out: dict[str, Any] = {}
     for key, value in content.items():
