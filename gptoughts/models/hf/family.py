@@ -246,6 +246,9 @@ def _build(hf_config: PretrainedConfig, config: ModelConfig, task: Task, length:
     hf_experts.use_autocast_experts(inner)
     if task != "causal":
         return HFEncoder(inner, length)
+    if config.remote_code is None and inner.config.model_type not in LOADERS["causal"][1]:
+        problem = f"model {config.path or config.config}: of {hf_config.model_type}, transformers opens no folder of the text part alone"
+        raise ConfigError(problem, found=f"model_type {inner.config.model_type!r}")
     found = _probed(hf_config, config, inner)
     hf_attention.mark_causal(inner)
     return HFModel(inner, length, found)
