@@ -1,7 +1,7 @@
 """Probe a causal language model by running it: does a token change what stands before it, and do packed documents stay apart?
 
 The model itself runs if it is small, else a twin of it with small sizes (`twin`), with random weights in float32 on the CPU, in about
-0.2 s. Reading the code cannot answer: a config can make a causal architecture read both ways, and the other way round.
+0.1 s. Reading the code cannot answer: a config can make a causal architecture read both ways, and the other way round.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ SMALL = 4_000_000
 REMEMBERED = 64
 OTHER_IDS = 5
 """Ids below are special tokens, which some models treat as padding."""
+FORWARD_ERRORS = (TypeError, ValueError, LookupError, RuntimeError, AttributeError, AssertionError)
+"""What transformers' forwards raise for an argument that they do not support."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ def _apart(model: PreTrainedModel, ids: Tensor) -> float:
     try:
         together = _logits(model, ids, position_ids=positions)
         alone = torch.cat((_logits(model, ids[:, :CUT]), _logits(model, ids[:, CUT:])), 1)
-    except Exception:  # of transformers' forward
+    except FORWARD_ERRORS:
         return float("inf")
     return _far(together, alone, alone)
 
@@ -115,7 +117,7 @@ def _cached(model: PreTrainedModel, ids: Tensor, whole: Tensor) -> float | None:
     try:
         read = reading.cached(model)
         found = [read(row[: LENGTH - read_alone]), *(read([one]) for one in row[LENGTH - read_alone :])]
-    except Exception:  # of transformers' forward, for a cache of another class
+    except FORWARD_ERRORS:  # for a cache of another class
         return None
     wanted = whole[0, LENGTH - read_alone - 1 :]
     return _far(torch.stack(found).float(), wanted, wanted)
