@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gptoughts.config import hf_spec
+from gptoughts.config.hf_attention import attention_needs
 from gptoughts.config.loader import DataConfig, ModelConfig, Recipe
 from gptoughts.errors import ConfigError
 from gptoughts.files import load_json
@@ -50,6 +51,7 @@ class ModelSpec:
         None  # keys per token, mean over layers, if sliding windows make them fewer than the sequence
     )
     head: str | None = None  # "linear" (logits = hidden x weight) or "own" (scaled, capped, ...)
+    attention_needs: str | None = None  # what its attention does beyond a replaceable attention function
 
 
 UNKNOWN = ModelSpec()  # a user's own nn.Module
@@ -110,7 +112,12 @@ def of_hf(model: ModelConfig, sequence_length: int) -> ModelSpec:
     fields = hf_spec.fields_of(config, sequence_length, rows)
     window = _attention_window(config, fields["depth"], sequence_length)
     stored = str(config.get("dtype") or config.get("torch_dtype")) if model.path else ""
-    return ModelSpec(**fields, attention_window=window, stored_bytes=2 if stored in ("bfloat16", "float16") else None)
+    return ModelSpec(
+        **fields,
+        attention_window=window,
+        stored_bytes=2 if stored in ("bfloat16", "float16") else None,
+        attention_needs=None if model.remote_code else attention_needs(config),
+    )
 
 
 def _attention_window(config: Mapping[str, Any], depth: int | None, sequence_length: int) -> float | None:

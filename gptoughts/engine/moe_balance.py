@@ -53,9 +53,10 @@ def add_balance_loss(engine: Engine, objective: Objective, config: ExpertsConfig
 class Balanced(WrappedObjective):
     """Objective plus the balance loss of the model's experts; the objective alone in evaluation.
 
-    A micro-batch adds coefficient x balance x its weight, so the step's loss is the main loss plus the coefficient times the weighted
-    mean of the micro-batches' balances. The balance multiplies two means over a micro-batch, so this term, unlike the main loss, depends
-    on the micro-batch size: smaller ones require balance within fewer tokens.
+    A micro-batch adds coefficient x balance x its weight to what is differentiated, so a step descends the main loss plus the coefficient
+    times the weighted mean of the micro-batches' balances. The returned value is the main loss alone, as in validation; the balance has
+    its own meter. The balance multiplies two means over a micro-batch, so this term, unlike the main loss, depends on the micro-batch
+    size: smaller ones require balance within fewer tokens.
     """
 
     def __init__(self, objective: Objective, experts: Experts, coefficient: float) -> None:
@@ -63,7 +64,7 @@ class Balanced(WrappedObjective):
         self.experts, self.coefficient = experts, coefficient
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return the objective's sum plus coefficient x balance x weight; without gradients the sum alone."""
+        """Return the objective's sum, whose gradient is that of the sum plus coefficient x balance x weight."""
         if not (model.training and torch.is_grad_enabled()):
             return self.objective(model, batch)
         self.experts.listen(counted(batch, self.objective.tokens(batch)))
@@ -74,7 +75,7 @@ class Balanced(WrappedObjective):
         term = balance(self.experts.complete(seen))
         weight = torch.as_tensor(self.objective.weight(batch), dtype=torch.float32, device=term.device)
         meter(self.meters, "balance_loss", term.detach() * weight, weight)
-        return loss + self.coefficient * weight * term if self.coefficient else loss
+        return loss + self.coefficient * weight * (term - term.detach()) if self.coefficient else loss
 
     def forget(self) -> None:
         """Drop the loads since the last update, and the inner objective's state."""

@@ -218,11 +218,11 @@ def fresh(out: Path) -> Iterator[Path]:
 
 def _write_hf(model: nn.Module, recipe: Recipe, tokenizer: Tokenizer, folder: Path, origin: Path | None) -> list[str]:
     """Write the transformers model with our weights (shared, not copied) by its own `save_pretrained`."""
-    from gptoughts.models.hf.config import quiet, whole_model
+    from gptoughts.models.hf.config import quiet, vocabulary, whole_model
 
     weights = _weights(model)
     inner: Any = model.inner
-    hf_model = whole_model(recipe.model, task_of(recipe).head, inner.get_input_embeddings().weight.shape[0])
+    hf_model = whole_model(recipe.model, task_of(recipe).head, vocabulary(inner.config))
     state = hf_model.state_dict()
     tied = hf_model.get_expanded_tied_weights_keys(all_submodels=True)
     missing, extra = sorted(state.keys() - weights.keys() - tied.keys()), sorted(weights.keys() - state.keys())

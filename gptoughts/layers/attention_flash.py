@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, Literal
 
 from gptoughts.config.tasks import task_of
-from gptoughts.layers.support.requirements import HALF_PRECISION, VARIABLE_LENGTH_CLASHES
+from gptoughts.layers.support.requirements import HALF_PRECISION, VARIABLE_LENGTH_CLASHES, fixed_attention
 from gptoughts.planning.kernel_names import attention_forwards, format_launches
 from gptoughts.planning.layer import (
     Case,
@@ -62,8 +62,9 @@ OPAQUE = "FlashAttention-4's functions are not torch.compile operators, and full
 def _limits(case: Case) -> Iterator[Reason]:
     """Require a known family, no padding masks, and heads of at most 256 and a multiple of 8."""
     spec = case.spec
-    if spec.family is None:
-        yield unsupported("needs a model of a known family; a custom module calls its own attention")
+    fixed = list(fixed_attention(case))
+    yield from fixed
+    if fixed:
         return
     if task_of(case.recipe).head != "causal":
         yield unsupported("question answering masks padding, which FlashAttention does not support")
@@ -127,15 +128,15 @@ def _apply(version: Literal["fa2", "fa3", "fa4"], engine: Engine, options: Optio
 
 def _verify(version: str, engine: Engine, trace: StepTrace, options: Options) -> Evidence:
     """Require one forward kernel of `version` per block and micro-batch, and none of another implementation."""
-    wanted, ran = trace.blocks * trace.micro_batches, attention_forwards(trace)
+    wanted, ran = trace.attention_forwards, attention_forwards(trace)
     mine, others = ran.get(version, 0), {kind: count for kind, count in ran.items() if kind != version}
     if mine < wanted or others:
         return inactive(
-            f"{format_launches(ran)} kernels in {wanted} block forwards, requested {version}", ran=mine, expected=wanted
+            f"{format_launches(ran)} kernels in {trace.attention_label}, requested {version}", ran=mine, expected=wanted
         )
     if not wanted:
-        return unproven("the model has no blocks to count")
-    return active(f"{mine} {version} kernels in {wanted} block forwards", ran=mine, expected=wanted)
+        return unproven("the model has no attention modules to count")
+    return active(f"{mine} {version} kernels in {trace.attention_label}", ran=mine, expected=wanted)
 
 
 def _flash(

@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 
 from gptoughts.errors import LayerError
-from gptoughts.layers.support.requirements import capability, triton
+from gptoughts.layers.support.requirements import capability, fixed_attention, triton
 from gptoughts.models.torch_internals import is_compiled
 from gptoughts.planning.kernel_names import attention_forwards, format_launches
 from gptoughts.planning.layer import (
@@ -36,9 +36,10 @@ MIN_CAPABILITY = (8, 0)  # torch's own tests of flex_attention start there
 
 def unmet(case: Case, options: Options) -> Iterator[Reason]:
     """A family with replaceable attention, Triton on a GPU, and documents that share rows."""
-    spec, data = case.spec, case.recipe.data
-    if spec.family is None:
-        yield unsupported("needs a model of a known family; a custom module calls its own attention")
+    data = case.recipe.data
+    fixed = list(fixed_attention(case))
+    yield from fixed
+    if fixed:
         return
     if case.on_gpu:
         too_old = list(capability(case, MIN_CAPABILITY))
@@ -87,7 +88,7 @@ def verify(engine: Engine, trace: StepTrace, options: Options) -> Evidence:
     """Require one flex_attention per block and micro-batch: by kernel name on a GPU, by the unfused operator on a CPU."""
     from gptoughts.models.gpt.flex import OPERATOR
 
-    wanted = trace.blocks * trace.micro_batches
+    wanted = trace.attention_forwards
     if engine.device.type == "cuda":
         ran = attention_forwards(trace)
         flex, kind = ran.get("flex", 0), "Triton kernels"
@@ -97,9 +98,9 @@ def verify(engine: Engine, trace: StepTrace, options: Options) -> Evidence:
         flex, others, kind = operator.calls if operator else 0, {}, "unfused operators"
     if flex < wanted or others:
         beside = f"; {format_launches(others)} ran instead" if others else ""
-        return inactive(f"{flex} flex_attention {kind} in {wanted} block forwards{beside}", flex=flex, expected=wanted)
+        return inactive(f"{flex} flex_attention {kind} in {trace.attention_label}{beside}", flex=flex, expected=wanted)
     form = ", which write all scores (torch's form for training on a CPU)" if engine.device.type != "cuda" else ""
-    return active(f"{flex} flex_attention {kind} in {wanted} block forwards{form}", flex=flex, expected=wanted)
+    return active(f"{flex} flex_attention {kind} in {trace.attention_label}{form}", flex=flex, expected=wanted)
 
 
 LAYER = Layer(

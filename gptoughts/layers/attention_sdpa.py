@@ -15,7 +15,7 @@ from functools import partial
 
 from gptoughts.config.tasks import FORMATS
 from gptoughts.errors import LayerError
-from gptoughts.layers.support.requirements import capability
+from gptoughts.layers.support.requirements import capability, fixed_attention
 from gptoughts.planning.kernel_names import attention_forwards, format_launches
 from gptoughts.planning.layer import (
     Case,
@@ -49,8 +49,9 @@ INSIDE = {"fa2", "fa3", "fa4"}
 
 def unmet(case: Case, options: Options) -> Iterator[Reason]:
     """A family with replaceable attention; for a named backend also its hardware and masks."""
-    if case.spec.family is None:
-        yield unsupported("needs a model of a known family; a custom module calls its own attention")
+    fixed = list(fixed_attention(case))
+    yield from fixed
+    if fixed:
         return
     backend, anyhow = options["backend"], "--layer.attention.backend auto"
     if backend == "auto":
@@ -61,11 +62,17 @@ def unmet(case: Case, options: Options) -> Iterator[Reason]:
         return
     too_old = [replace(reason, remedy=anyhow) for reason in capability(case, MIN_CAPABILITY[backend], f"backend {backend} ")]
     yield from too_old
-    if backend == "flash" and not too_old and FORMATS[case.recipe.data.format].is_padded:
+    if backend == "flash" and not too_old and _masked(case):
         yield unsupported(
             "backend flash takes no mask, and these rows need one",
             remedy="--layer.attention varlen, flex, or sdpa with backend auto",
         )
+
+
+def _masked(case: Case) -> bool:
+    """Return whether rows need a mask: where documents share them, or padding that a bidirectional model would attend to."""
+    recipe = case.recipe
+    return FORMATS[recipe.data.format].is_padded and (recipe.data.packing or recipe.objective != "next-token")
 
 
 @contextmanager
@@ -104,13 +111,13 @@ def verify(engine: Engine, trace: StepTrace, options: Options) -> Evidence:
     """
     ran = {kind: _forwards(trace, name) for kind, name in FUSED.items()}
     ran = {kind: count for kind, count in ran.items() if count}
-    fused, fallbacks, wanted = sum(ran.values()), trace.calls(FALLBACK), trace.blocks * trace.micro_batches
+    fused, fallbacks, wanted = sum(ran.values()), trace.calls(FALLBACK), trace.attention_forwards
     kernels, backend = attention_forwards(trace), options["backend"]
     beneath = f"; kernels: {format_launches(kernels)}" if kernels else ""
     if fallbacks or fused < wanted:
-        text = f"{fused} fused attentions in {wanted} block forwards, {fallbacks} fell back{beneath}"
+        text = f"{fused} fused attentions in {trace.attention_label}, {fallbacks} fell back{beneath}"
         return inactive(text, fused=fused, expected=wanted)
-    text = f"{format_launches(ran)} in {wanted} block forwards{beneath}"
+    text = f"{format_launches(ran)} in {trace.attention_label}{beneath}"
     if backend == "auto":
         return active(text, fused=fused, expected=wanted)
     allowed = {backend} | (INSIDE if backend == "flash" else set())

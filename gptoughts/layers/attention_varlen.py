@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from gptoughts.config.tasks import task_of
-from gptoughts.layers.support.requirements import HALF_PRECISION, VARIABLE_LENGTH_CLASHES
+from gptoughts.layers.support.requirements import HALF_PRECISION, VARIABLE_LENGTH_CLASHES, fixed_attention
 from gptoughts.planning.kernel_names import attention_forwards, format_launches
 from gptoughts.planning.layer import (
     Case,
@@ -36,8 +36,9 @@ WIDEST_HEAD = 256
 def unmet(case: Case, options: Options) -> Iterator[Reason]:
     """Flash attention's head widths, no padding masks, and documents that share rows."""
     spec, data = case.spec, case.recipe.data
-    if spec.family is None:
-        yield unsupported("needs a model of a known family; a custom module calls its own attention")
+    fixed = list(fixed_attention(case))
+    yield from fixed
+    if fixed:
         return
     if task_of(case.recipe).head != "causal":
         yield unsupported("question answering masks padding, which document bounds cannot express")
@@ -63,14 +64,14 @@ def apply(engine: Engine, options: Options) -> Iterator[None]:
 
 def verify(engine: Engine, trace: StepTrace, options: Options) -> Evidence:
     """Require one variable-length operator per block and micro-batch, each with torch's flash kernel."""
-    wanted, operator, kernels = trace.blocks * trace.micro_batches, trace.operators.get(OPERATOR), attention_forwards(trace)
+    wanted, operator, kernels = trace.attention_forwards, trace.operators.get(OPERATOR), attention_forwards(trace)
     calls = operator.calls if operator else 0
     text = f"{calls} variable-length attentions"
     if calls < wanted:
-        return inactive(f"{text} in {wanted} block forwards; kernels: {format_launches(kernels)}", calls=calls)
+        return inactive(f"{text} in {trace.attention_label}; kernels: {format_launches(kernels)}", calls=calls)
     if not kernels:
         return unproven(f"{text}; the profiler saw no attention kernel")
-    text = f"{text}, {format_launches(kernels)} kernels in {wanted} block forwards"
+    text = f"{text}, {format_launches(kernels)} kernels in {trace.attention_label}"
     wrong = kernels.get("flash", 0) < wanted or set(kernels) != {"flash"}
     return (inactive if wrong else active)(text, calls=calls)
 

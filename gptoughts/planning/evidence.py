@@ -41,6 +41,19 @@ class StepTrace:
     """Recompilations since the start of the run, each with its cause."""
     call_counts: Mapping[str, int] = field(default_factory=dict)
     """Calls of code that layers installed, by layer name."""
+    attentions: int | None = None
+    """Attention modules; None for one in each block."""
+
+    @property
+    def attention_forwards(self) -> int:
+        """Forwards of attention modules in the step, at least; more where a model runs a module several times."""
+        return (self.blocks if self.attentions is None else self.attentions) * self.micro_batches
+
+    @property
+    def attention_label(self) -> str:
+        """Return `attention_forwards` in words."""
+        what = "block" if self.attentions in (None, self.blocks) else "attention"
+        return f"{self.attention_forwards} {what} forwards"
 
     def calls(self, *fragments: str) -> int:
         """Return the calls of all operators whose name contains one of the fragments."""

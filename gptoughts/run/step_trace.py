@@ -63,6 +63,7 @@ def trace_step(engine: Engine, step: Callable[[], object]) -> StepTrace:
         regions=totals.regions,
         micro_batches=counters.micro_batches - counted["micro_batches"],
         blocks=len(engine.blocks),
+        attentions=None if engine.family.attentions is None else len(engine.family.attentions(engine.bare)),
         updated=counters.updates > counted["updates"],
         weights_moved=moved,
         step_seconds=seconds,

@@ -59,7 +59,14 @@ class Objective(ABC):
 
 
 class NextToken(Objective):
-    """Next-token prediction."""
+    """Next-token prediction.
+
+    one_document    each row holds one document and padding after it, which no token of it sees in a causal model. The model then gets no
+                    positions, so that it need not keep documents apart.
+    """
+
+    def __init__(self, one_document: bool = False) -> None:
+        self.one_document = one_document
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return summed cross-entropy in nats over `input_ids` (B, T+1) and, where some are ignored, `labels` (B, T+1).
@@ -68,7 +75,7 @@ class NextToken(Objective):
         """
         input_ids = batch["input_ids"]
         labels = batch.get("labels", input_ids)
-        packed = {"positions": batch["positions"][:, :-1]} if "positions" in batch else {}
+        packed = {"positions": batch["positions"][:, :-1]} if "positions" in batch and not self.one_document else {}
         return model(input_ids[:, :-1], labels=labels[:, 1:], **packed)
 
     def weight(self, batch: Batch) -> Tensor | float:
@@ -181,4 +188,4 @@ def as_objective(given: Any) -> Objective | None:
 
 def next_token(recipe: Any, tokenizer: Any, mask_id: int | None) -> Objective:
     """Return the objective of the task `next-token`."""
-    return NextToken()
+    return NextToken(one_document=not recipe.data.packing)

@@ -8,11 +8,21 @@ from gptoughts.planning.layer import Case, Reason, unsupported
 
 HALF_PRECISION = ("bf16", "fp16", "fp8-te", "fp8-torchao")
 """Precision layers under which attention runs in half precision."""
+MATH = "math"
+"""The baseline of the slot attention, which every model has."""
 VARIABLE_LENGTH_CLASHES = {
     "compile-model": "the number of documents per batch varies, and one graph of the whole model needs fixed shapes",
     "cuda-graph": "the number of documents per batch varies, and a CUDA graph replays one shape",
 }
 """Clashes of attention that takes document bounds instead of a mask."""
+
+
+def fixed_attention(case: Case) -> Iterator[Reason]:
+    """Yield a reason if the model's attention function cannot be replaced: a custom module, or attention that does more."""
+    if case.spec.family is None:
+        yield unsupported("needs a model of a known family; a custom module calls its own attention")
+    elif case.spec.attention_needs is not None:
+        yield unsupported(f"the attention of {case.spec.family} has {case.spec.attention_needs}", f"--layer.attention {MATH}")
 
 
 def capability(case: Case, minimum: tuple[int, int], what: str = "") -> Iterator[Reason]:

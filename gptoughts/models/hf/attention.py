@@ -8,6 +8,7 @@ document offsets, passed beside the masks as transformers' `cu_seq_lens_q`.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,7 @@ from transformers.masking_utils import (
 )
 from transformers.modeling_utils import AttentionInterface
 
+from gptoughts.config.hf_attention import attention_needs
 from gptoughts.errors import LayerError
 from gptoughts.models.gpt.attention import AttentionFunction
 from gptoughts.models.gpt.masks import Documents, MaskForm
@@ -39,14 +41,26 @@ MATH = "--layer.attention math"
 IGNORED_KWARGS = frozenset(
     ("sliding_window", "position_ids", "use_cache", "output_attentions", "output_hidden_states", "return_dict", "cache_position",
      "position_embeddings", "is_causal", "deterministic", "past_key_values", "output_router_logits", "num_items_in_batch",
-     "token_type_ids")
+     "token_type_ids", "logits_to_keep")
 )  # fmt: skip
 """Keyword arguments of transformers that do not change the result: masks already include sliding windows."""
 
 
+OTHER_INPUTS = re.compile(r"encoder_attn|cross_?att|vision|visual|image|audio|speech", re.IGNORECASE)
+"""Names of modules that do not run on text alone: attention to an encoder, and towers of other inputs."""
+
+
 def attentions(model: nn.Module) -> dict[str, nn.Module]:
-    """Return name -> module whose forward looks up its attention function."""
-    return {name: module for name, module in model.named_modules() if _uses_interface(type(module))}
+    """Return name -> module whose forward looks up its attention function, and runs on text alone."""
+    modules = model.named_modules()
+    return {name: module for name, module in modules if not OTHER_INPUTS.search(name) and _uses_interface(type(module))}
+
+
+def mark_causal(model: nn.Module) -> None:
+    """Set `is_causal` of every attention module of a causal model: some keep their encoder's False, and rely on a mask that is left out."""
+    for module in attentions(model).values():
+        if getattr(module, "is_causal", True) is False:
+            module.is_causal = True  # type: ignore[assignment]  # a plain attribute, not a module
 
 
 def _uses_interface(kind: type[nn.Module]) -> bool:
@@ -64,9 +78,9 @@ def set_attention(model: PreTrainedModel, function: AttentionFunction, form: Mas
     found = attentions(model)
     if not found or not takes_attention_functions(model):
         raise LayerError(f"attention: {type(model).__name__} does not use transformers' attention interface", fix=MATH)
-    softcaps = [key for key in ("attn_logit_softcapping", "attention_softcap") if getattr(model.config, key, None)]
-    if softcaps:
-        raise LayerError(f"attention: {type(model).__name__} caps its attention scores ({softcaps[0]})", fix=MATH)
+    needs = attention_needs({**model.config.get_text_config().to_dict(), "model_type": model.config.model_type})
+    if needs is not None:
+        raise LayerError(f"attention: the attention of {type(model).__name__} has {needs}", fix=MATH)
     dropping = [name for name, module in found.items() if _dropout(module)]
     if dropping:
         raise LayerError(
@@ -112,11 +126,16 @@ def _dispatch(
     transformers defines this signature.
     """
     _require_supported(module, kwargs, dropout)
-    causal = module.is_causal if is_causal is None else is_causal
+    causal = _is_causal(module, is_causal)
     # A single query attends to all keys. A mask already includes causality.
     causal = bool(causal) and attention_mask is None and query.shape[2] > 1
     output = module.attend(query, key, value, causal, attention_mask, scaling)  # B H T E
     return output.transpose(1, 2).contiguous(), None
+
+
+def _is_causal(module: Any, given: bool | None) -> bool:
+    """Return the argument of the call, else the module's attribute; a module with neither, in a causal model, is causal."""
+    return bool(getattr(module, "is_causal", True) if given is None else given)
 
 
 def _require_supported(module: Any, kwargs: dict[str, Any], dropout: float) -> None:
@@ -153,7 +172,7 @@ def _dispatch_lengths(
         return _dispatch(module, query, key, value, None, scaling, dropout, is_causal, **kwargs)
     _require_supported(module, kwargs, dropout)
     assert max_length_q is not None
-    causal = bool(module.is_causal if is_causal is None else is_causal)
+    causal = _is_causal(module, is_causal)
     output = module.attend(query, key, value, causal, Documents(cu_seq_lens_q, max_length_q), scaling)
     return output.transpose(1, 2).contiguous(), None
 

@@ -41,13 +41,17 @@ KERNEL_KEYS = re.compile(r"_?(attn|experts)_implementation(_internal)?|use_kerne
 """Keys of a config.json that can name a package of kernels on a hub, which is code: the plan chooses the kernels."""
 
 
+FLOAT_TAG, SPECIAL_FLOATS = "__float__", ("Infinity", "-Infinity", "NaN")
+"""How transformers writes floats that JSON lacks: {"__float__": "Infinity"}."""
+
+
 def open_config(model: ModelConfig, task: Task = "causal", quantized: bool = False) -> tuple[PretrainedConfig, list[str]]:
     """Return transformers' config of the recipe's model, and notes for the user. Raises ConfigError.
 
     Dropout is a training option: rates become `model.dropout`, on attention 0. Quantized weights are dequantized, so their
     quantization_config is dropped, unless they shall stay `quantized`.
     """
-    content, notes = without_kernels(read_config(model)), list[str]()
+    content, notes = special_floats(without_kernels(read_config(model))), list[str]()
     kind = content["model_type"]
     if model.remote_code is not None:
         return _remote_config(model), [f"model.remote_code: code of {model.remote_code} is executed"]
@@ -79,9 +83,25 @@ def without_kernels(content: Any) -> Any:
     return [without_kernels(value) for value in content] if isinstance(content, list) else content
 
 
+def special_floats(content: Any) -> Any:
+    """Return the values of a config.json with transformers' spelling of infinity and NaN as floats."""
+    if isinstance(content, dict):
+        tag = content.get(FLOAT_TAG)
+        if len(content) == 1 and tag in SPECIAL_FLOATS:
+            return float(tag)
+        return {key: special_floats(value) for key, value in content.items()}
+    return [special_floats(value) for value in content] if isinstance(content, list) else content
+
+
+def vocabulary(config: PretrainedConfig) -> int:
+    """Return the embedding rows of a config; models that read images or sound too have them in the config of their text."""
+    return int(config.get_text_config().vocab_size)
+
+
 def first_line(error: BaseException) -> str:
-    """Return the first non-empty line of an error's text, or the name of its type."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """Return the first non-empty line of an error's text, with the next one after a colon, or the name of its type."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1]) if lines else type(error).__name__
 
 
 def _remote_config(model: ModelConfig) -> PretrainedConfig:
@@ -113,9 +133,9 @@ def model_class(task: Task, model: ModelConfig) -> tuple[Any, dict[str, Any]]:
 
 
 def whole_model(model: ModelConfig, task: Task, rows: int) -> Any:
-    """Build transformers' model on meta with `rows` embedding rows and config.json's dropout, for export."""
+    """Build transformers' model on meta with a vocabulary of `rows` and config.json's dropout, for export."""
     config, _ = open_config(model.model_copy(update={"dropout": None}), task)
-    config.vocab_size = rows
+    config.get_text_config().vocab_size = rows
     loader, kwargs = model_class(task, model)
     with on_meta():
         return loader.from_config(config, attn_implementation="eager", dtype=torch.float32, **kwargs)

@@ -23,6 +23,8 @@ from gptoughts.models.torch_internals import convolution_type, unsaved_buffers
 
 EXPERT_COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """Config keys of transformers for the number of routed experts."""
+EXPERT_SWITCHES = ("is_moe", "enable_moe_block")
+"""Config keys of transformers that say whether a model has experts, where the number alone does not."""
 AUX_LOSS_KEY = "router_aux_loss_coef"
 DEEPSEEK_AUX_LOSS_KEY = "aux_loss_alpha"
 BIAS_NAMES = ("e_score_correction_bias", "expert_bias")
@@ -64,6 +66,7 @@ def routers(model: nn.Module) -> dict[str, Router]:
     """
     found: dict[str, Router] = {}
     unsupported: dict[str, None] = {}
+    counts = _counts(model)
     for name, block in model.named_modules():
         for container, experts in _expert_containers(block):
             candidates = dict(_router_candidates(block, container, experts))
@@ -75,7 +78,7 @@ def routers(model: nn.Module) -> dict[str, Router]:
                     name=full, module=candidates[child], experts=experts, chosen=chosen, scores_at=scores_at,
                     choice_at=choice_at, sigmoid=sigmoid, bias=_balancing_bias(block, container, experts),
                 )  # fmt: skip
-            if not passed and _stacked_experts(block.get_submodule(container)):
+            if not passed and _stacked_experts(block.get_submodule(container)) and (counts is None or experts in counts):
                 reasons = [f"{child} ({type(candidates[child]).__name__}) {result}" for child, result in results.items()]
                 reason = "; ".join(reasons) or f"no sibling module has a matrix of {experts} rows or columns"
                 unsupported[f"{type(block).__name__}: {reason}"] = None
@@ -106,15 +109,29 @@ def described(found: Mapping[str, Router]) -> str:
 
 
 def config_of(model: nn.Module) -> tuple[Any, str] | None:
-    """Return the config that counts more than one expert and its key, or None."""
+    """Return the config that counts more than one expert, and its key; None without one, or where a switch makes the model dense."""
     for module in model.modules():
         config = getattr(module, "config", None)
         for part in (config, getattr(config, "text_config", None)):
             for key in EXPERT_COUNT_KEYS:
                 value = getattr(part, key, None)
-                if isinstance(value, int) and value > 1:
+                if isinstance(value, int) and value > 1 and all(getattr(part, switch, True) for switch in EXPERT_SWITCHES):
                     return part, key
     return None
+
+
+def _counts(model: nn.Module) -> set[int] | None:
+    """Return every number of the model's configs whose key speaks of experts; None for a model without a config.
+
+    Weights with three dimensions are not experts if their number is none of these: block-diagonal weights of a recurrence, heads.
+    """
+    config: Any = next(
+        (module.config for module in model.modules() if hasattr(getattr(module, "config", None), "to_dict")), None
+    )
+    parts = [] if config is None else [config, config.get_text_config()]
+    if not parts:
+        return None
+    return {value for part in parts for key in dir(part) if "expert" in key and isinstance(value := getattr(part, key), int)}
 
 
 def coefficient(model: nn.Module, found: Mapping[str, Router]) -> float:
@@ -236,9 +253,10 @@ def _probe(module: nn.Module, experts: int) -> tuple[int, int, int, bool] | str:
         width = next(weight.shape[-1] for weight in probe.parameters() if weight.ndim == 2)
         hidden = torch.randn((1, PROBE_TOKENS, width), generator=generator)
         others = list(inspect.signature(probe.forward).parameters.values())[1:]
-        extra = [torch.zeros(experts) for one in others if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD]
+        needed = [one.name for one in others if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD]
+        biases = [one.name for one in others if one.name in BIAS_NAMES]
         try:
-            outputs = probe(hidden, *extra)
+            outputs = probe(hidden, **{name: torch.zeros(experts) for name in [*needed, *biases]})
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
             return f"raises {type(error).__name__}: {str(error).splitlines()[0]}"
     return _parse_outputs(outputs, experts)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from gptoughts.config.hf_spec import max_positions
 from gptoughts.config.loader import ModelConfig
@@ -26,8 +26,10 @@ from gptoughts.models.gpt.masks import MaskForm, lengths
 from gptoughts.models.hf import attention as hf_attention
 from gptoughts.models.hf import expert_autocast as hf_experts
 from gptoughts.models.hf import initial as hf_initial
-from gptoughts.models.hf.config import Task, model_class, open_config
+from gptoughts.models.hf import reading
+from gptoughts.models.hf.config import LOADERS, Task, first_line, model_class, open_config, vocabulary
 from gptoughts.models.hf.introspect import plain_head, separates_documents
+from gptoughts.models.hf.probe import Probed, probe
 from gptoughts.models.meta import on_meta
 from gptoughts.models.torch_internals import child_table, share_tables
 
@@ -73,11 +75,12 @@ class Head(nn.Module):
 class HFModel(TransformersModel):
     """Causal language model of transformers with the call interface of native models."""
 
-    def __init__(self, inner: PreTrainedModel, sequence_length: int) -> None:
+    def __init__(self, inner: PreTrainedModel, sequence_length: int, found: Probed) -> None:
         super().__init__(inner)
-        self.vocab_size = len(_embedding(inner))
+        self.vocab_size = vocabulary(inner.config)  # some models embed more rows, which text does not hold
         self.sequence_length = sequence_length
-        self.packs = separates_documents(inner)
+        self.packs = separates_documents(inner) if found.separates is None else found.separates
+        self.caches = found.caches
         self.head_name = plain_head(inner)
         if self.head_name is not None:
             weight = inner.get_submodule(self.head_name).weight
@@ -124,21 +127,9 @@ class HFModel(TransformersModel):
         """Return the model itself, for `generate.autoregressive`."""
         return self
 
-    def reading(self) -> Callable[[list[int]], Tensor]:
-        """Return a function with a new key-value cache: it takes the next ids and returns the logits (V) of the following one."""
-        cache, device = DynamicCache(config=self.inner.config), _embedding(self.inner).device
-
-        def read(ids: list[int]) -> Tensor:
-            input_ids = torch.tensor([ids], device=device)
-            return self.inner(input_ids=input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
-
-        return read
-
-
-def _embedding(inner: PreTrainedModel) -> Tensor:
-    weight = inner.get_input_embeddings().weight
-    assert isinstance(weight, Tensor)
-    return weight
+    def reading(self) -> reading.Read:
+        """Return a function that takes the next ids of a new text and returns the logits (V) of the following one."""
+        return reading.cached(self.inner) if self.caches else reading.whole(self.inner)
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor, reduction: Reduction) -> Tensor:
@@ -179,8 +170,6 @@ def hf_family(config: ModelConfig, task: Task = "causal") -> Family:
     """Return the family of the transformers model at `config.path` or `config.config`. Raises ConfigError if `task` does not support it."""
     hf_config, _ = open_config(config, task)
     probe = _build(hf_config, config, task, 1, rows=None)
-    if task == "causal":
-        _require_causal(probe.inner)
     with on_meta():
         initials = hf_initial.scheme(_transformers_model(hf_config, config, task, None))
     has_head = isinstance(probe, HFModel) and probe.head_name is not None
@@ -223,16 +212,31 @@ def _head(model: nn.Module) -> nn.Module:
 
 def _transformers_model(hf_config: PretrainedConfig, config: ModelConfig, task: Task, rows: int | None) -> PreTrainedModel:
     hf_config = copy.deepcopy(hf_config)
-    if rows is not None and config.path is None and rows != hf_config.vocab_size:
-        hf_config.vocab_size = rows
+    if rows is not None and config.path is None and rows != vocabulary(hf_config):
+        hf_config.get_text_config().vocab_size = rows
     loader, kwargs = model_class(task, config)
-    return loader.from_config(hf_config, attn_implementation=hf_attention.EAGER, dtype=torch.float32, **kwargs)
+    try:
+        model: PreTrainedModel = loader.from_config(
+            hf_config, attn_implementation=hf_attention.EAGER, dtype=torch.float32, **kwargs
+        )
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        IndexError,
+        ImportError,
+        AssertionError,
+        ZeroDivisionError,
+    ) as error:
+        raise ConfigError(f"model {config.path or config.config}: transformers cannot build it: {first_line(error)}") from error
+    return model
 
 
 def _build(hf_config: PretrainedConfig, config: ModelConfig, task: Task, length: int, rows: int | None) -> Any:
-    if rows is not None and config.path is not None and rows > hf_config.vocab_size:
+    if rows is not None and config.path is not None and rows > vocabulary(hf_config):
         problem = f"model.path {config.path}: the tokenizer needs {rows} embedding rows"
-        raise ConfigError(problem, found=hf_config.vocab_size)
+        raise ConfigError(problem, found=vocabulary(hf_config))
     limit = max_positions({**hf_config.to_dict(), "model_type": hf_config.model_type})
     if limit is not None and length > limit:
         problem = f"data.sequence_length: {hf_config.model_type} has {limit} positions"
@@ -240,16 +244,31 @@ def _build(hf_config: PretrainedConfig, config: ModelConfig, task: Task, length:
     with on_meta():
         inner = _transformers_model(hf_config, config, task, rows)
     hf_experts.use_autocast_experts(inner)
-    return HFModel(inner, length) if task == "causal" else HFEncoder(inner, length)
+    if task != "causal":
+        return HFEncoder(inner, length)
+    if config.remote_code is None and inner.config.model_type not in LOADERS["causal"][1]:
+        problem = f"model {config.path or config.config}: of {hf_config.model_type}, transformers opens no folder of the text part alone"
+        raise ConfigError(problem, found=f"model_type {inner.config.model_type!r}")
+    found = _probed(hf_config, config, inner)
+    hf_attention.mark_causal(inner)
+    return HFModel(inner, length, found)
 
 
-def _require_causal(inner: PreTrainedModel) -> None:
-    bidirectional = [
-        name for name, module in hf_attention.attentions(inner).items() if getattr(module, "is_causal", True) is False
-    ]
-    if bidirectional:
-        problem = f"objective: {inner.config.model_type} is bidirectional and cannot be trained to predict the next token"
-        raise ConfigError(problem, fix="--objective question-answering")
+def _probed(hf_config: PretrainedConfig, config: ModelConfig, inner: PreTrainedModel) -> Probed:
+    """Return what a run of the model, or of its tiny twin, shows. Raises ConfigError for a model that is not causal."""
+    size = sum(parameter.numel() for parameter in inner.parameters())
+    found = probe(hf_config, lambda made: _transformers_model(made, config, "causal", None), size)
+    if found.causal or (found.causal is None and not _reads_both_ways(inner)):
+        return found
+    problem = f"objective: {hf_config.model_type} is bidirectional and cannot be trained to predict the next token"
+    moved = None if found.before is None else f"logits that move by {found.before:.1g} of the largest with a later token"
+    fixes = ['"is_decoder": true in config.json'] if getattr(hf_config, "is_decoder", None) is False else []
+    fixes += ["--objective question-answering"] if hf_config.model_type in LOADERS["question-answering"][1] else []
+    raise ConfigError(problem, found=moved, fix=", or ".join(fixes))
+
+
+def _reads_both_ways(inner: PreTrainedModel) -> bool:
+    return any(getattr(module, "is_causal", True) is False for module in hf_attention.attentions(inner).values())
 
 
 def _blocks(model: TransformersModel) -> dict[str, nn.Module]:

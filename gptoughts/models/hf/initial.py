@@ -6,6 +6,7 @@ parameter; the values are then drawn by `family.draw`.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +19,7 @@ from transformers import PreTrainedModel
 from gptoughts.config.loader import ModelConfig
 from gptoughts.errors import ConfigError, RunError
 from gptoughts.models.family import Initial
+from gptoughts.models.meta import on_meta
 from gptoughts.models.torch_internals import buffer_table, initialized, weight_initializer
 
 
@@ -83,11 +85,36 @@ def initial_of(initials: Mapping[str, Initial | None]) -> Callable[[str, Sequenc
 
 # --- buffers
 
+VALUE_MAKERS = ("tensor", "arange", "zeros", "ones", "full", "linspace", "eye")
+"""torch's functions that make tensors of known values."""
+
+
+class _RealValues(TorchFunctionMode):
+    """Make tensors of known values on the CPU inside `on_meta`, where their values would be lost."""
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        keywords = dict(kwargs or {})
+        if getattr(function, "__name__", "") in VALUE_MAKERS and keywords.get("device") is None:
+            keywords["device"] = "cpu"
+        return function(*args, **keywords)
+
+
+def _constructed(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return the buffers that the constructor of `model` fills, by name; none if it mixes them with parameters on meta."""
+    try:
+        with on_meta(), _RealValues():
+            again = type(model)(copy.deepcopy(model.config))
+    except (RuntimeError, TypeError, ValueError, NotImplementedError):  # an operation on both devices
+        return {}
+    return {name: buffer for name, buffer in again.named_buffers() if not buffer.is_meta}
+
 
 def build_buffers(model: PreTrainedModel, device: torch.device) -> None:
     """Allocate every buffer on `device` with transformers' initial value: rotary frequencies, routing biases.
 
-    Parameters do not change. Raises RunError for buffers that transformers does not initialize.
+    Buffers that only the constructor fills get its values. Parameters do not change. Raises RunError for others.
     """
     owners = [(module, fill) for module, fill in _in_order(model, weight_initializer(model)) if _buffers(module)]
     rounds: list[list[Tensor]] = []
@@ -98,10 +125,14 @@ def build_buffers(model: PreTrainedModel, device: torch.device) -> None:
                     buffer_table(module)[name] = torch.full_like(buffer, filler, device=device)
                 fill(module)
         rounds.append([buffer for module, _ in owners for buffer in _buffers(module).values()])
-    names = [name for name, buffer in model.named_buffers() if buffer is not None]
-    values = dict(model.named_buffers())
-    by_id = {id(values[name]): name for name in names}
-    uninitialized = [by_id.get(id(new), "?") for old, new in zip(*rounds, strict=True) if not torch.equal(old, new)]
+    unfilled = {id(new) for old, new in zip(*rounds, strict=True) if not torch.equal(old, new)}
+    values = _constructed(model) if unfilled else {}
+    uninitialized = []
+    for name, buffer in model.named_buffers():
+        if id(buffer) in unfilled and name in values and values[name].shape == buffer.shape:
+            buffer.copy_(values[name])
+        elif id(buffer) in unfilled:
+            uninitialized.append(name)
     if uninitialized:
         raise RunError(f"model: transformers does not initialize these buffers: {', '.join(uninitialized)}")
 

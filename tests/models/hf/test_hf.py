@@ -225,7 +225,7 @@ def test_a_scale_of_one_is_no_scale(tmp_path: Path) -> None:
 
 def test_scores_with_a_cap_refuse_other_attention(tmp_path: Path) -> None:
     family = hf_family(ModelConfig(family="hf", config=str(write_config(tmp_path, "gemma2", head_dim=16))))
-    with pytest.raises(LayerError, match=r"caps its attention scores"):
+    with pytest.raises(LayerError, match=r"has a cap on attention scores"):
         family.set_attention(family.build(ModelConfig(), ROWS, LENGTH), math_attention)  # type: ignore[misc]
 
 
