@@ -1,6 +1,6 @@
 """Float32 matmuls in reduced precision: TensorFloat-32 on a GPU, eight times the float32 rate on Ampere, with a 10-bit mantissa.
 
-On a CPU with bf16 units `--layer.matmul.units bf16` makes oneDNN round both factors to bf16 (7 bits) and accumulate in float32. It
+On a CPU with AMX-BF16 units `--layer.matmul.units bf16` makes oneDNN round both factors to bf16 (7 bits) and accumulate in float32. It
 affects every float32 matmul, and none that the precision slot already runs in bf16. It hurts where float32 precision is needed, and on a
 CPU that supports `precision = bf16`, which rounds the same and moves half the bytes.
 
@@ -29,7 +29,8 @@ from gptoughts.planning.layer import (
     unsupported,
 )
 
-BF16_CPU = ("avx512_bf16", "amx_bf16")
+BF16_CPU = ("amx_bf16",)
+"""Units that oneDNN rounds float32 factors for; with AVX512-BF16 alone (AMD EPYC, torch 2.13) a product stays float32."""
 SWITCH = {"tf32": "high", "bf16": "medium"}
 # 2^-k that the units must round away and float32 keeps; TF32 has 10 mantissa bits, bf16 7.
 ROUNDED_AWAY = {"tf32": 12, "bf16": 9}
@@ -45,7 +46,7 @@ def unmet(case: Case, options: Options) -> Iterator[Reason]:
     units = set(case.machine.cpu.instruction_sets)
     if options["units"] == "bf16":
         if not units & set(BF16_CPU):
-            yield unsupported("needs a CPU with AVX512-BF16 or AMX-BF16; otherwise torch computes in float32")
+            yield unsupported("needs a CPU with AMX-BF16; otherwise torch computes in float32")
         elif case.machine.has_older("torch", (2, 12)):  # seen with 2.11
             version = case.machine.packages["torch"]
             yield unsupported(

@@ -96,7 +96,7 @@ def test_a_whole_step_is_another_one_and_near() -> None:
         ("h100", {"units": "bf16"}, Kind.UNSUPPORTED, "cuBLAS rounds float32 factors to TF32, not to bf16"),
         ("t4", {}, Kind.UNSUPPORTED, "needs compute capability 8.0, found 7.5"),
         ("cpu", {}, Kind.UNSUPPORTED, "otherwise torch computes in float32"),
-        ("cpu", {"units": "bf16"}, Kind.UNSUPPORTED, "needs a CPU with AVX512-BF16 or AMX-BF16"),
+        ("cpu", {"units": "bf16"}, Kind.UNSUPPORTED, "needs a CPU with AMX-BF16"),
         ("cpu-avx512-bf16", {}, Kind.UNSUPPORTED, "--layer.matmul.units bf16"),
         ("cpu-avx512-bf16", {"units": "bf16"}, Kind.SLOWER, "precision=bf16 rounds the same"),
         ("cpu-avx512-bf16", {"units": "bf16", "accumulate": "reduced"}, Kind.UNSUPPORTED, "a cuBLAS setting"),
@@ -116,5 +116,5 @@ def test_a_torch_that_takes_the_switch_and_does_nothing_is_refused() -> None:
 
 
 def test_a_demand_that_cannot_be_met_names_the_way_out() -> None:
-    with pytest.raises(PlanError, match=r"units bf16|AVX512-BF16"):
+    with pytest.raises(PlanError, match=r"units bf16|AMX-BF16"):
         plan_of(recipe_of("modern"), {"matmul": "tf32"}, machine=read("tests/machines/cpu-avx512-bf16.json"))
