@@ -108,7 +108,7 @@ def read_recipe(case: Seed) -> None:
     loaded = load(str(case.path))
     again = case.path.with_suffix(".again.toml")
     again.write_text(loaded.to_toml(), encoding="utf-8")
-    assert load(str(again)).recipe == loaded.recipe, "a recipe that is written reads back"
+    assert load(str(again)).to_toml() == loaded.to_toml(), "a recipe that is written reads back, but for secrets"
     read_site(str(case.path), None, {})
     api.plan(str(case.path), machine=str(ROOT / "tests" / "machines" / "cpu.json")).table()
 
