@@ -202,7 +202,8 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def checkpoint_state(fingerprint: Mapping[str, Any], plan: Plan, progress: Progress, **run: Any) -> dict[str, Any]:
     """Return the part of a checkpoint that is not tensors.
 
-    run  attempt, val_loss (None if this step was not validated), validations (see `Evaluate.state`), micro_batch, run_id
+    run  attempt, val_loss (None if this step was not validated), validations (see `Evaluate.state`), bad_steps (see `StepCheck.state`),
+         micro_batch, run_id
     """
     return {
         "progress": {
