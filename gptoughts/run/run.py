@@ -145,6 +145,7 @@ class _Run:
             self.recipe.save.failures,
             self.signals.save_asked,
             self.steps.settle,
+            self.steps.broken,
         )
         callbacks = [system, self.steps, log, *([self.evaluate] if self.evaluate else []), save, sample, *job.callbacks]
         callbacks += [self.goodput] if self.goodput else []

@@ -49,6 +49,8 @@ class Save(Callback):
     """Whether somebody asked for a checkpoint after this step; the same on all ranks. Asking is over when it was read."""
     settle: Callable[[Engine], None] = lambda engine: None
     """Judges the steps that are not judged yet. Raises for a bad one."""
+    broken: Callable[[Engine, Progress, str], None] = lambda engine, progress, what: None
+    """Called on every rank, with words for what is not finite, before the run ends for it. May raise to continue otherwise."""
     _failed: int = 0
     """Writes that failed since the last that did not, on any rank."""
 
@@ -77,9 +79,10 @@ class Save(Callback):
         bad = bool(wrong or names)
         if not engine.ranks.any(bad):
             return
+        what = wrong or (f"weights or optimizer state ({', '.join(names[:3])}) are" if names else "weights of another rank are")
+        self.broken(engine, progress, what)
         if not engine.ranks.first:
             raise ToldElsewhere
-        what = wrong or (f"weights or optimizer state ({', '.join(names[:3])}) are" if names else "weights of another rank are")
         kept = self.writer.kept() if self.writer is not None else ""
         raise RunError(
             f"step {progress.step}: {what} not finite; no checkpoint is written, {kept}",

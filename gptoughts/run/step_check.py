@@ -137,15 +137,36 @@ class StepCheck(Callback):
             )
             return
         saved = self._save(engine, step, {"loss": str(loss), "grad_norm": str(grad_norm)})
-        policy = engine.recipe.train.bad_step
-        if policy == "rewind" and self.rewinds is not None and self.rewinds < limit:
-            LOGGER.warning("%s; going back to the last checkpoint%s. Found %s", problem, saved, found)
+        if self._may_rewind(engine):
+            LOGGER.warning("%s; going back to the last checkpoint or the start%s. Found %s", problem, saved, found)
             raise Rewind((self._pending[-1] if self._pending else step).progress.cursor.samples)
         if not engine.ranks.first:
             raise ToldElsewhere
-        beyond = {"skip": f"; {limit} before it were left out", "rewind": f"; the run went back {self.rewinds} times"}
-        end = "" if policy == "stop" else f"{beyond[policy]} (train.bad_step_limit)"
-        raise RunError(f"{problem}{end}{saved}; earlier checkpoints are intact", found=found, fix=FIX)
+        raise RunError(f"{problem}{self._why_not(engine, limit)}{saved}; earlier checkpoints are intact", found=found, fix=FIX)
+
+    def broken(self, engine: Engine, progress: Progress, what: str) -> None:
+        """Act on weights that are not finite after an update, `what` says which. Raises Rewind; returns where the run must end.
+
+        A collective in its effect: call it on every rank.
+        """
+        if self._may_rewind(engine):
+            LOGGER.warning("step %d: %s not finite; going back to the last checkpoint or the start", progress.step, what)
+            raise Rewind(progress.cursor.samples)
+
+    def _may_rewind(self, engine: Engine) -> bool:
+        settings = engine.recipe.train
+        return settings.bad_step == "rewind" and self.rewinds is not None and self.rewinds < settings.bad_step_limit
+
+    def _why_not(self, engine: Engine, limit: int) -> str:
+        """Return words that say why the policy does not continue; empty for one that stops."""
+        policy = engine.recipe.train.bad_step
+        if policy == "stop":
+            return ""
+        if policy == "skip":
+            return f"; {limit} before it were left out (train.bad_step_limit)"
+        if self.rewinds is None:
+            return "; train.bad_step = rewind needs a run with checkpoints"
+        return f"; the run went back {self.rewinds} time{'' if self.rewinds == 1 else 's'} (train.bad_step_limit)"
 
     def _place(self, engine: Engine, step: _Pending) -> str:
         cursor, rows = step.progress.cursor, engine.recipe.train.global_batch

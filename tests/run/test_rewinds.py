@@ -1,4 +1,4 @@
-"""After a bad step the run goes on from its last checkpoint behind the data of that step, the same bits whether it is killed then or not."""
+"""Runs with bad steps that continue: what they pass over, what they record, and the same bits whether they are killed on the way or not."""
 
 from __future__ import annotations
 
@@ -7,18 +7,26 @@ import os
 import random
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
+from gptoughts.errors import RunError
 from gptoughts.run.tracking.jsonl import read, rows
-from tests.support.rewind_worker import BATCH
+from tests.support.rewind_worker import BATCH, main
+from tests.support.tracker_files import history, scalars
 
 ROOT = Path(__file__).parents[2]
 STEPS = 20
+REWIND = {"train.bad_step": "rewind"}
+SKIP = {"train.bad_step": "skip"}
+PASSED = [{"step": 10, "samples": 10 * BATCH, "passed": 13 * BATCH}]
+"""The record of a rewind whose weights break after batch 12: step 13 is bad, so it goes back to step 10, and step 11 takes batch 14."""
 
 
 @pytest.fixture
@@ -34,24 +42,24 @@ def with_text(folder: Path) -> Path:
     return folder
 
 
-def train(
-    folder: Path, *broken: int, limit: int = 3, killed: int = 0, ranks: int = 1, steps: int = STEPS
-) -> subprocess.CompletedProcess[str]:
-    """A process that trains in `folder`. The weights break after `broken` batches of the data, it is killed after `killed` of them."""
-    words = ["-m", "tests.support.rewind_worker", str(folder), str(steps), str(limit), str(killed), *map(str, broken)]
+def options(policy: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """What the worker reads; `more` may hold `fields`, else its options."""
+    return {**more, "fields": {"train.steps": STEPS, **policy, **more.get("fields", {})}}
+
+
+def child(folder: Path, values: dict[str, Any], ranks: int = 1) -> subprocess.CompletedProcess[str]:
+    """Train in another process, with the threads of this one."""
+    words = ["-m", "tests.support.rewind_worker", str(folder), json.dumps(values)]
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command = [*start, *words] if ranks > 1 else [sys.executable, *words]
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    variables = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=False, timeout=400)
 
 
 def weights(folder: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
     at = folder / "run" / "checkpoints" / f"step-{step:06d}"
-    return {
-        f"{stem}/{name}": value
-        for stem in ("model", "optimizer")
-        for name, value in load_file(at / f"{stem}.safetensors").items()
-    }
+    stems = ("model", "optimizer")
+    return {f"{stem}/{name}": value for stem in stems for name, value in load_file(at / f"{stem}.safetensors").items()}
 
 
 def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -62,56 +70,131 @@ def record(folder: Path) -> Any:
     return json.loads((folder / "run" / "rewinds.json").read_text(encoding="utf-8"))
 
 
+def state(folder: Path, step: int = STEPS) -> Any:
+    path = folder / "run" / "checkpoints" / f"step-{step:06d}" / "state.json"
+    return json.loads(path.read_text(encoding="utf-8"))["run"]
+
+
 def samples_reached(folder: Path, step: int = STEPS) -> int:
-    state = json.loads((folder / "run" / "checkpoints" / f"step-{step:06d}" / "state.json").read_text(encoding="utf-8"))
-    return int(state["run"]["progress"]["cursor"]["samples"])
+    return int(state(folder, step)["progress"]["cursor"]["samples"])
 
 
-def test_the_run_passes_over_the_data_and_a_kill_afterwards_changes_no_bit(place: Path, tmp_path: Path) -> None:
-    """Weights break after batch 12, so step 13 is bad: back to step 10, and step 11 takes batch 14."""
-    ran = train(place, 12)
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    assert record(place) == [{"step": 10, "samples": 10 * BATCH, "passed": 13 * BATCH}]
-    assert samples_reached(place) == (STEPS + 3) * BATCH
-    said = ran.stdout + ran.stderr
+def losses(folder: Path) -> dict[int, float]:
+    return {row["step"]: row["train/loss"] for row in read(folder / "run" / "metrics.jsonl") if "train/loss" in row}
+
+
+def test_a_rewind_passes_over_the_data_and_each_step_has_one_row_and_one_point(
+    place: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """In metrics.jsonl as it is read, in wandb's offline folder and in TensorBoard."""
+    tracked = {"track.sinks": "wandb,tensorboard", **REWIND}
+    main(place, options(tracked, weights=[12]))
+    said = "".join(capfd.readouterr())
     assert "step 13: loss or gradient norm is not finite, samples 48 to 51 of the data order; going back" in said
     assert "samples 40 to 51 of the data order are passed over, after 1 rewind" in said
-    whole = read(place / "run" / "metrics.jsonl")
-    assert {row["train/bad_steps"] for row in whole if row["step"] > 10 and "train/loss" in row} == {1}
-    assert [row["attempt"] for row in whole if "train/loss" in row] == [1] * 10 + [2] * 10
-
-    other = with_text(tmp_path / "other")
-    killed = train(other, 12, killed=16)  # step 13 after the rewind, before the next checkpoint
-    assert killed.returncode == -9 and samples_reached(other, 10) == 10 * BATCH
-    assert record(other) == record(place)
-    again = train(other, 12)
-    assert again.returncode == 0, again.stderr[-3000:]
-    assert "going back" not in again.stdout + again.stderr and ", bit for bit" in again.stdout
-    assert equal(weights(place), weights(other))
-    first, second = (
-        {row["step"]: row["train/loss"] for row in read(one / "run" / "metrics.jsonl") if "train/loss" in row}
-        for one in (place, other)
-    )
-    assert first == second
+    assert record(place) == PASSED and samples_reached(place) == (STEPS + 3) * BATCH
+    whole = [row for row in read(place / "run" / "metrics.jsonl") if "train/loss" in row]
+    assert [(row["step"], row["attempt"]) for row in whole] == [(step, 1 + (step > 10)) for step in range(1, STEPS + 1)]
+    assert {row["train/bad_steps"] for row in whole if row["step"] > 10} == {1}
+    assert max(row["step"] for row in rows(place / "run" / "metrics.jsonl") if row["attempt"] == 1) in (12, 13)
+    expected = {row["step"]: pytest.approx(row["train/loss"]) for row in whole}
+    (file,) = (place / "run" / "wandb").glob("offline-run-*/*.wandb")
+    logged = [row for row in history(file) if "train/loss" in row]
+    assert Counter(row["step"] for row in logged) == Counter(expected.keys())
+    assert {row["step"]: row["train/loss"] for row in logged} == expected
+    assert scalars(place / "run" / "tensorboard")["train/loss"] == {step: [loss] for step, loss in expected.items()}
+    with safe_open(place / "run" / "bad-step-000013.safetensors", "pt") as file:
+        assert file.get_tensor("sample_positions").tolist() == list(range(12 * BATCH, 13 * BATCH))
+        assert file.get_tensor("input_ids").shape[0] == BATCH
+    ends = [one["end"] for one in json.loads((place / "run" / "goodput.json").read_text(encoding="utf-8"))["attempts"]]
+    assert ends == ["rewound", "finished"]
 
 
 def test_before_the_first_checkpoint_it_goes_back_to_the_start_and_a_bound_stops_it(place: Path) -> None:
-    """Bad steps at batches 3 and 5, both before step 5: the second rewind passes over the data of the first one too."""
-    ran = train(place, 2, 5, 10, limit=2)
-    assert ran.returncode == 2 and "Traceback" not in ran.stderr, ran.stderr[-3000:]
+    """Bad steps at batches 3 and 6, both before step 5: the second rewind passes over the data of the first one too."""
+    with pytest.raises(RunError, match=r"the run went back 2 times \(train.bad_step_limit\); the batch is in "):
+        main(place, options({**REWIND, "train.bad_step_limit": 2}, weights=[2, 5, 10]))
     assert record(place) == [
         {"step": 0, "samples": 0, "passed": 3 * BATCH},
         {"step": 0, "samples": 0, "passed": 6 * BATCH},
     ]
-    assert "the run went back 2 times (train.bad_step_limit); the batch is in" in ran.stderr, ran.stderr
-    assert len(list((place / "run").glob("bad-step-*.safetensors"))) >= 1
-    attempts = {row["attempt"] for row in rows(place / "run" / "metrics.jsonl")}
-    assert attempts == {1, 2, 3}
+    assert {row["attempt"] for row in rows(place / "run" / "metrics.jsonl")} == {1, 2, 3}
+
+
+def test_weights_that_an_update_breaks_before_a_save_go_back_too(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The update of step 10 has a finite gradient, and the checkpoint after it would hold weights that are not."""
+    from gptoughts.run import saving
+
+    broken = iter([[], ["embed.weight"]])
+    monkeypatch.setattr(saving, "not_finite", lambda engine: next(broken, []))
+    main(place, options({**REWIND, "train.steps": 10}))
+    assert record(place) == [{"step": 5, "samples": 5 * BATCH, "passed": 10 * BATCH}]
+    assert samples_reached(place, 10) == 15 * BATCH
+
+
+KILLS = {
+    # kind: worker's options, its policy, batch after which it is killed, newest checkpoint then
+    "rewind": ({"weights": [12]}, REWIND, 16, 10),
+    "skip": ({"losses": [9, 12, 13]}, SKIP, 13, 10),
+}  # fmt: skip
+
+
+def same_after_a_kill(place: Path, other: Path, kind: str, ranks: int = 1, **more: Any) -> None:
+    """A run that is killed behind a bad step, and one that is not, reach the same bits."""
+    faults, policy, killed, saved = KILLS[kind]
+    whole = child(place, options(policy, **faults, **more), ranks)
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    ended = child(other, options(policy, **faults, **more, killed=killed), ranks)
+    assert ended.returncode != 0 and samples_reached(other, saved) == saved * BATCH, ended.stderr[-3000:]
+    assert not (other / "run" / "checkpoints" / f"step-{saved + 5:06d}").exists()
+    again = child(other, options(policy, **faults, **more), ranks)
+    assert again.returncode == 0 and ", bit for bit" in again.stdout, again.stdout[-1000:] + again.stderr[-3000:]
+    assert "going back" not in again.stdout + again.stderr
+    assert equal(weights(place), weights(other))
+    assert losses(place) == losses(other) and len(losses(place)) == STEPS
+    if kind == "rewind":
+        assert record(other) == record(place) == PASSED
+    else:
+        assert samples_reached(other) == STEPS * BATCH
+        assert state(place)["bad_steps"] == state(other)["bad_steps"] == {"bad": 3, "in_a_row": 0}
+        assert [step for step, loss in losses(other).items() if loss is None] == [9, 12, 13]
 
 
 @pytest.mark.slow
-def test_two_ranks_rewind_together(place: Path) -> None:
-    ran = train(place, 12, ranks=2)
+@pytest.mark.parametrize("kind", KILLS)
+def test_a_kill_after_a_bad_step_changes_no_bit(kind: str, place: Path, tmp_path: Path) -> None:
+    same_after_a_kill(place, with_text(tmp_path / "other"), kind)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", KILLS)
+@pytest.mark.parametrize("model", ["llama", "deepseek_v3"])
+def test_nor_in_a_model_of_hugging_face(model: str, kind: str, place: Path, tmp_path: Path) -> None:
+    same_after_a_kill(place, with_text(tmp_path / "other"), kind, hf=model)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", KILLS)
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_nor_on_two_ranks(strategy: str, kind: str, place: Path, tmp_path: Path) -> None:
+    same_after_a_kill(place, with_text(tmp_path / "other"), kind, 2, layers={"parallel": strategy})
+
+
+@pytest.mark.long
+def test_two_ranks_rewind_together_and_one_of_them_tells(place: Path) -> None:
+    ran = child(place, options(REWIND, weights=[12]), ranks=2)
     assert ran.returncode == 0, ran.stderr[-3000:]
-    assert record(place) == [{"step": 10, "samples": 10 * BATCH, "passed": 13 * BATCH}]
-    assert samples_reached(place) == (STEPS + 3) * BATCH
+    assert record(place) == PASSED and samples_reached(place) == (STEPS + 3) * BATCH
+    assert (ran.stdout + ran.stderr).count("going back") == 1
+    assert {path.name for path in (place / "run").glob("bad-step-*")} == {
+        f"bad-step-000013-rank{rank}.safetensors" for rank in (0, 1)
+    }
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("layers", [{"update": "in-backward"}, {"parallel": "zero1"}, {"precision": "fp16"}])
+def test_layers_that_cannot_leave_an_update_out_can_go_back(layers: dict[str, str], place: Path) -> None:
+    fields = {"optim.clip_norm": 0.0} if "update" in layers else {}
+    ran = child(place, options(REWIND, weights=[12], layers=layers, fields=fields), ranks=2 if "parallel" in layers else 1)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert record(place) == PASSED

@@ -1,7 +1,8 @@
-"""A training by `gptoughts.train` whose weights break after given numbers of samples, and which may be killed; for the tests of rewinds."""
+"""A training by `gptoughts.train` with bad steps at given batches of the data, which may be killed; for the tests of `train.bad_step`."""
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import signal
@@ -13,56 +14,86 @@ import torch
 
 import gptoughts
 from gptoughts.engine.engine import Engine
+from tests.models.hf.hf_configs import write_config
 
 BATCH = 4
+NATIVE = {"model.width": 32, "model.heads": 2, "model.depth": 2, "model.dropout": 0.1}
 
 
 class Fault(gptoughts.Callback):
-    """Makes a weight infinite after the updates that reached these numbers of samples; kills the process after `killed` of them."""
+    """Makes a weight infinite after batch N of the data for N in `weights`; the loss of batch N for N in `losses`. May kill the process.
 
-    def __init__(self, broken: list[int], killed: int) -> None:
-        self.broken, self.killed = broken, killed
+    What depends on the position in the data does not happen again after a rewind.
+    """
+
+    phase = "fault"
+
+    def __init__(self, weights: list[int], losses: list[int], killed: int) -> None:
+        self.weights, self.losses, self.killed = weights, losses, killed
+        self.batch = 0
+
+    def on_start(self, engine: Engine, progress: Any) -> None:
+        """Break the objective."""
+        inner, self.batch = engine.objective, 1 + (progress.cursor.samples // BATCH if progress.cursor else 0)
+        fault = self
+
+        class Breaking(type(inner)):  # type: ignore[misc]
+            def __call__(self, model: Any, batch: Any) -> torch.Tensor:
+                loss = inner(model, batch)
+                return loss + math.inf if model.training and fault.batch in fault.losses else loss
+
+        engine.objective = Breaking.__new__(Breaking)
+        engine.objective.__dict__.update(inner.__dict__)
 
     def on_step(self, engine: Engine, progress: Any, stats: Any, last: bool) -> None:
-        """Break or kill. What depends on the position in the data does not happen again after a rewind."""
-        if progress.cursor.samples in self.broken:
+        """Break a weight, or kill the process after batch `killed`."""
+        done = progress.cursor.samples // BATCH
+        self.batch = done + 1
+        if done in self.weights:
             with torch.no_grad():
                 next(iter(engine.bare.parameters()))[0, 0] = math.inf
-        if progress.cursor.samples == self.killed:
+        if done == self.killed:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def main(folder: Path, steps: int, limit: int, killed: int, broken: list[int]) -> None:
-    """Train `steps` with a checkpoint every fifth and dropout, whose random draws a rewind must restore."""
+def main(folder: Path, options: dict[str, Any]) -> None:
+    """Train with a checkpoint every fifth step, and dropout, whose random draws a rewind must restore."""
     fields = {
         "data.path": str(folder / "text.txt"),
         "data.cache": str(folder / "cache"),
-        "train.steps": steps,
+        "data.sequence_length": 32,
         "train.global_batch": BATCH,
-        "train.bad_step": "rewind",
-        "train.bad_step_limit": limit,
         "log.every": 1,
         "eval.every": 5,
         "eval.batches": 1,
         "save.every": 5,
         "save.keep": 9,
         "sample.tokens": 4,
-        "model.width": 32,
-        "model.heads": 2,
-        "model.depth": 2,
-        "model.dropout": 0.1,
-        "data.sequence_length": 32,
+        **NATIVE,
+        **options["fields"],
     }
-    faults = [Fault([BATCH * one for one in broken], BATCH * killed)]
-    gptoughts.train("shakespeare-char", fields=fields, run_dir=str(folder / "run"), numerics="off", callbacks=faults)
+    if options.get("hf"):
+        fields = {key: value for key, value in fields.items() if key not in NATIVE}
+        fields |= {
+            "model.config": str(write_config(folder / options["hf"], options["hf"], vocab_size=320)),
+            "data.tokenizer": "bytes",
+        }
+    fault = Fault(options.get("weights", []), options.get("losses", []), options.get("killed", 0))
+    gptoughts.train(
+        {"name": "tiny", **fields} if options.get("hf") else "shakespeare-char",
+        fields={} if options.get("hf") else fields,
+        layers=options.get("layers", {}),
+        run_dir=str(folder / "run"),
+        numerics="off",
+        callbacks=[fault],
+    )
 
 
 if __name__ == "__main__":
     from gptoughts.errors import GptoughtsError
 
     try:
-        steps, limit, killed, *broken = map(int, sys.argv[2:])
-        main(Path(sys.argv[1]), steps, limit, killed, broken)
+        main(Path(sys.argv[1]), json.loads(sys.argv[2]))
     except GptoughtsError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
