@@ -7,6 +7,7 @@ import math
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +18,22 @@ from gptoughts.engine.engine import Engine
 from tests.models.hf.hf_configs import write_config
 
 BATCH = 4
+PERIOD = 5
+"""Steps between checkpoints."""
 NATIVE = {"model.width": 32, "model.heads": 2, "model.depth": 2, "model.dropout": 0.1}
 
 
 class Fault(gptoughts.Callback):
-    """Makes a weight infinite after batch N of the data for N in `weights`; the loss of batch N for N in `losses`. May kill the process.
+    """Makes the first tensor of weights infinite after batch N of the data for N in `weights`; the loss of batch N for N in `losses`. May kill the process.
 
     What depends on the position in the data does not happen again after a rewind.
     """
 
     phase = "fault"
 
-    def __init__(self, weights: list[int], losses: list[int], killed: int) -> None:
-        self.weights, self.losses, self.killed = weights, losses, killed
+    def __init__(self, options: dict[str, Any], checkpoints: Path) -> None:
+        self.weights, self.losses = options.get("weights", []), options.get("losses", [])
+        self.killed, self.checkpoints = options.get("killed", 0), checkpoints
         self.batch = 0
 
     def on_start(self, engine: Engine, progress: Any) -> None:
@@ -51,9 +55,17 @@ class Fault(gptoughts.Callback):
         self.batch = done + 1
         if done in self.weights:
             with torch.no_grad():
-                next(iter(engine.bare.parameters()))[0, 0] = math.inf
+                next(iter(engine.bare.parameters())).fill_(math.inf)
         if done == self.killed:
+            self._wait_for(f"step-{progress.step // PERIOD * PERIOD:06d}")
             os.kill(os.getpid(), signal.SIGKILL)
+
+    def _wait_for(self, checkpoint: str) -> None:
+        """Wait for the thread that writes it."""
+        latest, deadline = self.checkpoints / "latest", time.monotonic() + 60
+        while not latest.exists() or latest.read_text(encoding="ascii").strip() != checkpoint:
+            assert time.monotonic() < deadline, checkpoint
+            time.sleep(0.01)
 
 
 def main(folder: Path, options: dict[str, Any]) -> None:
@@ -66,7 +78,7 @@ def main(folder: Path, options: dict[str, Any]) -> None:
         "log.every": 1,
         "eval.every": 5,
         "eval.batches": 1,
-        "save.every": 5,
+        "save.every": PERIOD,
         "save.keep": 9,
         "sample.tokens": 4,
         **NATIVE,
@@ -78,7 +90,7 @@ def main(folder: Path, options: dict[str, Any]) -> None:
             "model.config": str(write_config(folder / options["hf"], options["hf"], vocab_size=320)),
             "data.tokenizer": "bytes",
         }
-    fault = Fault(options.get("weights", []), options.get("losses", []), options.get("killed", 0))
+    fault = Fault(options, folder / "run" / "checkpoints")
     gptoughts.train(
         {"name": "tiny", **fields} if options.get("hf") else "shakespeare-char",
         fields={} if options.get("hf") else fields,
