@@ -105,6 +105,7 @@ def test_a_rewind_passes_over_the_data_and_each_step_has_one_row_and_one_point(p
     said = whole(place, options(tracked, weights=[12]), 1)
     assert "step 13: loss or gradient norm is not finite, samples 48 to 51 of the data order; going back" in said
     assert "samples 40 to 51 of the data order are passed over, after 1 rewind" in said
+    assert "first loss" not in said and "spike" not in said
     assert record(place) == PASSED and samples_reached(place) == (STEPS + 3) * BATCH
     written = [row for row in read(place / "run" / "metrics.jsonl") if "train/loss" in row]
     assert [(row["step"], row["attempt"]) for row in written] == [(step, 1 + (step > 10)) for step in range(1, STEPS + 1)]
@@ -143,6 +144,17 @@ def test_weights_that_an_update_breaks_before_a_save_go_back_too(place: Path, mo
     main(place, options({**REWIND, "train.steps": 10}))
     assert record(place) == [{"step": 5, "samples": 5 * BATCH, "passed": 10 * BATCH}]
     assert samples_reached(place, 10) == 15 * BATCH
+
+
+def test_a_run_names_its_first_loss_and_its_spikes(place: Path) -> None:
+    """And counts them in every row; a loss that is doubled is far from what chance gives."""
+    said = whole(place, options({"train.steps": 30}, doubled=[1, 25, 26, 29]), 1)
+    assert said.count("the first loss is ") == 1 and "warning: step 1: the first loss is 8." in said
+    assert (
+        "warning: step 25: loss spike: " in said and "warning: step 29: loss spike: " in said and said.count("loss spike") == 2
+    )
+    counted = {row["step"]: row["train/loss_spikes"] for row in read(place / "run" / "metrics.jsonl") if "train/loss" in row}
+    assert [counted[step] for step in (24, 25, 26, 28, 29, 30)] == [0, 1, 1, 1, 2, 2]
 
 
 KILLS = {

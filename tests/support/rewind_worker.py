@@ -24,7 +24,8 @@ NATIVE = {"model.width": 32, "model.heads": 2, "model.depth": 2, "model.dropout"
 
 
 class Fault(gptoughts.Callback):
-    """Makes the first tensor of weights infinite after batch N of the data for N in `weights`; the loss of batch N for N in `losses`. May kill the process.
+    """Makes the first tensor of weights infinite after batch N of the data for N in `weights`; the loss of batch N for N in `losses`;
+    doubles that of batch N for N in `doubled`. May kill the process.
 
     What depends on the position in the data does not happen again after a rewind.
     """
@@ -33,6 +34,7 @@ class Fault(gptoughts.Callback):
 
     def __init__(self, options: dict[str, Any], checkpoints: Path) -> None:
         self.weights, self.losses = options.get("weights", []), options.get("losses", [])
+        self.doubled = options.get("doubled", [])
         self.killed, self.checkpoints = options.get("killed", 0), checkpoints
         self.batch = 0
 
@@ -44,7 +46,10 @@ class Fault(gptoughts.Callback):
         class Breaking(type(inner)):  # type: ignore[misc]
             def __call__(self, model: Any, batch: Any) -> torch.Tensor:
                 loss = inner(model, batch)
-                return loss + math.inf if model.training and fault.batch in fault.losses else loss
+                if not model.training:
+                    return loss
+                loss = loss * 2 if fault.batch in fault.doubled else loss
+                return loss + math.inf if fault.batch in fault.losses else loss
 
         engine.objective = Breaking.__new__(Breaking)
         engine.objective.__dict__.update(inner.__dict__)
