@@ -177,6 +177,8 @@ class TrainConfig(Section):
         None, description="length in hours; the schedule follows the clock"
     )
     global_batch: Length = Field(16, description="sequences per optimizer update, over all ranks")
+    bad_step: Literal["stop", "skip", "rewind"] = Field("stop", description="on no label, or a loss or gradient not finite")
+    bad_step_limit: Positive = Field(3, description="most bad steps in a row with skip, most rewinds of a run with rewind")
 
     @model_validator(mode="after")
     def one_length(self) -> TrainConfig:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from gptoughts.data.order import permute
+from gptoughts.data.order import samples_at
 from gptoughts.data.text.shards import Stream
 from gptoughts.errors import DataError
 
@@ -124,12 +124,7 @@ class Batches:
         """Return this rank's samples in the `batches` global batches after `consumed` samples: int64 (batches, rows)."""
         starts = consumed + np.arange(batches, dtype=np.int64)[:, None] * self.global_batch
         positions = starts + np.arange(self.first_row, self.end_row, dtype=np.int64)
-        epochs, offsets = np.divmod(positions, self.samples_per_epoch)
-        out = np.empty_like(positions)
-        for epoch in np.unique(epochs).tolist():
-            mask = epochs == epoch
-            out[mask] = permute(offsets[mask], self.samples_per_epoch, self.seed, epoch)
-        return out
+        return samples_at(positions, self.samples_per_epoch, self.seed)
 
 
 def read_batch(stream: Stream, samples: np.ndarray, sequence_length: int, eot_id: int) -> Batch:

@@ -49,6 +49,16 @@ def permute(positions: np.ndarray, count: int, seed: int, epoch: int) -> np.ndar
     return out.astype(np.int64)
 
 
+def samples_at(positions: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Return the sample number at each of `positions` in the endless stream of `count` samples per epoch: int64, same shape."""
+    epochs, inside = np.divmod(positions, count)
+    out = np.empty_like(positions)
+    for epoch in np.unique(epochs).tolist():
+        mask = epochs == epoch
+        out[mask] = permute(inside[mask], count, seed, epoch)
+    return out
+
+
 def feistel(values: np.ndarray, keys: np.ndarray, count: int) -> np.ndarray:
     """Run the network once over the smallest power of two that holds `count`; the halves can differ by one bit."""
     bits = (count - 1).bit_length()

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from gptoughts.data.batches import IGNORED, ORDER_CHUNK, Batch, Cursor, rank_rows
-from gptoughts.data.order import permute
+from gptoughts.data.order import samples_at
 from gptoughts.data.text.shards import INDEX
 from gptoughts.errors import DataError
 from gptoughts.files import TEMPORARY, load_json, sha256_of, sync, sync_folder, write_json
@@ -107,12 +107,7 @@ class Table:
 
     def order(self, positions: np.ndarray, seed: int) -> np.ndarray:
         """Return the row index at each of `positions` in the sample stream of this seed: int64, same shape."""
-        epochs, inside = np.divmod(positions, len(self))
-        out = np.empty_like(positions)
-        for epoch in np.unique(epochs).tolist():
-            selected = epochs == epoch
-            out[selected] = permute(inside[selected], len(self), seed, epoch)
-        return out
+        return samples_at(positions, len(self), seed)
 
     def eval_batches(self, global_batch: int, rank: int = 0, world_size: int = 1, limit: int | None = None) -> Iterator[Batch]:
         """Yield this rank's rows of the table in order, each once; constant shapes, padding rows excluded from the loss.

@@ -21,6 +21,7 @@ from gptoughts.config.loader import Recipe
 from gptoughts.engine.distributed.ranks import Ranks
 from gptoughts.engine.distributed.shards import fill, whole
 from gptoughts.engine.objectives.base import Batch, Objective
+from gptoughts.engine.optim.update import update
 from gptoughts.errors import RunError
 from gptoughts.models.family import Family
 from gptoughts.models.sources import Source, shape_of
@@ -77,6 +78,8 @@ class Engine:
     """Device that holds the parameters between forwards if it is not `device`."""
     repeatable: bool = True
     """Whether a batch may be computed again: False where weights change during the backward."""
+    usable: Tensor | None = None
+    """Whether this step has a label, a finite loss and a finite gradient: a scalar on the device. None before the first step."""
     extras: dict[str, Stateful] = field(default_factory=dict)
     counters: Counters = field(default_factory=Counters)
     report: Callable[[str], None] = lambda phase: None
@@ -164,6 +167,11 @@ class Engine:
         self._wrappers[hook].append(wrapper)
         return lambda: self._wrappers[hook].remove(wrapper)
 
+    @property
+    def skips_bad_steps(self) -> bool:
+        """Whether a step that is not `usable` must change no weight and no state."""
+        return self.recipe.train.bad_step == "skip"
+
     def synchronize(self) -> None:
         """Wait for the device, so that queued work is counted to the step that queued it."""
         if self.device.type == "cuda":
@@ -199,7 +207,7 @@ class Engine:
 
     def _step(self) -> bool:
         assert self.optimizer is not None
-        self.optimizer.step()
+        update(self.optimizer, self.usable if self.skips_bad_steps else None)
         self.optimizer.zero_grad(set_to_none=True)
         return True
 

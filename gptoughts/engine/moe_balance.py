@@ -38,7 +38,8 @@ def add_balance_loss(engine: Engine, objective: Objective, config: ExpertsConfig
 
     def step(inner: Callable[[], bool]) -> bool:
         updated = inner()
-        experts.reduce_loads(engine.ranks, config.bias_rate if updated else 0.0, wrapped.meters)
+        usable = engine.usable if engine.skips_bad_steps else None
+        experts.reduce_loads(engine.ranks, config.bias_rate if updated else 0.0, wrapped.meters, usable)
         return updated
 
     undos = [experts.watch(), engine.wrap("step", step)]
@@ -218,8 +219,12 @@ class Experts:
         self._loads = loads if self._loads is None else self._loads + loads
         return layers
 
-    def reduce_loads(self, ranks: Ranks, rate: float, meters: dict[str, tuple[Tensor, Tensor]]) -> None:
+    def reduce_loads(
+        self, ranks: Ranks, rate: float, meters: dict[str, tuple[Tensor, Tensor]], usable: Tensor | None = None
+    ) -> None:
         """After an update: sum loads over ranks, move balancing biases by `rate`, add to the meters, and reset.
+
+        Where `usable`, a scalar on the device, is False, the step counts as one without loads, which moves no bias.
 
         load_max: the most tokens of an expert over its layer's mean, in the worst layer; 1 is balanced.
         dead_experts: fraction of experts without a token.
@@ -227,15 +232,17 @@ class Experts:
         if self._loads is None:
             return
         loads, self._loads = ranks.sum(self._loads), None
+        one = torch.ones((), device=loads.device)
+        if usable is not None:
+            loads, one = loads * usable, one * usable
         layers = loads.double().split(self._sizes)
         if rate:
             for router, load in zip(self.found.values(), layers, strict=True):
                 if router.trained():
                     update_balancing_bias(router, load, rate)
-        one = torch.ones((), device=loads.device)
         worst = torch.stack([load.max() / load.mean().clamp(min=1e-9) for load in layers]).max()
-        meter(meters, "load_max", worst.float(), one)
-        meter(meters, "dead_experts", (loads == 0).float().mean(), one)
+        meter(meters, "load_max", worst.float() * one, one)
+        meter(meters, "dead_experts", (loads == 0).float().mean() * one, one)
         self._since_row = loads if self._since_row is None else self._since_row + loads
 
     def percentages(self) -> Tensor | None:

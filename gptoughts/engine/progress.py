@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +27,7 @@ class Progress:
     """Progress of a run: all that the loop needs to resume."""
 
     step: int = 0
-    """Updates of the weights."""
+    """Updates of the weights, and steps that `train.bad_step = "skip"` left without one."""
     tokens: int = 0
     """Tokens consumed, over all ranks."""
     seconds: float = 0.0
@@ -40,11 +41,14 @@ class StepStats:
     """Results of one step. Tensors stay on the device, so that the host does not wait."""
 
     loss_sum: Tensor
-    """Summed loss of this rank."""
+    """Summed loss, over all ranks."""
     weight: Tensor
     """Weight of the loss, over all ranks."""
     grad_norm: Tensor
     updated: bool
+    """Whether the step counts as an update. A bad one that `train.bad_step = "skip"` leaves out counts, and changes no weight."""
     tokens: int
     cursor: Any
     rate: float
+    batch: Mapping[str, Tensor] | None = None
+    """This rank's share of the global batch."""

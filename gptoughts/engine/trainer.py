@@ -7,6 +7,7 @@ from dataclasses import replace
 from time import perf_counter
 
 import torch
+from torch import Tensor
 
 from gptoughts.engine.accumulation import accumulate
 from gptoughts.engine.callback import Callback
@@ -30,16 +31,24 @@ def train_step(engine: Engine, rate: float) -> StepStats:
     engine.mark(COMMUNICATION)
     weight = engine.ranks.sum(own_weight)
     engine.mark(OTHER)
-    # A weight of 0 is an error that the log reports one step later; until then it must not make the weights NaN.
+    # A weight of 0 makes a bad step; until that is read it must not make the weights NaN.
     scale = engine.ranks.size / torch.where(weight > 0, weight, torch.ones_like(weight))
-    loss_sum = accumulate(engine, batch, scale)
+    own_loss = accumulate(engine, batch, scale)
+    engine.mark(COMMUNICATION)
+    loss_sum = engine.ranks.sum(own_loss)
     engine.mark(OPTIMIZER)
     grad_norm = engine.clip()
+    engine.usable = is_usable(loss_sum, weight, grad_norm)
     updated = engine.step()
     engine.mark(END)
     engine.counters.updates += updated
     tokens = engine.objective.tokens(batch) * engine.ranks.size
-    return StepStats(loss_sum, weight, grad_norm, updated, tokens, cursor, rate)
+    return StepStats(loss_sum, weight, grad_norm, updated, tokens, cursor, rate, batch)
+
+
+def is_usable(loss_sum: Tensor, weight: Tensor, grad_norm: Tensor) -> Tensor:
+    """Return whether a step has a label, a finite loss and a finite gradient: a scalar on the device, equal on all ranks."""
+    return torch.isfinite(loss_sum) & torch.isfinite(grad_norm) & (weight > 0)
 
 
 def run_step(engine: Engine, progress: Progress, schedule: Callable[[Progress], float]) -> tuple[Progress, StepStats]:

@@ -51,6 +51,11 @@ def _unmet(stage: int) -> Callable[[Case, Options], Iterator[Reason]]:
             yield unsupported(
                 f"optim.name = {case.recipe.optim.name} does not update flattened parameter groups", remedy="--optim.name adamw"
             )
+        if case.recipe.train.bad_step != "stop":
+            yield unsupported(
+                f"train.bad_step = {case.recipe.train.bad_step}: DeepSpeed clips and updates in one call, and starts once per process",
+                remedy="--train.bad-step stop",
+            )
         if case.recipe.adapter.base == "nf4":
             yield unsupported("DeepSpeed takes float32 weights only, not nf4 codes", remedy="--adapter.base full")
         if stage == 3 and case.compiles:

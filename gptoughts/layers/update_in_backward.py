@@ -39,6 +39,8 @@ LEFT = f"{NAME}: gradients left"
 def unmet(case: Case, options: Options) -> Iterator[Reason]:
     """One micro-batch, one process, AdamW, no clipping, and gradients that take a relevant share of memory."""
     optim = case.recipe.optim
+    if case.recipe.train.bad_step == "skip":
+        yield unsupported("train.bad_step = skip needs the whole gradient before the first update", "--train.bad-step stop")
     if optim.name != "adamw":
         yield unsupported(f"needs AdamW, optim.name is {optim.name}")
     if optim.clip_norm > 0:

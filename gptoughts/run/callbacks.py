@@ -42,6 +42,8 @@ class Evaluate(Callback):
     """(step, value) by which the best checkpoint is chosen; lower is better."""
     within: Callable[[], AbstractContextManager[None]] = nullcontext
     """Context of a validation that can end it with Interrupted."""
+    settle: Callable[[Engine], None] = lambda engine: None
+    """Judges the steps that are not judged yet. Raises for a bad one."""
     _best: float = math.inf
     _stale: int = 0
     _ended: int | None = None
@@ -67,6 +69,7 @@ class Evaluate(Callback):
 
     def on_step(self, engine: Engine, progress: Progress, stats: StepStats, last: bool) -> None:
         """Validate and write a row."""
+        self.settle(engine)
         demand_equal_weights(engine)
         batches = self.batches() if self.label_bytes is None else self.label_bytes.counted(self.batches())
         try:

@@ -26,6 +26,7 @@ from gptoughts.planning.plan import Plan
 from gptoughts.run.evidence import EvidenceCheck, LayerEvidence
 from gptoughts.run.log import Log
 from gptoughts.run.session import OwnModel, Session, TrainingJob, open_session
+from gptoughts.run.step_check import StepCheck
 from gptoughts.run.throughput import Throughput
 from gptoughts.run.tracking.sink import CallbackSink, RunInfo, Sink, Sinks, make_sinks
 
@@ -85,7 +86,9 @@ def _train(session: Session, result: FitResult) -> None:
     check = EvidenceCheck(
         job.plan, job.extensions.catalog, session.ranks, session.console, out if writes else None, session.attempt, job.strict
     )
-    callbacks = [log, *job.callbacks]
+    steps = StepCheck(folder.out if folder is not None else None)
+    log.counts = steps.counts
+    callbacks = [steps, log, *job.callbacks]
     finished, schedule = session.length.finished, session.length.rate
     try:
         for callback in callbacks:

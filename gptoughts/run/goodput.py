@@ -136,7 +136,7 @@ class Goodput(Callback):
         return {part: self._before[part] + mine[part] for part in PARTS}
 
     def write(self, end: str) -> None:
-        """Replace the file. `end` is running, finished, interrupted or failed; an attempt that stays `running` was killed."""
+        """Replace the file. `end` is running, finished, interrupted, rewound or failed; an attempt that stays `running` was killed."""
         parts = self.parts()
         mine = {**self._attempts[-1], "ended": time.time(), "last_step": self._step, "end": end}
         self._attempts[-1] = mine

@@ -17,7 +17,6 @@ from gptoughts.engine.callback import Callback
 from gptoughts.engine.engine import Engine
 from gptoughts.engine.run_length import RunLength
 from gptoughts.engine.trainer import Progress, StepStats
-from gptoughts.errors import RunError
 from gptoughts.run.step_time import NO_SPLIT, Sample, StepTimer
 from gptoughts.run.throughput import Throughput
 from gptoughts.run.tracking.sink import Sink
@@ -72,6 +71,8 @@ class Log(Callback):
     _steady: Progress | None = None
     judge: Callable[[int, Mapping[str, Any]], Mapping[str, Any]] = lambda step, row: {}
     """Returns more entries of a row from the others, such as what limits the run."""
+    counts: Callable[[], Mapping[str, Any]] = dict
+    """Returns the counters of every row, such as bad steps."""
     live: Callable[[], list[str]] = list
     """Returns more fields of the console's row, such as the use of the GPU."""
     _extra: dict[str, Any] = field(default_factory=dict)
@@ -148,15 +149,14 @@ class Log(Callback):
         self._previous = (progress, wait)
 
     def _summed(self, engine: Engine, stats: StepStats) -> Tensor:
-        """Return loss sum, weight, gradient norm, then the busy seconds of every rank. The sum over ranks is one exchange."""
+        """Return loss sum, weight, gradient norm, then the busy seconds of every rank."""
         ranks = engine.ranks
-        mine = stats.loss_sum.reshape(1)
+        values = [stats.loss_sum.reshape(1), stats.weight.reshape(1), stats.grad_norm.float().reshape(1)]
         if ranks.size > 1:
-            busy = torch.zeros(ranks.size, device=mine.device)
+            busy = torch.zeros(ranks.size, device=stats.loss_sum.device)
             busy[ranks.world.rank].fill_(self._busy)
-            mine = torch.cat([mine, busy])
-        total = ranks.sum(mine)
-        return torch.cat([total[:1], stats.weight.reshape(1), stats.grad_norm.float().reshape(1), total[1:]])
+            values.append(ranks.sum(busy))
+        return torch.cat(values)
 
     def _steady_speed(self, progress: Progress) -> float | None:
         steady = self._steady
@@ -173,12 +173,12 @@ class Log(Callback):
         loss_sum, weight, grad_norm, *own = pending.values.tolist()
         busy, own = own[: pending.ranks], own[pending.ranks :]
         progress = pending.progress
-        loss = _checked_loss(progress, loss_sum, weight, grad_norm)
+        loss = loss_sum / weight if weight > 0 else math.nan
         speed = pending.tokens / pending.seconds if pending.seconds > 0 else 0.0
         rates = self.throughput.row(speed)
         row = {
-            "train/loss": loss,
-            "train/grad_norm": grad_norm,
+            "train/loss": _finite(loss),
+            "train/grad_norm": _finite(grad_norm),
             "train/learning_rate": pending.rate,
             "train/num_tokens": progress.tokens,
             "train/epoch": self.length.epoch(progress) if self.length else None,
@@ -196,8 +196,9 @@ class Log(Callback):
             row |= {**timed.row(), "perf/host_bound": timed.host_bound, "perf/cpu_seconds": timed.cpu_seconds}
         split = 2 * len(pending.meters)
         pairs = zip(pending.meters, own[:split:2], own[1:split:2], strict=True)
-        row |= {f"train/{name}": total / part for name, total, part in pairs if part}
+        row |= {f"train/{name}": _finite(total / part) for name, total, part in pairs if part}
         row |= pending.listing(own[split:]) if pending.listing else {}
+        row |= self.counts()
         row |= self._extra
         self._extra = {}
         row |= self.judge(progress.step, row)
@@ -209,7 +210,7 @@ class Log(Callback):
         left = self._seconds_left(progress)
         fields = [
             f"step {progress.step}{total}",
-            f"loss {row['train/loss']:.4f}",
+            "loss n/a" if row["train/loss"] is None else f"loss {row['train/loss']:.4f}",
             f"{count(row['perf/tokens_per_second'])} tok/s",
             f"MFU {share(row['perf/mfu'])}",
         ]
@@ -241,19 +242,9 @@ def slowest_rank(busy: Sequence[float]) -> dict[str, float | int | None]:
     return {"perf/slowest_rank": slowest, "perf/rank_spread": busy[slowest] / others - 1 if others > 0 else None}
 
 
-def _checked_loss(progress: Progress, loss_sum: float, weight: float, grad_norm: float) -> float:
-    """Return the loss of a step. Raises RunError if no label counts or a value is not finite."""
-    if weight == 0:
-        raise RunError(f"step {progress.step}: no label counts in this batch, up to data cursor {progress.cursor}")
-    loss = loss_sum / weight
-    if not math.isfinite(loss) or not math.isfinite(grad_norm):
-        raise RunError(
-            f"step {progress.step}: loss or gradient norm is not finite, up to data cursor {progress.cursor}; "
-            "earlier checkpoints are intact",
-            found=f"loss {loss}, gradient norm {grad_norm}",
-            fix="a lower --optim.learning-rate, or --layer.precision fp32",
-        )
-    return loss
+def _finite(value: float) -> float | None:
+    """Return the value; None if it is not finite, which JSON cannot hold."""
+    return value if math.isfinite(value) else None
 
 
 def take_meters(engine: Engine) -> dict[str, tuple[Tensor, Tensor]]:

@@ -64,7 +64,10 @@ def find(folder: RunFolder, resume: str) -> tuple[ResumePoint | None, list[str]]
     """
     if resume not in ("auto", "never"):
         path = integrity.locate(Path(resume))
-        point = read_point(path)
+        try:
+            point = read_point(path)
+        except OSError as error:
+            point = integrity.cause(error)
         if isinstance(point, str):
             raise CheckpointError(f"{path}: cannot be resumed from: {point}", fix="another checkpoint")
         return point, []
@@ -92,7 +95,10 @@ def _candidates(there: Iterable[Path], skipped: list[str]) -> Iterator[ResumePoi
     """Yield the checkpoints that a run can resume from; append a line to `skipped` for every other one."""
     for path in there:
         line = integrity.problem(path)
-        point = line or read_point(path)
+        try:
+            point = line or read_point(path)
+        except OSError as error:  # the check has read the same file a moment before
+            point = line = f"{path}: unreadable, skipped: {integrity.cause(error)}"
         if isinstance(point, ResumePoint):
             yield point
         else:
@@ -100,8 +106,11 @@ def _candidates(there: Iterable[Path], skipped: list[str]) -> Iterator[ResumePoi
 
 
 def read_point(folder: Path) -> ResumePoint | str:
-    """Return the resume point of an intact checkpoint, or which field of its state.json is missing or of another type."""
-    state = store.read_state(folder)
+    """Return the resume point of an intact checkpoint, or which field of its state.json is missing or of another type.
+
+    Raises OSError where the disk fails several times, CheckpointError for another format version.
+    """
+    state = integrity.retried(store.load_state, folder)
     for key in ("run", "optimizer", "layers", "generators"):
         if not isinstance(state.get(key), dict):
             return f"state.json has no mapping {key!r}"
@@ -140,7 +149,12 @@ def find_on_rank_0(folder: RunFolder, resume: str, ranks: Ranks) -> tuple[Resume
     path = Path(name)
     if not (path / "state.json").is_file():
         raise CheckpointError(f"{path}: rank 0 resumes from it, rank {ranks.world.rank} does not see it")
-    found = read_point(path)
+    try:
+        found = read_point(path)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: rank 0 reads it, rank {ranks.world.rank} does not", found=integrity.cause(error)
+        ) from None
     assert isinstance(found, ResumePoint)  # rank 0 read the same file
     return found, []
 
@@ -204,7 +218,8 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def checkpoint_state(fingerprint: Mapping[str, Any], plan: Plan, progress: Progress, **run: Any) -> dict[str, Any]:
     """Return the part of a checkpoint that is not tensors.
 
-    run  attempt, val_loss (None if this step was not validated), validations (see `Evaluate.state`), micro_batch, run_id
+    run  attempt, val_loss (None if this step was not validated), validations (see `Evaluate.state`), bad_steps (see `StepCheck.state`),
+         micro_batch, run_id
     """
     return {
         "progress": {

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import time
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import torch
 
 from gptoughts.config.tasks import task_of
 from gptoughts.console import LOGGER
+from gptoughts.data.order import samples_at
 from gptoughts.engine.callback import Callback
 from gptoughts.engine.checkpoint import integrity, state, store
 from gptoughts.engine.checkpoint.writer import Writer
@@ -33,6 +37,7 @@ from gptoughts.run.saving import Save
 from gptoughts.run.scores import label_bytes, scores_of
 from gptoughts.run.session import Session, TrainingJob, open_session
 from gptoughts.run.signals import SignalWatcher
+from gptoughts.run.step_check import Rewind, StepCheck
 from gptoughts.run.storage import checkpoint_bytes, space_problem
 from gptoughts.run.throughput import throughput
 from gptoughts.run.tracking.jsonl import SYSTEM_FILE, newest_sample
@@ -42,7 +47,17 @@ from gptoughts.run.tracking.system import SystemMetrics
 
 
 def execute(job: TrainingJob) -> RunResult:
-    """Run until the end, a signal or an error. Everything reached by then is on disk."""
+    """Run until the end, a signal or an error. Everything reached by then is on disk. A rewind opens another session."""
+    while True:
+        outcome = _attempt(job)
+        if isinstance(outcome, RunResult):
+            return outcome
+        job = outcome
+        gc.collect()  # the model of the session before
+
+
+def _attempt(job: TrainingJob) -> RunResult | TrainingJob:
+    """Run in one session. Returns the result, or the job to go on with after a rewind."""
     with open_session(job) as session:
         return _Run(session).execute()
 
@@ -58,6 +73,7 @@ class _Run:
         own = [*make_sinks(self.job.track), *map(CallbackSink, self.job.callbacks)]
         self.sinks = Sinks(own if self.first else ())
         self.run_id = ""
+        self.steps = self._step_check()
         self.evaluate = self._evaluate() if self.corpus.validates else None
         self.sharded = is_sharded(self.engine.bare)
         self.writer = self._open_writer()
@@ -65,8 +81,8 @@ class _Run:
         """None on ranks that write nothing, as is `limiter`."""
         self.limiter: Limiter | None = None
 
-    def execute(self) -> RunResult:
-        """Resume, train, and return the result."""
+    def execute(self) -> RunResult | TrainingJob:
+        """Resume, train, and return the result, or the job to go on with after a rewind."""
         session, point = self.session, self.session.resumed
         validations = point.state.get("validations", {}) if point else {}
         if point is not None and self._is_complete(point, validations):
@@ -76,10 +92,16 @@ class _Run:
             session.console.say(line)
         if self.evaluate is not None:
             self.evaluate.load_state(validations)
+        self.steps.load_state(point.state.get("bad_steps", {}) if point else {})
         self._check_space(point)
         with self.signals.listening(), report_failures(self.engine, self.folder.out):
             try:
                 return self._train(session.start)
+            except Rewind as rewind:
+                session.ranks.barrier()  # rank 0 may still write its checkpoint
+                resumes = "auto" if self.writer is not None and self.writer.wrote else self.job.resume
+                folder = replace(self.folder, fresh=False, _lock=None)
+                return replace(self.job, folder=folder, passed=rewind.samples, resume=resumes, began=time.time())
             except RuntimeError as error:
                 session.watch.end_if_lost(error)
                 raise
@@ -110,6 +132,7 @@ class _Run:
         catalog = job.extensions.catalog
         warm = warmup_steps(job.plan, catalog) + 1
         log = Log(self.recipe.log.every, self.sinks, session.console, figures, session.length, warm)
+        log.counts = self.steps.counts
         if self.first:
             self.goodput = Goodput(self.folder.out, session.attempt, job.began, progress.step, warm)
         sample = Sample(self.recipe.sample.every, self._write_sample, session.console, self.sinks)
@@ -121,8 +144,10 @@ class _Run:
             lambda: self.evaluate.criterion if self.evaluate else None,
             self.recipe.save.failures,
             self.signals.save_asked,
+            self.steps.settle,
+            self.steps.broken,
         )
-        callbacks = [system, log, *([self.evaluate] if self.evaluate else []), save, sample, *job.callbacks]
+        callbacks = [system, self.steps, log, *([self.evaluate] if self.evaluate else []), save, sample, *job.callbacks]
         callbacks += [self.goodput] if self.goodput else []
         check = EvidenceCheck(
             job.plan, catalog, session.ranks, session.console, self.folder.out, session.attempt, job.strict, report=log.add
@@ -136,6 +161,9 @@ class _Run:
                 self._start_sinks(progress)
                 progress = self._loop(progress, callbacks, check)
                 end = "interrupted" if self.signals.stopped else "finished"
+            except Rewind:
+                end = "rewound"
+                raise
             finally:
                 system.close()
                 self._close(end)
@@ -153,7 +181,7 @@ class _Run:
         return Limiter(advisor, self.session.console, goodput.attempt_parts, pauses, lambda: check.trace, samples)
 
     def _close(self, end: str) -> None:
-        """Wait for the last checkpoint, and close what the run writes to. `end` is finished, interrupted or failed."""
+        """Wait for the last checkpoint, and close what the run writes to. `end` is finished, interrupted, rewound or failed."""
         if self.goodput is not None:
             self.goodput.waiting_for_disk()
         if self.writer is not None:
@@ -214,6 +242,17 @@ class _Run:
             scores_of(session, self.folder.out),
             label_bytes(session),
             within=self.signals.interruptible,
+            settle=self.steps.settle,
+        )
+
+    def _step_check(self) -> StepCheck:
+        recipe, session, samples = self.recipe, self.session, self.corpus.samples
+        random = session.resumed is None and recipe.model.path is None and recipe.adapter.kind == "none"
+        return StepCheck(
+            self.folder.out,
+            session.begin.rewinds,
+            lambda positions: samples_at(positions, samples, recipe.seed),
+            rows=session.bundle.rows if random else None,
         )
 
     def _write_sample(self, engine: Engine) -> str:
@@ -240,6 +279,7 @@ class _Run:
             attempt=self.session.attempt,
             val_loss=newest[1] if newest and newest[0] == progress.step else None,
             validations=evaluate.state() if evaluate else {},
+            bad_steps=self.steps.state(),
             micro_batch=engine.micro_batch,
             run_id=self.run_id,
         )

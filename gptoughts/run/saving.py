@@ -47,6 +47,10 @@ class Save(Callback):
     failures: int = 3
     asked: Callable[[], bool] = lambda: False
     """Whether somebody asked for a checkpoint after this step; the same on all ranks. Asking is over when it was read."""
+    settle: Callable[[Engine], None] = lambda engine: None
+    """Judges the steps that are not judged yet. Raises for a bad one."""
+    broken: Callable[[Engine, Progress, str], None] = lambda engine, progress, what: None
+    """Called on every rank, with words for what is not finite, before the run ends for it. May raise to continue otherwise."""
     _failed: int = 0
     """Writes that failed since the last that did not, on any rank."""
 
@@ -56,6 +60,7 @@ class Save(Callback):
 
     def on_step(self, engine: Engine, progress: Progress, stats: StepStats, last: bool) -> None:
         """Copy the state and hand it to the writer. Raises RunError for weights, optimizer state or a gradient that is not finite."""
+        self.settle(engine)
         self._demand_finite(engine, progress, stats)
         demand_equal_weights(engine)
         error = self.writer.failure() if self.writer is not None else None
@@ -68,14 +73,16 @@ class Save(Callback):
             self.writer.save(taken, value)
 
     def _demand_finite(self, engine: Engine, progress: Progress, stats: StepStats) -> None:
-        wrong = "" if torch.isfinite(stats.grad_norm).item() and torch.isfinite(stats.loss_sum).item() else "gradient is"
+        finite = torch.isfinite(stats.grad_norm).item() and torch.isfinite(stats.loss_sum).item()
+        wrong = "" if finite or engine.skips_bad_steps else "gradient is"
         names = [] if wrong else not_finite(engine)
         bad = bool(wrong or names)
         if not engine.ranks.any(bad):
             return
+        what = wrong or (f"weights or optimizer state ({', '.join(names[:3])}) are" if names else "weights of another rank are")
+        self.broken(engine, progress, what)
         if not engine.ranks.first:
             raise ToldElsewhere
-        what = wrong or (f"weights or optimizer state ({', '.join(names[:3])}) are" if names else "weights of another rank are")
         kept = self.writer.kept() if self.writer is not None else ""
         raise RunError(
             f"step {progress.step}: {what} not finite; no checkpoint is written, {kept}",

@@ -41,6 +41,7 @@ from gptoughts.models.sources import CurrentWeights, meta_model
 from gptoughts.planning.plan import Plan
 from gptoughts.run import numerics_check, preflight, resume
 from gptoughts.run.build import build_engine, seed_rngs, select_device
+from gptoughts.run.rewinds import Start, start_after
 from gptoughts.run.storage import run_storage, write_record
 from gptoughts.run.tracking.jsonl import FILE, attempts
 from gptoughts.run.tracking.run_dir import RunFolder
@@ -84,6 +85,8 @@ class TrainingJob:
     """Seed of the initial weights if it is not the recipe's; data and their order stay."""
     own: OwnModel | None = None
     """Replaces the recipe's model, data and objective."""
+    passed: int | None = None
+    """Samples of the data order up to which the run passes over the data, after a rewind that is not recorded yet."""
     began: float = field(default_factory=time.time)
     """Unix time from which goodput counts the start: the process's own start for `gptoughts train`."""
 
@@ -116,11 +119,13 @@ class Session:
     """Resident memory of the process before the model existed."""
     watch: FailureWatch = field(default_factory=lambda: FailureWatch(World()))
     """Ends all ranks if one is lost or none makes progress."""
+    begin: Start = field(default_factory=Start)
+    """Where training starts: step 0 or the step of the checkpoint, after the data that rewinds pass over."""
 
     @property
     def start(self) -> Progress:
-        """Where training starts: step 0, or the step of the checkpoint."""
-        return self.resumed.progress if self.resumed else Progress()
+        """Where training starts."""
+        return self.begin.progress
 
     def validation_batches(self) -> Iterator[Any]:
         """Return this rank's validation batches, as the objective prepares them."""
@@ -212,7 +217,10 @@ class _Setup:
         job, bundle = self.job, self.bundle
         fingerprint = resume.fingerprint(job.resolved, job.plan, bundle.rows)
         point, skipped = self._resume_point(fingerprint)
-        progress = point.progress if point else Progress()
+        begin = start_after(
+            job.folder, self.ranks, point.progress if point else Progress(), self.corpus.fingerprint, job.passed
+        )
+        progress = begin.progress
         self.ranks.same("data and checkpoint", f"{self.corpus.fingerprint} at step {progress.step}")
         seed_rngs(self.recipe.seed, job.world.rank, progress.step)
         batches = self._batches(progress)
@@ -223,6 +231,8 @@ class _Setup:
         attempt = _record_start(job, self.ranks)
         if job.folder is not None:
             self._introduce(point, skipped, fingerprint, model, source)
+            if begin.line:
+                self.console.say(begin.line)
         if job.numerics == "check" and (point is None or point.state.get("plan_digest") != job.plan.digest()):
             batches = self._check_numerics(batches, point.folder if point else None)
         with build_engine(
@@ -240,19 +250,9 @@ class _Setup:
                 state.restore(engine, point.folder)
             length = RunLength(self.recipe, self.ranks, self.corpus.samples)
             yield Session(
-                job,
-                self.ranks,
-                self.console,
-                engine,
-                bundle,
-                length,
-                self.corpus,
-                self.prompt,
-                attempt,
-                point,
-                fingerprint,
-                before,
-            )
+                job, self.ranks, self.console, engine, bundle, length, self.corpus, self.prompt, attempt, point, fingerprint, before,
+                begin=begin,
+            )  # fmt: skip
 
     def _resume_point(self, fingerprint: Mapping[str, Any]) -> tuple[resume.ResumePoint | None, list[str]]:
         if self.job.folder is None:

@@ -6,7 +6,7 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any
 
@@ -41,7 +41,10 @@ def watch(engine: Engine, progress: Progress, schedule: Callable[[Progress], flo
     """Run one training step from `progress` under the profiler. `StepTrace.updated` tells whether it updated the weights."""
     done: list[tuple[Progress, StepStats]] = []
     trace = trace_step(engine, lambda: done.append(run_step(engine, progress, schedule)))
-    return *done[0], trace
+    reached, stats = done[0]
+    if engine.skips_bad_steps and not engine.usable:
+        trace = replace(trace, updated=False)
+    return reached, stats, trace
 
 
 def trace_step(engine: Engine, step: Callable[[], object]) -> StepTrace:

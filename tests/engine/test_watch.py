@@ -191,19 +191,24 @@ def test_ranks_exchange_states_through_the_store(pair: tuple[FailureWatch, Failu
 
 
 def test_weights_that_differ_between_ranks_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The other rank is a fixed vector of checksums here; real ranks are in the slow tier."""
+    """The other ranks are fixed vectors of checksums here; real ranks are in the slow tier."""
     model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 2, dtype=torch.bfloat16))
-    engine: Any = SimpleNamespace(ranks=SimpleNamespace(size=2), bare=model)
     theirs = torch.stack([replicas._checksum(weight.data) for weight in model.parameters()])
 
-    def reduce(tensor: torch.Tensor, op: Any) -> None:
+    def gather(pair: torch.Tensor) -> list[torch.Tensor]:
+        return [torch.stack([pair[0], theirs[3]]), pair, torch.stack([pair[0], theirs[3]])]
+
+    engine: Any = SimpleNamespace(ranks=SimpleNamespace(size=3, gather=gather), bare=model)
+
+    def reduce(tensor: torch.Tensor, op: Any, group: Any) -> None:
+        assert group is None
         tensor.copy_(torch.minimum(tensor, theirs) if op == dist.ReduceOp.MIN else torch.maximum(tensor, theirs))
 
     monkeypatch.setattr(dist, "all_reduce", reduce)
     replicas.demand_equal_weights(engine)
     with torch.no_grad():
         model[1].bias[0] += 0.5
-    with pytest.raises(RunError, match=r"1 of 4 differ between ranks, so they no longer train one model. Found 1.bias"):
+    with pytest.raises(RunError, match=r"1 of 4 differ between ranks, .* one model. Found 1.bias: ranks 0, 2 \| rank 1.\n"):
         replicas.demand_equal_weights(engine)
 
 
@@ -286,5 +291,6 @@ def test_a_torchrun_restart_continues_bit_for_bit_and_a_long_callback_is_left_al
 @pytest.mark.slow
 def test_weights_of_one_rank_that_change_stop_the_run_at_the_next_save(job: Callable[..., Job]) -> None:
     done = job("weights")
-    assert done.code != 0 and "weights: 1 of" in done.said and "differ between ranks" in done.said, done.said[-3000:]
+    assert done.code != 0 and "weights: 1 of" in done.said, done.said[-3000:]
+    assert re.search(r"differ between ranks, .* Found embed.weight: rank 0 \| rank 1\.", done.said), done.said[-3000:]
     assert (done.run / "checkpoints" / "latest").read_text().strip() == "step-000004"

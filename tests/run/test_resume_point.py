@@ -55,6 +55,38 @@ def test_another_rank_reads_no_more_than_the_state(checkpoint: Path, monkeypatch
     assert other == first
 
 
+@pytest.mark.parametrize("failures", [1, 2, integrity.ATTEMPTS])
+def test_a_state_that_fails_between_check_and_use_is_tried_again_then_skipped(
+    failures: int, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    newer = checkpoint.parent / "step-000004"
+    state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    snapshot = store.Snapshot(4, {"model": {}}, {"state.json": json.dumps(state)}, {})
+    assert store.write(snapshot, checkpoint.parent) == newer
+    monkeypatch.setattr(integrity, "PAUSE_SECONDS", 0.0)
+    left, load = [failures], store.load_state
+
+    def failing(folder: Path) -> dict[str, Any]:
+        if folder == newer and left[0]:
+            left[0] -= 1
+            raise OSError(5, "Input/output error", str(folder / "state.json"))
+        return load(folder)
+
+    monkeypatch.setattr(store, "load_state", failing)
+    point, skipped = find_on_rank_0(run_folder(checkpoint.parent), "auto", ranks(0))
+    assert point is not None
+    if failures < integrity.ATTEMPTS:
+        assert point.folder == newer and skipped == []
+        return
+    assert point.folder == checkpoint and skipped == [f"{newer}: unreadable, skipped: state.json: Input/output error"]
+    left[0] = failures
+    with pytest.raises(CheckpointError, match=r"step-000004: cannot be resumed from: state.json: Input/output error"):
+        find_on_rank_0(run_folder(checkpoint.parent), str(newer), ranks(0))
+    left[0] = failures
+    with pytest.raises(CheckpointError, match=r"rank 0 reads it, rank 1 does not. Found state.json: Input/output error"):
+        find_on_rank_0(run_folder(checkpoint.parent), "auto", ranks(1, name=str(newer)))
+
+
 def test_an_error_is_told_by_rank_0_alone(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="would overwrite checkpoints"):
         find_on_rank_0(run_folder(tmp_path), "never", ranks(0))

@@ -182,7 +182,7 @@ def steps(engine: Engine, count: int) -> list[float]:
     engine.model.train()
     for _ in range(count):
         progress, stats = run_step(engine, progress, lambda _: 1e-3)
-        losses.append(float(engine.ranks.sum(stats.loss_sum) / stats.weight))
+        losses.append(float(stats.loss_sum / stats.weight))
     return losses
 
 

@@ -147,12 +147,9 @@ def free_port() -> int:
 
 
 def merged(answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return the answers of all ranks as one: the slowest rank's time, the largest peak, the sum of the ranks' losses.
-
-    A rank's loss is its share of the global loss (its sum over the global weight), so that the sum is the loss of the step.
-    """
+    """Return the answers of all ranks as one: the slowest rank's time, the largest peak, and the losses, which all ranks share."""
     first = answers[0]
-    found = {**first, "losses": [sum(values) for values in zip(*(one["losses"] for one in answers), strict=True)]}
+    found = dict(first)
     for key, of in _MERGES.items():
         values = [one[key] for one in answers if key in one]
         if values:

@@ -7,8 +7,9 @@ is skipped stays. It counts again when it can be read, until a run saves at an e
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError, safe_open
 
@@ -17,6 +18,7 @@ from gptoughts.engine.checkpoint.store import MANIFEST, STATE, all_steps, step_o
 from gptoughts.errors import CheckpointError
 from gptoughts.files import load_json, sha256_of
 
+Result = TypeVar("Result")
 ATTEMPTS = 3
 PAUSE_SECONDS = 0.2
 MOST_BYTES = 64 << 20
@@ -63,18 +65,28 @@ def locate(path: Path) -> Path:
     raise CheckpointError(f"{path}: no checkpoint", fix="checkpoints/RUN, or a folder checkpoints/RUN/step-000100")
 
 
+def retried(read: Callable[[Path], Result], folder: Path) -> Result:
+    """Return `read(folder)`, tried `ATTEMPTS` times, with pauses, while the disk fails. Raises the last OSError."""
+    for _ in range(ATTEMPTS - 1):
+        try:
+            return read(folder)
+        except OSError:
+            time.sleep(PAUSE_SECONDS)
+    return read(folder)
+
+
+def cause(error: OSError) -> str:
+    """Return `FILE: reason` of a read that failed."""
+    return f"{Path(error.filename).name if isinstance(error.filename, str) else 'a file'}: {error.strerror or error}"
+
+
 def _check(folder: Path) -> tuple[str, str]:
     """Return ("damaged" or "unreadable", reason), two empty strings for an intact checkpoint."""
-    for attempt in range(1, ATTEMPTS + 1):
-        try:
-            why = _damage(folder)
-            return ("damaged" if why else "", why)
-        except OSError as error:
-            if attempt == ATTEMPTS:
-                name = Path(error.filename).name if isinstance(error.filename, str) else "a file"
-                return "unreadable", f"{name}: {error.strerror or error}"
-            time.sleep(PAUSE_SECONDS)
-    raise AssertionError("unreachable")
+    try:
+        why = retried(_damage, folder)
+    except OSError as error:
+        return "unreadable", cause(error)
+    return ("damaged" if why else "", why)
 
 
 def _damage(folder: Path) -> str:

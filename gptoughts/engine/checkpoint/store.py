@@ -67,8 +67,16 @@ class Snapshot:
 def read_state(folder: Path) -> dict[str, Any]:
     """Return a checkpoint's `state.json`. Raises CheckpointError for a file that cannot be read, and for another format version."""
     try:
+        return load_state(folder)
+    except OSError as error:
+        raise CheckpointError(f"{folder / STATE}: cannot be read ({error})", fix="an earlier checkpoint") from None
+
+
+def load_state(folder: Path) -> dict[str, Any]:
+    """Return what `read_state` returns. Raises OSError where the disk fails, which may pass, and CheckpointError for the content."""
+    try:
         state = load_json(folder / STATE)
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise CheckpointError(f"{folder / STATE}: cannot be read ({error})", fix="an earlier checkpoint") from None
     if not isinstance(state, dict) or state.get("format") not in (FORMAT, FORMAT_PARTS):
         raise CheckpointError(

@@ -38,6 +38,8 @@ class Writer:
         self.folder, self._keep, self._keep_best, self._ranks = folder, keep, keep_best, ranks
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        self.wrote = False
+        """Whether a checkpoint was written to the writer's own folder."""
 
     def save(self, snapshot: Snapshot, val_loss: float | None = None, folder: Path | None = None) -> None:
         """Start writing, after the write before has ended. A collective if every rank writes. `folder` replaces the writer's own."""
@@ -88,6 +90,7 @@ class Writer:
             return
         if folder is not None:
             return
+        self.wrote = True
         try:
             self._abandon_later(path)
             self._note_best(path, val_loss)

@@ -107,7 +107,7 @@ class Meeting:
         hosts = sorted({self.store.get(_name(rank)).decode() for rank in range(self.world.world_size) if rank not in missing})
         return RunError(
             f"rendezvous at {self.place}: {arrived} of {self.world.world_size} ranks arrived within {self.seconds} s;"
-            f" missing: {_ranges(missing)}",
+            f" missing: {ranges(missing)}",
             found=f"{self.place.source}; arrived from {', '.join(hosts[:8])}{', ...' if len(hosts) > 8 else ''}",
             fix=f"{_FIX}; {RENDEZVOUS_SECONDS} sets the limit",
         )
@@ -214,7 +214,7 @@ def _name(rank: int) -> str:
     return f"host/{rank}"
 
 
-def _ranges(ranks: list[int]) -> str:
+def ranges(ranks: list[int]) -> str:
     """Return `rank 1` or `ranks 1-3, 7`."""
     parts: list[list[int]] = []
     for rank in ranks:

@@ -1,12 +1,15 @@
-"""Compare the weights that every rank holds whole. Ranks that differ train on in silence otherwise."""
+"""Compare the weights of which several ranks hold a copy. Ranks that differ train on in silence otherwise."""
 
 from __future__ import annotations
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from gptoughts.engine.distributed.shards import local
+from gptoughts.engine.distributed.ranks import Ranks
+from gptoughts.engine.distributed.rendezvous import ranges
+from gptoughts.engine.distributed.shards import local, part_of
 from gptoughts.engine.engine import Engine
 from gptoughts.errors import RunError
 
@@ -14,27 +17,57 @@ BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def demand_equal_weights(engine: Engine) -> None:
-    """Raise RunError on every rank if a replicated weight differs between ranks. Sharded weights are left out.
+    """Raise RunError on every rank if a copy of a weight differs between ranks: whole weights, and shards that groups replicate.
 
     A weight's checksum is the sum of its bits as integers, exact in any order. The host waits.
     """
     if engine.ranks.size == 1:
         return
-    whole = {name: weight.data for name, weight in engine.bare.named_parameters() if local(weight) is weight}
-    if not whole:
+    copied = {name: weight.data for name, weight in engine.bare.named_parameters() if _has_copies(weight)}
+    if not copied:
         return
-    mine = torch.stack([_checksum(weight) for weight in whole.values()])
+    mine = torch.stack([_checksum(local(weight)) for weight in copied.values()])
     least, most = mine.clone(), mine.clone()
-    dist.all_reduce(least, op=dist.ReduceOp.MIN)
-    dist.all_reduce(most, op=dist.ReduceOp.MAX)
-    differ = [name for name, equal in zip(whole, (least == most).tolist(), strict=True) if not equal]
+    group = _replicas(next(iter(copied.values())))
+    dist.all_reduce(least, op=dist.ReduceOp.MIN, group=group)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX, group=group)
+    equal = (least == most).long()
+    if group is not None:
+        dist.all_reduce(equal, op=dist.ReduceOp.MIN)
+    differ = [name for name, same in zip(copied, equal.tolist(), strict=True) if not same]
     if differ:
-        names = ", ".join(differ[:3]) + (", ..." if len(differ) > 3 else "")
+        first = list(copied).index(differ[0])
         raise RunError(
-            f"weights: {len(differ)} of {len(whole)} differ between ranks, so they no longer train one model",
-            found=names,
+            f"weights: {len(differ)} of {len(copied)} differ between ranks, so they no longer train one model",
+            found=f"{differ[0]}: {_apart(engine.ranks, copied[differ[0]], mine[first])}",
             fix="--resume with an earlier checkpoint; gptoughts doctor, which tests memory and links of this machine",
         )
+
+
+def _has_copies(weight: Tensor) -> bool:
+    if isinstance(weight, DTensor):
+        return any(placement.is_replicate() for placement in weight.placements)
+    return local(weight) is weight
+
+
+def _replicas(weight: Tensor) -> dist.ProcessGroup | None:
+    """Return the group of ranks that hold the same elements as this one; None for all ranks."""
+    if not isinstance(weight, DTensor):
+        return None
+    dimension = next(number for number, placement in enumerate(weight.placements) if placement.is_replicate())
+    return weight.device_mesh.get_group(dimension)
+
+
+def _apart(ranks: Ranks, weight: Tensor, checksum: Tensor) -> str:
+    """Return which ranks hold equal copies, as `ranks 0-2 | rank 3`. A collective."""
+    part = part_of(weight)
+    start = torch.full_like(checksum, part.start if part is not None else 0)
+    alike: dict[int, dict[int, list[int]]] = {}
+    for rank, pair in enumerate(ranks.gather(torch.stack([start, checksum]))):
+        place, value = pair.tolist()
+        alike.setdefault(place, {}).setdefault(value, []).append(rank)
+    apart = next(held for held in alike.values() if len(held) > 1)
+    return " | ".join(map(ranges, sorted(apart.values(), key=lambda some: (-len(some), some))))
 
 
 def _checksum(weight: Tensor) -> Tensor:

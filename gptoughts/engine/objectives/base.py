@@ -37,6 +37,13 @@ class Objective(ABC):
     def tokens(self, batch: Batch) -> int:
         """Return the number of positions that the model computes, for throughput."""
 
+    def label_weight(self, batch: Batch) -> Tensor | float | None:
+        """Return the sum of the labels' weights in the loss, each a cross-entropy over the vocabulary; None for another loss.
+
+        Times ln V it is the loss sum of a model that predicts every token alike.
+        """
+        return None
+
     @cached_property
     def meters(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Extra metrics by name: a sum and a weight on the device. Logging divides and zeroes them."""
@@ -84,6 +91,10 @@ class NextToken(Objective):
             return (batch["labels"][:, 1:] != IGNORED).sum().float()
         return float(self.tokens(batch))
 
+    def label_weight(self, batch: Batch) -> Tensor | float | None:
+        """Return the number of labels: each weighs 1."""
+        return self.weight(batch)
+
     def tokens(self, batch: Batch) -> int:
         """Return rows times predicted positions, ignored ones included."""
         rows, columns = batch["input_ids"].shape
@@ -128,6 +139,10 @@ class WrappedObjective(Objective):
         """Return the inner objective's weight."""
         return self.objective.weight(batch)
 
+    def label_weight(self, batch: Batch) -> Tensor | float | None:
+        """Return the inner objective's label weight."""
+        return self.objective.label_weight(batch)
+
     def tokens(self, batch: Batch) -> int:
         """Return the inner objective's tokens."""
         return self.objective.tokens(batch)
@@ -155,7 +170,7 @@ class _Adapted(Objective):
     def __init__(self, given: Any) -> None:
         self._given = given
         self._own_meters: dict[str, tuple[Tensor, Tensor]] = {}
-        for name in ("prepare", "prepare_validation", "forget", "listing"):
+        for name in ("label_weight", "prepare", "prepare_validation", "forget", "listing"):
             if callable(method := getattr(given, name, None)):
                 setattr(self, name, method)
 

@@ -223,6 +223,10 @@ class MaskedDiffusion(Objective):
         """Return the number of tokens, masked or not; for answers the number of rows with an answer. Rows without a mask count."""
         return batch["row_weight"].sum()
 
+    def label_weight(self, batch: Batch) -> Tensor | float | None:
+        """Return the sum of 1 / p over masked tokens (answers: also by their length). Its expectation is `weight`."""
+        return ((batch["labels"] != IGNORED).sum(dim=1) * batch["row_scale"]).sum()
+
     def tokens(self, batch: Batch) -> int:
         """Return rows times positions."""
         return batch["input_ids"].numel()

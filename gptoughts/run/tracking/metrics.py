@@ -22,8 +22,10 @@ GATHERED = ("min", "max", "min_rank", "max_rank")
 METRICS = (
     Metric("step", "updates", "updates of the weights so far; the x-axis of every row"),
     Metric("attempt", "count", "1 for the first start of the run, one more for every resume"),
-    Metric("train/loss", "nats", "sum of the losses of a global batch over the sum of their weights, over micro-batches and ranks"),
+    Metric("train/loss", "nats", "sum of the losses of a global batch over the sum of their weights, over ranks; null for a bad step"),
     Metric("train/grad_norm", "1", "norm of the gradient before clipping"),
+    Metric("train/bad_steps", "count", "steps without label, finite loss or finite gradient, left out or passed over (docs/diverging.md)"),
+    Metric("train/loss_spikes", "count", "losses of this attempt far above the median of the 50 before, each excursion once"),
     Metric("train/learning_rate", "1", "learning rate of this update"),
     Metric("train/num_tokens", "tokens", "tokens consumed so far, over all ranks"),
     Metric("train/epoch", "epochs", "samples consumed so far over the samples of the training split; null for `fit`"),
