@@ -104,11 +104,13 @@ def read_recipe(case: Seed) -> None:
     from gptoughts import api
     from gptoughts.config.loader import load
     from gptoughts.config.site import read_site
+    from gptoughts.console import redacted
 
     loaded = load(str(case.path))
     again = case.path.with_suffix(".again.toml")
     again.write_text(loaded.to_toml(), encoding="utf-8")
-    assert load(str(again)).to_toml() == loaded.to_toml(), "a recipe that is written reads back, but for secrets"
+    read_back, before = (redacted(one.recipe.model_dump()) for one in (load(str(again)), loaded))
+    assert read_back == before, "a recipe that is written reads back, but for secrets"
     read_site(str(case.path), None, {})
     api.plan(str(case.path), machine=str(ROOT / "tests" / "machines" / "cpu.json")).table()
 
