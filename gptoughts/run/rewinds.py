@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 from gptoughts.data.batches import Cursor
 from gptoughts.engine.distributed.ranks import Ranks
 from gptoughts.engine.progress import Progress
+from gptoughts.files import load_json
 from gptoughts.run.storage import write_record
 from gptoughts.run.tracking.run_dir import RunFolder
 
@@ -58,7 +58,7 @@ def start_after(folder: RunFolder | None, ranks: Ranks, progress: Progress, fing
 def _read(path: Path) -> list[dict[str, Any]]:
     """Return the records; none for a file that is missing or damaged, after which the run meets the bad step again."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = load_json(path)
         return [{key: int(one[key]) for key in ("step", "samples", "passed")} for one in found]
     except (OSError, ValueError, KeyError, TypeError):
         return []
