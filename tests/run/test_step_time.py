@@ -77,7 +77,7 @@ def test_the_parts_are_the_whole_step() -> None:
         sample = timer.stop()
     assert sample is not None and sample.has_passed
     marks = [part for part, _, _ in sample.marks]
-    assert marks == [DATA_WAIT, OTHER, OTHER, OTHER, FORWARD, BACKWARD, OTHER, OPTIMIZER, END]
+    assert marks == [DATA_WAIT, OTHER, OTHER, OTHER, FORWARD, BACKWARD, OTHER, OTHER, OPTIMIZER, END]
     assert sample.split().total == pytest.approx(sample.marks[-1][1] - sample.marks[0][1])
     assert sample.split().total <= outside
 
