@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -118,6 +121,27 @@ def test_a_rank_that_cannot_write_its_part_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="rank 1 could not write its part"):
         store.write(snapshot(0), tmp_path)
     assert integrity.newest(tmp_path) == (None, [])
+
+
+def test_a_failed_checkpoint_is_removed_while_another_rank_writes_into_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    temporary = store.begin(tmp_path, 3, 2)
+    remove = os.rmdir
+
+    def remove_late(*arguments: Any, **named: Any) -> None:
+        with suppress(OSError):
+            (temporary / "model-00002-of-00002.safetensors").touch()
+        remove(*arguments, **named)
+
+    def fail(*_: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(store, "_fill", fail)
+    monkeypatch.setattr(os, "rmdir", remove_late)
+    with pytest.raises(OSError, match="Read-only"):
+        store.write(snapshot(0), tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_part_that_does_not_come_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -124,7 +124,7 @@ def write(snapshot: Snapshot, folder: Path) -> Path:
         temporary.rename(final)
         _sync(folder)
     except Exception:
-        shutil.rmtree(temporary, ignore_errors=True)  # its bytes are free for the next save
+        _free(temporary)
         with suppress(OSError):
             if replaced.exists() and not final.exists():
                 replaced.rename(final)
@@ -135,6 +135,16 @@ def write(snapshot: Snapshot, folder: Path) -> Path:
         LOGGER.warning("%s: not updated: %s", folder / "latest", error)
     shutil.rmtree(replaced, ignore_errors=True)
     return final
+
+
+def _free(temporary: Path) -> None:
+    """Remove a checkpoint that failed. It is renamed first, because another rank may still write into it and would add files meanwhile."""
+    dropped = temporary.with_name(f"{DROPPED}{temporary.name.lstrip('.')}")
+    try:
+        temporary.rename(dropped)
+    except OSError:
+        dropped = temporary
+    shutil.rmtree(dropped, ignore_errors=True)
 
 
 def _fill(snapshot: Snapshot, temporary: Path) -> None:
