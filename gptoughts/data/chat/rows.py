@@ -22,7 +22,7 @@ import numpy as np
 from gptoughts.config.loader import DataConfig
 from gptoughts.console import LOGGER
 from gptoughts.data.chat.answers import RenderedChat, TrainOn, render_chat
-from gptoughts.data.chat.conversations import Conversation, InvalidRow, chat_files, conversations, one_line
+from gptoughts.data.chat.conversations import Conversation, InvalidRow, chat_source, conversations, one_line
 from gptoughts.data.chat.packing import Document, build_arrays, fill_ratio, one_per_row, pack
 from gptoughts.data.chat.tokenizer import ChatTokenizer, Encoded
 from gptoughts.data.table import Table
@@ -105,9 +105,10 @@ class TableBuilder:
         # A bidirectional model would attend to the text after an answer, which does not exist at inference.
         self.one_answer_each = shape == "masked-diffusion" and self.train_on == "answers"
         self.width = data.sequence_length + (shape == "next-token")
-        self.files = {"train": chat_files(data.path)}
+        self.sources = {"train": chat_source(data.path)}
         if data.val_path is not None:
-            self.files["val"] = chat_files(data.val_path)
+            self.sources["val"] = chat_source(data.val_path)
+        self.files = {name: list(source.files) for name, source in self.sources.items()}
         self.unused: Counter[str] = Counter()
         self.fraction = 0.0 if data.val_path is not None else data.val_fraction
 
@@ -137,6 +138,8 @@ class TableBuilder:
             LOGGER.info(f"data: {name} {summary(table.stats)}")
         for word, count in self.unused.most_common(8):
             LOGGER.info(f"data: key {word!r} is not used ({count:,} rows)")
+        for text in filter(None, (source.describe_skipped() for source in self.sources.values())):
+            LOGGER.info(f"data: {text}")
         tokens = sum(len(document.ids) for split in splits.values() for document in split.documents)
         seconds = time.monotonic() - begun
         LOGGER.info(f"data: {tokens:,} tokens in {seconds:.1f} s, {tokens / seconds / 1e6:.2f} Mtok/s")

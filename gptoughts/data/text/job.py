@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from gptoughts.console import LOGGER
 from gptoughts.data.text import split as splits
 from gptoughts.data.text.folder import clear, is_ours
 from gptoughts.data.text.progress import Report
@@ -61,6 +62,8 @@ class Job:
 
     def run(self, processes: int, report: Report, tasks: Tasks | None = None) -> Index:
         """Tokenize the remaining text, together with other tasks if there are some, then write the index."""
+        if skipped := self.source.describe_skipped():
+            LOGGER.info(f"data: {skipped}")
         rule = splits.resolve_rule(self.source, self.settings.val_fraction, self.settings.val_from)
         journal = self.read_journal()
         tokenizer = self.save_tokenizer(journal is not None)
@@ -197,6 +200,7 @@ class Job:
                 "files": len(self.source.files),
                 "bytes": self.source.size_bytes,
                 "empty_rows": self.source.empty_rows,
+                "skipped": dict(self.source.skipped),
             },
             "settings": asdict(self.settings) | {"val_rule": rule},
             "splits": {

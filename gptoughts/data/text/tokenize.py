@@ -17,10 +17,11 @@ from typing import Literal
 from gptoughts.config.loader import DataConfig
 from gptoughts.console import LOGGER
 from gptoughts.data.text.folder import clear, folder_lock
+from gptoughts.data.text.folders import is_plain
 from gptoughts.data.text.job import Job, Settings
 from gptoughts.data.text.progress import console, silent
 from gptoughts.data.text.shards import INDEX, JOURNAL, VERSION, Index
-from gptoughts.data.text.sources import TEXT_SUFFIXES, Source, open_source
+from gptoughts.data.text.sources import Source, open_source
 from gptoughts.data.text.tasks import Tasks
 from gptoughts.data.tokenizers.tokenizer import Tokenizer
 from gptoughts.errors import DataError
@@ -102,7 +103,7 @@ def default_processes(source: Source) -> int:
 
 def text_bytes(source: Source) -> int | None:
     """Return the size of the text if all files are plain text, else None."""
-    plain = bool(source.files) and all(path.name.endswith(TEXT_SUFFIXES) for path in source.files)
+    plain = bool(source.files) and all(map(is_plain, source.files))
     return source.size_bytes if plain else None
 
 
