@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gptoughts.console import escaped
-from gptoughts.data.chat.formats import KNOWN_KEYS, LISTS, PAIRS, ROLE_ALIASES, ROLES, UNSUPPORTED_KEYS, turns_of
+from gptoughts.data.chat.formats import KNOWN_KEYS, ROLE_ALIASES, ROLES, UNSUPPORTED_KEYS, turns_of
 from gptoughts.data.chat.template import REASONING, Template
 from gptoughts.data.text.objects import COMPRESSED, KINDS, ROWS, TABLES, ending_of, objects
 from gptoughts.data.text.sources import Source, open_source
@@ -22,7 +22,6 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 TOOL_KEYS = ("tool_calls", "tool_call_id")
 """Keys of messages with calls of tools, for templates that read them."""
 SUFFIXES = (*ROWS, *TABLES)
-ROW_KEYS = {*LISTS, "system", *(key for pair in PAIRS for key in pair)}
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,7 @@ class Conversation:
     """Indices of answers that are not learned."""
     unused: frozenset[str] = frozenset()
     """Keys of the row and its messages that neither the format nor the template reads."""
+    tools: list[dict[str, Any]] | None = None
 
 
 class InvalidRow(DataError):
@@ -86,10 +86,13 @@ def conversation_of(row: Mapping[str, Any], where: str, template: Template) -> C
     answers = {index for index, message in enumerate(messages) if message["role"] == "assistant"}
     if answers <= turns.unlearned:
         raise DataError("messages: no answer is learned", fix="remove the row, or give an answer weight 1")
+    if turns.tools and not template.reads_tools:
+        fix = "remove them, put them into the system message, or --data.template FILE"
+        raise DataError(f"tools: not rendered by {template.origin}", fix=fix)
     of_messages = {key for message in messages for key, value in message.items() if value is not None and key not in KNOWN_KEYS}
-    unread = {key for key in of_messages if key not in template.source and key not in REASONING}
-    of_row = {str(key) for key, value in row.items() if value is not None} - ROW_KEYS - {"input", "context"}
-    return Conversation(where, messages, turns.unlearned, frozenset(unread | of_row))
+    unread = {key for key in of_messages if not template.names(key) and key not in REASONING}
+    of_row = {str(key) for key, value in row.items() if value is not None} - turns.read
+    return Conversation(where, messages, turns.unlearned, frozenset(unread | of_row), turns.tools)
 
 
 def check_messages(messages: list[dict[str, Any]], template: Template) -> list[dict[str, Any]]:

@@ -472,7 +472,7 @@ BAD = {
     '{"question": "a", "answer": "b", "context": "c"}': "context: not supported with question",
     '{"prompt": ["a"], "response": "b"}': "prompt: must be a list of objects",
     '{"prompt": 1, "response": "b"}': r"prompt: must be a string or a list of messages\. Found int",
-    '{"prompt": "a", "response": "b", "tools": [1]}': "tools: not supported",
+    '{"prompt": "a", "response": "b", "tools": [1]}': "tools: must be a list of objects",
     '{"messages": [{"role": ["user"], "content": "a"}]}': r"message 1: role must be one of .*\. Found list",
     '{"prompt": "a", "response": "b \\ud83d"}': "message 2: content has an unpaired surrogate",
     '{"prompt": "a", "response": "b", "system": "\\ude00"}': "message 1: content has an unpaired surrogate",
