@@ -218,7 +218,11 @@ def _generate() -> click.Command:
 
 
 def _data() -> click.Command:
-    params = [*recipe_options()[:1], option("--count", type=click.IntRange(1), default=3, help="number of samples")]
+    params = [
+        *recipe_options()[:1],
+        option("--count", type=click.IntRange(1), default=3, help="number of samples"),
+        option("--ids", is_flag=True, help="print the token ids too, learned ones marked"),
+    ]
     text = "Print training samples, decoded, with the learned tokens marked."
     return group("data", "Inspect training data.", recipe_command("show", "data.show", text, params))
 

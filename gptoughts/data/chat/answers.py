@@ -200,7 +200,19 @@ class Span:
         if start == len(text):
             raise DataError(f"message {index + 1}: the chat template renders no text for this answer")
         length = chat.end_of_turn(text[start:])
+        inner = chat.end_before(text[start : start + length]) if length > 0 else -1
+        if inner > 0 and not _stays(chat, messages[: index + 1], text[: start + length], text[: start + inner]):
+            length = inner
         return Span(text, start, len(text) if length < 0 else start + length, length < 0)
+
+
+def _stays(chat: ChatTokenizer, messages: Sequence[Any], text: str, shorter: str) -> bool:
+    """Whether the last of two tokens at the end of an answer stays when another turn follows. Phi writes end-of-text only at the very end."""
+    try:
+        longer = chat.template.render([*messages, {"role": "user", "content": "0"}])
+    except DataError:
+        return True
+    return longer.startswith(text) or not longer.startswith(shorter)
 
 
 def answer_start(chat: ChatTokenizer, messages: Sequence[Any], index: int, text: str) -> int:

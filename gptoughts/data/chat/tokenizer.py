@@ -151,6 +151,11 @@ class ChatTokenizer:
         # A spelled token is followed by a mark, so it does not match.
         return len(text) if text.endswith(self._endings) else -1
 
+    def end_before(self, answer: str) -> int:
+        """Return the length of an answer that ends with two control tokens, without the last one; -1 if it ends with one."""
+        last = max((name for name in self._endings if answer.endswith(name)), key=len, default="")
+        return self.end_of_turn(answer[: len(answer) - len(last)])
+
     def leading_control(self, text: str) -> str:
         """Return the control token at the start of `text`, or an empty string."""
         match = self._control_pattern.match(text)
