@@ -13,7 +13,10 @@ from gptoughts.errors import ConfigError
 
 
 def show(recipe: str | None, fields: Mapping[str, str], layers: Mapping[str, str], count: int = 3, ids: bool = False) -> int:
-    """Print the first `count` samples in the recipe's data order, with `ids` their token ids, and the size of the splits. Raises ConfigError, DataError."""
+    """Print the first `count` samples in the recipe's data order, with `ids` their token ids, and the size of the splits.
+
+    Raises ConfigError, DataError.
+    """
     if layers:
         raise ConfigError(f"--layer.{next(iter(layers))}: data show uses no layers")
     from gptoughts.data.chat.marking import MARKS, Style, first_rows, render_ids, render_row, row_summary, split_summaries

@@ -178,6 +178,7 @@ def _tokenize() -> click.Command:
         option("--val-fraction", type=click.FloatRange(0, 1, max_open=True), default=0.05, help="share for validation"),
         option("--val-from", type=click.Choice(["auto", "tail", "documents"]), default="auto", help="part used for validation"),
         option("--text-key", default="text", help="field of a row that holds the text"),
+        option("--bad-rows", type=click.Choice(["error", "skip"]), default="error", help="rows that cannot be read"),
         option("--shard-tokens", type=click.IntRange(1), default=100_000_000, help="tokens per shard"),
         option("--processes", type=click.IntRange(1), help="parallel processes; default: all usable cores"),
         option("--overwrite", is_flag=True, help="start over in a folder made with other settings"),

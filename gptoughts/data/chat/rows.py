@@ -111,6 +111,7 @@ class TableBuilder:
             self.sources["val"] = chat_source(data.val_path)
         self.files = {name: list(source.files) for name, source in self.sources.items()}
         self.unused: Counter[str] = Counter()
+        self.bad_rows = 0
         self.fraction = 0.0 if data.val_path is not None else data.val_fraction
 
     def key(self) -> str:
@@ -119,6 +120,7 @@ class TableBuilder:
         key_parts = [
             VERSION, files, self.chat.tokenizer.hash, self.chat.template.source, self.chat.template.tokens, TODAY.isoformat(),
             self.width, self.packing, self.one_answer_each, self.train_on, self.fraction, self.too_long,
+            *(["skip"] if self.data.bad_rows == "skip" else []),
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(key_parts, sort_keys=True).encode()).hexdigest()
 
@@ -137,6 +139,8 @@ class TableBuilder:
             table = self.table(name, split)
             table.save(folder / name)
             LOGGER.info(f"data: {name} {summary(table.stats)}")
+        if self.bad_rows:
+            LOGGER.info(f"data: {self.bad_rows:,} bad rows skipped (data.bad_rows = skip)")
         for word, count in self.unused.most_common(8):
             LOGGER.info(f"data: key {word!r} is not used ({count:,} rows)")
         for text in filter(None, (source.describe_skipped() for source in self.sources.values())):
@@ -154,7 +158,7 @@ class TableBuilder:
             shown = problems[:PROBLEMS_SHOWN]
             more = " or more" if len(problems) >= PROBLEMS_SHOWN else ""
             heading = f"{self.data.path}: {len(shown)}{more} invalid row{'s' * (len(shown) > 1)}"
-            raise DataError("\n  ".join([f"{heading}:", *shown]))
+            raise DataError("\n  ".join([f"{heading}:", *shown]), fix="correct them, or --data.bad-rows skip")
         if self.fraction:
             read = split_by_digest(read["train"], self.fraction)
         for name, rows in read.items():
@@ -181,12 +185,20 @@ class TableBuilder:
                     )
                     self.unused.update(item.unused)
                 except DataError as error:
-                    problems.append(str(error) if isinstance(item, InvalidRow) else f"{item.where}: {one_line(error)}")
+                    text = str(error) if isinstance(item, InvalidRow) else f"{item.where}: {one_line(error)}"
+                    self.refuse(text, problems)
                     if len(problems) >= PROBLEMS_SHOWN:
                         return []
             if not problems:
                 rows += self.encode(rendered, problems)
         return rows
+
+    def refuse(self, problem: str, problems: list[str]) -> None:
+        """Append the problem of a row, or count it (`data.bad_rows`)."""
+        if self.data.bad_rows == "skip":
+            self.bad_rows += 1
+        else:
+            problems.append(problem)
 
     def encode(self, rendered: Sequence[tuple[Conversation, RenderedChat]], problems: list[str]) -> Iterator[Row]:
         """Yield the encoded rows of rendered conversations; an answer without a token is a problem."""
@@ -197,7 +209,7 @@ class TableBuilder:
             documents: list[Document] = []
             for encoded in islice(encodings, len(chat.texts)):
                 if not encoded.learned[1:].any():
-                    problems.append(f"{conversation.where}: the tokenizer drops the whole answer")
+                    self.refuse(f"{conversation.where}: the tokenizer drops the whole answer", problems)
                 elif self.one_answer_each:
                     documents += split_answers(encoded, conversation.where)
                 else:

@@ -44,6 +44,11 @@ class Settings:
     val_fraction: float
     val_from: str
     shard_tokens: int
+    bad_rows: str = "error"
+
+
+DEFAULTS = {"bad_rows": "error"}
+"""Settings that folders of earlier versions do not have."""
 
 
 class Job:
@@ -200,6 +205,7 @@ class Job:
                 "files": len(self.source.files),
                 "bytes": self.source.size_bytes,
                 "empty_rows": self.source.empty_rows,
+                "bad_rows": self.source.bad_rows,
                 "skipped": dict(self.source.skipped),
             },
             "settings": asdict(self.settings) | {"val_rule": rule},
@@ -222,7 +228,7 @@ class Job:
         differing = [
             f"{key} {saved.get(key)!r} (requested {value!r})"
             for key, value in asdict(self.settings).items()
-            if saved.get(key) != value
+            if saved.get(key, DEFAULTS.get(key)) != value
         ]
         if differing:
             raise self.other_settings(", ".join(differing))

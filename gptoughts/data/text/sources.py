@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from gptoughts.data.text.folders import folder_files
 from gptoughts.data.text.objects import COMPRESSED, PLAIN, ROWS, TABLES, Object, ending_of, is_compressed, objects
@@ -53,11 +54,14 @@ class Source:
     size_bytes: int | None = None
     skipped: Counter[str] = field(default_factory=Counter)
     """What a folder holds beside `files`, by kind."""
+    skip_bad: bool = False
+    """Whether rows that cannot be read are skipped and counted in `bad_rows`, instead of raising."""
     empty_rows: int = 0
+    bad_rows: int = 0
 
     def documents(self) -> Iterator[Document]:
         """Yield every document once, in order. Raises DataError that names an unreadable file, or where the source has no text."""
-        self.empty_rows = 0
+        self.empty_rows = self.bad_rows = 0
         found = False
         try:
             for document in self.read(self):
@@ -190,14 +194,38 @@ def decompressed(path: Path) -> bytes:
 
 def texts(rows: Iterator[Object], text_key: str, source: Source) -> Iterator[Document]:
     """Yield the rows that have a text; count the others in `source.empty_rows`. Raises DataError for a row without the field."""
-    for where, row in rows:
-        if isinstance(row, DataError):
-            raise row
-        text = row_text(row, text_key, where)
-        if text:
+    for number, (where, row) in enumerate(rows, 1):
+        text = text_or_error(row, text_key, where)
+        if isinstance(text, DataError):
+            if not source.skip_bad:
+                raise counted(text, rows, number, text_key)
+            source.bad_rows += 1
+        elif text:
             yield Document(where, text)
         else:
             source.empty_rows += 1
+
+
+def text_or_error(row: dict[str, Any] | DataError, text_key: str, where: str) -> str | DataError:
+    """Return the text of a row, or what is wrong with it."""
+    try:
+        return row if isinstance(row, DataError) else row_text(row, text_key, where)
+    except DataError as error:
+        return error
+
+
+def counted(error: DataError, rest: Iterator[Object], number: int, text_key: str) -> DataError:
+    """Return the error of row `number` with the count of bad rows in its file, and the way to skip them if they are few."""
+    bad, total = 1, number
+    for where, row in rest:
+        total += 1
+        bad += isinstance(text_or_error(row, text_key, where), DataError)
+    if 2 * bad > total:
+        return error
+    problem = str(error).partition("\n")[0].rstrip(".")
+    return DataError(
+        f"{problem}; {bad:,} of {total:,} rows are bad", fix="--data.bad-rows skip (gptoughts tokenize: --bad-rows skip)"
+    )
 
 
 def decode_text(raw: bytes, name: str) -> str:

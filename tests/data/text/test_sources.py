@@ -192,6 +192,26 @@ def test_bad_text_is_named(tmp_path: Path, name: str, content: bytes, message: s
     assert message in refused(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet"])
+def test_bad_rows_are_counted_and_can_be_skipped(tmp_path: Path, name: str) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [{"text": text} for text in ["one", None, "three", None, *["more"] * 6]]
+    if name == "a.parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / name)
+    else:
+        (tmp_path / name).write_text(json.dumps(rows) if name == "a.json" else "\n".join(map(json.dumps, rows)))
+    where = "a.json[1]" if name == "a.json" else f"{name}:2"
+    expected = f"{where}: field 'text' must be a string. Found NoneType; 2 of 10 rows are bad.\n  Try: --data.bad-rows skip"
+    assert expected in refused(tmp_path)
+    source = open_source(str(tmp_path))
+    source.skip_bad = True
+    for _ in range(2):
+        assert [document.text for document in source.documents()] == ["one", "three", *["more"] * 6]
+        assert source.bad_rows == 2
+
+
 def test_a_missing_field_of_parquet_is_named(tmp_path: Path) -> None:
     import pyarrow
     import pyarrow.parquet
