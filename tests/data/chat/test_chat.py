@@ -486,14 +486,14 @@ def test_every_bad_row_is_named_with_its_line(tmp_path: Path, folders: dict[str,
         path = write(tmp_path / "bad.jsonl", lines + [row for row, _ in part])
         with pytest.raises(DataError) as caught:
             prepare_chat(config(path), folders["chatml"])
-        said = str(caught.value).splitlines()
-        assert f"{len(part)} invalid rows" in said[0]
+        *said, fix = str(caught.value).splitlines()
+        assert f"{len(part)} invalid rows" in said[0] and fix == "  Try: correct them, or --data.bad-rows skip"
         for number, (line, (row, expected)) in enumerate(zip(said[1:], part, strict=True), 3):
             assert f"bad.jsonl:{number}: " in line and re.search(expected, line), (row, line)
     path = write(tmp_path / "many.jsonl", [{"text": "x"}] * 50)
     with pytest.raises(DataError, match="20 or more invalid rows") as caught:
         prepare_chat(config(path), folders["chatml"])
-    assert len(str(caught.value).splitlines()) == PROBLEMS_SHOWN + 1
+    assert len(str(caught.value).splitlines()) == PROBLEMS_SHOWN + 2
     assert not list((tmp_path / "cache").glob("*"))  # Nothing is left behind.
     with pytest.raises(DataError, match=r"not a chat data file\.\n  Try: files that end in \.jsonl"):
         (tmp_path / "x.txt").write_text("x")
