@@ -178,6 +178,7 @@ def _tokenize() -> click.Command:
         option("--val-fraction", type=click.FloatRange(0, 1, max_open=True), default=0.05, help="share for validation"),
         option("--val-from", type=click.Choice(["auto", "tail", "documents"]), default="auto", help="part used for validation"),
         option("--text-key", default="text", help="field of a row that holds the text"),
+        option("--bad-rows", type=click.Choice(["error", "skip"]), default="error", help="rows that cannot be read"),
         option("--shard-tokens", type=click.IntRange(1), default=100_000_000, help="tokens per shard"),
         option("--processes", type=click.IntRange(1), help="parallel processes; default: all usable cores"),
         option("--overwrite", is_flag=True, help="start over in a folder made with other settings"),
@@ -218,7 +219,11 @@ def _generate() -> click.Command:
 
 
 def _data() -> click.Command:
-    params = [*recipe_options()[:1], option("--count", type=click.IntRange(1), default=3, help="number of samples")]
+    params = [
+        *recipe_options()[:1],
+        option("--count", type=click.IntRange(1), default=3, help="number of samples"),
+        option("--ids", is_flag=True, help="print the token ids too, learned ones marked"),
+    ]
     text = "Print training samples, decoded, with the learned tokens marked."
     return group("data", "Inspect training data.", recipe_command("show", "data.show", text, params))
 

@@ -23,6 +23,7 @@ def tokenize(
     val_fraction: float = 0.05,
     val_from: str = "auto",
     text_key: str = "text",
+    bad_rows: str = "error",
     shard_tokens: int = SHARD_TOKENS,
     processes: int | None = None,
     overwrite: bool = False,
@@ -45,7 +46,7 @@ def tokenize(
     world = world_from_environment(os.environ)
     index = tokenize(
         source, name, folder, train_bpe=train_bpe, val_fraction=val_fraction,
-        val_from=val_from, shard_tokens=shard_tokens, processes=processes, text_key=text_key, overwrite=overwrite,
+        val_from=val_from, shard_tokens=shard_tokens, processes=processes, text_key=text_key, bad_rows=bad_rows, overwrite=overwrite,
         progress="none" if world.rank else "console", world=world,
     )  # fmt: skip
     if world.rank:
@@ -54,6 +55,7 @@ def tokenize(
     read = index.source
     size = f", {read['bytes'] / 1e6:.1f} MB" if read["bytes"] is not None else ""
     skipped = f", {read['empty_rows']} empty rows skipped" if read["empty_rows"] else ""
+    skipped += f", {read['bad_rows']:,} bad rows skipped" if read.get("bad_rows") else ""
     print_result(f"source     {read['spec']}  ({read['files']} files{size}{skipped})")
     print_result(
         f"tokenizer  {index.tokenizer['kind']}  {index.vocab_size} ids, {index.dtype}, engine {index.tokenizer['engine']}"

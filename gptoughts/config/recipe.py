@@ -90,6 +90,7 @@ class DataConfig(Section):
         "error", description="chat: conversations above sequence_length; cut keeps the start"
     )
     stride: Count = Field(128, description="squad: overlap of windows of a long context, in tokens")
+    bad_rows: Literal["error", "skip"] = Field("error", description="unreadable rows: an error, or skipped and counted")
     text_key: str = Field("text", description="text field of a .jsonl, .parquet or dataset row")
     sequence_length: Length = Field(256, description="tokens per sample")
     val_fraction: Share = Field(0.05, description="fraction of the text used for validation")

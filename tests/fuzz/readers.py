@@ -230,11 +230,11 @@ def chat(folder: Path) -> list[Seed]:
 
 
 def read_chat(case: Seed) -> None:
-    from gptoughts.data.chat.conversations import InvalidRow, chat_files, conversations
+    from gptoughts.data.chat.conversations import InvalidRow, chat_source, conversations
     from gptoughts.data.chat.template import load_template
 
     template = load_template("chatml", case.path.parent, {"eos_token": "</s>"})
-    for one in conversations(chat_files(str(case.path)), template):
+    for one in conversations(list(chat_source(str(case.path)).files), template):
         if isinstance(one, InvalidRow):
             assert "\n" not in str(one), "a bad row is one line"
         else:

@@ -22,7 +22,7 @@ from gptoughts.config.model_path import check_sizes
 from gptoughts.data.chat import conversations as chat_rows
 from gptoughts.data.chat import sandbox
 from gptoughts.data.chat.template import Template
-from gptoughts.data.text import rows
+from gptoughts.data.text import objects
 from gptoughts.data.text.sources import open_source
 from gptoughts.data.tokenizers import probe
 from gptoughts.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
@@ -243,14 +243,14 @@ def test_control_sound_tokenizers_are_opened_and_the_library_alone_takes_hostile
 
 
 def test_a_long_line_in_a_small_gzip_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows.numbered, "__defaults__", (1 << 20,))
+    monkeypatch.setattr(objects.objects, "__defaults__", (1 << 20, None))
     path = tmp_path / "bomb.jsonl.gz"
     with gzip.open(path, "wb") as file:
         file.write(b'{"text": "fine"}\n{"text": "' + b"a" * (8 << 20) + b'"}\n')
     assert path.stat().st_size < 20_000
     with pytest.raises(DataError, match=r"bomb.jsonl.gz:2: row longer than 1 MiB"):
         list(open_source(str(path)).documents())
-    monkeypatch.setattr(rows.numbered, "__defaults__", (16 << 20,))
+    monkeypatch.setattr(objects.objects, "__defaults__", (16 << 20, None))
     assert [len(one.text) for one in open_source(str(path)).documents()] == [4, 8 << 20], "the control"
 
 

@@ -6,13 +6,14 @@ including it. The difference is the answer with its end-of-turn token.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 
-from gptoughts.data.chat.template import BEGIN_ANSWER, END_ANSWER, Message, strip_marks
+from gptoughts.data.chat.template import BEGIN_ANSWER, END_ANSWER, REASONING, Message, strip_marks
 from gptoughts.data.chat.tokenizer import ChatTokenizer
 from gptoughts.errors import DataError
 
@@ -26,12 +27,14 @@ class RenderedChat:
     answers     number of answers over all texts
     open_ends   answers without an end-of-turn token
     spelled     special tokens spelled in messages and kept as text
+    shortened   answers of which the template leaves out text or reasoning
     """
 
     texts: list[str]
     answers: int
     open_ends: int
     spelled: int
+    shortened: int = 0
 
 
 def render_chat(
@@ -41,8 +44,27 @@ def render_chat(
 
     Raises DataError if the answers cannot be located.
     """
+    found = _render_chat(chat, messages, train_on, unlearned)
+    return replace(found, shortened=count_shortened(found.texts, messages))
+
+
+def count_shortened(texts: Sequence[str], messages: Sequence[Message]) -> int:
+    """Return the number of answers whose content or reasoning is not whole in the texts, apart from white space."""
+    whole = "\0".join("".join(strip_marks(text).split()) for text in texts)
+    count = 0
+    for message in messages:
+        parts = [message[key] for key in ("content", *REASONING) if isinstance(message.get(key), str)]
+        # A template may rewrite the tags around thoughts, so the parts between tags are looked up.
+        pieces = [piece for part in parts for piece in re.split(r"</?[\w|]+>", part)]
+        count += message["role"] == "assistant" and any("".join(piece.split()) not in whole for piece in pieces)
+    return count
+
+
+def _render_chat(
+    chat: ChatTokenizer, messages: Sequence[Message], train_on: TrainOn, unlearned: Collection[int]
+) -> RenderedChat:
     marked, spelled = chat.mark_spelled(messages)
-    if spelled and strip_marks(chat.template.render(marked)) != chat.template.render(messages):
+    if spelled and strip_marks(chat.template.render(marked)) != strip_marks(chat.template.render(messages)):
         raise DataError("chat template: a special token spelled in a message changes its output", fix="reword the message")
     places = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     answers = len(places) - len(unlearned)
@@ -66,7 +88,7 @@ def _render_tagged(
 ) -> tuple[str, int]:
     """Render a template with `{% generation %}`; an end-of-turn token directly after a mark is moved inside."""
     text = chat.template.render(marked, tracking=True)
-    if strip_marks(text) != chat.template.render(messages):
+    if strip_marks(text) != strip_marks(chat.template.render(messages)):
         raise DataError("chat template: modifies the output of its {% generation %} block, so answers cannot be located")
     parts = text.split(END_ANSWER)
     if len(parts) - 1 != answers or any(part.count(BEGIN_ANSWER) != 1 for part in parts[:-1]) or BEGIN_ANSWER in parts[-1]:
@@ -178,7 +200,19 @@ class Span:
         if start == len(text):
             raise DataError(f"message {index + 1}: the chat template renders no text for this answer")
         length = chat.end_of_turn(text[start:])
+        inner = chat.end_before(text[start : start + length]) if length > 0 else -1
+        if inner > 0 and not _stays(chat, messages[: index + 1], text[: start + length], text[: start + inner]):
+            length = inner
         return Span(text, start, len(text) if length < 0 else start + length, length < 0)
+
+
+def _stays(chat: ChatTokenizer, messages: Sequence[Any], text: str, shorter: str) -> bool:
+    """Whether the last of two tokens at the end of an answer stays when another turn follows. Phi writes end-of-text only at the very end."""
+    try:
+        longer = chat.template.render([*messages, {"role": "user", "content": "0"}])
+    except DataError:
+        return True
+    return longer.startswith(text) or not longer.startswith(shorter)
 
 
 def answer_start(chat: ChatTokenizer, messages: Sequence[Any], index: int, text: str) -> int:

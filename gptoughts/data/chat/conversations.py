@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -10,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from gptoughts.console import escaped
-from gptoughts.data.chat.formats import KNOWN_KEYS, LISTS, PAIRS, ROLE_ALIASES, ROLES, UNSUPPORTED_KEYS, turns_of
+from gptoughts.data.chat.formats import KNOWN_KEYS, ROLE_ALIASES, ROLES, UNSUPPORTED_KEYS, turns_of
 from gptoughts.data.chat.template import REASONING, Template
-from gptoughts.data.text.rows import numbered, parquet_objects
-from gptoughts.data.text.sources import ROW_SUFFIXES, first_line, json_row, open_lines, open_source
+from gptoughts.data.text.objects import COMPRESSED, KINDS, ROWS, TABLES, ending_of, objects
+from gptoughts.data.text.sources import Source, open_source
 from gptoughts.errors import DataError, nearest
-from gptoughts.files import load_json
 
 MAX_ROW_BYTES = 16 << 20
 """Bytes of a conversation, about four million tokens: its rendering takes several times as much."""
@@ -23,8 +21,7 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 """An unpaired UTF-16 surrogate: valid in JSON escapes, not encodable as UTF-8."""
 TOOL_KEYS = ("tool_calls", "tool_call_id")
 """Keys of messages with calls of tools, for templates that read them."""
-SUFFIXES = (*ROW_SUFFIXES, ".json", ".csv")
-ROW_KEYS = {*LISTS, "system", *(key for pair in PAIRS for key in pair)}
+SUFFIXES = (*ROWS, *TABLES)
 
 
 @dataclass(frozen=True)
@@ -37,6 +34,7 @@ class Conversation:
     """Indices of answers that are not learned."""
     unused: frozenset[str] = frozenset()
     """Keys of the row and its messages that neither the format nor the template reads."""
+    tools: list[dict[str, Any]] | None = None
 
 
 class InvalidRow(DataError):
@@ -48,13 +46,14 @@ def one_line(error: DataError) -> str:
     return escaped(str(error).replace("\n  ", " ").replace("\n", "\\n"))
 
 
-def chat_files(spec: str) -> list[Path]:
-    """Return the files of `data.path`. Raises DataError for a file type without rows."""
-    files = list(open_source(spec).files)
-    other = [path for path in files if not path.name.lower().endswith(SUFFIXES)]
-    if other or not files:
-        raise DataError(f"{other[0] if other else spec}: not a chat data file", fix=f"files that end in {', '.join(SUFFIXES)}")
-    return files
+def chat_source(spec: str) -> Source:
+    """Return the source `data.path`. Raises DataError for a file type without rows."""
+    source = open_source(spec)
+    other = [path for path in source.files if ending_of(path) not in SUFFIXES]
+    if other or not source.files:
+        fix = f"files that end in {', '.join(SUFFIXES)} (also {' and '.join(COMPRESSED)})"
+        raise DataError(f"{other[0] if other else spec}: not a chat data file", fix=fix)
+    return source
 
 
 def conversations(files: list[Path], template: Template) -> Iterator[Conversation | InvalidRow]:
@@ -72,58 +71,12 @@ def conversations(files: list[Path], template: Template) -> Iterator[Conversatio
 
 def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | InvalidRow]]:
     """Yield (`file:line`, row) and skip blank lines. Raises DataError for an unreadable file."""
-    name = path.name.lower()
-    if name.endswith(".parquet"):
-        yield from parquet_objects(path)
-        return
-    if name.endswith((".json", ".csv")):
-        yield from (array_rows if name.endswith(".json") else csv_rows)(path)
-        return
-    number = 0
-    try:
-        with open_lines(path) as lines:
-            for number, line in numbered(lines, str(path), MAX_ROW_BYTES):
-                if line.strip():
-                    where = f"{path}:{number}"
-                    yield where, json_object(line, where)
-    except (OSError, EOFError) as error:
-        raise DataError(f"{path}: cannot be read after line {number} ({first_line(error)})") from None
-
-
-def json_object(line: bytes, where: str) -> dict[str, Any] | InvalidRow:
-    """Return one line as a JSON object, or an error."""
-    try:
-        return json_row(line, where)
-    except DataError as error:
-        return InvalidRow(one_line(error))
-
-
-def array_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | InvalidRow]]:
-    """Yield (`file[row]`, row) of a JSON array of objects. Raises DataError."""
-    try:
-        content = load_json(path)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not a JSON array ({first_line(error)})", fix="rename JSON lines to .jsonl") from None
-    if not isinstance(content, list):
-        raise DataError(f"{path}: not a JSON array", found=type(content).__name__, fix="a list of objects, or .jsonl")
-    for number, row in enumerate(content):
-        where = f"{path}[{number}]"
-        yield where, row if isinstance(row, dict) else InvalidRow(f"{where}: not a JSON object. Found {type(row).__name__}")
-
-
-def csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | InvalidRow]]:
-    """Yield (`file:line`, row) of a CSV file with a header. Raises DataError."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, strict=True)
-            for row in reader:
-                where = f"{path}:{reader.line_num}"
-                if None in row or None in row.values():
-                    yield where, InvalidRow(f"{where}: another number of fields than the header has")
-                else:
-                    yield where, {key: value for key, value in row.items() if value != ""}
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path}: cannot be read as CSV ({first_line(error)})") from None
+    is_csv = KINDS[ending_of(path) or ""] == "csv"
+    for where, row in objects(path, MAX_ROW_BYTES):
+        if isinstance(row, DataError):
+            yield where, InvalidRow(one_line(row))
+        else:  # An empty field of a table is an absent one.
+            yield where, {key: value for key, value in row.items() if value != ""} if is_csv else row
 
 
 def conversation_of(row: Mapping[str, Any], where: str, template: Template) -> Conversation:
@@ -133,10 +86,13 @@ def conversation_of(row: Mapping[str, Any], where: str, template: Template) -> C
     answers = {index for index, message in enumerate(messages) if message["role"] == "assistant"}
     if answers <= turns.unlearned:
         raise DataError("messages: no answer is learned", fix="remove the row, or give an answer weight 1")
+    if turns.tools and not template.reads_tools:
+        fix = "remove them, put them into the system message, or --data.template FILE"
+        raise DataError(f"tools: not rendered by {template.origin}", fix=fix)
     of_messages = {key for message in messages for key, value in message.items() if value is not None and key not in KNOWN_KEYS}
-    unread = {key for key in of_messages if key not in template.source and key not in REASONING}
-    of_row = {str(key) for key, value in row.items() if value is not None} - ROW_KEYS - {"input", "context"}
-    return Conversation(where, messages, turns.unlearned, frozenset(unread | of_row))
+    unread = {key for key in of_messages if not template.names(key) and key not in REASONING}
+    of_row = {str(key) for key, value in row.items() if value is not None} - turns.read
+    return Conversation(where, messages, turns.unlearned, frozenset(unread | of_row), turns.tools)
 
 
 def check_messages(messages: list[dict[str, Any]], template: Template) -> list[dict[str, Any]]:

@@ -8,16 +8,18 @@
 | Alpaca | `instruction` (+ `input` or `context`) and `output` or `response` |
 | pairs | `prompt` and `response`, `question` and `answer` |
 
-each with an optional `system`. An answer with `weight`, `train`, `trainable` or `loss_mask` of 0 or false is not learned.
+each with an optional `system`, `tools` and, for Alpaca and pairs, `history`: a list of [question, answer]. Lists may be JSON text, as in
+CSV. An answer with `weight`, `train`, `trainable` or `loss_mask` of 0 or false is not learned.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from gptoughts.errors import DataError, nearest
+from gptoughts.files import parse_json
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 ROLE_ALIASES = {
@@ -33,24 +35,26 @@ INPUT_KEYS = ("input", "context")
 """Keys appended to an instruction after an empty line, as in Alpaca."""
 LEARN_KEYS = ("weight", "train", "trainable", "loss_mask")
 """Keys of an answer that say whether it is learned."""
-KNOWN_KEYS = {"role", "content", "name", *LEARN_KEYS}
+KNOWN_KEYS = {"role", "content", *LEARN_KEYS}
 UNSUPPORTED_KEYS = ("function_call", "images", "image", "audio", "video", "videos")
 """Keys of a message that change its meaning and are not supported."""
 
 
 @dataclass(frozen=True)
 class Turns:
-    """Messages of a row, and the indices of answers that are not learned."""
+    """Messages of a row, the indices of answers that are not learned, its tools, and the keys of the row that were read."""
 
     messages: list[dict[str, Any]]
     unlearned: frozenset[int] = frozenset()
+    tools: list[dict[str, Any]] | None = None
+    read: frozenset[str] = frozenset()
 
 
 def turns_of(row: Mapping[str, Any]) -> Turns:
     """Return a row's messages, not yet validated. Raises DataError if it has none, or several kinds."""
     present = {key for key, value in row.items() if value is not None}
-    if row.get("tools") or row.get("functions"):
-        raise DataError("tools: not supported", fix="remove the row, or put the tools into its system message")
+    if row.get("functions"):
+        raise DataError("functions: not supported", fix='"tools": [{"type": "function", "function": ...}]')
     kinds: list[tuple[str, ...]] = [(key,) for key in LISTS if key in present]
     kinds += [pair for pair in PAIRS if present.issuperset(pair)]
     if len(kinds) > 1:
@@ -58,14 +62,30 @@ def turns_of(row: Mapping[str, Any]) -> Turns:
     if not kinds:
         known = [*LISTS[:2], *(" + ".join(pair) for pair in PAIRS)]
         raise DataError(f"no {', no '.join(known)}", found=f"keys {', '.join(sorted(map(str, row))) or 'none'}")
+    if "system" in present and not isinstance(row["system"], str):
+        raise DataError("system: must be a string", found=type(row["system"]).__name__)
     system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-    (first, *rest) = kinds[0]
+    tools = list_of(row["tools"], "tools", "with type and function") if row.get("tools") else None
+    found = _turns(row, kinds[0], system)
+    return replace(found, tools=tools or None, read=found.read | {*kinds[0], "system", "tools"})
+
+
+def _turns(row: Mapping[str, Any], keys: Sequence[str], system: list[dict[str, Any]]) -> Turns:
+    """Return the messages under `keys`: a list of turns, or a question and its answer."""
+    first, *rest = keys
     if not rest:
         return learning([*system, *map(message_of, list_of(row[first], first))])
     answer = rest[0]
     if isinstance(row[first], list) or isinstance(row[answer], list):
         return _prompt_and_completion(system, row[first], row[answer], (first, answer))
-    return Turns([*system, {"role": "user", "content": _question(row, first)}, {"role": "assistant", "content": row[answer]}])
+    past = row.get("history") or []
+    past = from_text(past)
+    if not isinstance(past, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in past):
+        raise DataError("history: must be a list of [question, answer]")
+    turns = [{"role": role, "content": text} for pair in past for role, text in zip(("user", "assistant"), pair, strict=True)]
+    question, inputs = _question(row, first)
+    turns += [{"role": "user", "content": question}, {"role": "assistant", "content": row[answer]}]
+    return Turns([*system, *turns], read=frozenset({*inputs, "history"}))
 
 
 def _prompt_and_completion(system: list[dict[str, Any]], prompt: Any, completion: Any, keys: tuple[str, str]) -> Turns:
@@ -78,7 +98,8 @@ def _prompt_and_completion(system: list[dict[str, Any]], prompt: Any, completion
     return Turns(found.messages, found.unlearned | given)
 
 
-def _question(row: Mapping[str, Any], key: str) -> str:
+def _question(row: Mapping[str, Any], key: str) -> tuple[str, list[str]]:
+    """Return the question with Alpaca's input below it, and the keys of the input."""
     inputs = [name for name in INPUT_KEYS if row.get(name)]
     if inputs and (key != "instruction" or len(inputs) > 1):
         raise DataError(f"{', '.join(inputs)}: not supported with {key}", fix="write messages instead")
@@ -86,13 +107,24 @@ def _question(row: Mapping[str, Any], key: str) -> str:
     for part in parts:
         if not isinstance(part, str):
             raise DataError(f"{key}: must be a string or a list of messages", found=type(part).__name__)
-    return "\n\n".join(parts)
+    return "\n\n".join(parts), inputs
 
 
-def list_of(value: Any, key: str) -> list[dict[str, Any]]:
-    """Return the value of a key if it is a list of objects. Raises DataError."""
+def list_of(value: Any, key: str, objects: str = "with role and content") -> list[dict[str, Any]]:
+    """Return the value of a key if it is a list of objects, or the JSON text of one. Raises DataError."""
+    value = from_text(value)
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
-        raise DataError(f"{key}: must be a list of objects with role and content")
+        raise DataError(f"{key}: must be a list of objects {objects}")
+    return value
+
+
+def from_text(value: Any) -> Any:
+    """Return the list or object of a JSON text, any other value as it is."""
+    if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
+        try:
+            return parse_json(value)
+        except ValueError:
+            return value
     return value
 
 

@@ -96,6 +96,17 @@ def render_row(tokenizer: Tokenizer, row: Mapping[str, np.ndarray], style: Style
     return "\n· · ·\n".join(marked(tokenizer, row["input_ids"][part], labels[part], style) for part in documents(row)[0])
 
 
+def render_ids(row: Mapping[str, np.ndarray], style: Style) -> str:
+    """Return the token ids of a row's documents, one line each, with the learned ones marked, without padding."""
+    begin, end = MARKS[style]
+    labels = learned(row)
+    lines = []
+    for part in documents(row)[0]:
+        pairs = zip(row["input_ids"][part].tolist(), (labels[part] != IGNORED).tolist(), strict=True)
+        lines.append("ids " + " ".join(f"{begin}{index}{end}" if is_learned else str(index) for index, is_learned in pairs))
+    return "\n".join(lines)
+
+
 def marked(tokenizer: Tokenizer, ids: np.ndarray, labels: np.ndarray, style: Style) -> str:
     """Return the text of `ids` with marks around learned tokens (labels other than -100) and special tokens spelled out.
 

@@ -22,9 +22,10 @@ import numpy as np
 from gptoughts.config.loader import DataConfig
 from gptoughts.console import LOGGER
 from gptoughts.data.chat.answers import RenderedChat, TrainOn, render_chat
-from gptoughts.data.chat.conversations import Conversation, InvalidRow, chat_files, conversations, one_line
+from gptoughts.data.chat.conversations import Conversation, InvalidRow, chat_source, conversations, one_line
 from gptoughts.data.chat.packing import Document, build_arrays, fill_ratio, one_per_row, pack
-from gptoughts.data.chat.tokenizer import ChatTokenizer, Encoded
+from gptoughts.data.chat.split import Row, count_runs, split_answers, split_by_digest
+from gptoughts.data.chat.tokenizer import ChatTokenizer
 from gptoughts.data.table import Table
 from gptoughts.data.text.folder import folder_lock
 from gptoughts.data.text.shards import INDEX
@@ -33,12 +34,12 @@ from gptoughts.data.tokenizers.tokenizer import Tokenizer
 from gptoughts.errors import DataError
 from gptoughts.files import TEMPORARY, load_json, sha256_of, write_json
 
-FORMAT, VERSION = "gptoughts-chat", 3
+FORMAT, VERSION = "gptoughts-chat", 4
 TODAY = datetime(2024, 7, 26)
 """Date given to templates that print one, so that rows are reproducible. Llama's template falls back to the same date."""
 PROBLEMS_SHOWN = 20
 ENCODED_AT_ONCE = 512
-COUNTS = ("conversations", "answers", "split_conversations", "open_ends", "spelled", "dropped", "cut", "seen")
+COUNTS = ("conversations", "answers", "split_conversations", "open_ends", "spelled", "shortened", "dropped", "cut", "seen")
 
 TooLong = Literal["error", "drop", "cut"]
 Shape = Literal["next-token", "masked-diffusion"]
@@ -105,10 +106,12 @@ class TableBuilder:
         # A bidirectional model would attend to the text after an answer, which does not exist at inference.
         self.one_answer_each = shape == "masked-diffusion" and self.train_on == "answers"
         self.width = data.sequence_length + (shape == "next-token")
-        self.files = {"train": chat_files(data.path)}
+        self.sources = {"train": chat_source(data.path)}
         if data.val_path is not None:
-            self.files["val"] = chat_files(data.val_path)
+            self.sources["val"] = chat_source(data.val_path)
+        self.files = {name: list(source.files) for name, source in self.sources.items()}
         self.unused: Counter[str] = Counter()
+        self.bad_rows = 0
         self.fraction = 0.0 if data.val_path is not None else data.val_fraction
 
     def key(self) -> str:
@@ -117,6 +120,7 @@ class TableBuilder:
         key_parts = [
             VERSION, files, self.chat.tokenizer.hash, self.chat.template.source, self.chat.template.tokens, TODAY.isoformat(),
             self.width, self.packing, self.one_answer_each, self.train_on, self.fraction, self.too_long,
+            *(["skip"] if self.data.bad_rows == "skip" else []),
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(key_parts, sort_keys=True).encode()).hexdigest()
 
@@ -135,8 +139,12 @@ class TableBuilder:
             table = self.table(name, split)
             table.save(folder / name)
             LOGGER.info(f"data: {name} {summary(table.stats)}")
+        if self.bad_rows:
+            LOGGER.info(f"data: {self.bad_rows:,} bad rows skipped (data.bad_rows = skip)")
         for word, count in self.unused.most_common(8):
             LOGGER.info(f"data: key {word!r} is not used ({count:,} rows)")
+        for text in filter(None, (source.describe_skipped() for source in self.sources.values())):
+            LOGGER.info(f"data: {text}")
         tokens = sum(len(document.ids) for split in splits.values() for document in split.documents)
         seconds = time.monotonic() - begun
         LOGGER.info(f"data: {tokens:,} tokens in {seconds:.1f} s, {tokens / seconds / 1e6:.2f} Mtok/s")
@@ -150,7 +158,7 @@ class TableBuilder:
             shown = problems[:PROBLEMS_SHOWN]
             more = " or more" if len(problems) >= PROBLEMS_SHOWN else ""
             heading = f"{self.data.path}: {len(shown)}{more} invalid row{'s' * (len(shown) > 1)}"
-            raise DataError("\n  ".join([f"{heading}:", *shown]))
+            raise DataError("\n  ".join([f"{heading}:", *shown]), fix="correct them, or --data.bad-rows skip")
         if self.fraction:
             read = split_by_digest(read["train"], self.fraction)
         for name, rows in read.items():
@@ -172,25 +180,36 @@ class TableBuilder:
                 try:
                     if isinstance(item, InvalidRow):
                         raise item
-                    rendered.append((item, render_chat(self.chat, item.messages, self.train_on, item.unlearned)))
+                    rendered.append(
+                        (item, render_chat(self.chat.with_tools(item.tools), item.messages, self.train_on, item.unlearned))
+                    )
                     self.unused.update(item.unused)
                 except DataError as error:
-                    problems.append(str(error) if isinstance(item, InvalidRow) else f"{item.where}: {one_line(error)}")
+                    text = str(error) if isinstance(item, InvalidRow) else f"{item.where}: {one_line(error)}"
+                    self.refuse(text, problems)
                     if len(problems) >= PROBLEMS_SHOWN:
                         return []
             if not problems:
                 rows += self.encode(rendered, problems)
         return rows
 
+    def refuse(self, problem: str, problems: list[str]) -> None:
+        """Append the problem of a row, or count it (`data.bad_rows`)."""
+        if self.data.bad_rows == "skip":
+            self.bad_rows += 1
+        else:
+            problems.append(problem)
+
     def encode(self, rendered: Sequence[tuple[Conversation, RenderedChat]], problems: list[str]) -> Iterator[Row]:
         """Yield the encoded rows of rendered conversations; an answer without a token is a problem."""
         encodings = iter(self.chat.encode([text for _, chat in rendered for text in chat.texts]))
         for conversation, chat in rendered:
-            content = json.dumps(conversation.messages, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass")
+            said = [conversation.messages, conversation.tools] if conversation.tools else conversation.messages
+            content = json.dumps(said, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass")
             documents: list[Document] = []
             for encoded in islice(encodings, len(chat.texts)):
                 if not encoded.learned[1:].any():
-                    problems.append(f"{conversation.where}: the tokenizer drops the whole answer")
+                    self.refuse(f"{conversation.where}: the tokenizer drops the whole answer", problems)
                 elif self.one_answer_each:
                     documents += split_answers(encoded, conversation.where)
                 else:
@@ -223,6 +242,7 @@ class TableBuilder:
             split.counts["split_conversations"] += len(row.chat.texts) > 1
             split.counts["open_ends"] += row.chat.open_ends
             split.counts["spelled"] += row.chat.spelled
+            split.counts["shortened"] += row.chat.shortened
         if not split.documents:
             raise DataError(f"{self.data.path}: no conversation fits data.sequence_length {self.data.sequence_length}")
         return split
@@ -266,48 +286,6 @@ class TableBuilder:
         return Table(arrays, digest.hexdigest(), stats=stats, origin=f"split {name} of {self.data.path}")
 
 
-@dataclass(frozen=True)
-class Row:
-    """One conversation: digest of its messages, encoded texts, and the rendered chat with its counts."""
-
-    digest: bytes
-    documents: list[Document]
-    chat: RenderedChat
-
-
-def split_by_digest(rows: Sequence[Row], fraction: float) -> dict[str, list[Row]]:
-    """Split into train and validation by digest, so that equal conversations stay together; neither is empty.
-
-    Raises DataError for fewer than two different conversations.
-    """
-    limit = int(fraction * 2**64)
-    places = {row.digest: int.from_bytes(row.digest[:8], "big") for row in rows}
-    if len(places) < 2:
-        raise DataError(
-            "data.val_fraction: needs at least two different conversations", found=len(places), fix="--data.val-fraction 0"
-        )
-    val = {digest for digest, place in places.items() if place < limit} or {min(places, key=lambda digest: places[digest])}
-    if len(val) == len(places):
-        val.remove(max(places, key=lambda digest: places[digest]))
-    return {
-        "train": [row for row in rows if row.digest not in val],
-        "val": [row for row in rows if row.digest in val],
-    }
-
-
-def split_answers(encoded: Encoded, where: str) -> Iterator[Document]:
-    """Yield one document per answer: it ends with the answer, its only label span."""
-    edges = np.flatnonzero(np.diff(encoded.learned.astype(np.int8), prepend=0, append=0))
-    for start, end in edges.reshape(-1, 2).tolist():
-        if end > 1:  # the first token is never a label
-            yield Document(encoded.ids[:end], np.arange(end) >= start, where)
-
-
-def count_runs(learned: np.ndarray) -> int:
-    """Return the number of runs of true values."""
-    return int(learned[0]) + int((np.diff(learned.astype(np.int8)) == 1).sum())
-
-
 def summary(stats: dict[str, Any]) -> str:
     """Return a table's statistics as one line, with nonzero counts of changed or unusual conversations."""
     parts = [
@@ -321,6 +299,7 @@ def summary(stats: dict[str, Any]) -> str:
         "cut": "cut as too long",
         "split_conversations": "conversations split into several texts (the template rewrites earlier turns)",
         "open_ends": "answers without an end-of-turn token (the model does not learn to stop)",
+        "shortened": "answers of which the template leaves out text (--data.template FILE keeps it)",
         "seen": "also in the training data",
         "spelled": "special tokens spelled in messages, kept as text",
     }

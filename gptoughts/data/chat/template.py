@@ -6,15 +6,18 @@ Templates come with models and are untrusted: they run in Jinja's sandbox, in a 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
+from copy import copy
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from gptoughts.data.chat.sandbox import BEGIN_ANSWER, END_ANSWER, SANDBOX, Rejected
 from gptoughts.data.text.sources import first_line, require
 from gptoughts.errors import DataError, nearest
-from gptoughts.files import load_json, read_limited
+from gptoughts.files import load_json, parse_json, read_limited
 
 Message = Mapping[str, Any]
 
@@ -67,18 +70,53 @@ class Template:
             line = "" if error.line is None else f", line {error.line}"
             raise DataError(f"{origin}{line}: not a Jinja template ({error})") from None
         self.has_generation_prompt = "add_generation_prompt" in reads["variables"]
+        self.reads_tools = "tools" in reads["variables"]
         self.reads_clock = "strftime_now" in source
         self.marks_answers: bool = reads["marks_answers"]
         self.literals: str = reads["literals"]
+        self.tools: list[dict[str, Any]] | None = None
+
+    def names(self, key: str) -> bool:
+        """Whether the source has `key` as a word, so that it may read it."""
+        return re.search(rf"\b{re.escape(key)}\b", self.source) is not None
+
+    def with_tools(self, tools: list[dict[str, Any]] | None) -> Template:
+        """Return this template with the tools of a conversation."""
+        other = copy(self)
+        other.tools = tools
+        return other
+
+    @cached_property
+    def takes_objects(self) -> bool | None:
+        """Whether it renders arguments of calls as objects, as transformers documents; False if only as JSON text, None if neither."""
+        for arguments in ({"a": "b"}, '{"a": "b"}'):
+            call = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": arguments}}
+            messages: list[Message] = [
+                {"role": "user", "content": "a"},
+                {"role": "assistant", "content": "", "tool_calls": [call]},
+            ]
+            try:
+                self._render(messages, add_generation_prompt=False, tracking=False)
+            except DataError:
+                continue
+            return not isinstance(arguments, str)
+        return None
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False, tracking: bool = False) -> str:
         """Return the text of `messages`; with `tracking`, marks surround the content of `{% generation %}`.
 
-        Raises DataError with the template's message if it rejects the messages, and for one that exceeds a limit.
+        Arguments of calls are given as the template takes them. Raises DataError with the template's message if it rejects the messages,
+        and for one that exceeds a limit.
         """
+        normalized: list[dict[str, Any]] = [normalize_message(message) for message in messages]
+        if any(message.get("tool_calls") for message in normalized) and self.takes_objects is not None:
+            normalized = [with_arguments(message, self.takes_objects) for message in normalized]
+        return self._render(normalized, add_generation_prompt=add_generation_prompt, tracking=tracking)
+
+    def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool, tracking: bool) -> str:
         variables = {
-            "messages": [normalize_message(message) for message in messages],
-            "tools": None,
+            "messages": messages,
+            "tools": self.tools,
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
             **self.tokens,
@@ -105,6 +143,31 @@ def normalize_message(message: Message) -> dict[str, Any]:
     present = {key: value for key, value in message.items() if value is not None}
     reasoning = next((present[name] for name in REASONING if name in present), None)
     return present if reasoning is None else {"thinking": reasoning, **present, "reasoning_content": reasoning}
+
+
+def with_arguments(message: dict[str, Any], as_objects: bool) -> dict[str, Any]:
+    """Return a message whose calls have their arguments as objects, or as JSON text. OpenAI's format has text, transformers' objects."""
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list):
+        return message
+    return {**message, "tool_calls": [_call_with_arguments(call, as_objects) for call in calls]}
+
+
+def _call_with_arguments(call: Any, as_objects: bool) -> Any:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict):
+        return call
+    given = function.get("arguments")
+    if as_objects and isinstance(given, str):
+        try:
+            given = parse_json(given)
+        except ValueError:
+            return call
+        changed = isinstance(given, dict)
+    else:
+        changed = not as_objects and isinstance(given, dict)
+        given = json.dumps(given, ensure_ascii=False) if changed else given
+    return {**call, "function": {**function, "arguments": given}} if changed else call
 
 
 def strip_marks(text: str) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -122,31 +123,26 @@ class ChatTokenizer:
             )
         return chat
 
+    def with_tools(self, tools: list[dict[str, Any]] | None) -> ChatTokenizer:
+        """Return this tokenizer with the tools of a conversation in its template, and marks around the control tokens that they spell."""
+        if not tools:
+            return self
+        other = copy(self)
+        other.template = self.template.with_tools(marked(tools, self._control_pattern)[0])
+        return other
+
     def mark_spelled(self, messages: Sequence[Message]) -> tuple[list[dict[str, Any]], int]:
         """Return the messages with marks around every spelled control token, and the number of those.
 
         In answers, control tokens that are not special, such as `<think>`, stay tokens. Raises DataError for the code points
         used as marks.
         """
-        spelled = 0
-
-        def marked(value: Any, pattern: re.Pattern[str]) -> Any:
-            nonlocal spelled
-            if isinstance(value, str):
-                if any(mark in value for mark in RESERVED):
-                    raise DataError("contains a Unicode noncharacter (U+FDD0 to U+FDD5)", fix="remove it")
-                value, count = pattern.subn(f"{BEGIN_TEXT}\\g<0>{END_TEXT}", value)
-                spelled += count
-            elif isinstance(value, list):
-                return [marked(part, pattern) for part in value]
-            elif isinstance(value, dict):
-                return {key: marked(part, pattern) for key, part in value.items()}
-            return value
-
-        out = []
+        out, spelled = [], 0
         for message in messages:
             pattern = self._special_pattern if message["role"] == "assistant" else self._control_pattern
-            out.append({key: value if key == "role" else marked(value, pattern) for key, value in message.items()})
+            content, count = marked({key: value for key, value in message.items() if key != "role"}, pattern)
+            out.append({"role": message["role"], **content})
+            spelled += count
         return out, spelled
 
     def end_of_turn(self, answer: str) -> int:
@@ -154,6 +150,11 @@ class ChatTokenizer:
         text = answer.rstrip()
         # A spelled token is followed by a mark, so it does not match.
         return len(text) if text.endswith(self._endings) else -1
+
+    def end_before(self, answer: str) -> int:
+        """Return the length of an answer that ends with two control tokens, without the last one; -1 if it ends with one."""
+        last = max((name for name in self._endings if answer.endswith(name)), key=len, default="")
+        return self.end_of_turn(answer[: len(answer) - len(last)])
 
     def leading_control(self, text: str) -> str:
         """Return the control token at the start of `text`, or an empty string."""
@@ -219,6 +220,21 @@ class ChatTokenizer:
             cut = text.find(ALIAS[0]) if ALIAS[0] in text else len(text)
         both = Piece(text[:cut], learned, True), Piece(text[cut:], learned - cut, False)
         return [piece for piece in both if piece.text]
+
+
+def marked(value: Any, pattern: re.Pattern[str]) -> tuple[Any, int]:
+    """Return a value with marks around all matches in its texts, and their number. Raises DataError for the marks themselves."""
+    if isinstance(value, str):
+        if any(mark in value for mark in RESERVED):
+            raise DataError("contains a Unicode noncharacter (U+FDD0 to U+FDD5)", fix="remove it")
+        return pattern.subn(f"{BEGIN_TEXT}\\g<0>{END_TEXT}", value)
+    if isinstance(value, list):
+        parts = [marked(part, pattern) for part in value]
+        return [part for part, _ in parts], sum(count for _, count in parts)
+    if isinstance(value, dict):
+        named = {key: marked(part, pattern) for key, part in value.items()}
+        return {key: part for key, (part, _) in named.items()}, sum(count for _, count in named.values())
+    return value, 0
 
 
 def any_of(names: Mapping[str, int]) -> re.Pattern[str]:

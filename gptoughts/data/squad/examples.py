@@ -61,13 +61,13 @@ def read_squad(path: Path | str) -> list[Question]:
     if not path.is_file():
         siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
         raise DataError(f"{path}: no such file{nearest(path.name, siblings)}", fix="SQuAD JSON, or JSON Lines of questions")
-    if not path.name.endswith((".json", *ROW_SUFFIXES)):
+    if not path.name.lower().endswith((".json", *ROW_SUFFIXES)):
         raise DataError(
             f"{path}: not a SQuAD file name",
             fix=f".json (official format) or {', '.join(ROW_SUFFIXES)} (one question per line)",
         )
     try:
-        questions = list(_read_official(path) if path.suffix == ".json" else _read_rows(path))
+        questions = list(_read_official(path) if path.suffix.lower() == ".json" else _read_rows(path))
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
     if not questions:

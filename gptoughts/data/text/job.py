@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from gptoughts.console import LOGGER
 from gptoughts.data.text import split as splits
 from gptoughts.data.text.folder import clear, is_ours
 from gptoughts.data.text.progress import Report
@@ -43,6 +44,11 @@ class Settings:
     val_fraction: float
     val_from: str
     shard_tokens: int
+    bad_rows: str = "error"
+
+
+DEFAULTS = {"bad_rows": "error"}
+"""Settings that folders of earlier versions do not have."""
 
 
 class Job:
@@ -61,6 +67,8 @@ class Job:
 
     def run(self, processes: int, report: Report, tasks: Tasks | None = None) -> Index:
         """Tokenize the remaining text, together with other tasks if there are some, then write the index."""
+        if skipped := self.source.describe_skipped():
+            LOGGER.info(f"data: {skipped}")
         rule = splits.resolve_rule(self.source, self.settings.val_fraction, self.settings.val_from)
         journal = self.read_journal()
         tokenizer = self.save_tokenizer(journal is not None)
@@ -197,6 +205,8 @@ class Job:
                 "files": len(self.source.files),
                 "bytes": self.source.size_bytes,
                 "empty_rows": self.source.empty_rows,
+                "bad_rows": self.source.bad_rows,
+                "skipped": dict(self.source.skipped),
             },
             "settings": asdict(self.settings) | {"val_rule": rule},
             "splits": {
@@ -218,7 +228,7 @@ class Job:
         differing = [
             f"{key} {saved.get(key)!r} (requested {value!r})"
             for key, value in asdict(self.settings).items()
-            if saved.get(key) != value
+            if saved.get(key, DEFAULTS.get(key)) != value
         ]
         if differing:
             raise self.other_settings(", ".join(differing))

@@ -1,4 +1,4 @@
-"""Read rows with a text field from .jsonl (also compressed), .parquet and Hugging Face datasets."""
+"""Read lines, also compressed, text fields of rows, and Hugging Face datasets."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import gzip
 import io
 import json
 import os
-import zlib
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -17,23 +16,8 @@ from gptoughts.files import hub_home, parse_json, scratch_dir
 
 MAX_ROW_BYTES = 256 << 20
 """Bytes of a row of text, decompressed; the longest books have a few millions."""
-Row = tuple[str, str]
-"""Location (`file:line` or `file:row`, counted from 1) and text, which can be empty."""
-
-
-def json_rows(path: Path, name: str, text_key: str) -> Iterator[Row]:
-    """Yield the rows of a .jsonl file, also compressed; blank lines are ignored."""
-    number = 0
-    try:
-        with open_lines(path) as lines:
-            for number, line in numbered(lines, name):
-                if line.strip():
-                    where = f"{name}:{number}"
-                    yield where, row_text(json_row(line, where), text_key, where)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{name}: damaged gzip after line {number} ({error})", fix="download the file again") from None
-    except OSError as error:
-        raise DataError(f"{name}: cannot be read after line {number} ({error})") from None
+Row = tuple[str, dict[str, Any]]
+"""Location (`file:row`, counted from 1) and row."""
 
 
 def numbered(lines: IO[bytes], name: str, limit: int = MAX_ROW_BYTES) -> Iterator[tuple[int, bytes]]:
@@ -48,9 +32,10 @@ def numbered(lines: IO[bytes], name: str, limit: int = MAX_ROW_BYTES) -> Iterato
 
 def open_lines(path: Path) -> IO[bytes]:
     """Open a file for reading lines as bytes; .gz and .zst are decompressed."""
-    if path.name.endswith(".gz"):
+    name = path.name.lower()
+    if name.endswith(".gz"):
         return gzip.open(path, "rb")  # type: ignore[return-value]
-    if path.name.endswith(".zst"):
+    if name.endswith(".zst"):
         require("zstandard", "train", path.name)
         import zstandard
 
@@ -96,23 +81,6 @@ def json_row(line: bytes, where: str) -> dict[str, Any]:
     return row
 
 
-def parquet_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (`file:row`, row) of a Parquet file, with all columns. Raises DataError."""
-    require("pyarrow", "hf", path.name)
-    import pyarrow
-    from pyarrow import parquet
-
-    row = 0
-    try:
-        with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
-                for content in batch.to_pylist():
-                    row += 1
-                    yield f"{path}:{row}", content
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
-        raise DataError(f"{path}: cannot be read as parquet after row {row} ({first_line(error)})") from None
-
-
 def row_text(row: dict[str, Any], text_key: str, where: str) -> str:
     """Return the text of a row. Raises DataError where the field is missing, not a string, or not valid Unicode."""
     if text_key not in row:
@@ -136,25 +104,6 @@ def missing_field(text_key: str, fields: list[str], where: str) -> DataError:
     found = f"fields {', '.join(fields)}" if fields else "no fields"
     fix = "--data.text-key FIELD (gptoughts tokenize: --text-key FIELD)"
     return DataError(f"{where}: no field {text_key!r}{nearest(text_key, fields)}", found=found, fix=fix)
-
-
-def parquet_rows(path: Path, name: str, text_key: str) -> Iterator[Row]:
-    """Yield the rows of a .parquet file, read by row groups."""
-    require("pyarrow", "hf", path.name)
-    import pyarrow
-    import pyarrow.parquet
-
-    row = 0
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            if text_key not in file.schema_arrow.names:
-                raise missing_field(text_key, file.schema_arrow.names, name)
-            for batch in file.iter_batches(batch_size=1024, columns=[text_key]):
-                for text in batch.column(0).to_pylist():
-                    row += 1
-                    yield f"{name}:{row}", row_text({text_key: text}, text_key, f"{name}:{row}")
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
-        raise DataError(f"{name}: cannot be read as parquet after row {row} ({first_line(error)})") from None
 
 
 def saved_dataset_rows(path: Path, spec: str, text_key: str) -> Iterator[Row]:
@@ -202,7 +151,7 @@ def dataset_rows(spec: str, loaded: Any, text_key: str) -> Iterator[Row]:
     for batch in loaded.select_columns([text_key]).iter(batch_size=1024):
         for text in batch[text_key]:
             row += 1
-            yield f"{spec}:{row}", row_text({text_key: text}, text_key, f"{spec}:{row}")
+            yield f"{spec}:{row}", {text_key: text}
 
 
 def require(package: str, extra: str, wanted_for: str) -> None:

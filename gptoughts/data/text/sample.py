@@ -33,3 +33,8 @@ def spread_sample(source: Source, limit: int, block: int = 65536) -> Iterator[st
             if (offset + len(part)) * limit // (total * block) > offset * limit // (total * block):
                 yield part
             offset += len(part)
+
+
+def cut_anywhere(text: str, characters: int) -> Iterator[str]:
+    """Cut a text into parts of `characters`; an empty text is one empty part."""
+    return (text[start : start + characters] for start in range(0, max(len(text), 1), characters))

@@ -17,10 +17,11 @@ from typing import Literal
 from gptoughts.config.loader import DataConfig
 from gptoughts.console import LOGGER
 from gptoughts.data.text.folder import clear, folder_lock
+from gptoughts.data.text.folders import is_plain
 from gptoughts.data.text.job import Job, Settings
 from gptoughts.data.text.progress import console, silent
 from gptoughts.data.text.shards import INDEX, JOURNAL, VERSION, Index
-from gptoughts.data.text.sources import TEXT_SUFFIXES, Source, open_source
+from gptoughts.data.text.sources import Source, open_source
 from gptoughts.data.text.tasks import Tasks
 from gptoughts.data.tokenizers.tokenizer import Tokenizer
 from gptoughts.errors import DataError
@@ -42,6 +43,7 @@ def tokenize(
     shard_tokens: int = SHARD_TOKENS,
     processes: int | None = None,
     text_key: str = "text",
+    bad_rows: str = "error",
     overwrite: bool = False,
     progress: Literal["console", "none"] = "none",
     world: World | None = None,
@@ -53,7 +55,10 @@ def tokenize(
     them. A second process on the same folder waits for the first. Raises DataError for text that cannot be read or encoded, for a
     disk that cannot be written, and for a folder made with other settings, unless `overwrite`.
     """
+    if bad_rows not in ("error", "skip"):
+        raise DataError("bad_rows: must be error or skip", found=repr(bad_rows))
     corpus = open_source(source, text_key) if isinstance(source, str) else source
+    corpus.skip_bad = bad_rows == "skip"
     if shard_tokens < 1:
         raise DataError("shard_tokens: must be at least 1", found=shard_tokens)
     if processes is not None and processes < 1:
@@ -61,7 +66,7 @@ def tokenize(
     tokenizer_name = tokenizer if isinstance(tokenizer, str) else f"{tokenizer.kind}:{tokenizer.hash}"
     settings = Settings(
         corpus.spec, len(corpus.files), corpus.size_bytes, text_key, tokenizer_name,
-        train_bpe if tokenizer_name == "bpe" else None, val_fraction, val_from, shard_tokens,
+        train_bpe if tokenizer_name == "bpe" else None, val_fraction, val_from, shard_tokens, bad_rows,
     )  # fmt: skip
     folder = Path(out)
     tasks = Tasks.of(world or World(), os.environ, folder)
@@ -102,7 +107,7 @@ def default_processes(source: Source) -> int:
 
 def text_bytes(source: Source) -> int | None:
     """Return the size of the text if all files are plain text, else None."""
-    plain = bool(source.files) and all(path.name.endswith(TEXT_SUFFIXES) for path in source.files)
+    plain = bool(source.files) and all(map(is_plain, source.files))
     return source.size_bytes if plain else None
 
 
@@ -124,7 +129,7 @@ def prepare(data: DataConfig, out: Path | None = None) -> Path:
         LOGGER.info(f"data: tokenizing {data.path} ({data.tokenizer}) once into {out}")
     tokenize(
         source, data.tokenizer, out, train_bpe=data.train_bpe, val_fraction=data.val_fraction, val_from=data.val_from,
-        text_key=data.text_key, progress="console",
+        text_key=data.text_key, bad_rows=data.bad_rows, progress="console",
     )  # fmt: skip
     return out
 
@@ -144,6 +149,7 @@ def prepared_name(data: DataConfig, source: Source) -> str:
     key = [
         VERSION, source.fingerprint(), data.tokenizer, data.train_bpe if data.tokenizer == "bpe" else None, data.text_key,
         data.val_fraction, data.val_from, [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files],
+        *(["skip"] if data.bad_rows == "skip" else []),
     ]  # fmt: skip
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
     stem = "".join(character if character.isalnum() or character in "-_" else "-" for character in Path(data.path).stem)[:32]

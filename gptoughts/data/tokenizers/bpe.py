@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,13 @@ MIN_VOCAB_SIZE = 257  # 256 bytes and the end-of-text token.
 GPT2_FILES = (("vocab.bpe", "encoder.json"), ("merges.txt", "vocab.json"))
 BYTE_LEVEL: dict[str, Any] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 
+MAX_WORD = 1000
+"""Characters of a word in BPE training, which takes quadratic time in the length of one."""
+LONG_WORD = re.compile(
+    rf"(?<![^\W\d_])[^\W\d_]{{{MAX_WORD},}}|(?<!\d)\d{{{MAX_WORD},}}|(?<!\s)\s{{{MAX_WORD},}}|(?<![^\s\w])[^\s\w]{{{MAX_WORD},}}|(?<!_)_{{{MAX_WORD},}}"
+)
+"""A run of letters, digits, white space or other characters, which GPT-2's pattern keeps as one word."""
+
 
 def byte_of_character() -> dict[str, int]:
     """Return printable character -> byte: the inverse of GPT-2's table (openai/gpt-2, encoder.py, bytes_to_unicode)."""
@@ -31,8 +39,8 @@ def byte_of_character() -> dict[str, int]:
 def train(texts: Iterable[str], vocab_size: int) -> dict[str, Any]:
     """Train a byte-level BPE with GPT-2's split pattern; deterministic for the same texts.
 
-    The end-of-text token is id 0 and counts in `vocab_size`. A small text can give fewer ids. Raises DataError for a vocabulary
-    that cannot hold the 256 bytes.
+    Longer words than `MAX_WORD` are cut. The end-of-text token is id 0 and counts in `vocab_size`. A small text can give fewer ids.
+    Raises DataError for a vocabulary that cannot hold the 256 bytes.
     """
     if vocab_size < MIN_VOCAB_SIZE:
         raise DataError(f"train_bpe: must be at least {MIN_VOCAB_SIZE} (256 bytes and end-of-text)", found=vocab_size)
@@ -48,8 +56,18 @@ def train(texts: Iterable[str], vocab_size: int) -> dict[str, Any]:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),  # The library returns them in hash-map order.
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator((part for text in texts for part in cut_words(text)), trainer)
     return json.loads(tokenizer.to_str())
+
+
+def cut_words(text: str) -> Iterator[str]:
+    """Yield the text in parts, cut only inside words of `MAX_WORD` characters and more (DNA, one long line of blanks)."""
+    done = 0
+    for match in LONG_WORD.finditer(text):
+        for cut in range(match.start() + MAX_WORD, match.end(), MAX_WORD):
+            yield text[done:cut]
+            done = cut
+    yield text[done:]
 
 
 def gpt2_from_folder(folder: Path) -> dict[str, Any] | None:

@@ -11,13 +11,14 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from gptoughts.data.text.rows import first_line
-from gptoughts.data.text.sample import first_characters, spread_sample
+from gptoughts.data.text.sample import cut_anywhere, first_characters, spread_sample
 from gptoughts.data.text.sources import Source
 from gptoughts.data.tokenizers import bpe
 from gptoughts.data.tokenizers.spec import (
@@ -226,7 +227,10 @@ class JsonTokenizer(Tokenizer):
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         if self.encoding is not None:
             # With no special token allowed and none disallowed, tiktoken encodes all of them as plain text.
-            return [self.encoding.encode_to_numpy(text, disallowed_special=()).astype(self.dtype) for text in texts]
+            with suppress(
+                ValueError
+            ):  # Its pattern backtracks: a million blanks exceed its stack, and not that of the library.
+                return [self.encoding.encode_to_numpy(text, disallowed_special=()).astype(self.dtype) for text in texts]
         library = self.library
         with library_errors(self.origin):
             encoded = library.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -250,8 +254,9 @@ class JsonTokenizer(Tokenizer):
         encoding = bpe.tiktoken_encoding(self.spec, self.eot_id)
         if encoding is None or self.encoding is not None:
             return
-        expected = self.encode_batch(sample)
-        if all(encoding.encode_ordinary(text) == ids.tolist() for text, ids in zip(sample, expected, strict=True)):
+        if all(
+            encoding.encode_ordinary(text) == ids.tolist() for text, ids in zip(sample, self.encode_batch(sample), strict=True)
+        ):
             self.encoding, self.engine = encoding, "tiktoken"
 
     def token_bytes(self, index: int) -> bytes | None:
@@ -278,11 +283,6 @@ class JsonTokenizer(Tokenizer):
             yield text[start : match.start()]
             start = match.start()
         yield text[start:]
-
-
-def cut_anywhere(text: str, characters: int) -> Iterator[str]:
-    """Cut a text into parts of `characters`; an empty text is one empty part."""
-    return (text[start : start + characters] for start in range(0, max(len(text), 1), characters))
 
 
 def build_tokenizer(name: str, source: Source, train_bpe: int | None = None) -> Tokenizer:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import gzip
-import zlib
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from gptoughts.data.text.rows import hub_dataset, numbered, parquet_objects
-from gptoughts.data.text.sources import HUB_NAME, ROW_SUFFIXES, first_line, json_row, open_lines, require
+from gptoughts.data.text.objects import ROWS, ending_of, objects
+from gptoughts.data.text.rows import first_line, hub_dataset, require
+from gptoughts.data.text.sources import HUB_NAME
 from gptoughts.errors import DataError, nearest
 
 Row = tuple[str, dict[str, Any]]
@@ -63,7 +62,7 @@ def _rows(data: str) -> Iterator[Row]:
 
 def _folder_rows(path: Path) -> Iterator[Row]:
     """Yield the rows of the validation files of a folder: those with `val` in their name, or the only one."""
-    files = sorted(file for file in path.rglob("*") if file.name.endswith(ROW_SUFFIXES))
+    files = sorted(file for file in path.rglob("*") if ending_of(file) in ROWS and file.is_file())
     chosen = [file for file in files if "val" in file.name] or files
     if len(chosen) != 1 and chosen == files:
         raise DataError(
@@ -76,19 +75,12 @@ def _folder_rows(path: Path) -> Iterator[Row]:
 
 
 def _file_rows(path: Path) -> Iterator[Row]:
-    if path.name.endswith(".parquet"):
-        yield from parquet_objects(path)
-        return
-    if not path.name.endswith(ROW_SUFFIXES):
-        raise DataError(f"{path}: not a benchmark file name", fix=f"a file named *{', *'.join(ROW_SUFFIXES)}")
-    number = 0
-    try:
-        with open_lines(path) as lines:
-            for number, line in numbered(lines, str(path)):
-                if line.strip():
-                    yield f"{path}:{number}", json_row(line, f"{path}:{number}")
-    except (gzip.BadGzipFile, EOFError, zlib.error, OSError) as error:
-        raise DataError(f"{path}: cannot be read after line {number} ({error})") from None
+    if ending_of(path) not in ROWS:
+        raise DataError(f"{path}: not a benchmark file name", fix=f"a file named *{' or *'.join(ROWS)} (also compressed)")
+    for where, row in objects(path):
+        if isinstance(row, DataError):
+            raise row
+        yield where, row
 
 
 def _saved_rows(path: Path) -> Iterator[Row]:

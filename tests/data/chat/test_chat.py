@@ -472,7 +472,7 @@ BAD = {
     '{"question": "a", "answer": "b", "context": "c"}': "context: not supported with question",
     '{"prompt": ["a"], "response": "b"}': "prompt: must be a list of objects",
     '{"prompt": 1, "response": "b"}': r"prompt: must be a string or a list of messages\. Found int",
-    '{"prompt": "a", "response": "b", "tools": [1]}': "tools: not supported",
+    '{"prompt": "a", "response": "b", "tools": [1]}': "tools: must be a list of objects",
     '{"messages": [{"role": ["user"], "content": "a"}]}': r"message 1: role must be one of .*\. Found list",
     '{"prompt": "a", "response": "b \\ud83d"}': "message 2: content has an unpaired surrogate",
     '{"prompt": "a", "response": "b", "system": "\\ude00"}': "message 1: content has an unpaired surrogate",
@@ -486,14 +486,14 @@ def test_every_bad_row_is_named_with_its_line(tmp_path: Path, folders: dict[str,
         path = write(tmp_path / "bad.jsonl", lines + [row for row, _ in part])
         with pytest.raises(DataError) as caught:
             prepare_chat(config(path), folders["chatml"])
-        said = str(caught.value).splitlines()
-        assert f"{len(part)} invalid rows" in said[0]
+        *said, fix = str(caught.value).splitlines()
+        assert f"{len(part)} invalid rows" in said[0] and fix == "  Try: correct them, or --data.bad-rows skip"
         for number, (line, (row, expected)) in enumerate(zip(said[1:], part, strict=True), 3):
             assert f"bad.jsonl:{number}: " in line and re.search(expected, line), (row, line)
     path = write(tmp_path / "many.jsonl", [{"text": "x"}] * 50)
     with pytest.raises(DataError, match="20 or more invalid rows") as caught:
         prepare_chat(config(path), folders["chatml"])
-    assert len(str(caught.value).splitlines()) == PROBLEMS_SHOWN + 1
+    assert len(str(caught.value).splitlines()) == PROBLEMS_SHOWN + 2
     assert not list((tmp_path / "cache").glob("*"))  # Nothing is left behind.
     with pytest.raises(DataError, match=r"not a chat data file\.\n  Try: files that end in \.jsonl"):
         (tmp_path / "x.txt").write_text("x")

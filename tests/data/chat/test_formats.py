@@ -160,6 +160,27 @@ def test_keys_that_nothing_reads_are_named(tmp_path: Path, folders: dict[str, Pa
     assert said == {"data: key 'id' is not used (3 rows)", "data: key 'emotion' is not used (3 rows)"}
 
 
+def test_bad_rows_can_be_skipped_and_are_counted(
+    tmp_path: Path, folders: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    good = json.dumps({"messages": chat(TURNS)})
+    path.write_text(f'{good}\n{{"prompt": "a"}}\n[]\nnot JSON\n', encoding="utf-8")
+    settings = {
+        "path": str(path),
+        "format": "chat",
+        "sequence_length": 256,
+        "val_fraction": 0.0,
+        "cache": str(tmp_path / "cache"),
+    }
+    with pytest.raises(DataError, match=r"3 invalid rows(.|\n)*--data\.bad-rows skip"):
+        prepare_chat(DataConfig(**settings), folders["chatml"])
+    with caplog.at_level(logging.INFO):
+        found = prepare_chat(DataConfig(**settings, bad_rows="skip"), folders["chatml"])["train"]
+    assert "data: 3 bad rows skipped (data.bad_rows = skip)" in {record.message for record in caplog.records}
+    assert found.stats["conversations"] == 1
+
+
 TOOLS = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.tool_calls %}{% for call in m.tool_calls %}call {{ call.function.name }}"
     "{{ call.function.arguments | tojson }}{% endfor %}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"

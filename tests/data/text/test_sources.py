@@ -53,6 +53,53 @@ def test_rows_are_read_from_every_container(tmp_path: Path) -> None:
     assert texts(tmp_path) == TEXTS * 4
 
 
+def test_endings_are_compared_without_case(tmp_path: Path) -> None:
+    (tmp_path / "ROWS.JSONL").write_bytes(jsonl())
+    (tmp_path / "Rows.Jsonl.GZ").write_bytes(gzip.compress(jsonl(), mtime=0))
+    (tmp_path / "b.TXT").write_text("plain")
+    assert texts(tmp_path) == [*TEXTS, *TEXTS, "plain"]
+    assert open_source(str(tmp_path)).skipped == {}
+
+
+def test_tables_are_rows_and_compressed_text_is_text(tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_text(json.dumps(ROWS, indent=1))
+    (tmp_path / "lines.json").write_bytes(jsonl())
+    long = {"text": "x" * 9000}
+    (tmp_path / "long.json").write_text(json.dumps(long) + "\n" + json.dumps(ROWS[0]))
+    (tmp_path / "rows.json.gz").write_bytes(gzip.compress(json.dumps(ROWS).encode(), mtime=0))
+    (tmp_path / "rows.csv").write_text('id,text\n1,first öne\n2,\n3,"third\nline"\n', encoding="utf-8")
+    (tmp_path / "rows.tsv").write_text("text\tid\nfirst öne\t1\n", encoding="utf-8")
+    (tmp_path / "notes.txt.gz").write_bytes(gzip.compress(b"notes", mtime=0))
+    for name in ("rows.json", "lines.json", "rows.json.gz", "rows.csv"):
+        source = open_source(str(tmp_path / name))
+        assert [document.text for document in source.documents()] == TEXTS, name
+        assert source.empty_rows == 1
+    assert texts(tmp_path / "long.json") == [long["text"], TEXTS[0]]
+    assert texts(tmp_path / "rows.tsv") == TEXTS[:1]
+    assert texts(tmp_path / "notes.txt.gz") == ["notes"]
+    # Beside text, tables are mostly settings: they are counted, and read where nothing else is.
+    assert texts(tmp_path) == ["notes"]
+    assert open_source(str(tmp_path)).skipped == {"*.json": 4, "*.csv": 1, "*.tsv": 1}
+    (tmp_path / "notes.txt.gz").unlink()
+    assert len(texts(tmp_path)) == 11
+
+
+def test_links_are_followed_and_a_loop_is_an_error(tmp_path: Path) -> None:
+    blobs, folder = tmp_path / "blobs", tmp_path / "snapshot"
+    (blobs / "deep").mkdir(parents=True)
+    folder.mkdir()
+    for name in ("0a", "0b", "deep/c.txt"):
+        (blobs / name).write_text(name)
+    (folder / "a.txt").symlink_to(blobs / "0a")
+    (folder / "b.txt").symlink_to(blobs / "0b")
+    (folder / "more").symlink_to(blobs / "deep")
+    (folder / "gone.txt").symlink_to(blobs / "gone")
+    assert texts(folder) == ["0a", "0b", "deep/c.txt"]
+    assert open_source(str(folder)).skipped == {"broken links": 1}
+    (blobs / "deep" / "up").symlink_to(folder)
+    assert "more/up: a link that leads back to a folder above it" in refused(folder)
+
+
 def test_a_saved_dataset_is_a_source(tmp_path: Path) -> None:
     import datasets
 
@@ -70,9 +117,12 @@ def test_a_folder_is_read_by_sorted_relative_path(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
     (tmp_path / "__init__.py").write_text("")
-    (tmp_path / "link.txt").symlink_to(tmp_path / "b.txt")
+    (tmp_path / "a.link.txt").symlink_to(tmp_path / "b.txt")
     assert texts(tmp_path) == ["a.txt", "a/z.md", "b.txt", "c.rst", "m.py"]
-    assert texts(tmp_path / "*.txt") == ["a.txt", "b.txt", "b.txt"]  # A glob is the user's own choice: it takes links.
+    counts = {"hidden": 2, "*.bin": 1, "links to files that are read anyway": 1}
+    assert open_source(str(tmp_path)).skipped == counts
+    assert f"4 of the entries of {tmp_path} are not read: 2 hidden" in open_source(str(tmp_path)).describe_skipped()
+    assert texts(tmp_path / "*.txt") == ["b.txt", "a.txt", "b.txt"]  # A glob is the user's own choice: it takes links.
     assert texts(tmp_path / "ignored.bin") == ["ignored.bin"]
 
 
@@ -121,12 +171,45 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
         ("a.jsonl.gz", gzip.compress(jsonl(), mtime=0)[:-9], "a.jsonl.gz: damaged gzip"),
         ("a.jsonl.zst", b"not zstd at all", "a.jsonl.zst: damaged zstd"),
         ("a.parquet", b"not parquet", "a.parquet: cannot be read as parquet"),
+        ("a.json", b'{"text": "x"}\n{"text": }\n', "a.json:2: not JSON"),
+        (
+            "a.json",
+            b'{\n "key": 1\n}',
+            "a.json: not a JSON array of rows. Found dict.\n  Try: a list of objects, or JSON lines",
+        ),
+        ("a.json", b'[{"text": "x"}, 5]', "a.json[1]: not a JSON object. Found int"),
+        ("a.json", b'[{"text": "x"}', "a.json: not a JSON array of rows ("),
+        ("a.csv", b"text,text\na,b\n", "a.csv: the header has a column twice. Found 'text'"),
+        ("a.csv", b"text,id\na\n", "a.csv:2: another number of fields than the header has"),
+        ("a.csv", b"id\n1\n", "a.csv:2: no field 'text'. Found fields id"),
+        ("a.txt.gz", b"plain", "a.txt.gz: cannot be decompressed"),
+        ("a.parquet.gz", b"plain", "a.parquet.gz: Parquet inside a compressed file"),
         ("state.json", b"{}", "cannot be read as a Hugging Face dataset"),
     ],
 )
 def test_bad_text_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
     assert message in refused(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet"])
+def test_bad_rows_are_counted_and_can_be_skipped(tmp_path: Path, name: str) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [{"text": text} for text in ["one", None, "three", None, *["more"] * 6]]
+    if name == "a.parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / name)
+    else:
+        (tmp_path / name).write_text(json.dumps(rows) if name == "a.json" else "\n".join(map(json.dumps, rows)))
+    where = "a.json[1]" if name == "a.json" else f"{name}:2"
+    expected = f"{where}: field 'text' must be a string. Found NoneType; 2 of 10 rows are bad.\n  Try: --data.bad-rows skip"
+    assert expected in refused(tmp_path)
+    source = open_source(str(tmp_path))
+    source.skip_bad = True
+    for _ in range(2):
+        assert [document.text for document in source.documents()] == ["one", "three", *["more"] * 6]
+        assert source.bad_rows == 2
 
 
 def test_a_missing_field_of_parquet_is_named(tmp_path: Path) -> None:
@@ -142,7 +225,7 @@ def test_what_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "empty").mkdir()
     assert "no such file, folder or glob (did you mean 'shakespeare.txt'?)" in refused(tmp_path / "shakespear.txt")
     assert "no file matches this glob" in refused(tmp_path / "*.parquet")
-    assert "empty (hidden files and symlinks are ignored).\n  Try: files named *.txt" in refused(tmp_path / "empty")
+    assert "empty. Found an empty folder.\n  Try: files named *.txt" in refused(tmp_path / "empty")
     monkeypatch.chdir(tmp_path)
     assert "no such file, folder or glob" in refused(
         "empty/name"

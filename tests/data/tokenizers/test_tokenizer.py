@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -147,6 +148,29 @@ def test_training_gives_the_same_bytes() -> None:
     first, second = (build_tokenizer("bpe", corpus(*texts), 500) for _ in range(2))
     assert first.canonical == second.canonical
     assert first.vocab_size == 500 and first.eot_id == 0
+
+
+@given(st.text("aé1- _\n½", max_size=60), st.integers(1, 7))
+def test_long_words_are_cut_for_training_and_nothing_else(text: str, scale: int) -> None:
+    text = "".join(character * (scale * 400 if character in "a1-\n" else 1) for character in text)
+    parts = list(bpe.cut_words(text))
+    assert "".join(parts) == text
+    assert all(len(part) >= bpe.MAX_WORD for part in parts[:-1])
+    words = re.findall(r"[^\W\d_]+|\d+|\s+|[^\s\w]+", text)
+    assert len(parts) == 1 + sum((len(word) - 1) // bpe.MAX_WORD for word in words)
+
+
+@pytest.mark.parametrize("name", ["dna", "word", "blanks", "blanks before a word"])
+def test_text_that_is_not_prose_is_learned_and_encoded(name: str) -> None:
+    dna = "".join(np.array(list("ACGT"))[np.random.default_rng(0).integers(0, 4, 1_000_000)])
+    text = {"dna": dna, "word": "a" * 1_000_000, "blanks": " " * 1_000_000, "blanks before a word": " " * 1_000_000 + "x"}[name]
+    spec = bpe.train([text[:300_000], text[-5000:], dna[:5000]], 300)
+    tokenizer = JsonTokenizer(json.dumps(spec).encode(), "bpe", "trained BPE")
+    tokenizer.accelerate(["a b"])
+    assert tokenizer.engine == "tiktoken"
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert len(ids) < len(text) / 1.5
 
 
 def test_tiktoken_takes_over_only_with_identical_ids(tmp_path: Path) -> None:
