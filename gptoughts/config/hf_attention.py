@@ -53,7 +53,7 @@ def attention_needs(config: Mapping[str, Any]) -> str | None:
 def _modeling_file(kind: str) -> Path | None:
     """Return the source of the modeling module of a model type; None without transformers, or for an unknown type."""
     found = find_spec("transformers")
-    if found is None or not found.submodule_search_locations or not re.fullmatch(r"[\w.-]+", kind):
+    if found is None or not found.submodule_search_locations or not re.fullmatch(r"[\w.-]{1,100}", kind):
         return None
     models = Path(found.submodule_search_locations[0]) / "models"
     module = _special_modules(models / "auto" / "auto_mappings.py").get(kind, kind.replace("-", "_").replace(".", "_"))
