@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from gptoughts.errors import RunError
+from gptoughts.run.tracking import sink
 from gptoughts.run.tracking.jsonl import read, rows
 from tests.support.rewind_worker import BATCH, main
 from tests.support.tracker_files import history, scalars
@@ -99,8 +100,12 @@ def losses(folder: Path) -> dict[int, float]:
     return {row["step"]: row["train/loss"] for row in read(folder / "run" / "metrics.jsonl") if "train/loss" in row}
 
 
-def test_a_rewind_passes_over_the_data_and_each_step_has_one_row_and_one_point(place: Path) -> None:
+def test_a_rewind_passes_over_the_data_and_each_step_has_one_row_and_one_point(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In metrics.jsonl as it is read, in wandb's offline folder and in TensorBoard."""
+    monkeypatch.setattr(sink, "CLOSE_SECONDS", 200.0)  # on a busy machine wandb starts slower than this run ends
+    monkeypatch.delenv("WANDB_MODE", raising=False)
     tracked = {"track.sinks": "wandb,tensorboard", **REWIND}
     said = whole(place, options(tracked, weights=[12]), 1)
     assert "step 13: loss or gradient norm is not finite, samples 48 to 51 of the data order; going back" in said
