@@ -233,6 +233,9 @@ def decode_text(raw: bytes, name: str) -> str:
     if not raw:
         raise DataError(f"{name}: the file is empty")
     zero = raw.find(b"\0")
+    if zero >= 0 and name.lower().endswith((".bin", ".idx")):
+        problem = f"{name}: binary; token shards of other trainers (nanoGPT, llm.c, Megatron) are not read"
+        raise DataError(problem, fix="gptoughts tokenize with the text that they were made from")
     if zero >= 0:
         raise DataError(f"{name}: binary, not text", found=f"NUL byte at offset {zero}", fix="convert it to UTF-8 or remove it")
     try:

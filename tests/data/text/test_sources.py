@@ -124,6 +124,8 @@ def test_a_folder_is_read_by_sorted_relative_path(tmp_path: Path) -> None:
     assert f"4 of the entries of {tmp_path} are not read: 2 hidden" in open_source(str(tmp_path)).describe_skipped()
     assert texts(tmp_path / "*.txt") == ["b.txt", "a.txt", "b.txt"]  # A glob is the user's own choice: it takes links.
     assert texts(tmp_path / "ignored.bin") == ["ignored.bin"]
+    (tmp_path / "train.bin").write_bytes(bytes(8))
+    assert "train.bin: binary; token shards of other trainers (nanoGPT, llm.c, Megatron)" in refused(tmp_path / "train.bin")
 
 
 def test_the_fingerprint_follows_the_files(tmp_path: Path) -> None:
