@@ -66,6 +66,8 @@ class Budget:
     """Elements per token of a block's activations that are kept again where matmuls take 16 bits: every projection casts its own input."""
     ends: tuple[float, float] = (0.0, 0.0)
     """Elements per token kept outside the blocks: in float32, and in the dtype of matmuls."""
+    stream_bytes: float = MASTER_BYTES
+    """Bytes per element of the residual stream and of norms: float32 under autocast."""
     compute_bytes: float = 4
     cast_weights: int = 0
     """Bytes of the 16-bit copies of weights if all are kept for the backward."""
@@ -93,14 +95,14 @@ class Budget:
         """Activations kept inside one block."""
         copies = self.copies if self.compute_bytes < MASTER_BYTES else 0
         narrow = self.compute + copies + self.scores * self.sequence_length
-        return (self.full * MASTER_BYTES + narrow * self.compute_bytes) * self.tokens
+        return (self.full * self.stream_bytes + narrow * self.compute_bytes) * self.tokens
 
     @property
     def kept(self) -> int:
         """Activations kept by all blocks until their backward."""
-        inputs = self.depth * self.tokens * self.width * MASTER_BYTES if self.inner < 1 else 0
+        inputs = self.depth * self.tokens * self.width * self.stream_bytes if self.inner < 1 else 0
         inside = self.depth * self.inner * self.block_bytes + inputs
-        outside = self.tokens * (self.ends[0] * MASTER_BYTES + self.ends[1] * self.compute_bytes)
+        outside = self.tokens * (self.ends[0] * self.stream_bytes + self.ends[1] * self.compute_bytes)
         return int((inside + outside) * (1 - self.moved))
 
     @property
