@@ -23,6 +23,8 @@ from gptoughts.planning import memory_fit
 from gptoughts.planning import memory_model as memory
 from gptoughts.planning.layer import Case
 from gptoughts.planning.memory_model import Verdict, baseline, verdict
+from gptoughts.planning.profile import pick
+from gptoughts.planning.resolve import resolve
 from tests.models.hf.hf_configs import write_config
 from tests.support import engines
 from tests.support.engines import engine_of, plan_of, recipe_of, watched
@@ -160,6 +162,41 @@ def test_the_changes_make_it_fit_and_none_of_them_is_spare() -> None:
         assert less.memory is not None and less.memory.verdict is not Verdict.FITS, left_out
 
 
+def ladder(machine: str, adapter: dict[str, Any] | None = None, **asked: str) -> tuple[memory_fit.MemoryCheck, str]:
+    """The memory check of an 8 B Llama on another machine, and its last line."""
+    where = str(Path(__file__).parents[1] / "machines" / f"{machine}.json")
+    sizes = {"width": 4096, "depth": 32, "heads": 32, "kv_heads": 8, "hidden": 14336, "vocab_size": 128256}
+    values = {"sequence_length": 2048, "tokenizer": "bytes"}
+    recipe = recipe_of("modern", model={"family": "gpt", **sizes}, data=values, train={"steps": 1, "global_batch": 32})
+    if adapter is not None:
+        recipe = recipe.model_copy(update={"adapter": recipe.adapter.model_copy(update=adapter)})
+    here = read(Path(where))
+    plan = resolve(pick("auto", here), here, spec_for(recipe), recipe, World(), CATALOG, flags=asked)
+    assert plan.memory is not None
+    return plan.memory, list(plan.memory.lines())[-1]
+
+
+def test_what_is_chosen_by_a_flag_is_not_proposed_again() -> None:
+    found, line = ladder("h100", recompute="recompute-blocks", loss="fused-ce")
+    assert found.verdict is Verdict.DOES_NOT and found.changes
+    assert "recompute-blocks" not in line and "fused-ce" not in line and "state-on-cpu" in line
+
+
+def test_the_fewest_changes_are_proposed() -> None:
+    """One change where one suffices: state on the host, and no smaller micro-batch with it."""
+    found, _ = ladder("h100", microbatch="fixed", **{"microbatch.sequences": "1"})
+    assert found.changes == ("--layer.optimizer-offload state-on-cpu",)
+
+
+def test_more_gpus_are_named_with_their_number_only_where_shards_fit() -> None:
+    """float32 weights are sharded; four-bit ones are not, so no number of ranks shrinks them."""
+    few = {"microbatch": "fixed", "microbatch.sequences": "1"}
+    _, line = ladder("t4", **few)
+    assert line.endswith("GPUs with --layer.parallel fsdp2") and "more GPUs" not in line
+    found, line = ladder("t4", {"kind": "lora", "base": "nf4"}, **few)
+    assert found.verdict is not Verdict.FITS and "GPUs" not in line
+
+
 def test_where_nothing_helps_that_is_said() -> None:
     machine = read(Path(__file__).parents[1] / "machines" / "t4.json")
     recipe = config.load("gpt2-xl").recipe.model_copy(update={"name": "huge"})
@@ -194,3 +231,12 @@ def test_the_committed_measurements_are_of_five_models_and_near() -> None:
     assert len({run["model"] for run in runs}) >= 5
     assert all(run["error"] == pytest.approx(run["predicted_bytes"] / run["measured_bytes"] - 1, abs=1e-3) for run in runs)
     assert memory.FITS_SHARE < memory.TIGHT_SHARE < 1
+
+
+def test_the_committed_measurements_of_fine_tuning_are_within_five_per_cent() -> None:
+    path = Path(__file__).parents[2] / "docs" / "measurements" / "cpu" / "memory-finetune.json"
+    runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
+    assert {"full", "full, 8bit", "full, in-backward", "LoRA", "LoRA, recompute", "nf4", "nf4, recompute"} <= {
+        run["method"] for run in runs
+    }
+    assert all(abs(run["predicted_bytes"] / run["measured_bytes"] - 1) <= 0.05 for run in runs)
