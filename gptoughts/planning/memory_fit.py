@@ -164,7 +164,7 @@ def _otherwise(case: Case, choices: Choices, catalog: Mapping[str, Layer], memor
 
 
 def _more_ranks(case: Case, choices: Choices, catalog: Mapping[str, Layer], memory_bytes: int | None) -> Iterator[str]:
-    """Yield the fewest GPUs that fit, with the first strategy that shrinks a rank enough; none if no strategy does."""
+    """Yield the fewest GPUs that fit, with the first strategy that shards so that a rank shrinks enough; none if no strategy does."""
     counts = (case.world.world_size * 2**power for power in range(1, 11)) if case.on_gpu else ()
     for ranks in counts:
         if case.recipe.train.global_batch % ranks:
@@ -172,12 +172,15 @@ def _more_ranks(case: Case, choices: Choices, catalog: Mapping[str, Layer], memo
         world = replace(case.world, world_size=ranks, local_world_size=min(ranks, len(case.machine.gpus)))
         before = {slot: choice for slot, choice in choices.items() if SLOTS.index(slot) < SLOTS.index("parallel")}
         here = replace(case, world=world, chosen=before)
+        replica = expected(here, choices, catalog)
         for layer in catalog.values():
             if layer.slot != "parallel" or layer.baseline:
                 continue
             options = layer.read_options({}, "memory")
             budget = expected(here, {**choices, "parallel": Choice("parallel", layer.name, options, "memory")}, catalog)
-            fits = budget is not None and verdict(budget.peak, memory_bytes) is Verdict.FITS
+            if budget is None or replica is None or budget.peak >= replica.peak:
+                continue
+            fits = verdict(budget.peak, memory_bytes) is Verdict.FITS
             if fits and not any(reason.kind is Kind.UNSUPPORTED for reason in layer.rejections(here, options)):
                 yield f"{ranks} GPUs with --layer.parallel {layer.name}"
                 return

@@ -162,12 +162,14 @@ def test_the_changes_make_it_fit_and_none_of_them_is_spare() -> None:
         assert less.memory is not None and less.memory.verdict is not Verdict.FITS, left_out
 
 
-def ladder(machine: str, adapter: dict[str, Any] | None = None, **asked: str) -> tuple[memory_fit.MemoryCheck, str]:
-    """The memory check of an 8 B Llama on another machine, and its last line."""
+def ladder(
+    machine: str, depth: int = 32, adapter: dict[str, str] | None = None, **asked: str
+) -> tuple[memory_fit.MemoryCheck, str]:
+    """The memory check of a model of an 8 B Llama's width on another machine, and its last line."""
     where = str(Path(__file__).parents[1] / "machines" / f"{machine}.json")
-    sizes = {"width": 4096, "depth": 32, "heads": 32, "kv_heads": 8, "hidden": 14336, "vocab_size": 128256}
-    values = {"sequence_length": 2048, "tokenizer": "bytes"}
-    recipe = recipe_of("modern", model={"family": "gpt", **sizes}, data=values, train={"steps": 1, "global_batch": 32})
+    sizes = {"width": 4096, "depth": depth, "heads": 32, "kv_heads": 8, "hidden": 14336, "vocab_size": 128256}
+    data: dict[str, Any] = {"sequence_length": 2048, "tokenizer": "bytes"}
+    recipe = recipe_of("modern", model={"family": "gpt", **sizes}, data=data, train={"steps": 1, "global_batch": 32})
     if adapter is not None:
         recipe = recipe.model_copy(update={"adapter": recipe.adapter.model_copy(update=adapter)})
     here = read(Path(where))
@@ -193,8 +195,8 @@ def test_more_gpus_are_named_with_their_number_only_where_shards_fit() -> None:
     few = {"microbatch": "fixed", "microbatch.sequences": "1"}
     _, line = ladder("t4", **few)
     assert line.endswith("GPUs with --layer.parallel fsdp2") and "more GPUs" not in line
-    found, line = ladder("t4", {"kind": "lora", "base": "nf4"}, **few)
-    assert found.verdict is not Verdict.FITS and "GPUs" not in line
+    found, line = ladder("t4", 160, {"kind": "lora", "base": "nf4"}, **few)
+    assert found.verdict is Verdict.DOES_NOT and "a smaller model" in line and "GPUs" not in line
 
 
 def test_where_nothing_helps_that_is_said() -> None:
