@@ -82,7 +82,7 @@ class Budget:
     """Share of the activations offloaded until the backward."""
     logits_tokens: int | None = None
     """Tokens whose logits exist at the same time; None for all tokens of a forward."""
-    logit_bytes: int = 12
+    logit_bytes: float = 12
     accumulates: bool = False
     """Whether gradients of an earlier micro-batch exist during a forward."""
     largest: int = 0
@@ -114,7 +114,7 @@ class Budget:
     def logits(self) -> int:
         """Logarithms of probabilities and two gradients of them, in float32. 16-bit logits are freed before."""
         tokens = self.tokens if self.logits_tokens is None else min(self.logits_tokens, self.tokens)
-        return tokens * self.vocab_size * self.logit_bytes
+        return int(tokens * self.vocab_size * self.logit_bytes)
 
     def per_forward(self, sequences: int, share: int) -> Budget:
         """Return the budget with `sequences` of a rank's `share` per forward, and gradient accumulation over the others."""

@@ -16,6 +16,7 @@ from gptoughts import api
 from gptoughts.config import loader as config
 from gptoughts.config.loader import Recipe
 from gptoughts.config.model_spec import spec_for
+from gptoughts.errors import ConfigError
 from gptoughts.hardware.machine import probe, read
 from gptoughts.hardware.world import World
 from gptoughts.layers import CATALOG
@@ -163,7 +164,7 @@ def test_the_changes_make_it_fit_and_none_of_them_is_spare() -> None:
 
 
 def ladder(
-    machine: str, depth: int = 32, adapter: dict[str, str] | None = None, **asked: str
+    machine: str, asked: dict[str, str], depth: int = 32, adapter: dict[str, str] | None = None
 ) -> tuple[memory_fit.MemoryCheck, str]:
     """The memory check of a model of an 8 B Llama's width on another machine, and its last line."""
     where = str(Path(__file__).parents[1] / "machines" / f"{machine}.json")
@@ -179,24 +180,34 @@ def ladder(
 
 
 def test_what_is_chosen_by_a_flag_is_not_proposed_again() -> None:
-    found, line = ladder("h100", recompute="recompute-blocks", loss="fused-ce")
+    found, line = ladder("h100", {"recompute": "recompute-blocks", "loss": "fused-ce"})
     assert found.verdict is Verdict.DOES_NOT and found.changes
     assert "recompute-blocks" not in line and "fused-ce" not in line and "state-on-cpu" in line
 
 
 def test_the_fewest_changes_are_proposed() -> None:
     """One change where one suffices: state on the host, and no smaller micro-batch with it."""
-    found, _ = ladder("h100", microbatch="fixed", **{"microbatch.sequences": "1"})
+    found, _ = ladder("h100", {"microbatch": "fixed", "microbatch.sequences": "1"})
     assert found.changes == ("--layer.optimizer-offload state-on-cpu",)
 
 
 def test_more_gpus_are_named_with_their_number_only_where_shards_fit() -> None:
     """float32 weights are sharded; four-bit ones are not, so no number of ranks shrinks them."""
     few = {"microbatch": "fixed", "microbatch.sequences": "1"}
-    _, line = ladder("t4", **few)
+    _, line = ladder("t4", few)
     assert line.endswith("GPUs with --layer.parallel fsdp2") and "more GPUs" not in line
-    found, line = ladder("t4", 160, {"kind": "lora", "base": "nf4"}, **few)
+    found, line = ladder("t4", few, 160, {"kind": "lora", "base": "nf4"})
     assert found.verdict is Verdict.DOES_NOT and "a smaller model" in line and "GPUs" not in line
+
+
+def test_a_plan_needs_only_config_json(tmp_path: Path) -> None:
+    """Of a folder without weights and tokenizer; training names the tokenizer that is missing."""
+    where = str(Path(__file__).parents[1] / "machines" / "rtx4090.json")
+    folder = write_config(tmp_path / "llama", "llama", torch_dtype="bfloat16")
+    plan = api.plan("llama-lora", fields={"model.path": str(folder), "data.sequence_length": 32}, machine=where)
+    assert plan.memory is not None and plan.memory.verdict is Verdict.FITS
+    with pytest.raises(ConfigError, match="no tokenizer.json"):
+        api.decide("llama-lora", fields={"model.path": str(folder), "data.sequence_length": 32})
 
 
 def test_where_nothing_helps_that_is_said() -> None:
