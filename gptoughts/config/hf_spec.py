@@ -27,7 +27,8 @@ from gptoughts.errors import ConfigError, nearest
 from gptoughts.files import load_json
 
 __all__ = [
-    "check_length", "documents", "fields_of", "has_tokenizer", "resolve_model_folder", "max_positions", "read_config", "rows", "tokenizer_folder",
+    "check_length", "documents", "fields_of", "has_tokenizer", "resolve_model_folder", "max_positions", "read_config", "rows",
+    "tokenizer_folder",
 ]  # fmt: skip
 
 SHIPPED = Path(__file__).parents[1] / "recipes" / "configs"

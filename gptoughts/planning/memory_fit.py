@@ -24,7 +24,7 @@ SOURCE = "docs/measurements/cpu/memory.json"
 
 @dataclass(frozen=True)
 class MemoryCheck:
-    """Expected memory of one rank. `changes` are flags that together make it fit; None if no known layers do."""
+    """Expected memory of one rank. `changes` are flags that together reach the verdict `reached`; None if no known layers do."""
 
     budget: Budget | None
     memory_bytes: int | None
@@ -36,6 +36,8 @@ class MemoryCheck:
     """With several ranks: (layer, peak bytes of a rank) of the other layers of the parallel slot."""
     otherwise: tuple[str, ...] = ()
     """What shrinks a step where no known layers suffice, as flags or words."""
+    reached: Verdict = Verdict.FITS
+    """`fits`, or `tight` where no known layers leave the whole reserve."""
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data; empty if the model's sizes are unknown."""
@@ -60,7 +62,8 @@ class MemoryCheck:
         if self.verdict in (Verdict.DOES_NOT, Verdict.TIGHT):
             lacking = "layers suffice" if self.verdict is Verdict.DOES_NOT else "layers give more room"
             other = f"no known {lacking}; try {', '.join(self.otherwise)}"
-            yield f"  to fit: {other if self.changes is None else ' '.join(self.changes)}"
+            how = "to fit tightly" if self.changes and self.reached is Verdict.TIGHT else "to fit"
+            yield f"  {how}: {other if self.changes is None else ' '.join(self.changes)}"
 
 
 def memory_of_rank(case: Case) -> int | None:
@@ -136,6 +139,17 @@ def expected(case: Case, choices: Choices, catalog: Mapping[str, Layer]) -> Budg
     return budget
 
 
+@dataclass(frozen=True)
+class _Room:
+    """Memory of a rank, and the verdicts that are good enough."""
+
+    memory_bytes: int | None
+    enough: tuple[Verdict, ...]
+
+    def holds(self, budget: Budget | None) -> bool:
+        return budget is not None and verdict(budget.peak, self.memory_bytes) in self.enough
+
+
 def fit(case: Case, choices: Choices, catalog: Mapping[str, Layer], compatible: Callable[[Choices], bool]) -> MemoryCheck:
     """Check the memory of a plan. `compatible` returns whether other choices are compatible with each other."""
     budget, free = expected(case, choices, catalog), free_of_rank(case)
@@ -143,11 +157,16 @@ def fit(case: Case, choices: Choices, catalog: Mapping[str, Layer], compatible: 
     if budget is None:
         return MemoryCheck(None, available, Verdict.UNKNOWN)
     found = verdict(budget.peak, available)
-    changes = _changes(case, choices, catalog, compatible, available) if found in (Verdict.DOES_NOT, Verdict.TIGHT) else ()
+    changes: tuple[str, ...] | None = ()
+    reached = Verdict.FITS
+    if found in (Verdict.DOES_NOT, Verdict.TIGHT):
+        changes = _changes(case, choices, catalog, compatible, _Room(available, (Verdict.FITS,)))
+        if changes is None and found is Verdict.DOES_NOT:
+            reached = Verdict.TIGHT
+            changes = _changes(case, choices, catalog, compatible, _Room(available, (Verdict.FITS, Verdict.TIGHT)))
     strategies = tuple(_strategies(case, choices, catalog, compatible))
-    return MemoryCheck(
-        budget, available, found, changes, free is not None, strategies, tuple(_otherwise(case, choices, catalog, available))
-    )
+    otherwise = tuple(_otherwise(case, choices, catalog, available))
+    return MemoryCheck(budget, available, found, changes, free is not None, strategies, otherwise, reached)
 
 
 def _otherwise(case: Case, choices: Choices, catalog: Mapping[str, Layer], memory_bytes: int | None) -> Iterator[str]:
@@ -204,7 +223,7 @@ def _strategies(
 
 
 def _changes(
-    case: Case, choices: Choices, catalog: Mapping[str, Layer], compatible: Callable[[Choices], bool], memory_bytes: int | None
+    case: Case, choices: Choices, catalog: Mapping[str, Layer], compatible: Callable[[Choices], bool], room: _Room
 ) -> tuple[str, ...] | None:
     """Return the flags of the fewest changes that make it fit, the cheapest of as many first; None if all together do not."""
 
@@ -212,8 +231,7 @@ def _changes(
         return {**choices, **{choice.slot: choice for choice, _ in steps}}
 
     def fits(steps: Steps) -> bool:
-        budget = expected(case, changed(steps), catalog)
-        return budget is not None and verdict(budget.peak, memory_bytes) is Verdict.FITS
+        return room.holds(expected(case, changed(steps), catalog))
 
     def possible(steps: Steps) -> bool:
         micro_batch = next((choice.options for choice, _ in steps if choice.slot == "microbatch"), case.micro_batch)

@@ -164,17 +164,17 @@ def test_the_changes_make_it_fit_and_none_of_them_is_spare() -> None:
 
 
 def ladder(
-    machine: str, asked: dict[str, str], depth: int = 32, adapter: dict[str, str] | None = None
+    machine: str, asked: dict[str, str], depth: int = 32, adapter: dict[str, str] | None = None, stored_bytes: int | None = None
 ) -> tuple[memory_fit.MemoryCheck, str]:
     """The memory check of a model of an 8 B Llama's width on another machine, and its last line."""
-    where = str(Path(__file__).parents[1] / "machines" / f"{machine}.json")
     sizes = {"width": 4096, "depth": depth, "heads": 32, "kv_heads": 8, "hidden": 14336, "vocab_size": 128256}
     data: dict[str, Any] = {"sequence_length": 2048, "tokenizer": "bytes"}
     recipe = recipe_of("modern", model={"family": "gpt", **sizes}, data=data, train={"steps": 1, "global_batch": 32})
     if adapter is not None:
         recipe = recipe.model_copy(update={"adapter": recipe.adapter.model_copy(update=adapter)})
-    here = read(Path(where))
-    plan = resolve(pick("auto", here), here, spec_for(recipe), recipe, World(), CATALOG, flags=asked)
+    here, spec = read(Path(__file__).parents[1] / "machines" / f"{machine}.json"), spec_for(recipe)
+    spec = replace(spec, stored_bytes=stored_bytes)
+    plan = resolve(pick("auto", here), here, spec, recipe, World(), CATALOG, flags=asked)
     assert plan.memory is not None
     return plan.memory, list(plan.memory.lines())[-1]
 
@@ -189,6 +189,13 @@ def test_the_fewest_changes_are_proposed() -> None:
     """One change where one suffices: state on the host, and no smaller micro-batch with it."""
     found, _ = ladder("h100", {"microbatch": "fixed", "microbatch.sequences": "1"})
     assert found.changes == ("--layer.optimizer-offload state-on-cpu",)
+
+
+def test_a_tight_plan_is_proposed_where_none_fits_with_the_reserve() -> None:
+    """A 16-bit base on 24 GiB: one sequence per forward takes more than 85 % and less than 95 %."""
+    found, line = ladder("rtx4090", {}, 38, {"kind": "lora"}, stored_bytes=2)
+    assert found.verdict is Verdict.DOES_NOT and found.changes is not None and found.reached is Verdict.TIGHT
+    assert line.startswith("  to fit tightly: --layer.")
 
 
 def test_more_gpus_are_named_with_their_number_only_where_shards_fit() -> None:
@@ -206,7 +213,7 @@ def test_a_plan_needs_only_config_json(tmp_path: Path) -> None:
     folder = write_config(tmp_path / "llama", "llama", torch_dtype="bfloat16")
     plan = api.plan("llama-lora", fields={"model.path": str(folder), "data.sequence_length": 32}, machine=where)
     assert plan.memory is not None and plan.memory.verdict is Verdict.FITS
-    with pytest.raises(ConfigError, match="no tokenizer.json"):
+    with pytest.raises(ConfigError, match=r"no tokenizer\.json"):
         api.decide("llama-lora", fields={"model.path": str(folder), "data.sequence_length": 32})
 
 
