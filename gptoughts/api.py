@@ -65,9 +65,8 @@ def decide(
 
     fields   dotted keys of the recipe
     layers   slots and their options, as on the command line
-    machine  a machine file, or a Machine; this machine is probed if not given
-    ranks    number of ranks to plan for, one per GPU
-    gpus     number of GPUs to use on each machine
+    machine  a machine file or a Machine; default: probe this one
+    ranks, gpus  number of ranks to plan for, one per GPU, and of GPUs on each machine
     every_gpu  use all GPUs of the machine where no launcher started ranks and neither `ranks` nor `gpus` is given
     only_planned  nothing is trained: of `model.path` only config.json is needed
 
