@@ -59,15 +59,16 @@ def decide(
     ranks: int | None = None,
     gpus: int | None = None,
     every_gpu: bool = False,
+    only_planned: bool = False,
 ) -> ResolvedRun:
     """Resolve recipe, machine and profile to a plan, without loading torch.
 
     fields   dotted keys of the recipe
     layers   slots and their options, as on the command line
-    machine  a machine file, or a Machine; this machine is probed if not given
-    ranks    number of ranks to plan for, one per GPU
-    gpus     number of GPUs to use on each machine
+    machine  a machine file or a Machine; default: probe this one
+    ranks, gpus  number of ranks to plan for, one per GPU, and of GPUs on each machine
     every_gpu  use all GPUs of the machine where no launcher started ranks and neither `ranks` nor `gpus` is given
+    only_planned  nothing is trained: of `model.path` only config.json is needed
 
     Raises ConfigError with all problems at once, or PlanError.
     """
@@ -82,7 +83,7 @@ def decide(
         world = world or _world(ranks, gpus, here, every_gpu)
     with mistakes.collect():
         resolved = _recipe(recipe, fields, here)
-        resolved = None if resolved is None else resolve_recipe(resolved)
+        resolved = None if resolved is None else resolve_recipe(resolved, only_planned)
     with mistakes.collect():
         check_sinks(resolved.recipe.track.names if resolved else ())
     with mistakes.collect():
@@ -162,7 +163,7 @@ def plan(
     plugins: Sequence[str] = (),
 ) -> Plan:
     """Return the plan that `train` would use. `print(plan(...).table())` shows it."""
-    return decide(recipe, profile, fields, layers, plugins, machine).plan
+    return decide(recipe, profile, fields, layers, plugins, machine, only_planned=True).plan
 
 
 def train(

@@ -21,7 +21,9 @@ def plan(
     as_json: bool,
 ) -> int:
     """Print the plan as a table or as JSON."""
-    setting = decide(recipe, profile, fields, layers, plugin, machine, ranks=ranks, gpus=gpus, every_gpu=True)
+    setting = decide(
+        recipe, profile, fields, layers, plugin, machine, ranks=ranks, gpus=gpus, every_gpu=True, only_planned=True
+    )
     if as_json:
         print_result(json.dumps({"recipe": setting.resolved.recipe.name, **setting.plan.to_json()}, indent=1), raw=True)
         return 0

@@ -27,7 +27,8 @@ from gptoughts.errors import ConfigError, nearest
 from gptoughts.files import load_json
 
 __all__ = [
-    "check_length", "documents", "fields_of", "resolve_model_folder", "max_positions", "read_config", "rows", "tokenizer_folder",
+    "check_length", "documents", "fields_of", "has_tokenizer", "resolve_model_folder", "max_positions", "read_config", "rows",
+    "tokenizer_folder",
 ]  # fmt: skip
 
 SHIPPED = Path(__file__).parents[1] / "recipes" / "configs"
@@ -82,11 +83,17 @@ def _check_types(config: Config, what: str) -> None:
         raise ConfigError(f"{what}: architectures must be a list", found=repr(config["architectures"])[:100])
 
 
+def has_tokenizer(model: ModelConfig) -> bool:
+    """Return whether `model.path` has a tokenizer.json."""
+    assert model.path is not None
+    return (resolve_model_folder(model.path) / "tokenizer.json").is_file()
+
+
 def tokenizer_folder(model: ModelConfig) -> Path:
     """Return the folder with the tokenizer.json of `model.path`. Raises ConfigError if there is none."""
     assert model.path is not None
     folder = resolve_model_folder(model.path)
-    if not (folder / "tokenizer.json").is_file():
+    if not has_tokenizer(model):
         raise ConfigError(
             f"model.path {shown(folder)}: no tokenizer.json",
             fix=f'python -c "import transformers as t; t.AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"',

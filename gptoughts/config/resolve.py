@@ -18,8 +18,9 @@ SIZES = (
 """Keys of [model] with the sizes of a native model; those of a Hugging Face model are in its config.json."""
 
 
-def resolve_recipe(resolved: Resolved) -> Resolved:
-    """Return `resolved` with family, sizes and tokenizer of `model.path` or `model.config`, unless given.
+def resolve_recipe(resolved: Resolved, only_planned: bool = False) -> Resolved:
+    """Return `resolved` with family, sizes and tokenizer of `model.path` or `model.config`, unless given. A recipe that is only planned
+    needs no tokenizer.
 
     Raises ConfigError if keys contradict the model or each other.
     """
@@ -44,7 +45,11 @@ def resolve_recipe(resolved: Resolved) -> Resolved:
         _check_sizes(recipe.model, named)
         _check_experts(recipe, config, named)
     _check_direction(recipe, native, named)
-    if recipe.model.path and not resolved.given("data.tokenizer"):
+    if (
+        recipe.model.path
+        and not resolved.given("data.tokenizer")
+        and not (only_planned and not hf_spec.has_tokenizer(recipe.model))
+    ):
         changes["data.tokenizer"] = str(hf_spec.tokenizer_folder(recipe.model))
     hf_spec.check_length(config, recipe.data.sequence_length, named)
     return _with(resolved, changes, named)

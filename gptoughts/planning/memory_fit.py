@@ -24,7 +24,7 @@ SOURCE = "docs/measurements/cpu/memory.json"
 
 @dataclass(frozen=True)
 class MemoryCheck:
-    """Expected memory of one rank. `changes` are flags that together make it fit; None if no known layers do."""
+    """Expected memory of one rank. `changes` are flags that together reach the verdict `reached`; None if no known layers do."""
 
     budget: Budget | None
     memory_bytes: int | None
@@ -36,6 +36,8 @@ class MemoryCheck:
     """With several ranks: (layer, peak bytes of a rank) of the other layers of the parallel slot."""
     otherwise: tuple[str, ...] = ()
     """What shrinks a step where no known layers suffice, as flags or words."""
+    reached: Verdict = Verdict.FITS
+    """`fits`, or `tight` where no known layers leave the whole reserve."""
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data; empty if the model's sizes are unknown."""
@@ -60,7 +62,8 @@ class MemoryCheck:
         if self.verdict in (Verdict.DOES_NOT, Verdict.TIGHT):
             lacking = "layers suffice" if self.verdict is Verdict.DOES_NOT else "layers give more room"
             other = f"no known {lacking}; try {', '.join(self.otherwise)}"
-            yield f"  to fit: {other if self.changes is None else ' '.join(self.changes)}"
+            how = "to fit tightly" if self.changes and self.reached is Verdict.TIGHT else "to fit"
+            yield f"  {how}: {other if self.changes is None else ' '.join(self.changes)}"
 
 
 def memory_of_rank(case: Case) -> int | None:
@@ -136,6 +139,17 @@ def expected(case: Case, choices: Choices, catalog: Mapping[str, Layer]) -> Budg
     return budget
 
 
+@dataclass(frozen=True)
+class _Room:
+    """Memory of a rank, and the verdicts that are good enough."""
+
+    memory_bytes: int | None
+    enough: tuple[Verdict, ...]
+
+    def holds(self, budget: Budget | None) -> bool:
+        return budget is not None and verdict(budget.peak, self.memory_bytes) in self.enough
+
+
 def fit(case: Case, choices: Choices, catalog: Mapping[str, Layer], compatible: Callable[[Choices], bool]) -> MemoryCheck:
     """Check the memory of a plan. `compatible` returns whether other choices are compatible with each other."""
     budget, free = expected(case, choices, catalog), free_of_rank(case)
@@ -143,22 +157,52 @@ def fit(case: Case, choices: Choices, catalog: Mapping[str, Layer], compatible: 
     if budget is None:
         return MemoryCheck(None, available, Verdict.UNKNOWN)
     found = verdict(budget.peak, available)
-    changes = _changes(case, choices, catalog, compatible, available) if found in (Verdict.DOES_NOT, Verdict.TIGHT) else ()
+    changes: tuple[str, ...] | None = ()
+    reached = Verdict.FITS
+    if found in (Verdict.DOES_NOT, Verdict.TIGHT):
+        changes = _changes(case, choices, catalog, compatible, _Room(available, (Verdict.FITS,)))
+        if changes is None and found is Verdict.DOES_NOT:
+            reached = Verdict.TIGHT
+            changes = _changes(case, choices, catalog, compatible, _Room(available, (Verdict.FITS, Verdict.TIGHT)))
     strategies = tuple(_strategies(case, choices, catalog, compatible))
-    return MemoryCheck(budget, available, found, changes, free is not None, strategies, tuple(_otherwise(case, budget)))
+    otherwise = tuple(_otherwise(case, choices, catalog, available))
+    return MemoryCheck(budget, available, found, changes, free is not None, strategies, otherwise, reached)
 
 
-def _otherwise(case: Case, budget: Budget) -> Iterator[str]:
+def _otherwise(case: Case, choices: Choices, catalog: Mapping[str, Layer], memory_bytes: int | None) -> Iterator[str]:
     """Yield what shrinks a step beyond layers, without what the recipe has already."""
-    adapter = case.recipe.adapter
+    adapter, length = case.recipe.adapter, case.recipe.data.sequence_length
     if adapter.kind == "none" and case.recipe.model.path and task_of(case.recipe).samples:
         yield "--adapter.kind lora"
     elif adapter.kind != "none" and adapter.base != "nf4":
         yield "--adapter.base nf4"
-    if budget.sequence_length > SHORT:
-        yield f"--data.sequence-length {budget.sequence_length // 2}"
+    if length > SHORT:
+        yield f"--data.sequence-length {length // 2}"
     yield "a smaller model"
-    yield "more GPUs with --layer.parallel fsdp2"
+    yield from _more_ranks(case, choices, catalog, memory_bytes)
+
+
+def _more_ranks(case: Case, choices: Choices, catalog: Mapping[str, Layer], memory_bytes: int | None) -> Iterator[str]:
+    """Yield the fewest GPUs that fit, with the first strategy that shards so that a rank shrinks enough; none if no strategy does."""
+    counts = (case.world.world_size * 2**power for power in range(1, 11)) if case.on_gpu else ()
+    for ranks in counts:
+        if case.recipe.train.global_batch % ranks:
+            return
+        world = replace(case.world, world_size=ranks, local_world_size=min(ranks, len(case.machine.gpus)))
+        before = {slot: choice for slot, choice in choices.items() if SLOTS.index(slot) < SLOTS.index("parallel")}
+        here = replace(case, world=world, chosen=before)
+        replica = expected(here, choices, catalog)
+        for layer in catalog.values():
+            if layer.slot != "parallel" or layer.baseline:
+                continue
+            options = layer.read_options({}, "memory")
+            budget = expected(here, {**choices, "parallel": Choice("parallel", layer.name, options, "memory")}, catalog)
+            if budget is None or replica is None or budget.peak >= replica.peak:
+                continue
+            fits = verdict(budget.peak, memory_bytes) is Verdict.FITS
+            if fits and not any(reason.kind is Kind.UNSUPPORTED for reason in layer.rejections(here, options)):
+                yield f"{ranks} GPUs with --layer.parallel {layer.name}"
+                return
 
 
 def _strategies(
@@ -179,58 +223,47 @@ def _strategies(
 
 
 def _changes(
-    case: Case, choices: Choices, catalog: Mapping[str, Layer], compatible: Callable[[Choices], bool], memory_bytes: int | None
+    case: Case, choices: Choices, catalog: Mapping[str, Layer], compatible: Callable[[Choices], bool], room: _Room
 ) -> tuple[str, ...] | None:
-    """Return one step of the ladder that makes it fit, else two, else its first steps without those that are not needed; None if all
-    together do not.
-    """
+    """Return the flags of the fewest changes that make it fit, the cheapest of as many first; None if all together do not."""
 
     def changed(steps: Steps) -> Choices:
         return {**choices, **{choice.slot: choice for choice, _ in steps}}
 
     def fits(steps: Steps) -> bool:
-        budget = expected(case, changed(steps), catalog)
-        return budget is not None and verdict(budget.peak, memory_bytes) is Verdict.FITS
+        return room.holds(expected(case, changed(steps), catalog))
 
-    def flags(steps: Steps) -> tuple[str, ...]:
-        return (*_kept_layers(choices, steps, catalog, fits), *(flag for _, flag in steps))
+    def possible(steps: Steps) -> bool:
+        micro_batch = next((choice.options for choice, _ in steps if choice.slot == "microbatch"), case.micro_batch)
+        here = replace(case, chosen=dict(choices), micro_batch=micro_batch)
+        reasons = (reason for choice, _ in steps for reason in catalog[choice.layer].rejections(here, choice.options))
+        return compatible(changed(steps)) and not any(reason.kind is Kind.UNSUPPORTED for reason in reasons)
 
-    known = list(_ladder(case, choices, catalog, []))
-    for size in (1, 2):
+    known = list(_ladder(choices, catalog, case))
+    for size in range(1, len({choice.slot for choice, _ in known}) + 1):
         for several in map(list, combinations(known, size)):
             apart = len({choice.slot for choice, _ in several}) == size
-            if apart and fits(several) and compatible(changed(several)):
-                return flags(several)
-    steps: Steps = []
-    for choice, flag in _ladder(case, choices, catalog, steps):
-        more = [*(step for step in steps if step[0].slot != choice.slot), (choice, flag)]
-        if not compatible(changed(more)):
-            continue
-        steps[:] = more
-        if fits(steps):
-            for step in list(steps[:-1]):
-                rest = [other for other in steps if other is not step]
-                steps = rest if fits(rest) else steps
-            return flags(steps)
+            if apart and fits(several) and possible(several):
+                return (*_kept_layers(case, changed(several), several, catalog, fits), *(flag for _, flag in several))
     return None
 
 
-def _kept_layers(choices: Choices, steps: Steps, catalog: Mapping[str, Layer], fits: Callable[[Steps], bool]) -> Iterator[str]:
-    """Yield flags that keep the plan's memory-saving layers where it would not fit without them: with a smaller micro-batch the profile
-    might drop them.
-    """
-    changed = {choice.slot for choice, _ in steps}
-    dropped: Steps = []
-    for slot in dict.fromkeys(layer.slot for layer in ranked(catalog)) if "microbatch" in changed else ():
-        name = choices[slot].layer
-        if slot in changed or catalog[name].memory_rank is None:
+def _kept_layers(
+    case: Case, choices: Choices, steps: Steps, catalog: Mapping[str, Layer], fits: Callable[[Steps], bool]
+) -> Iterator[str]:
+    """Yield flags that keep the profile's memory-saving layers which it would drop for a smaller micro-batch, if the step needs them."""
+    smaller = [choice.options for choice, _ in steps if choice.slot == "microbatch"]
+    for slot in dict.fromkeys(layer.slot for layer in ranked(catalog)) if smaller else ():
+        layer, asked = catalog[choices[slot].layer], choices[slot].origin.startswith("--")
+        if slot in {choice.slot for choice, _ in steps} or layer.memory_rank is None or asked:
             continue
-        plain = next(layer for layer in catalog.values() if layer.slot == slot and layer.baseline)
+        before = {name: choice for name, choice in choices.items() if SLOTS.index(name) < SLOTS.index(slot)}
+        counted = {**before, **{name: choices[name] for name in ("parallel", "microbatch")}}
+        here = replace(case, chosen=before, micro_batch=smaller[0], budget=expected(case, counted, catalog))
+        plain = next(other for other in catalog.values() if other.slot == slot and other.baseline)
         without = (Choice(slot, plain.name, plain.read_options({}, "memory"), "memory"), "")
-        if fits([*steps, *dropped, without]):
-            dropped.append(without)
-        else:
-            yield f"--layer.{slot.replace('_', '-')} {name}"
+        if layer.rejections(here, choices[slot].options) and not fits([*steps, without]):
+            yield f"--layer.{slot.replace('_', '-')} {layer.name}"
 
 
 def ranked(catalog: Mapping[str, Layer]) -> list[Layer]:
@@ -243,19 +276,14 @@ def ranked(catalog: Mapping[str, Layer]) -> list[Layer]:
     return sorted(layers, key=lambda layer: layer.memory_rank or 0)
 
 
-def _ladder(case: Case, choices: Choices, catalog: Mapping[str, Layer], taken: Steps) -> Iterator[tuple[Choice, str]]:
-    """Yield the changes one at a time; each is checked with the micro-batch already `taken`."""
+def _ladder(choices: Choices, catalog: Mapping[str, Layer], case: Case) -> Iterator[tuple[Choice, str]]:
+    """Yield the changes one at a time, cheapest first, without layers that are chosen already."""
     for layer in ranked(catalog):
         flags = f"--layer.{layer.slot.replace('_', '-')} {layer.name}"
         if layer.slot == "microbatch":
             yield from _smaller(case, layer, flags)
-            continue
-        if choices[layer.slot].layer == layer.name:
-            continue
-        options = layer.read_options({}, "memory")
-        micro_batch = next((choice.options for choice, _ in taken if choice.slot == "microbatch"), case.micro_batch)
-        reasons = layer.rejections(replace(case, chosen=dict(choices), micro_batch=micro_batch), options)
-        if not any(reason.kind is Kind.UNSUPPORTED for reason in reasons):
+        elif choices[layer.slot].layer != layer.name:
+            options = layer.read_options({}, "memory")
             yield Choice(layer.slot, layer.name, options, "memory", compute_dtype=layer.compute_dtype), flags
 
 

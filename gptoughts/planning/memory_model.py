@@ -62,6 +62,12 @@ class Budget:
     matmul_parameters: int
     """Elements of the weights of matmuls, without packed ones."""
     vocab_size: int
+    copies: float = 0.0
+    """Elements per token of a block's activations that are kept again where matmuls take 16 bits: every projection casts its own input."""
+    ends: tuple[float, float] = (0.0, 0.0)
+    """Elements per token kept outside the blocks: in float32, and in the dtype of matmuls."""
+    stream_bytes: float = MASTER_BYTES
+    """Bytes per element of the residual stream and of norms: float32 under autocast."""
     compute_bytes: float = 4
     cast_weights: int = 0
     """Bytes of the 16-bit copies of weights if all are kept for the backward."""
@@ -76,7 +82,7 @@ class Budget:
     """Share of the activations offloaded until the backward."""
     logits_tokens: int | None = None
     """Tokens whose logits exist at the same time; None for all tokens of a forward."""
-    logit_bytes: int = 12
+    logit_bytes: float = 12
     accumulates: bool = False
     """Whether gradients of an earlier micro-batch exist during a forward."""
     largest: int = 0
@@ -87,15 +93,17 @@ class Budget:
     @property
     def block_bytes(self) -> float:
         """Activations kept inside one block."""
-        per_token = self.full * MASTER_BYTES + (self.compute + self.scores * self.sequence_length) * self.compute_bytes
-        return per_token * self.tokens
+        copies = self.copies if self.compute_bytes < MASTER_BYTES else 0
+        narrow = self.compute + copies + self.scores * self.sequence_length
+        return (self.full * self.stream_bytes + narrow * self.compute_bytes) * self.tokens
 
     @property
     def kept(self) -> int:
         """Activations kept by all blocks until their backward."""
-        inputs = self.depth * self.tokens * self.width * MASTER_BYTES if self.inner < 1 else 0
+        inputs = self.depth * self.tokens * self.width * self.stream_bytes if self.inner < 1 else 0
         inside = self.depth * self.inner * self.block_bytes + inputs
-        return int((inside + 2 * self.tokens * self.width * MASTER_BYTES) * (1 - self.moved))
+        outside = self.tokens * (self.ends[0] * self.stream_bytes + self.ends[1] * self.compute_bytes)
+        return int((inside + outside) * (1 - self.moved))
 
     @property
     def activations(self) -> int:
@@ -104,9 +112,9 @@ class Budget:
 
     @property
     def logits(self) -> int:
-        """Logits, their logarithms and their gradient."""
+        """Logarithms of probabilities and two gradients of them, in float32. 16-bit logits are freed before."""
         tokens = self.tokens if self.logits_tokens is None else min(self.logits_tokens, self.tokens)
-        return tokens * self.vocab_size * self.logit_bytes
+        return int(tokens * self.vocab_size * self.logit_bytes)
 
     def per_forward(self, sequences: int, share: int) -> Budget:
         """Return the budget with `sequences` of a rank's `share` per forward, and gradient accumulation over the others."""
@@ -117,35 +125,45 @@ class Budget:
         return replace(self, scores=0)
 
     def half(self) -> Budget:
-        """Return the budget with 16-bit matmuls: half the inputs, a cast copy of every unpacked weight, logits twice."""
-        return replace(self, compute_bytes=2, cast_weights=2 * self.matmul_parameters, logit_bytes=self.logit_bytes + 2)
+        """Return the budget with 16-bit matmuls: half the inputs, and a cast copy of every float32 weight."""
+        return replace(self, compute_bytes=2, cast_weights=2 * self.matmul_parameters)
 
     def only(self, outputs: float) -> Budget:
         """Return the budget with a block's input and `outputs` elements per token kept, and the rest recomputed block by block."""
-        return replace(self, full=float(self.width), compute=outputs, scores=0, gated=False, recasts=True)
+        return replace(self, full=float(self.width), compute=outputs, copies=0, scores=0, gated=False, recasts=True)
 
     def compiled(self) -> Budget:
-        """Return the budget with compiled blocks: outputs of norms and activation functions are recomputed from their kept inputs."""
-        return replace(
-            self, full=min(self.full, 2.0 * self.width), compute=self.compute - (self.inner_width if self.gated else 0)
-        )
+        """Return the budget with compiled blocks: outputs of norms and activation functions are recomputed from their kept inputs, and
+        an input is cast once.
+        """
+        compute = self.compute - (self.inner_width if self.gated else 0)
+        return replace(self, full=min(self.full, 2.0 * self.width), compute=compute, copies=0)
+
+    @property
+    def casts(self) -> tuple[int, int]:
+        """Bytes of 16-bit copies of weights in the loss, and in the backward of a block, when the head's is freed."""
+        outside, inside = self.cast_weights * self.outside_share, self.cast_weights * (1 - self.outside_share)
+        unpacked = int(self.unpacked * self.compute_bytes)
+        if self.recasts:
+            return int(outside), int(inside / self.depth) + unpacked
+        return int(outside + inside), int(inside) + unpacked
 
     @property
     def workspace(self) -> int:
         """Weights cast or unpacked for the matmuls, at one time."""
-        inside = (1 - self.outside_share) / (self.depth if self.recasts else 1)
-        return int(self.cast_weights * (self.outside_share + inside) + self.unpacked * self.compute_bytes)
+        return max(self.casts)
 
     @property
     def peak(self) -> int:
         """Peak bytes: in the loss, at the start or end of the backward, or in the update."""
         always = self.weights + self.optimizer
-        before = always + self.workspace + (self.gradients if self.accumulates else 0)
+        in_loss, in_block = self.casts
+        before = always + (self.gradients if self.accumulates else 0)
         # The gradient of the head comes first; in most models it is the largest weight.
         head = 0 if self.accumulates else self.largest * MASTER_BYTES
-        loss = before + self.kept + max(self.logits, head)
-        first = before + head + self.activations
-        ending = always + self.workspace + self.gradients + int(self.block_bytes)
+        loss = before + in_loss + self.kept + max(self.logits, head)
+        first = before + in_block + head + self.activations
+        ending = always + in_block + self.gradients + int(self.block_bytes)
         return max(loss, first, ending, always + self.gradients + self.temporary)
 
     def to_json(self) -> dict[str, Any]:
@@ -171,7 +189,7 @@ def baseline(spec: ModelSpec, recipe: Recipe, sequences: int) -> Budget | None:
     frozen = 0 if recipe.adapter.kind == "none" else parameters
     embedding = spec.embedding_parameters or 0
     head = spec.vocab_size * width
-    full, compute, scores = _kept(spec, recipe)
+    full, compute, scores, copies = _kept(spec, recipe)
     products, mixed = _outputs(spec)
     matmuls, frozen_bytes, unpacked = parameters - embedding + (head if spec.tied else 0), frozen * MASTER_BYTES, 0
     narrow = {"nf4": NF4_BYTES}.get(recipe.adapter.base, spec.stored_bytes)
@@ -195,6 +213,8 @@ def baseline(spec: ModelSpec, recipe: Recipe, sequences: int) -> Budget | None:
         scores=scores,
         products=products,
         mixed=mixed,
+        copies=copies,
+        ends=_ends(spec, frozen > 0),
         matmul_parameters=matmuls + (trained if frozen else 0),
         vocab_size=spec.vocab_size if task_of(recipe).over_vocabulary else 2,
         largest=head if frozen == 0 else 0,
@@ -230,8 +250,9 @@ def _inner(spec: ModelSpec) -> int:
     return (spec.hidden or 4 * (spec.width or 0)) * (spec.experts_per_token or 1)
 
 
-def _kept(spec: ModelSpec, recipe: Recipe) -> tuple[float, float, float]:
-    """Return elements per token kept by a block in an eager forward: in float32, in the dtype of matmuls, and scores per position.
+def _kept(spec: ModelSpec, recipe: Recipe) -> tuple[float, float, float, float]:
+    """Return elements per token kept by a block in an eager forward: in float32, in the dtype of matmuls, scores per position, and copies
+    of inputs of projections.
 
     Counted tensor by tensor on the models; tests compare them with measured peaks.
     """
@@ -240,15 +261,35 @@ def _kept(spec: ModelSpec, recipe: Recipe) -> tuple[float, float, float]:
     native = recipe.model.family in ("gpt", "llada")
     rotary = spec.norm == "rmsnorm" if not native else recipe.model.positions == "rope"
     grouped = keys < attention
-    # A norm keeps its input and, if written as several operators, also the normalized value.
-    full = 2.0 * width * (2 if spec.norm == "rmsnorm" else 1)
+    adapted = recipe.adapter.kind != "none"
+    full = 2.0 * width * _per_norm(spec, adapted)
     full += 2.0 * (attention + keys) if native and recipe.model.qk_norm else 0.0
     # Inputs of the two groups of projections; queries, keys, values and the attention output.
     compute = 2.0 * width + (attention + 2 * keys) + attention
     compute += (attention + keys if native else 0) if rotary else 0
     compute += attention if grouped and native else 0
     compute += 4.0 * inner if spec.mlp == "swiglu" else 2.0 * inner
-    return full, compute, float(spec.heads or 1)
+    # Native projections of one input are one matrix. Separate ones cast a float32 input, which a norm returns, once each.
+    copies = 0.0 if native else width * (3.0 if spec.mlp == "swiglu" else 2.0)
+    if adapted:  # an adapter casts its input to float32 and back: also the attention output, which attention keeps in 16 bits
+        copies += attention
+        compute += recipe.adapter.rank * ((2 if native else 4) + (3 if spec.mlp == "swiglu" and not native else 2))
+    return full, compute, float(spec.heads or 1), copies
+
+
+def _per_norm(spec: ModelSpec, frozen: bool) -> int:
+    """Return the tensors kept by a norm: its input and, for the gradient of its weight, the normalized value, if it is written as several
+    operators.
+    """
+    return 2 if spec.norm == "rmsnorm" and not frozen else 1
+
+
+def _ends(spec: ModelSpec, frozen: bool) -> tuple[float, float]:
+    """Return elements per token kept by the last norm and, for the gradient of its weight, the head: in float32, and in the dtype of
+    matmuls.
+    """
+    assert spec.width is not None
+    return float(spec.width * _per_norm(spec, frozen)), 0.0 if frozen else float(spec.width)
 
 
 def _outputs(spec: ModelSpec) -> tuple[float, float]:

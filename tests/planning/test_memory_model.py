@@ -16,6 +16,7 @@ from gptoughts import api
 from gptoughts.config import loader as config
 from gptoughts.config.loader import Recipe
 from gptoughts.config.model_spec import spec_for
+from gptoughts.errors import ConfigError
 from gptoughts.hardware.machine import probe, read
 from gptoughts.hardware.world import World
 from gptoughts.layers import CATALOG
@@ -23,6 +24,8 @@ from gptoughts.planning import memory_fit
 from gptoughts.planning import memory_model as memory
 from gptoughts.planning.layer import Case
 from gptoughts.planning.memory_model import Verdict, baseline, verdict
+from gptoughts.planning.profile import pick
+from gptoughts.planning.resolve import resolve
 from tests.models.hf.hf_configs import write_config
 from tests.support import engines
 from tests.support.engines import engine_of, plan_of, recipe_of, watched
@@ -160,6 +163,60 @@ def test_the_changes_make_it_fit_and_none_of_them_is_spare() -> None:
         assert less.memory is not None and less.memory.verdict is not Verdict.FITS, left_out
 
 
+def ladder(
+    machine: str, asked: dict[str, str], depth: int = 32, adapter: dict[str, str] | None = None, stored_bytes: int | None = None
+) -> tuple[memory_fit.MemoryCheck, str]:
+    """The memory check of a model of an 8 B Llama's width on another machine, and its last line."""
+    sizes = {"width": 4096, "depth": depth, "heads": 32, "kv_heads": 8, "hidden": 14336, "vocab_size": 128256}
+    data: dict[str, Any] = {"sequence_length": 2048, "tokenizer": "bytes"}
+    recipe = recipe_of("modern", model={"family": "gpt", **sizes}, data=data, train={"steps": 1, "global_batch": 32})
+    if adapter is not None:
+        recipe = recipe.model_copy(update={"adapter": recipe.adapter.model_copy(update=adapter)})
+    here, spec = read(Path(__file__).parents[1] / "machines" / f"{machine}.json"), spec_for(recipe)
+    spec = replace(spec, stored_bytes=stored_bytes)
+    plan = resolve(pick("auto", here), here, spec, recipe, World(), CATALOG, flags=asked)
+    assert plan.memory is not None
+    return plan.memory, list(plan.memory.lines())[-1]
+
+
+def test_what_is_chosen_by_a_flag_is_not_proposed_again() -> None:
+    found, line = ladder("h100", {"recompute": "recompute-blocks", "loss": "fused-ce"})
+    assert found.verdict is Verdict.DOES_NOT and found.changes
+    assert "recompute-blocks" not in line and "fused-ce" not in line and "state-on-cpu" in line
+
+
+def test_the_fewest_changes_are_proposed() -> None:
+    """One change where one suffices: state on the host, and no smaller micro-batch with it."""
+    found, _ = ladder("h100", {"microbatch": "fixed", "microbatch.sequences": "1"})
+    assert found.changes == ("--layer.optimizer-offload state-on-cpu",)
+
+
+def test_a_tight_plan_is_proposed_where_none_fits_with_the_reserve() -> None:
+    """A 16-bit base on 24 GiB: one sequence per forward takes more than 85 % and less than 95 %."""
+    found, line = ladder("rtx4090", {}, 38, {"kind": "lora"}, stored_bytes=2)
+    assert found.verdict is Verdict.DOES_NOT and found.changes is not None and found.reached is Verdict.TIGHT
+    assert line.startswith("  to fit tightly: --layer.")
+
+
+def test_more_gpus_are_named_with_their_number_only_where_shards_fit() -> None:
+    """float32 weights are sharded; four-bit ones are not, so no number of ranks shrinks them."""
+    few = {"microbatch": "fixed", "microbatch.sequences": "1"}
+    _, line = ladder("t4", few)
+    assert line.endswith("GPUs with --layer.parallel fsdp2") and "more GPUs" not in line
+    found, line = ladder("t4", few, 160, {"kind": "lora", "base": "nf4"})
+    assert found.verdict is Verdict.DOES_NOT and "a smaller model" in line and "GPUs" not in line
+
+
+def test_a_plan_needs_only_config_json(tmp_path: Path) -> None:
+    """Of a folder without weights and tokenizer; training names the tokenizer that is missing."""
+    where = str(Path(__file__).parents[1] / "machines" / "rtx4090.json")
+    folder = write_config(tmp_path / "llama", "llama", torch_dtype="bfloat16")
+    plan = api.plan("llama-lora", fields={"model.path": str(folder), "data.sequence_length": 32}, machine=where)
+    assert plan.memory is not None and plan.memory.verdict is Verdict.FITS
+    with pytest.raises(ConfigError, match=r"no tokenizer\.json"):
+        api.decide("llama-lora", fields={"model.path": str(folder), "data.sequence_length": 32})
+
+
 def test_where_nothing_helps_that_is_said() -> None:
     machine = read(Path(__file__).parents[1] / "machines" / "t4.json")
     recipe = config.load("gpt2-xl").recipe.model_copy(update={"name": "huge"})
@@ -194,3 +251,12 @@ def test_the_committed_measurements_are_of_five_models_and_near() -> None:
     assert len({run["model"] for run in runs}) >= 5
     assert all(run["error"] == pytest.approx(run["predicted_bytes"] / run["measured_bytes"] - 1, abs=1e-3) for run in runs)
     assert memory.FITS_SHARE < memory.TIGHT_SHARE < 1
+
+
+def test_the_committed_measurements_of_fine_tuning_are_within_five_per_cent() -> None:
+    path = Path(__file__).parents[2] / "docs" / "measurements" / "cpu" / "memory-finetune.json"
+    runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
+    assert {"full", "full, 8bit", "full, in-backward", "LoRA", "LoRA, recompute", "nf4", "nf4, recompute"} <= {
+        run["method"] for run in runs
+    }
+    assert all(abs(run["predicted_bytes"] / run["measured_bytes"] - 1) <= 0.05 for run in runs)
