@@ -252,7 +252,7 @@ def _base_files(origin: Path | None, recipe: Recipe) -> dict[str, str]:
     """Return the small files of the base model: from the checkpoint, else from the recipe's model folder."""
     folder = None if origin is None else origin / "base"
     if folder is not None and folder.is_dir():
-        return {path.name: path.read_text(encoding="utf-8") for path in folder.iterdir() if path.is_file()}
+        return hf_spec.kept_texts(folder, ("config.json", *hf_spec.KEPT))
     return hf_spec.documents(recipe.model) if recipe.model.path else {}
 
 
@@ -286,7 +286,7 @@ def _tokenizer_files(origin: Path | None, base_files: Mapping[str, str]) -> dict
     own = None if origin is None else origin / "tokenizer"
     if own is None or not (own / "chat_template.jinja").is_file():
         return texts
-    texts["chat_template.jinja"] = (own / "chat_template.jinja").read_text(encoding="utf-8")
+    texts |= hf_spec.kept_texts(own, ("chat_template.jinja",))
     if (own / "tokenizer_config.json").is_file():
         config = read_json(own / "tokenizer_config.json")
         base = parse_json(texts.get("tokenizer_config.json", "{}"))

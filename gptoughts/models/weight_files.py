@@ -6,6 +6,7 @@ Headers are checked here before a library allocates what they say.
 from __future__ import annotations
 
 import math
+import shlex
 import struct
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from gptoughts.errors import CheckpointError
 from gptoughts.files import is_file_name, load_json, parse_json, regular
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 MAX_HEADER_BYTES = 100 << 20
 """Size of a header that the format allows."""
@@ -38,6 +40,13 @@ def read_json(path: Path) -> dict[str, Any]:
 def pickles(folder: Path) -> list[str]:
     """Return the names of pickle files in `folder`, sorted."""
     return sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Raise CheckpointError for a model's folder with an adapter_config.json: transformers would load that adapter, or the base it names."""
+    path = folder / ADAPTER
+    if path.exists() or path.is_symlink():
+        raise CheckpointError(f"{path}: an adapter beside a model would change what is loaded", fix=f"mv {shlex.quote(str(path))} elsewhere")
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from gptoughts.config.recipe import ModelConfig
 from gptoughts.errors import CheckpointError, ConfigError
 from gptoughts.inference.generate.autoregressive import Read
 from gptoughts.models.hf.config import open_config
+from gptoughts.models.weight_files import refuse_adapter, weight_files
 
 
 class Offloaded(torch.nn.Module):
@@ -59,6 +61,8 @@ def opened(folder: Path, memory_gib: float | None, offload: str | None) -> Offlo
     limit = None if memory_gib is None else dict.fromkeys([*gpus, "cpu"], f"{memory_gib}GiB")
     if offload is not None:
         Path(offload).mkdir(parents=True, exist_ok=True)
+    refuse_adapter(folder)
+    weight_files(folder)
     # Opened here: transformers would ask on standard input whether to run the code that a config names.
     config, _ = open_config(ModelConfig(family="hf", path=str(folder)), quantized=True)
     try:
@@ -66,7 +70,7 @@ def opened(folder: Path, memory_gib: float | None, offload: str | None) -> Offlo
             folder, config=config, device_map="auto", max_memory=limit, offload_folder=offload, local_files_only=True,
             dtype="auto", use_safetensors=True, trust_remote_code=False,
         )  # fmt: skip
-    except (OSError, ImportError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ImportError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         if isinstance(error, ValueError) and "offload" in str(error):
             raise ConfigError(f"{folder}: does not fit --memory", fix="--offload DIR, a folder on a fast disk") from None
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

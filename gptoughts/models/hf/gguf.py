@@ -16,11 +16,13 @@ import torch
 
 from gptoughts.console import print_line
 from gptoughts.errors import CheckpointError, GptoughtsError
+from gptoughts.models.weight_files import refuse_adapter
 
 
 def convert(gguf: Path, folder: Path) -> None:
     """Write config.json, model.safetensors and the tokenizer of `gguf` into `folder`. Raises CheckpointError."""
     os.environ["HF_HUB_OFFLINE"] = "1"
+    refuse_adapter(gguf.parent)
     try:
         import gguf as _reader  # noqa: F401  # used by transformers
     except ImportError:
