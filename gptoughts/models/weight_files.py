@@ -46,7 +46,9 @@ def refuse_adapter(folder: Path) -> None:
     """Raise CheckpointError for a model's folder with an adapter_config.json: transformers would load that adapter, or the base it names."""
     path = folder / ADAPTER
     if path.exists() or path.is_symlink():
-        raise CheckpointError(f"{path}: an adapter beside a model would change what is loaded", fix=f"mv {shlex.quote(str(path))} elsewhere")
+        raise CheckpointError(
+            f"{path}: an adapter beside a model would change what is loaded", fix=f"mv {shlex.quote(str(path))} elsewhere"
+        )
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -10,15 +11,14 @@ import pytest
 from gptoughts.config import hf_spec
 from gptoughts.config.recipe import ModelConfig
 from gptoughts.data.chat.template import templates_in
-from gptoughts.errors import ConfigError, DataError
+from gptoughts.errors import CheckpointError, ConfigError, DataError
 from gptoughts.inference.export import _base_files
+from gptoughts.inference.generate import offloaded
+from gptoughts.models.hf import gguf
+from gptoughts.models.weight_files import INDEX, SINGLE
 from tests.inference.test_load import folder, here, trained  # noqa: F401 - a fixture
 
 KEY = "-----BEGIN OPENSSH PRIVATE KEY-----\nabc\n"
-
-
-def linked(to: Path) -> Callable[[Path], None]:
-    return lambda path: path.symlink_to(to)
 
 
 # --- what is copied into checkpoints
@@ -45,7 +45,7 @@ def _base_files_of(made: Path) -> object:
     origin = made.parent / "checkpoint"
     origin.mkdir(exist_ok=True)
     if not (origin / "base").exists():
-        (origin / "base").symlink_to(made, target_is_directory=True)
+        (origin / "base").symlink_to(made.resolve(), target_is_directory=True)
     return _base_files(origin, None)  # type: ignore[arg-type]  # the recipe is read only without base/
 
 
@@ -80,3 +80,53 @@ def test_a_chat_template_that_is_a_link_is_not_read(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"chat_template.jinja: cannot be read \(a link that leads out of its folder"):
         templates_in(made)
     assert templates_in(made.parent) == {}
+
+
+# --- what is loaded beside the weights
+
+
+def adapter(place: Path, base: str) -> None:
+    (place / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": base}))
+    (place / "adapter_model.safetensors").write_bytes((2**62).to_bytes(8, "little"))
+
+
+def test_an_adapter_beside_a_model_is_refused(here: Path) -> None:  # noqa: F811
+    made = folder("model")
+    adapter(made, "elsewhere")
+    for read in (lambda: trained("run", **{"model.path": "model"}), lambda: offloaded.opened(made, 1.0, None)):
+        with pytest.raises(
+            CheckpointError, match=r"adapter_config.json: an adapter beside a model would change what is loaded"
+        ):
+            read()
+    (made / "adapter_config.json").unlink()
+    assert offloaded.opened(made, 1.0, None).vocab_size, "the control"
+
+
+@pytest.mark.parametrize("kind", ["index", "header"])
+def test_offloading_checks_index_and_header(kind: str, here: Path) -> None:  # noqa: F811
+    made = folder("model")
+    (made / SINGLE).rename(here / "out.safetensors")
+    if kind == "index":
+        names = dict.fromkeys(["model.embed_tokens.weight"], "../out.safetensors")
+        (made / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    else:
+        (made / SINGLE).write_bytes((2**62).to_bytes(8, "little") + bytes(8))
+    with pytest.raises(CheckpointError, match=r"must be a file name in this folder|longer than the file"):
+        offloaded.opened(made, 1.0, None)
+
+
+@pytest.mark.skipif(find_spec("gguf") is None, reason="pip install gguf")
+def test_files_beside_a_gguf_file_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+
+    seen: list[list[str]] = []
+    monkeypatch.setattr(
+        transformers.AutoModelForCausalLM,
+        "from_pretrained",
+        lambda place, **_: seen.append([p.name for p in Path(place).iterdir()]),
+    )
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    adapter(tmp_path, "elsewhere")
+    with pytest.raises(CheckpointError):
+        gguf.convert(tmp_path / "m.gguf", tmp_path / "out")
+    assert seen == [["m.gguf"]]

@@ -10,19 +10,18 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import IO
 
 import torch
 
 from gptoughts.console import print_line
 from gptoughts.errors import CheckpointError, GptoughtsError
-from gptoughts.models.weight_files import refuse_adapter
 
 
 def convert(gguf: Path, folder: Path) -> None:
     """Write config.json, model.safetensors and the tokenizer of `gguf` into `folder`. Raises CheckpointError."""
     os.environ["HF_HUB_OFFLINE"] = "1"
-    refuse_adapter(gguf.parent)
     try:
         import gguf as _reader  # noqa: F401  # used by transformers
     except ImportError:
@@ -30,9 +29,12 @@ def convert(gguf: Path, folder: Path) -> None:
     import transformers
 
     try:
-        kwargs = {"gguf_file": gguf.name, "local_files_only": True, "trust_remote_code": False}
-        model = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **kwargs)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, **kwargs)
+        # A folder without other files: an adapter_config.json beside the file would be followed to another model.
+        with TemporaryDirectory() as place:
+            (Path(place) / gguf.name).symlink_to(gguf.resolve())
+            kwargs = {"gguf_file": gguf.name, "local_files_only": True, "trust_remote_code": False}
+            model = transformers.AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, **kwargs)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(place, **kwargs)
     except Exception as error:  # transformers' reader raises struct.error, IndexError and others for invalid files
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise CheckpointError(f"{gguf}: {reason[:300]}") from error
