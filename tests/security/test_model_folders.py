@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from gptoughts.data.chat.template import templates_in
 from gptoughts.errors import CheckpointError, ConfigError, DataError
 from gptoughts.inference.export import _base_files
 from gptoughts.inference.generate import offloaded
+from gptoughts.models.adapters.folder import read_config
 from gptoughts.models.hf import gguf
 from gptoughts.models.weight_files import INDEX, SINGLE
 from tests.inference.test_load import folder, here, trained  # noqa: F401 - a fixture
@@ -130,3 +133,30 @@ def test_files_beside_a_gguf_file_are_not_read(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(CheckpointError):
         gguf.convert(tmp_path / "m.gguf", tmp_path / "out")
     assert seen == [["m.gguf"]]
+
+
+# --- regular expressions of an adapter
+
+HANG = "((([a-z_.0-9])+)+)+!"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("target_modules", HANG), ("target_modules", ["q_proj", HANG]), ("exclude_modules", HANG), ("layers_pattern", HANG),
+     ("layers_pattern", [HANG]), ("rank_pattern", {HANG: 4}), ("alpha_pattern", {HANG: 4}), ("target_modules", [5])],
+)  # fmt: skip
+def test_an_adapter_cannot_bring_a_regular_expression(key: str, value: object, tmp_path: Path) -> None:
+    content = {"peft_type": "LORA", "base_model_name_or_path": "x", key: value}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=rf"adapter_config.json: {key} must hold plain names, no regular expressions"):
+        read_config(tmp_path)
+
+
+def test_control_plain_names_are_read_and_the_expression_alone_does_not_end(tmp_path: Path) -> None:
+    for value in ("all-linear", "q_proj", ["q_proj", "layers.0.mlp.up_proj"], None):
+        content = {"peft_type": "LORA", "target_modules": value, "rank_pattern": {"layers.0.q_proj": 4}}
+        (tmp_path / "adapter_config.json").write_text(json.dumps(content))
+        assert read_config(tmp_path)["target_modules"] == value
+    code = f"import re; re.fullmatch({HANG!r}, 'base_model.model.layers.0.self_attn.q_proj')"
+    with pytest.raises(subprocess.TimeoutExpired):
+        subprocess.run([sys.executable, "-c", code], timeout=2, check=False)
