@@ -24,7 +24,7 @@ from gptoughts.config.tasks import task_of
 from gptoughts.data.chat.template import read_json
 from gptoughts.data.tokenizers.tokenizer import JsonTokenizer, Tokenizer
 from gptoughts.errors import CheckpointError, ConfigError
-from gptoughts.files import parse_json
+from gptoughts.files import parse_json, read_limited
 from gptoughts.models.gpt import gpt2_layout, llada_layout, llama_layout
 from gptoughts.models.gpt.gpt import GPT
 
@@ -175,8 +175,8 @@ def passage_of(file: str | None) -> str:
     """Return the text for the comparison: the user's file, else one of the Python installation. Raises ConfigError."""
     if file is not None:
         try:
-            return Path(file).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            return read_limited(Path(file)).decode("utf-8")
+        except (OSError, ValueError) as error:
             raise ConfigError(f"--text {file}: cannot be read ({error})") from None
     for place in (Path(os.__file__).parent / "LICENSE.txt", Path(sys.base_prefix) / "LICENSE.txt"):
         if place.is_file():
