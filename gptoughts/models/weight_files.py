@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import shlex
 import struct
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ ADAPTER = "adapter_config.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 MAX_HEADER_BYTES = 100 << 20
 """Size of a header that the format allows."""
+NEW_ELEMENTS = 1 << 26
+"""Parameters that a model may have beyond those in its files, such as a new head."""
 BITS = {
     "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "U64": 64, "I32": 32, "U32": 32, "I16": 16, "U16": 16, "I8": 8, "U8": 8,
     "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4, "C64": 64,
@@ -82,6 +85,17 @@ def shards_of(index: Path) -> list[Path]:
     if missing:
         raise CheckpointError(f"{index.parent}: missing shards of its index: {', '.join(missing[:8])}")
     return [index.parent / name for name in files]
+
+
+def refuse_larger(elements: int, files: Iterable[Path], what: str) -> None:
+    """Raise CheckpointError for a config of far more `elements` than its files can hold, at two bits each, before they are allocated."""
+    bits = sum(
+        math.prod(entry["shape"]) * BITS.get(entry["dtype"], 64) for path in files for entry in read_header(path).values()
+    )
+    if elements > bits // 2 + NEW_ELEMENTS:
+        raise CheckpointError(
+            f"{what}: describes {elements:,} parameters, more than the files of weights hold", found=f"{bits // 8:,} bytes"
+        )
 
 
 def checked(path: Path) -> Path:

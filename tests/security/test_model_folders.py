@@ -14,10 +14,12 @@ from gptoughts.config import hf_spec
 from gptoughts.config.recipe import ModelConfig
 from gptoughts.data.chat.template import templates_in
 from gptoughts.errors import CheckpointError, ConfigError, DataError
+from gptoughts.inference import load as loading
 from gptoughts.inference.export import _base_files
 from gptoughts.inference.generate import offloaded
 from gptoughts.models.adapters.folder import read_config
 from gptoughts.models.hf import gguf
+from gptoughts.models.hf.weights import Pretrained
 from gptoughts.models.weight_files import INDEX, SINGLE
 from tests.inference.test_load import folder, here, trained  # noqa: F401 - a fixture
 
@@ -160,3 +162,45 @@ def test_control_plain_names_are_read_and_the_expression_alone_does_not_end(tmp_
     code = f"import re; re.fullmatch({HANG!r}, 'base_model.model.layers.0.self_attn.q_proj')"
     with pytest.raises(subprocess.TimeoutExpired):
         subprocess.run([sys.executable, "-c", code], timeout=2, check=False)
+
+
+# --- sizes that no file of weights holds
+
+
+@pytest.mark.parametrize("key", ["vocab_size", "intermediate_size"])
+def test_a_config_larger_than_its_weights_is_refused_before_it_is_allocated(key: str, here: Path) -> None:  # noqa: F811
+    made = folder("model")
+    content = json.loads((made / "config.json").read_text())
+    (made / "config.json").write_text(json.dumps({**content, key: 2**31 - 1}))
+    for read in (lambda: Pretrained(made), lambda: offloaded.opened(made, 1.0, None)):
+        with pytest.raises(CheckpointError, match=r"config.json: describes [\d,]+ parameters, more than the files"):
+            read()
+    (made / "config.json").write_text(json.dumps(content))
+    assert Pretrained(made).unused() == [], "the control"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [("model.width", 2**16, "gives .* the shape"), ("data.sequence_length", 2**28, "tables of positions of 268,435,456 tokens need"),
+     ("model.depth", 900, "describes .* parameters|cannot be read")],
+)  # fmt: skip
+def test_a_checkpoint_larger_than_its_weights_is_refused(key: str, value: int, said: str, here: Path) -> None:  # noqa: F811
+    checkpoint = trained("run", **{"model.depth": 1, "model.width": 64, "model.heads": 2})
+    recipe, step = loading.trained_recipe(checkpoint, None)
+    table, name = key.split(".")
+    part = getattr(recipe, table).model_copy(update={name: value})
+    larger = recipe.model_copy(update={table: part})
+    for wanted, given in ((None, recipe), (said, larger)):
+        parts = loading.model_bundle(given, loading.Tokenizer.load(checkpoint / "tokenizer"), {}, {}, None)
+
+        def check(given: object = given, parts: object = parts) -> None:
+            loading.check_tables(given, "state.json")  # type: ignore[arg-type]
+            model = loading.meta_model(given, parts.family, parts.rows)  # type: ignore[arg-type, attr-defined]
+            loading.check_shapes(checkpoint, model, False)
+
+        if wanted is None:
+            check()
+        else:
+            with pytest.raises(CheckpointError, match=wanted):
+                check()
+    assert step == 1

@@ -16,7 +16,8 @@ from gptoughts.config.recipe import ModelConfig
 from gptoughts.errors import CheckpointError, ConfigError
 from gptoughts.inference.generate.autoregressive import Read
 from gptoughts.models.hf.config import open_config
-from gptoughts.models.weight_files import refuse_adapter, weight_files
+from gptoughts.models.meta import on_meta
+from gptoughts.models.weight_files import refuse_adapter, refuse_larger, weight_files
 
 
 class Offloaded(torch.nn.Module):
@@ -62,9 +63,12 @@ def opened(folder: Path, memory_gib: float | None, offload: str | None) -> Offlo
     if offload is not None:
         Path(offload).mkdir(parents=True, exist_ok=True)
     refuse_adapter(folder)
-    weight_files(folder)
+    files = weight_files(folder)
     # Opened here: transformers would ask on standard input whether to run the code that a config names.
     config, _ = open_config(ModelConfig(family="hf", path=str(folder)), quantized=True)
+    with on_meta():
+        planned = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
+    refuse_larger(planned, files, f"{folder / 'config.json'}")
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder, config=config, device_map="auto", max_memory=limit, offload_folder=offload, local_files_only=True,
