@@ -84,6 +84,18 @@ def regular(path: Path) -> Path:
     return path
 
 
+def owned(path: Path) -> Path:
+    """Return a regular file that is part of its folder: no link that leads elsewhere, except to the blobs of a hub's cache.
+
+    What a downloaded folder links to, such as a private key, would be copied into checkpoints. Raises ValueError.
+    """
+    folder, target = path.parent.resolve(), regular(path).resolve()
+    hubs = [above.parent for above in folder.parents if above.name == "snapshots" and above.parent.name.startswith("models--")]
+    if not any(target.is_relative_to(place) for place in (folder, *(hub / "blobs" for hub in hubs))):
+        raise ValueError("a link that leads out of its folder; replace it by a copy")
+    return path
+
+
 def is_file_name(name: str) -> bool:
     """Return whether a file can have this name: no slash, no NUL, valid Unicode, at most 255 bytes."""
     return 0 < len(name.encode("utf-8", "surrogatepass")) <= 255 and not set(name) & set("/\0") and not _SURROGATE.search(name)

@@ -78,6 +78,7 @@ def lm(
     base: str | None,
     as_json: bool,
     remote_code: str | None = None,
+    task_code: bool = False,
 ) -> int:
     """Print the metrics of tasks of lm-evaluation-harness."""
     from gptoughts.inference.eval import harness
@@ -98,6 +99,7 @@ def lm(
         limit=limit,
         few_shot=few_shot,
         include=None if include is None else Path(include),
+        trusted=task_code,
         report=Progress(Console(sys.stderr), "requests"),
     )
     if as_json:

@@ -69,7 +69,8 @@ def _tasks() -> list[click.Command]:
     limit = option("--limit", type=COUNT, help="number of rows, the first ones; default: all")
     draws = option("--draws", type=click.IntRange(2), default=128, help="maskings per ending of a masked-diffusion model")
     tasks = option("--tasks", required=True, metavar="A,B", help="names of lm-evaluation-harness, or task files (.yaml)")
-    include = option("--include", metavar="DIR", help="folder with more task files")
+    include = option("--include", metavar="DIR", help="folder with more task files; needs --task-code")
+    code = option("--task-code", is_flag=True, help="run the code of task files that are not lm-eval's own")
     few_shot = option("--few-shot", type=click.IntRange(0), metavar="N", help="examples in the prompt; default: the task's")
     model = argument("checkpoint")
     return [
@@ -89,6 +90,6 @@ def _tasks() -> list[click.Command]:
             "lm",
             "benchmarks.lm",
             "Run tasks of lm-evaluation-harness on an autoregressive model.",
-            [model, tasks, limit, _batch(), few_shot, include, _base(), _json(), remote_code()],
+            [model, tasks, limit, _batch(), few_shot, include, _base(), _json(), remote_code(), code],
         ),
     ]

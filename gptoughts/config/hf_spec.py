@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,11 @@ from gptoughts.config.loader import shown
 from gptoughts.config.model_path import check_sizes, resolve_model_folder
 from gptoughts.config.recipe import ModelConfig
 from gptoughts.errors import ConfigError, nearest
-from gptoughts.files import load_json
+from gptoughts.files import load_json, owned, parse_json, read_limited
 
 __all__ = [
-    "check_length", "documents", "fields_of", "has_tokenizer", "resolve_model_folder", "max_positions", "read_config", "rows",
-    "tokenizer_folder",
+    "check_length", "documents", "fields_of", "has_tokenizer", "kept_texts", "resolve_model_folder", "max_positions", "read_config",
+    "rows", "tokenizer_folder",
 ]  # fmt: skip
 
 SHIPPED = Path(__file__).parents[1] / "recipes" / "configs"
@@ -106,10 +106,22 @@ def documents(model: ModelConfig) -> dict[str, str]:
     held = {"config.json": json.dumps(read_config(model), indent=2) + "\n"}
     named = model.path or model.config
     folder = resolve_model_folder(model.path) if model.path else Path(named or "").expanduser()
-    for name in KEPT:
+    return held | kept_texts(folder, KEPT)
+
+
+def kept_texts(folder: Path, names: Sequence[str]) -> dict[str, str]:
+    """Return the texts of those of these files that `folder` has. Raises ConfigError for links that lead out of it and invalid JSON."""
+    held = {}
+    for name in names:
         path = folder / name
-        if path.is_file():
-            held[name] = path.read_text(encoding="utf-8")
+        if not path.exists():
+            continue
+        try:
+            held[name] = read_limited(owned(path)).decode("utf-8")
+            if path.suffix == ".json" and not isinstance(parse_json(held[name]), dict):
+                raise ValueError("not a JSON object")
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{path}: cannot be kept with the weights ({str(error)[:200]})") from None
     return held
 
 

@@ -132,6 +132,8 @@ LAYERS = re.compile(
 )
 """Keys of config.json that say how many modules are built."""
 MOST_MODULES, LARGEST = 10_000, 1 << 31
+MOST_LABELS = 100_000
+"""Largest num_labels: transformers makes a table of names from it, whatever the model is for."""
 
 
 def check_sizes(content: Any, what: str) -> None:
@@ -139,7 +141,7 @@ def check_sizes(content: Any, what: str) -> None:
     for key, value in content.items() if isinstance(content, dict) else ():
         check_sizes(value, f"{what}, {key}")
         whole = isinstance(value, int) and not isinstance(value, bool)
-        most = MOST_MODULES if LAYERS.fullmatch(key) else LARGEST
+        most = MOST_LABELS if key == "num_labels" else MOST_MODULES if LAYERS.fullmatch(key) else LARGEST
         if whole and abs(value) > most:
             raise ConfigError(
                 f"{what}: {key} is out of range", found=f"{value:.6g}" if abs(value) < 1e300 else "a longer number"

@@ -18,6 +18,10 @@ ALIASES = {
     "module": "modules", "ntasks_per_node": "tasks_per_node", "env": "environment", "signal": "save_seconds",
 }  # fmt: skip
 """Names of other tools, and ours."""
+OWN = ("environment", "options")
+"""Keys that choose what the job runs, which a recipe that came from elsewhere must not."""
+WORD = r"^[^\s'\"\\#]+$"
+"""A value that cannot add a second option to its line of the job file."""
 
 
 class SlurmSite(BaseModel):
@@ -25,10 +29,10 @@ class SlurmSite(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
-    constraint: str | None = None
+    partition: str | None = Field(None, pattern=WORD)
+    account: str | None = Field(None, pattern=WORD)
+    qos: str | None = Field(None, pattern=WORD)
+    constraint: str | None = Field(None, pattern=WORD)
     time: str | None = Field(None, pattern=r"^(\d+-)?\d+(:\d+){0,2}$")
     nodes: int = Field(1, ge=1)
     gpus_per_node: int = Field(0, ge=0)
@@ -44,7 +48,7 @@ class SlurmSite(BaseModel):
     options: list[str] = []
     """Further options of sbatch, such as `--exclusive`."""
 
-    @field_validator("*")
+    @field_validator("*", mode="before")
     @classmethod
     def _one_line(cls, value: Any) -> Any:
         """Refuse line breaks: every value stands on one line of the job file."""
@@ -57,6 +61,17 @@ class SlurmSite(BaseModel):
     def ranks_per_node(self) -> int:
         """Number of ranks on each node."""
         return self.gpus_per_node or self.tasks_per_node
+
+
+def _refuse_commands(table: Mapping[str, Any], file: str) -> None:
+    """Raise ConfigError for a recipe's table that chooses a script, options of sbatch, or a module file by its path."""
+    modules = table.get("modules")
+    paths = [name for name in modules if str(name).startswith((".", "/", "~", "-"))] if isinstance(modules, list) else []
+    for key, value in [*((key, table[key]) for key in OWN if key in table), *(("modules", name) for name in paths)]:
+        problem = f"{file}: {TABLE}.{key}: a recipe cannot choose what the job runs"
+        raise ConfigError(
+            problem, found=repr(value)[:200], fix=f"the table [{TABLE}] of a file of your own, with --site FILE.toml"
+        )
 
 
 def read_site(recipe: str | None, file: str | None, given: Mapping[str, Any]) -> SlurmSite:
@@ -74,6 +89,8 @@ def read_site(recipe: str | None, file: str | None, given: Mapping[str, Any]) ->
             raise ConfigError(problem_line(f"{shown(path)}: {TABLE}: must be a table", repr(table)))
         if path == paths[-1] and file is not None and not table:
             raise ConfigError(f"--site {file}: has no table [{TABLE}]")
+        if recipe and path == paths[0]:
+            _refuse_commands(table, shown(path))
         values |= table
         sources |= dict.fromkeys(table, shown(path))
     values |= given

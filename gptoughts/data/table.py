@@ -194,6 +194,8 @@ def open_array(folder: Path, name: str, entry: Mapping[str, Any], rows: int) -> 
     if Path(name).name != name:
         raise DataError(f"{folder / INDEX}: array name must be a plain file name", found=repr(name))
     path = folder / f"{name}.npy"
+    if not path.is_file():
+        raise DataError(f"{path}: missing, or not a file, but listed in {INDEX}", fix=REBUILD.format(folder))
     size = path.stat().st_size
     if size != entry["bytes"]:
         state = "truncated" if size < entry["bytes"] else "too long"

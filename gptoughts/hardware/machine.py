@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 from pydantic import ConfigDict, NonNegativeInt
 
 from gptoughts.errors import ConfigError
+from gptoughts.files import read_limited
 from gptoughts.hardware.cpu import ROOT, Cpu, read_cpu, read_free_bytes, read_memory_bytes
 from gptoughts.hardware.nvml import Gpu, read_gpus
 from gptoughts.hardware.packages import installed_packages
@@ -105,11 +106,13 @@ def probe(environment: Mapping[str, str] | None = None, system: str = sys.platfo
 def read(path: str | Path) -> Machine:
     """Return the machine of a file. Raises ConfigError if the file is missing, not JSON or invalid."""
     try:
-        content = Path(path).read_bytes()
+        content = read_limited(Path(path))
     except FileNotFoundError:
         raise ConfigError(f"machine file {path}: no such file") from None
     except OSError as error:
         raise ConfigError(f"machine file {path}: cannot read it ({error.strerror})") from None
+    except ValueError as error:
+        raise ConfigError(f"machine file {path}: cannot read it ({error})") from None
     return validate(Machine, content, f"machine file {path}")
 
 

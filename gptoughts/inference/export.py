@@ -24,7 +24,7 @@ from gptoughts.config.tasks import task_of
 from gptoughts.data.chat.template import read_json
 from gptoughts.data.tokenizers.tokenizer import JsonTokenizer, Tokenizer
 from gptoughts.errors import CheckpointError, ConfigError
-from gptoughts.files import parse_json
+from gptoughts.files import parse_json, read_limited
 from gptoughts.models.gpt import gpt2_layout, llada_layout, llama_layout
 from gptoughts.models.gpt.gpt import GPT
 
@@ -175,8 +175,8 @@ def passage_of(file: str | None) -> str:
     """Return the text for the comparison: the user's file, else one of the Python installation. Raises ConfigError."""
     if file is not None:
         try:
-            return Path(file).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            return read_limited(Path(file)).decode("utf-8")
+        except (OSError, ValueError) as error:
             raise ConfigError(f"--text {file}: cannot be read ({error})") from None
     for place in (Path(os.__file__).parent / "LICENSE.txt", Path(sys.base_prefix) / "LICENSE.txt"):
         if place.is_file():
@@ -252,7 +252,7 @@ def _base_files(origin: Path | None, recipe: Recipe) -> dict[str, str]:
     """Return the small files of the base model: from the checkpoint, else from the recipe's model folder."""
     folder = None if origin is None else origin / "base"
     if folder is not None and folder.is_dir():
-        return {path.name: path.read_text(encoding="utf-8") for path in folder.iterdir() if path.is_file()}
+        return hf_spec.kept_texts(folder, ("config.json", *hf_spec.KEPT))
     return hf_spec.documents(recipe.model) if recipe.model.path else {}
 
 
@@ -286,7 +286,7 @@ def _tokenizer_files(origin: Path | None, base_files: Mapping[str, str]) -> dict
     own = None if origin is None else origin / "tokenizer"
     if own is None or not (own / "chat_template.jinja").is_file():
         return texts
-    texts["chat_template.jinja"] = (own / "chat_template.jinja").read_text(encoding="utf-8")
+    texts |= hf_spec.kept_texts(own, ("chat_template.jinja",))
     if (own / "tokenizer_config.json").is_file():
         config = read_json(own / "tokenizer_config.json")
         base = parse_json(texts.get("tokenizer_config.json", "{}"))

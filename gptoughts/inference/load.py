@@ -20,14 +20,20 @@ from gptoughts.config.resolve import resolve_recipe
 from gptoughts.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from gptoughts.engine.checkpoint import integrity
 from gptoughts.engine.checkpoint import store as checkpoint
+from gptoughts.engine.checkpoint.parts import TensorFiles
 from gptoughts.engine.distributed.ranks import Ranks
 from gptoughts.engine.engine import Engine, Source
 from gptoughts.engine.from_recipe import ModelBundle, initial_weights, model_bundle, resumed_weights
 from gptoughts.errors import CheckpointError, ConfigError, LayerError, nearest
+from gptoughts.hardware.cpu import read_free_bytes
 from gptoughts.hardware.world import World
 from gptoughts.models.adapters.folder import read_config as read_adapter
 from gptoughts.models.gpt.sdpa import attend
 from gptoughts.models.sources import meta_model
+from gptoughts.models.weight_files import refuse_larger
+
+TABLE_BYTES = 14
+"""Bytes per position and channel while rotary tables are computed: two of fp64, two of fp32, for half the channels."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +109,10 @@ def load(
         tokenizer = Tokenizer.load(folder / "tokenizer")
     adapter = folder if (folder / "adapter_config.json").is_file() else None
     parts = model_bundle(recipe, tokenizer, families or {}, {}, adapter)
+    check_tables(recipe, str(folder))
     model = meta_model(recipe, parts.family, parts.rows)
+    if step is not None:
+        check_shapes(folder, model, adapter is not None)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     source = (
         initial_weights(recipe, parts, model, device, adapter)
@@ -113,6 +122,31 @@ def load(
     return LoadedModel(
         inference_engine(recipe, parts, model, device, source, attention), tokenizer, recipe, folder, step, parts
     )
+
+
+def check_shapes(folder: Path, model: nn.Module, adapted: bool) -> None:
+    """Raise CheckpointError where the recipe of a checkpoint describes other shapes than its weights, before they are allocated."""
+    files = TensorFiles(folder, "model")
+    for name, parameter in model.named_parameters():
+        if name in files and files.shape(name) != tuple(parameter.shape):
+            problem = f"{folder}: the recipe in state.json gives {name} the shape {list(parameter.shape)}"
+            raise CheckpointError(
+                problem, found=f"{list(files.shape(name))} in the file of weights", fix="an earlier checkpoint"
+            )
+    if not adapted:
+        planned = sum(parameter.numel() for parameter in model.parameters())
+        refuse_larger(planned, folder.glob("model*.safetensors"), f"{folder / 'state.json'}, recipe")
+
+
+def check_tables(recipe: Recipe, what: str) -> None:
+    """Raise CheckpointError where the rotary tables of the recipe's context do not fit into free memory: no file limits them."""
+    model, free = recipe.model, read_free_bytes()
+    if model.family == "hf" or model.positions != "rope" or free is None:
+        return
+    needed = recipe.data.sequence_length * model.head_dim * TABLE_BYTES
+    if needed > free:
+        problem = f"{what}: the tables of positions of {recipe.data.sequence_length:,} tokens need {needed >> 20:,} MiB"
+        raise CheckpointError(problem, found=f"{free >> 20:,} MiB free")
 
 
 def require_base(folder: Path, adapted: bool, base: str | None, recorded: str | None) -> None:

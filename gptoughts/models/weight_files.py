@@ -6,7 +6,9 @@ Headers are checked here before a library allocates what they say.
 from __future__ import annotations
 
 import math
+import shlex
 import struct
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,12 @@ from gptoughts.errors import CheckpointError
 from gptoughts.files import is_file_name, load_json, parse_json, regular
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 MAX_HEADER_BYTES = 100 << 20
 """Size of a header that the format allows."""
+NEW_ELEMENTS = 1 << 26
+"""Parameters that a model may have beyond those in its files, such as a new head."""
 BITS = {
     "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "U64": 64, "I32": 32, "U32": 32, "I16": 16, "U16": 16, "I8": 8, "U8": 8,
     "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4, "C64": 64,
@@ -38,6 +43,15 @@ def read_json(path: Path) -> dict[str, Any]:
 def pickles(folder: Path) -> list[str]:
     """Return the names of pickle files in `folder`, sorted."""
     return sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Raise CheckpointError for a model's folder with an adapter_config.json: transformers would load that adapter, or the base it names."""
+    path = folder / ADAPTER
+    if path.exists() or path.is_symlink():
+        raise CheckpointError(
+            f"{path}: an adapter beside a model would change what is loaded", fix=f"mv {shlex.quote(str(path))} elsewhere"
+        )
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -71,6 +85,17 @@ def shards_of(index: Path) -> list[Path]:
     if missing:
         raise CheckpointError(f"{index.parent}: missing shards of its index: {', '.join(missing[:8])}")
     return [index.parent / name for name in files]
+
+
+def refuse_larger(elements: int, files: Iterable[Path], what: str) -> None:
+    """Raise CheckpointError for a config of far more `elements` than its files can hold, at two bits each, before they are allocated."""
+    bits = sum(
+        math.prod(entry["shape"]) * BITS.get(entry["dtype"], 64) for path in files for entry in read_header(path).values()
+    )
+    if elements > bits // 2 + NEW_ELEMENTS:
+        raise CheckpointError(
+            f"{what}: describes {elements:,} parameters, more than the files of weights hold", found=f"{bits // 8:,} bytes"
+        )
 
 
 def checked(path: Path) -> Path:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from gptoughts.config import hf_spec
 from gptoughts.config.loader import Recipe, Resolved
 from gptoughts.config.tasks import BENCHMARKS, task_of
 from gptoughts.console import count
@@ -25,6 +26,8 @@ SHOWN_SAMPLES = 3
 
 def check(recipe: Recipe, corpus: Corpus, bundle: ModelBundle) -> None:
     """Raise ConfigError for settings that would fail only after hours of training."""
+    if recipe.model.family == "hf":
+        hf_spec.documents(recipe.model)  # refuses files that could not be saved with the weights
     if bundle.mask_id is not None:
         check_sampling(recipe)
     if recipe.eval.patience and not corpus.validates:

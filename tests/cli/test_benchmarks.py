@@ -58,7 +58,7 @@ def test_hellaswag_prints_the_scores_of_the_library(here: Path, capsys: pytest.C
 @pytest.mark.skipif(find_spec("lm_eval") is None, reason="pip install lm-eval")
 def test_lm_prints_a_row_for_each_metric(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, tasks = str(model_folder(here / "model")), local_hellaswag(here / "tasks", written(here / "rows.jsonl"))
-    words = ("eval", "lm", folder, "--tasks", "local_hellaswag", "--include", str(tasks), "--limit", "4")
+    words = ("eval", "lm", folder, "--tasks", "local_hellaswag", "--include", str(tasks), "--task-code", "--limit", "4")
     results = json.loads(typed(capsys, *words, "--json"))["results"]["local_hellaswag"]
     lines = [line.split() for line in typed(capsys, *words).splitlines() if line.startswith("local_hellaswag")]
     assert [(line[1], line[2]) for line in lines] == [

@@ -31,6 +31,32 @@ def test_options_override_the_site_file_and_that_the_recipe(site: Path, tmp_path
     assert read_site("quickstart", None, {"tasks_per_node": 3}).ranks_per_node == 3
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        'environment = "./evil.sh"',
+        "options = ['--wrap=./evil.sh']",
+        "options = []",
+        'modules = ["cuda", "./evil"]',
+        'modules = ["/evil"]',
+    ],
+)
+def test_a_recipe_cannot_choose_what_the_job_runs(line: str, tmp_path: Path) -> None:
+    recipe, own = tmp_path / "mine.toml", tmp_path / "site.toml"
+    recipe.write_text(f"{find_recipe('quickstart').read_text(encoding='utf-8')}\n[slurm]\n{line}\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"a recipe cannot choose what the job runs. Found .*evil|options: a recipe cannot"):
+        read_site(str(recipe), None, {})
+    own.write_text(f"[slurm]\n{line}\n", encoding="utf-8")
+    assert read_site("quickstart", str(own), {}) != SlurmSite() or line == "options = []", "the control"
+
+
+def test_a_value_cannot_add_an_option_to_its_line(site: Path) -> None:
+    for value in ("gpu --output=/home/me/.bashrc", "gpu\t--x", "'gpu'"):
+        with pytest.raises(ConfigError, match=r"slurm.partition: "):
+            read_site("quickstart", str(site), {"partition": value})
+    assert read_site("quickstart", str(site), {"constraint": "[rack1*2&rack2*4]"}).constraint == "[rack1*2&rack2*4]"
+
+
 def test_the_table_does_not_change_the_training(tmp_path: Path) -> None:
     recipe = tmp_path / "quickstart.toml"
     text = find_recipe("quickstart").read_text(encoding="utf-8")

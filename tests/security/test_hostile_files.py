@@ -299,7 +299,12 @@ def test_numbers_without_an_end_in_sight_are_out_of_range(key: str, value: float
 
 
 def test_a_config_with_a_billion_layers_is_refused() -> None:
-    for content in ({"num_hidden_layers": 10**9}, {"text_config": {"n_layer": 10**9}}, {"hidden_size": 2**40}):
+    for content in (
+        {"num_hidden_layers": 10**9},
+        {"text_config": {"n_layer": 10**9}},
+        {"hidden_size": 2**40},
+        {"num_labels": 2 * 10**9},
+    ):
         with pytest.raises(ConfigError, match="is out of range"):
             check_sizes(content, "model.path x")
     check_sizes({"num_hidden_layers": 96, "vocab_size": 200_000, "max_position_embeddings": 10**7}, "model.path x")

@@ -17,7 +17,7 @@ from typing import Any
 from gptoughts.data.chat.sandbox import BEGIN_ANSWER, END_ANSWER, SANDBOX, Rejected
 from gptoughts.data.text.sources import first_line, require
 from gptoughts.errors import DataError, nearest
-from gptoughts.files import load_json, parse_json, read_limited
+from gptoughts.files import load_json, owned, parse_json, read_limited
 
 Message = Mapping[str, Any]
 
@@ -200,7 +200,7 @@ def load_template(name: str | None, folder: Path, tokens: Mapping[str, str], tod
     if not path.is_file():
         known = [*BUILT_IN, *own]
         raise DataError(f"data.template: must be a file or one of {', '.join(known)}{nearest(name, known)}", found=repr(name))
-    return Template(read_text(path), str(path), tokens, today)
+    return Template(read_text(path, anywhere=True), str(path), tokens, today)
 
 
 def templates_in(folder: Path) -> dict[str, tuple[str, str]]:
@@ -237,10 +237,10 @@ def special_token_names(folder: Path) -> dict[str, str]:
     return out
 
 
-def read_text(path: Path) -> str:
-    """Return the text of a file. Raises DataError."""
+def read_text(path: Path, anywhere: bool = False) -> str:
+    """Return the text of a file of a tokenizer folder; `anywhere`, of a file that the user named. Raises DataError."""
     try:
-        return read_limited(path).decode("utf-8")
+        return read_limited(path if anywhere else owned(path)).decode("utf-8")
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read ({first_line(error)})") from None
 
@@ -250,7 +250,7 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = load_json(path)
+        content = load_json(owned(path))
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: not JSON ({first_line(error)})") from None
     if not isinstance(content, dict):

@@ -17,7 +17,7 @@ import numpy as np
 
 from gptoughts.data.tokenizers.tokenizer import Tokenizer
 from gptoughts.errors import DataError
-from gptoughts.files import first_link, is_file_name, load_json, sha256_of
+from gptoughts.files import first_link, is_file_name, load_json, regular, sha256_of
 
 FORMAT, VERSION = "gptoughts-shards", 1
 INDEX, JOURNAL, TOKENIZER_FOLDER = "index.json", "progress.json", "tokenizer"
@@ -281,7 +281,9 @@ def file_state(path: Path) -> tuple[int, int, int, int]:
 def check_content(path: Path, expected: str) -> None:
     """Raise DataError where the sha256 of a file differs from the index, or it cannot be read."""
     try:
-        found = sha256_of(path)
+        found = sha256_of(regular(path))
+    except ValueError:
+        raise DataError(f"{path}: a pipe, device or folder, not a file", fix=AGAIN) from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})", fix=f"restore it, or {AGAIN}") from None
     if found != expected:
@@ -302,8 +304,9 @@ def check_size(path: Path, expected: int) -> None:
 
 def open_array(path: Path, length: int, dtype: np.dtype[Any]) -> np.ndarray:
     """Memory-map a 1-D `.npy` file, read-only. Raises DataError for another shape, dtype or size, and for object arrays."""
-    if not path.exists():
-        check_size(path, 0)
+    if not path.is_file():
+        check_size(path, 0)  # names a file that is missing
+        raise DataError(f"{path}: a pipe, device or folder, not a file", fix=AGAIN)
     try:
         # An empty array cannot be mapped.
         array = np.load(path, mmap_mode="r" if length else None, allow_pickle=False)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from gptoughts.files import parse_json
+from gptoughts.files import parse_json, regular
 from gptoughts.run.tracking.metrics import RENAMED
 
 MOST_BYTES_OF_A_LINE = 1 << 22
@@ -20,8 +20,8 @@ BEGINNING = re.compile(rb'\{"step": (\d{1,15}), "attempt": (\d{1,9})[,}]')
 def lines(path: Path, notes: Counter[str]) -> Iterator[bytes]:
     """Yield the lines of a file that end with a line feed, in order; none for a missing file. Others are counted in `notes`."""
     try:
-        file = path.open("rb")
-    except OSError:
+        file = regular(path).open("rb")
+    except (OSError, ValueError):
         return
     with file:
         while line := file.readline(MOST_BYTES_OF_A_LINE):

@@ -12,7 +12,7 @@ from typing import Any
 from gptoughts.diagnostics.report.decimate import Curve
 from gptoughts.diagnostics.report.locate import FILE, RunPlace
 from gptoughts.diagnostics.report.rows import ends_of_attempts, lines, number, parsed, position
-from gptoughts.files import parse_json, parse_toml
+from gptoughts.files import parse_json, parse_toml, regular
 
 MOST_WINDOWS = 500
 """A curve holds this many windows to twice as many, each with its minimum and maximum; a chart is about as many pixels wide."""
@@ -218,10 +218,10 @@ def _samples(run: RunData, ends: Mapping[int, float]) -> list[dict[str, Any]]:
 
 def _text(path: Path) -> str | None:
     try:
-        if path.stat().st_size > MOST_BYTES_OF_A_DOCUMENT:
+        if regular(path).stat().st_size > MOST_BYTES_OF_A_DOCUMENT:
             return ""
         return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
+    except (OSError, ValueError):
         return None
 
 

@@ -140,6 +140,12 @@ def demand_harness() -> None:
         raise ConfigError("gptoughts eval lm: needs the package lm-eval", fix="pip install 'gptoughts[lm-eval]'")
 
 
+def _untrusted(named: str) -> ConfigError:
+    """Build the error for task files that may be code: `!function`, Jinja outside a sandbox, loaders of pickles, other files by `include`."""
+    problem = "task files can run code (!function, templates, data loaders), and --task-code is not set"
+    return ConfigError(f"{named}: {problem}", fix="--task-code, if you trust these files and all that they include")
+
+
 def evaluate(
     engine: Engine,
     encoder: Encoder,
@@ -149,6 +155,7 @@ def evaluate(
     limit: int | None = None,
     few_shot: int | None = None,
     include: Path | None = None,
+    trusted: bool = False,
     report: Report = lambda done, total: None,
 ) -> dict[str, Any]:
     """Return what `lm_eval.simple_evaluate` returns: `results`, `versions`, `n-shot`, `samples` and more.
@@ -157,10 +164,13 @@ def evaluate(
     limit     rows per task, the first ones
     few_shot  examples in the prompt; None takes the task's own number
     include   folder with more task files
+    trusted   run the code of task files that are not lm-eval's own
 
-    Raises ConfigError for unknown tasks, DataError where their data cannot be loaded.
+    Raises ConfigError for unknown tasks and task files that are not trusted, DataError where their data cannot be loaded.
     """
     demand_harness()
+    if include is not None and not trusted:
+        raise _untrusted(f"--include {include}")
     import lm_eval
     from lm_eval.api.model import TemplateLM
     from lm_eval.tasks import TaskManager
@@ -173,6 +183,9 @@ def evaluate(
             f"{nearest(unknown[0], manager.all_tasks)}",
             fix="lm-eval ls tasks, or --include FOLDER with task files",
         )
+    files = [task for task in tasks if task not in manager.task_index]
+    if files and not trusted:
+        raise _untrusted(f"--tasks {files[0]}")
     try:
         loaded = manager.load(list(tasks))
     except Exception as error:  # Data sets of the Hub raise errors of many types.

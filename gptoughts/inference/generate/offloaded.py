@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from gptoughts.config.recipe import ModelConfig
 from gptoughts.errors import CheckpointError, ConfigError
 from gptoughts.inference.generate.autoregressive import Read
 from gptoughts.models.hf.config import open_config
+from gptoughts.models.meta import on_meta
+from gptoughts.models.weight_files import refuse_adapter, refuse_larger, weight_files
 
 
 class Offloaded(torch.nn.Module):
@@ -59,14 +62,19 @@ def opened(folder: Path, memory_gib: float | None, offload: str | None) -> Offlo
     limit = None if memory_gib is None else dict.fromkeys([*gpus, "cpu"], f"{memory_gib}GiB")
     if offload is not None:
         Path(offload).mkdir(parents=True, exist_ok=True)
+    refuse_adapter(folder)
+    files = weight_files(folder)
     # Opened here: transformers would ask on standard input whether to run the code that a config names.
     config, _ = open_config(ModelConfig(family="hf", path=str(folder)), quantized=True)
+    with on_meta():
+        planned = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
+    refuse_larger(planned, files, f"{folder / 'config.json'}")
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder, config=config, device_map="auto", max_memory=limit, offload_folder=offload, local_files_only=True,
             dtype="auto", use_safetensors=True, trust_remote_code=False,
         )  # fmt: skip
-    except (OSError, ImportError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ImportError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         if isinstance(error, ValueError) and "offload" in str(error):
             raise ConfigError(f"{folder}: does not fit --memory", fix="--offload DIR, a folder on a fast disk") from None
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -47,6 +47,9 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
 """Supported values of adapter_config.json keys that would change the computation."""
 NEUTRAL_TABLES = ("loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config")
 """Tables of adapter_config.json about initialization or runtime. Any other table configures another kind of layer."""
+PATTERNS = ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern")
+"""Keys whose texts peft matches as regular expressions against the name of every module."""
+PLAIN = re.compile(r"[\w.]+|all-linear")
 CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -243,6 +246,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     unsupported += [
         f"{key} is set" for key in content if key.endswith("_config") and content[key] and key not in NEUTRAL_TABLES
     ]
+    _refuse_patterns(content, path)
     if not isinstance(content.get("base_model_name_or_path"), str | None):
         raise CheckpointError(f"{path}: base_model_name_or_path must be a string")
     initial = content.get("init_lora_weights", True)
@@ -251,6 +255,19 @@ def read_config(folder: Path) -> dict[str, Any]:
     if unsupported:
         raise CheckpointError(f"{path}: unsupported settings: {', '.join(unsupported)}")
     return content
+
+
+def _refuse_patterns(content: Mapping[str, Any], path: Path) -> None:
+    """Raise CheckpointError for regular expressions, some of which take longer than anybody waits to match a module's name."""
+    for key in PATTERNS:
+        value = content.get(key)
+        names = [value] if isinstance(value, str) else list(value) if isinstance(value, list | dict) else []
+        for name in names:
+            if not isinstance(name, str) or not PLAIN.fullmatch(name):
+                fix = "list the names of modules, as peft's save_pretrained does for a list"
+                raise CheckpointError(
+                    f"{path}: {key} must hold plain names, no regular expressions", found=repr(name)[:100], fix=fix
+                )
 
 
 def adapted_as(family: Family, folder: Path, base: Literal["full", "nf4"] = "full") -> Family:

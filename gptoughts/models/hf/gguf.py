@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import IO
 
 import torch
@@ -28,9 +29,12 @@ def convert(gguf: Path, folder: Path) -> None:
     import transformers
 
     try:
-        kwargs = {"gguf_file": gguf.name, "local_files_only": True, "trust_remote_code": False}
-        model = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **kwargs)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, **kwargs)
+        # A folder without other files: an adapter_config.json beside the file would be followed to another model.
+        with TemporaryDirectory() as place:
+            (Path(place) / gguf.name).symlink_to(gguf.resolve())
+            kwargs = {"gguf_file": gguf.name, "local_files_only": True, "trust_remote_code": False}
+            model = transformers.AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, **kwargs)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(place, **kwargs)
     except Exception as error:  # transformers' reader raises struct.error, IndexError and others for invalid files
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise CheckpointError(f"{gguf}: {reason[:300]}") from error

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -16,9 +17,20 @@ from gptoughts.config.loader import shown
 from gptoughts.config.recipe import ModelConfig
 from gptoughts.errors import CheckpointError
 from gptoughts.models.hf.config import Task, first_line, model_class, open_config, quiet
+from gptoughts.models.meta import on_meta
 from gptoughts.models.sources import Source
 from gptoughts.models.torch_internals import ignored_on_load
-from gptoughts.models.weight_files import INDEX, SINGLE, checked, pickles, read_header, read_json, shards_of
+from gptoughts.models.weight_files import (
+    INDEX,
+    SINGLE,
+    checked,
+    pickles,
+    read_header,
+    read_json,
+    refuse_adapter,
+    refuse_larger,
+    shards_of,
+)
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """Floating-point dtypes of safetensors for computation, widest first."""
@@ -38,6 +50,7 @@ class Pretrained:
     ) -> None:
         self.folder, self.notes = folder, list[str]()
         self._drawn = drawn
+        refuse_adapter(folder)
         refuse_pickles(folder)
         # Dropout does not matter for weights.
         recipe = ModelConfig(family="hf", path=remote_code or str(folder), remote_code=remote_code)
@@ -51,6 +64,9 @@ class Pretrained:
 
     def _load(self, config: PretrainedConfig, task: Task, recipe: ModelConfig) -> tuple[PreTrainedModel, Mapping[str, Any]]:
         loader, kwargs = model_class(task, recipe)
+        with on_meta():
+            planned = sum(parameter.numel() for parameter in loader.from_config(config, **kwargs).parameters())
+        refuse_larger(planned, files_of(self.folder), shown(self.folder / "config.json"))
         quantized = _quantization(self.folder)
         if quantized is not None:
             config.quantization_config = quantized
@@ -60,7 +76,7 @@ class Pretrained:
                     self.folder, config=config, dtype=_dtype(self.folder), local_files_only=True, use_safetensors=True,
                     output_loading_info=True, attn_implementation="eager", ignore_mismatched_sizes=True, **kwargs,
                 )  # fmt: skip
-            except (OSError, ValueError, RuntimeError, KeyError) as error:
+            except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
                 raise CheckpointError(f"{shown(self.folder)}: weights cannot be read: {first_line(error)[:300]}") from error
 
     def _check_keys(self, model: PreTrainedModel, report: Mapping[str, Any], task: Task) -> set[str]:

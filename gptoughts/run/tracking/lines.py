@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Sequence
 from contextlib import suppress
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gptoughts.console import LOGGER
-from gptoughts.files import parse_json
+from gptoughts.files import parse_json, regular
 
 MOST_PENDING = 16 << 20
 """Bytes of lines that are kept in memory while the disk does not take them; the oldest are dropped beyond."""
@@ -21,7 +22,7 @@ class LineFile:
     def __init__(self, path: Path) -> None:
         """Open or create the file, and end a line that a kill left incomplete. Raises OSError."""
         self._path, self._pending, self._told = path, b"", False
-        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._file = os.open(_regular(path), os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
         if is_torn(path):
             self._pending = b"\n"
 
@@ -49,6 +50,14 @@ class LineFile:
             os.close(self._file)
 
 
+def _regular(path: Path) -> Path:
+    """Return a path that is no pipe or device, which an open would wait for. Raises OSError."""
+    try:
+        return regular(path)
+    except ValueError:
+        raise OSError(errno.EINVAL, "not a regular file", str(path)) from None
+
+
 def is_torn(path: Path) -> bool:
     """Return whether the last line of a file is incomplete."""
     with path.open("rb") as file:
@@ -63,7 +72,7 @@ def read_lines(path: Path, integers: Sequence[str]) -> tuple[list[dict[str, Any]
     Returns no rows where there is no file. Raises OSError for one that cannot be read.
     """
     try:
-        content = path.read_bytes()
+        content = _regular(path).read_bytes()
     except FileNotFoundError:
         return [], 0
     rows: list[dict[str, Any]] = []

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from gptoughts.console import LOGGER
 from gptoughts.errors import RunError
-from gptoughts.files import make_private, try_lock, write_text, writing_problem
+from gptoughts.files import make_private, read_limited, try_lock, write_text, writing_problem
 
 LOCK = ".lock"
 """File in the folder of checkpoints with the process that holds it; also the lock itself where folders cannot be locked (NFS)."""
@@ -122,8 +122,8 @@ def run_id(folder: RunFolder, checkpoint: Path | None, saved: str | None) -> str
     file = folder.out / "run_id"
     own = checkpoint is not None and checkpoint.resolve().parent == folder.checkpoints.resolve()
     noted = ""
-    with suppress(OSError):
-        noted = file.read_text(encoding="ascii", errors="replace").strip()
+    with suppress(OSError, ValueError):
+        noted = read_limited(file).decode("ascii", errors="replace").strip()
     known = (saved if own else None) or (noted if noted.isalnum() and noted.isascii() else "")
     found = known or secrets.token_hex(4)
     try:
