@@ -217,9 +217,11 @@ def recipe_command(name: str, target: str, text: str, params: Sequence[click.Par
 
 def _run(target: str, values: Mapping[str, Any]) -> NoReturn:
     """Run `module.function` and exit with its code. Imports happen here, so that `--help` stays fast."""
+    from gptoughts.cli.ending import end_at_signals
     from gptoughts.console import Console, SilentConsole
     from gptoughts.hardware.world import is_quiet
 
+    end_at_signals()
     quiet = is_quiet(os.environ)
     if click.get_current_context().obj is Process.OURS:
         _quiet_libraries(quiet)
