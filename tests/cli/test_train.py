@@ -91,5 +91,5 @@ def _processes_in(folder: Path) -> list[str]:
     found = []
     for link in Path("/proc").glob("[0-9]*/cwd"):
         with suppress(OSError):
-            found += [link.parent.name] if link.readlink() == folder else []
+            found += [(link.parent / "cmdline").read_text()] if link.readlink() == folder else []
     return found
