@@ -11,7 +11,8 @@ import pytest
 
 from gptoughts.cli.generate import _standard_input
 from gptoughts.cli.main import main
-from gptoughts.errors import ConfigError
+from gptoughts.errors import ConfigError, RunError
+from gptoughts.run.tracking.run_dir import run_folder
 from tests.cli.test_main import here
 
 __all__ = ["here"]
@@ -68,8 +69,6 @@ FOREIGN = os.fsdecode(b"\xff")
         (["train", "quickstart", "--sample.prompt", FOREIGN], "--sample.prompt: not UTF-8"),
         (["train", "quickstart", "--name", FOREIGN], "--name: not UTF-8"),
         (["launch", "slurm", "quickstart", "--name", FOREIGN], "--name: not UTF-8"),
-        (["train", "quickstart", "--name", "a\nb"], r"--name: 'a\nb' is not a folder name"),
-        (["train", "quickstart", "--name", "n" * 256], "is not a folder name"),
         (["generate", "x", "--seed", str(10**30)], "--seed"),
         (["generate", "x", "--memory", "1e300"], "--memory"),
         (["plan", "quickstart", "--seed", str(10**30)], f"less than {2**63}"),
@@ -86,3 +85,10 @@ def test_standard_input_that_is_not_text_is_refused(monkeypatch: pytest.MonkeyPa
             _standard_input()
     monkeypatch.setattr(sys, "stdin", TextIOWrapper(BytesIO("é".encode()), "utf-8"))
     assert _standard_input() == "é"
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\x1b[2J", FOREIGN, "n" * 256, "a/b", ".a", ""])
+def test_a_name_that_no_run_folder_can_have_is_refused(name: str) -> None:
+    with pytest.raises(RunError, match="is not a folder name") as refusal:
+        run_folder(name, None)
+    assert str(refusal.value).count("\n") == 1 and str(refusal.value).replace("\n", "").isprintable()
