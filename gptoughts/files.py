@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -17,6 +18,8 @@ from typing import IO, Any
 MAX_BYTES = 512 << 20
 """Size of a file that is read as a whole: tokenizers and question data sets have tens of megabytes."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
+PATH_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ELOOP)
+"""Errors of a path that is of another kind than expected, or that this user may not use."""
 MAX_NESTING = 100
 """Depth of lists and tables in JSON and TOML; code that reads them recurses."""
 TOO_DEEP = "nested too deeply"

@@ -216,6 +216,8 @@ class SignalClock:
 
     def _watch(self, numbers: frozenset[int]) -> None:
         assert self._reading is not None
+        # Signals that the main thread holds back stay pending only if no other thread takes them.
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         while True:
             found = [number for number in os.read(self._reading, 64) if number in numbers]
             if found:

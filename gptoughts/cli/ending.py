@@ -14,6 +14,7 @@ import click
 
 from gptoughts.console import print_line
 from gptoughts.errors import GptoughtsError
+from gptoughts.files import PATH_ERRORS
 from gptoughts.planning.environment import Process
 from gptoughts.processes import CLOCK
 
@@ -84,9 +85,9 @@ def one_message(process: Process) -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in OF_THE_SYSTEM:
+        if isinstance(error, OSError) and (error.errno in OF_THE_SYSTEM or (error.filename and error.errno in PATH_ERRORS)):
             named = f"{error.filename:.200}" if isinstance(error.filename, str) else "standard output"
-            _exit(f"error: {named}: {error.strerror}", OF_THE_SYSTEM[error.errno])
+            _exit(f"error: {named}: {error.strerror}", OF_THE_SYSTEM.get(error.errno or 0, 2))
         meeting = _meeting()
         if meeting is None or meeting.claim(f"{type(error).__name__}: {error}"):
             raise

@@ -53,7 +53,7 @@ def generate(
         stack.enter_context(inference_mode(loaded))
     sample = {"temperature": temperature, "top_k": top_k} | ({} if tokens is None else {"tokens": tokens})
     recipe = asked(recipe, sample, diffusion, mask_id)
-    texts = [sys.stdin.read() if text == "-" else text for text in prompt] or [""]
+    texts = [_standard_input() if text == "-" else text for text in prompt] or [""]
     if chat:
         prompts, stops = chat_prompts(checkpoint, folder, recipe, texts)
     else:
@@ -75,6 +75,16 @@ def generate(
         generate_text(model, tokenizer, prompts, recipe, mask_id, top_p=top_p, seed=seed, on_text=on_text, stops=stops)
     print_result("", raw=True)
     return 0
+
+
+def _standard_input() -> str:
+    """Return the text of standard input. Raises ConfigError for bytes that are not UTF-8."""
+    try:
+        return sys.stdin.read().encode().decode()  # Python may keep foreign bytes as surrogates
+    except UnicodeError as error:
+        raise ConfigError(
+            "--prompt -: standard input is not UTF-8", found=getattr(error, "reason", None), fix="a text file"
+        ) from None
 
 
 def offloaded(name: str, memory_gib: float | None, offload: str | None) -> tuple[Any, Any, Any, Path, None]:

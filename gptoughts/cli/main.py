@@ -199,7 +199,7 @@ def _generate() -> click.Command:
         option(
             "--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, help="keep the most likely tokens of this share"
         ),
-        option("--seed", type=click.IntRange(0), default=0, help="random seed"),
+        option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="random seed"),
         option("--chat", is_flag=True, help="put each prompt into the tokenizer's chat template as a user turn"),
         option("--base", metavar="PATH", help="base model of an adapter, if not the one noted in the adapter"),
         remote_code(),
@@ -210,7 +210,10 @@ def _generate() -> click.Command:
         ),
         option("--guidance", type=click.FloatRange(0), help="diffusion: classifier-free guidance scale"),
         option(
-            "--memory", metavar="GIB", type=click.FloatRange(0, min_open=True), help="offload weights beyond this to --offload"
+            "--memory",
+            metavar="GIB",
+            type=click.FloatRange(0, 2**30, min_open=True),
+            help="offload weights beyond this to --offload",
         ),
         option("--offload", metavar="DIR", help="keep weights that exceed memory in DIR (accelerate)"),
     ]

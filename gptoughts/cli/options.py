@@ -25,6 +25,9 @@ CONTEXT = {
 SHORT = {"track.sinks": ("--track",)}
 """Recipe fields that have a second flag."""
 
+MAY_BE_EMPTY = ("--prompt",)
+"""Options for which an empty text has a meaning. Recipe fields and layers check theirs."""
+
 
 class Command(click.Command):
     """A command that reports all unknown flags in one error, each with the nearest known one."""
@@ -36,7 +39,11 @@ class Command(click.Command):
         problems = [f"{flag}: {self.unknown(flag, value, shown)}" for flag, value in _unknown(args, known)]
         if problems:
             raise listed(context.command_path, problems)
-        return super().parse_args(context, args)
+        rest = super().parse_args(context, args)
+        problems = [problem for parameter in self.get_params(context) for problem in _text_problems(parameter, context.params)]
+        if problems:
+            raise listed(context.command_path, problems)
+        return rest
 
     def unknown(self, flag: str, value: str, known: Sequence[str]) -> str:
         """Return the problem for a flag that is not in `known`; `value` is the text after it."""
@@ -113,6 +120,21 @@ def split_flags(values: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, st
         elif not key:
             parts[""][name] = value
     return parts["field"], parts["layer"], parts[""]
+
+
+def _text_problems(parameter: click.Parameter, values: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a problem for an empty value, as of an unset shell variable, and for one that is not UTF-8; paths of arguments may be any bytes."""
+    given = values.get(parameter.name or "")
+    of_recipe = "__" in (parameter.name or "")
+    for value in given if isinstance(given, tuple) else (given,):
+        if not isinstance(value, str):
+            continue
+        is_option = isinstance(parameter, click.Option)
+        label = parameter.opts[0] if is_option else parameter.name
+        if is_option and any("\ud800" <= character <= "\udfff" for character in value):
+            yield describe(f"{label}: not UTF-8", ascii(value)[:200])
+        elif value == "" and not of_recipe and label not in MAY_BE_EMPTY:
+            yield f"{label}: empty, as is the value of an unset variable"
 
 
 def _unknown(args: Sequence[str], known: Mapping[str, click.Parameter]) -> Iterator[tuple[str, str]]:
@@ -217,9 +239,11 @@ def recipe_command(name: str, target: str, text: str, params: Sequence[click.Par
 
 def _run(target: str, values: Mapping[str, Any]) -> NoReturn:
     """Run `module.function` and exit with its code. Imports happen here, so that `--help` stays fast."""
+    from gptoughts.cli.ending import end_at_signals
     from gptoughts.console import Console, SilentConsole
     from gptoughts.hardware.world import is_quiet
 
+    end_at_signals()
     quiet = is_quiet(os.environ)
     if click.get_current_context().obj is Process.OURS:
         _quiet_libraries(quiet)

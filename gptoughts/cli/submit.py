@@ -79,9 +79,12 @@ def slurm(
         print_result(text, end="", raw=True)
         return 0
     path = Path(out) if out else Path("logs") / f"{name}.sbatch"
-    Path("logs").mkdir(exist_ok=True)  # SLURM does not make the folder of the output
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, text)
+    try:
+        Path("logs").mkdir(exist_ok=True)  # SLURM does not make the folder of the output
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, text)
+    except OSError as error:
+        raise ConfigError(f"--to {path}: cannot be written ({error.strerror})", fix="--to FILE in a folder of yours") from None
     print_result(f"job file    {path}")
     if not submit:
         print_result(f"next        sbatch {shlex.quote(str(path))}")

@@ -6,7 +6,6 @@ import os
 import time
 from pathlib import Path
 
-from gptoughts.cli.ending import end_at_signals
 from gptoughts.console import print_result
 from gptoughts.errors import DataError
 from gptoughts.hardware.world import world_from_environment
@@ -36,7 +35,6 @@ def tokenize(
     from gptoughts.data.text.shards import INDEX
     from gptoughts.data.text.tokenize import tokenize
 
-    end_at_signals()
     if train_bpe is not None and tokenizer not in (None, "bpe"):
         raise DataError(f"--tokenizer {tokenizer} and --train-bpe {train_bpe}: only one of them is allowed")
     name = "bpe" if train_bpe is not None else tokenizer or "gpt2"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gptoughts.api import ResolvedRun, check_collectives, decide, train_resolved
-from gptoughts.cli.ending import end_at_signals, signals_held
+from gptoughts.cli.ending import signals_held
 from gptoughts.config.tasks import TASKS, Task
 from gptoughts.console import print_line
 from gptoughts.errors import ConfigError
@@ -42,14 +42,12 @@ def train(
     collectives: str,
 ) -> int:
     """Train, in one process per GPU. Returns the exit code: 0, or 128 + the signal that ended the run early."""
-    end_at_signals()
     setting = decide(recipe, profile, fields, layers, plugin, ranks=ranks, gpus=gpus, every_gpu=True)
     require_torch()
     check_collectives(collectives, setting)
     if setting.world.world_size > 1 and not world_from_environment(os.environ).launched:
         return _launch(setting, ranks, run_name or run_dir)
-    with signals_held():
-        apply_environment(setting)
+    apply_environment(setting)
     if setting.world.rank == 0:
         print_line(setting.plan.table())
     job: dict[str, Any] = {"strict": strict, "numerics": numerics, "collectives": collectives}
@@ -92,7 +90,8 @@ def apply_environment(setting: ResolvedRun) -> list[str]:
     Returns the plan's notes, for commands that do not print its table.
     """
     if _owns_process():
-        restart(missing_variables(setting.plan, os.environ))
+        with signals_held():
+            restart(missing_variables(setting.plan, os.environ))
     return list(setting.plan.notes)
 
 

@@ -62,6 +62,9 @@ def verify_resume(
         print_result(find_cause(trial, setting, unbroken, _say))
         print_result(f"the trainings stay in {folder}")
         return 1
+    except (SystemExit, KeyboardInterrupt):  # a signal: the trainings are incomplete
+        done = True
+        raise
     finally:
         if done and run_dir is None:
             shutil.rmtree(folder, ignore_errors=True)

@@ -257,6 +257,9 @@ def _described(error: ValidationError, known: list[str], sources: Mapping[str, s
             )
         else:
             text = f"{problem['msg'][0].lower()}{problem['msg'][1:]}"
+            bound = next((value for value in problem.get("ctx", {}).values() if type(value) is int and value > 2**53), None)
+            if bound is not None:  # pydantic prints it rounded, as a float
+                text = f"{text.rpartition(' ')[0]} {bound}"
             yield problem_line(f"{key}: {text}", repr(problem["input"])) + _where([key], sources)
 
 

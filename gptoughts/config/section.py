@@ -26,6 +26,8 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 def _path(text: str) -> str:
+    if not text:
+        raise PydanticCustomError("path", "must not be empty, as is the value of an unset variable")
     if not is_path(text):
         raise PydanticCustomError("path", "must be a name or path of a file system, at most 255 bytes between two slashes")
     return text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -82,14 +83,24 @@ class Trial:
     def _started(self, place: Path) -> Iterator[subprocess.Popen[bytes]]:
         """Start the training with its output in a file; kill all of its processes if the block is left by an error."""
         place.parent.mkdir(parents=True, exist_ok=True)
-        with self._log(place).open("ab") as log:
-            process = subprocess.Popen(
-                self.command(place), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-            )
+        process: subprocess.Popen[bytes] | None = None
         try:
+            # A signal between the start and the assignment would leave the training running. The child lets signals through by itself.
+            held = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1))
+            try:
+                with self._log(place).open("ab") as log:
+                    process = subprocess.Popen(
+                        self.command(place),
+                        stdin=subprocess.DEVNULL,
+                        stdout=log,
+                        stderr=subprocess.STDOUT,
+                        start_new_session=True,
+                    )
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, held)
             yield process
         finally:
-            if process.poll() is None:
+            if process is not None and process.poll() is None:
                 kill_tree(process.pid)
                 process.wait()
 

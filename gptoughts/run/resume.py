@@ -114,6 +114,15 @@ def read_point(folder: Path) -> ResumePoint | str:
     for key in ("run", "optimizer", "layers", "generators"):
         if not isinstance(state.get(key), dict):
             return f"state.json has no mapping {key!r}"
+    optimizer = state["optimizer"]
+    if optimizer:
+        if not isinstance(optimizer.get("values"), dict) or not isinstance(optimizer.get("made_by", {}), dict):
+            return "state.json: optimizer.values or optimizer.made_by is not a mapping"
+        groups = optimizer.get("groups", [])
+        if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
+            return "state.json: optimizer.groups is not a list of mappings"
+    if not all(isinstance(values, dict) for values in state["layers"].values()):
+        return "state.json: layers has an entry that is not a mapping"
     run, generators = {"circumstances": {}, **state["run"]}, state["generators"]
     if not isinstance(run["circumstances"], dict) or not isinstance(run["circumstances"].get("recipe", {}), dict):
         return "state.json: circumstances is not a mapping"

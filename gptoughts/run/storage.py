@@ -16,6 +16,7 @@ from gptoughts.engine.checkpoint import store
 from gptoughts.engine.engine import Engine
 from gptoughts.errors import RunError
 from gptoughts.files import (
+    PATH_ERRORS,
     cache_dir,
     free_bytes,
     load_json,
@@ -56,10 +57,14 @@ def run_storage(folder: RunFolder | None, first: bool) -> Iterator[None]:
 
 @contextmanager
 def storage_errors() -> Iterator[None]:
-    """Raise RunError for an error of a disk, which is no error of the program."""
+    """Raise RunError for an error of a disk, or of a path that is of another kind, which are no errors of the program."""
     try:
         yield
     except OSError as error:
+        if error.errno in PATH_ERRORS and error.filename and error.errno not in DISK_ERRORS:
+            named = error.filename2 or error.filename
+            fix = "remove or rename it, or start a new run with another --name or --run-dir"
+            raise RunError(f"{named}: {error.strerror}", fix=fix) from error
         if error.errno not in DISK_ERRORS:
             raise
         where = f"{error.filename}: " if error.filename else ""

@@ -92,3 +92,11 @@ def test_without_sbatch_the_error_names_the_way_out(
     monkeypatch.setenv("PATH", str(here))
     code, _, err = said("launch slurm quickstart --name x --submit", capsys)
     assert code == 2 and "sbatch: not found on this machine" in err
+
+
+@pytest.mark.parametrize("place", ["folder", "file/x", "/proc/none/x"])
+def test_a_job_file_that_cannot_be_written_is_one_error(place: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "folder").mkdir()
+    (here / "file").touch()
+    code, out, err = said(f"launch slurm quickstart --to {place}", capsys)
+    assert (code, out) == (2, "") and err.startswith(f"error: --to {place}: cannot be written (")

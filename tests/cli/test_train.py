@@ -1,4 +1,4 @@
-"""SIGTERM before the first step ends `gptoughts train` with one line and code 143."""
+"""SIGTERM before the first step ends `gptoughts train`, and every other command, with one line and code 143."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from gptoughts.cli import ending
+from gptoughts.cli.main import main
 
 ROOT = Path(__file__).parents[2]
 
@@ -50,3 +53,43 @@ def test_sigterm_after_the_plan(tmp_path: Path) -> None:
         _, said = process.communicate(timeout=120)
     assert process.returncode == 143 and said.strip() == "ended by SIGTERM; saved checkpoints stay"
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("line", [["recipes"], ["plan", "quickstart"], ["tokenize", "none.txt", "--to", "none"]])
+def test_every_command_handles_signals_before_its_work(
+    line: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Handled(Exception):
+        pass
+
+    def stop() -> None:
+        raise Handled
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ending, "end_at_signals", stop)
+    with pytest.raises(Handled):
+        main(line)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+def test_sigterm_to_verify_resume_ends_its_training_and_removes_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("to be or not to be\n" * 4000, encoding="utf-8")
+    words = ["verify-resume", "quickstart", "--data.path", "a.txt", "--data.cache", str(tmp_path / "cache")]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "gptoughts", *words]
+    with subprocess.Popen(command, cwd=tmp_path, env=variables, stdout=-1, stderr=-1, text=True) as process:
+        while process.poll() is None and not list(tmp_path.glob("out/verify-resume-*/*.log")):
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=120)
+    assert (process.returncode, said.strip()) == (143, "ended by SIGTERM; saved checkpoints stay")
+    assert not _processes_in(tmp_path) and not list(tmp_path.glob("out/*"))
+
+
+def _processes_in(folder: Path) -> list[str]:
+    found = []
+    for link in Path("/proc").glob("[0-9]*/cwd"):
+        with suppress(OSError):
+            found += [(link.parent / "cmdline").read_text()] if link.readlink() == folder else []
+    return found

@@ -13,7 +13,7 @@ from gptoughts.api import decide
 from gptoughts.engine.checkpoint import integrity, store
 from gptoughts.engine.distributed.ranks import Ranks
 from gptoughts.errors import CheckpointError, RunError, ToldElsewhere
-from gptoughts.run.resume import find_on_rank_0, fingerprint
+from gptoughts.run.resume import find_on_rank_0, fingerprint, read_point
 from gptoughts.run.tracking.run_dir import RunFolder, run_id
 
 
@@ -123,3 +123,22 @@ def test_a_run_keeps_its_name_at_trackers_and_a_branch_gets_its_own(tmp_path: Pa
     assert other != name and run_id(branch, saved, name) == other
     for folder in (first, branch):
         folder.release()
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({"optimizer": {"values": 5, "groups": []}}, "optimizer.values or optimizer.made_by is not a mapping"),
+        ({"optimizer": {"groups": []}}, "optimizer.values or"),
+        ({"optimizer": {"values": {}, "made_by": 5}}, "optimizer.values or"),
+        ({"optimizer": {"values": {}, "groups": 5}}, "optimizer.groups is not a list"),
+        ({"optimizer": {"values": {}, "groups": [5]}}, "optimizer.groups is not a list"),
+        ({"layers": {"probe": 5}}, "layers has an entry"),
+    ],
+)
+def test_a_state_of_other_types_is_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any], expected: str
+) -> None:
+    state = {"run": {}, "optimizer": {}, "layers": {}, "generators": {}, **changed}
+    monkeypatch.setattr(store, "load_state", lambda folder: state)
+    assert expected in str(read_point(tmp_path))

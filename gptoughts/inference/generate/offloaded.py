@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 
 from gptoughts.config.recipe import ModelConfig
 from gptoughts.errors import CheckpointError, ConfigError
+from gptoughts.files import writing_problem
 from gptoughts.inference.generate.autoregressive import Read
 from gptoughts.models.hf.config import open_config
 from gptoughts.models.meta import on_meta
@@ -61,7 +62,7 @@ def opened(folder: Path, memory_gib: float | None, offload: str | None) -> Offlo
     gpus = list(range(torch.cuda.device_count()))
     limit = None if memory_gib is None else dict.fromkeys([*gpus, "cpu"], f"{memory_gib}GiB")
     if offload is not None:
-        Path(offload).mkdir(parents=True, exist_ok=True)
+        _prepare(Path(offload))
     refuse_adapter(folder)
     files = weight_files(folder)
     # Opened here: transformers would ask on standard input whether to run the code that a config names.
@@ -80,3 +81,14 @@ def opened(folder: Path, memory_gib: float | None, offload: str | None) -> Offlo
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise CheckpointError(f"{folder}: cannot be opened: {reason[:300]}") from error
     return Offloaded(model.eval())
+
+
+def _prepare(folder: Path) -> None:
+    """Create the folder of --offload. Raises ConfigError where it cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        problem = writing_problem(folder)
+    except OSError as error:
+        problem = error.strerror or str(error)
+    if problem:
+        raise ConfigError(f"--offload {folder}: cannot be written ({problem})", fix="--offload DIR on a disk with space")

@@ -50,6 +50,8 @@ NEUTRAL_TABLES = ("loftq_config", "eva_config", "corda_config", "lora_ga_config"
 PATTERNS = ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern")
 """Keys whose texts peft matches as regular expressions against the name of every module."""
 PLAIN = re.compile(r"[\w.]+|all-linear")
+MOST_RANK, MOST_ALPHA = 1 << 20, 1e9
+"""Bounds of numbers in adapter_config.json, far above every use."""
 CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -246,9 +248,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     unsupported += [
         f"{key} is set" for key in content if key.endswith("_config") and content[key] and key not in NEUTRAL_TABLES
     ]
-    _refuse_patterns(content, path)
     if not isinstance(content.get("base_model_name_or_path"), str | None):
         raise CheckpointError(f"{path}: base_model_name_or_path must be a string")
+    problem = _type_problem(content)
+    if problem:
+        raise CheckpointError(f"{path}: {problem}")
+    _refuse_patterns(content, path)
     initial = content.get("init_lora_weights", True)
     if str(initial).startswith(CHANGE_THE_BASE):
         unsupported.append(f"init_lora_weights = {initial!r} (convert with peft's path_initial_model_for_weight_conversion)")
@@ -268,6 +273,33 @@ def _refuse_patterns(content: Mapping[str, Any], path: Path) -> None:
                 raise CheckpointError(
                     f"{path}: {key} must hold plain names, no regular expressions", found=repr(name)[:100], fix=fix
                 )
+
+
+def _type_problem(content: Mapping[str, Any]) -> str:
+    """Return which value is of another type or out of range, an empty string if none is."""
+    numbers: tuple[tuple[str, Any, float, float], ...] = (
+        ("r", int, 1, MOST_RANK), ("lora_alpha", (int, float), 0, MOST_ALPHA), ("lora_dropout", (int, float), 0, 1)
+    )  # fmt: skip
+    for key, kind, least, most in numbers:
+        value = content.get(key)
+        if key in content and (isinstance(value, bool) or not isinstance(value, kind) or not least <= value <= most):
+            return f"{key} must be {'an integer' if kind is int else 'a number'} from {least} to {most}. Found {value!r:.100}"
+    for key in ("rank_pattern", "alpha_pattern"):
+        kind, least, most = numbers[key != "rank_pattern"][1:]
+        table = content.get(key) or {}
+        if not isinstance(table, dict) or not all(
+            isinstance(value, kind) and not isinstance(value, bool) and least <= value <= most for value in table.values()
+        ):
+            return f"{key} must be a table of numbers from {least} to {most}. Found {table!r:.100}"
+    for key in ("use_rslora", "use_dora", "fan_in_fan_out", "inference_mode"):
+        if not isinstance(content.get(key, False), bool | None):
+            return f"{key} must be true or false. Found {content[key]!r:.100}"
+    for key in ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"):
+        value, allowed = content.get(key), int if key == "layers_to_transform" else str
+        entries = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(isinstance(entry, allowed) and not isinstance(entry, bool) for entry in entries):
+            return f"{key} must be {allowed.__name__} or a list of them. Found {value!r:.100}"
+    return ""
 
 
 def adapted_as(family: Family, folder: Path, base: Literal["full", "nf4"] = "full") -> Family:

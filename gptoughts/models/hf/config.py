@@ -37,6 +37,10 @@ DROPOUT_KEYS = re.compile(r"dropout|pdrop|layerdrop|drop_rate")
 ATTENTION_KEYS = re.compile(r"att")
 
 
+BUILD_ERRORS = (
+    ValueError, TypeError, LookupError, AttributeError, ImportError, AssertionError, ArithmeticError, RuntimeError
+)  # fmt: skip
+"""What constructors of models raise: transformers checks few of the values in config.json."""
 KERNEL_KEYS = re.compile(r"_?(attn|experts)_implementation(_internal)?|use_kernels|_?kernel_config")
 """Keys of a config.json that can name a package of kernels on a hub, which is code: the plan chooses the kernels."""
 
@@ -59,10 +63,12 @@ def open_config(model: ModelConfig, task: Task = "causal", quantized: bool = Fal
         own_code = "auto_map" in content
         problem = f"model {model.path or model.config}: model_type unknown to transformers"
         problem += "; the model's own code is not executed by default" if own_code else ""
-        raise ConfigError(problem, found=repr(kind), fix=f"--model.remote_code {model.path}" if own_code and model.path else "")
+        raise ConfigError(
+            problem, found=f"{kind!r:.100}", fix=f"--model.remote_code {model.path}" if own_code and model.path else ""
+        )
     _, names, description = LOADERS[task]
     if kind not in names:
-        raise ConfigError(f"model {model.path or model.config}: transformers has no {description} for model_type {kind!r}")
+        raise ConfigError(f"model {model.path or model.config}: transformers has no {description} for model_type {kind!r:.100}")
     if content.pop("auto_map", None):
         notes.append(f"config.json: own code (auto_map) ignored, transformers' {names[kind]} is used instead")
     if not quantized:
@@ -137,8 +143,17 @@ def whole_model(model: ModelConfig, task: Task, rows: int) -> Any:
     config, _ = open_config(model.model_copy(update={"dropout": None}), task)
     config.get_text_config().vocab_size = rows
     loader, kwargs = model_class(task, model)
-    with on_meta():
+    with on_meta(), building(model):
         return loader.from_config(config, attn_implementation="eager", dtype=torch.float32, **kwargs)
+
+
+@contextmanager
+def building(model: ModelConfig) -> Iterator[None]:
+    """Raise ConfigError for what a constructor of transformers raises where a value of config.json has no meaning."""
+    try:
+        yield
+    except BUILD_ERRORS as error:
+        raise ConfigError(f"model {model.path or model.config}: transformers cannot build it: {first_line(error)}") from error
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from gptoughts.models.hf import attention as hf_attention
 from gptoughts.models.hf import expert_autocast as hf_experts
 from gptoughts.models.hf import initial as hf_initial
 from gptoughts.models.hf import reading
-from gptoughts.models.hf.config import LOADERS, Task, first_line, model_class, open_config, vocabulary
+from gptoughts.models.hf.config import LOADERS, Task, building, model_class, open_config, vocabulary
 from gptoughts.models.hf.introspect import plain_head, separates_documents
 from gptoughts.models.hf.probe import Probed, probe
 from gptoughts.models.meta import on_meta
@@ -215,21 +215,10 @@ def _transformers_model(hf_config: PretrainedConfig, config: ModelConfig, task: 
     if rows is not None and config.path is None and rows != vocabulary(hf_config):
         hf_config.get_text_config().vocab_size = rows
     loader, kwargs = model_class(task, config)
-    try:
+    with building(config):
         model: PreTrainedModel = loader.from_config(
             hf_config, attn_implementation=hf_attention.EAGER, dtype=torch.float32, **kwargs
         )
-    except (
-        ValueError,
-        TypeError,
-        KeyError,
-        AttributeError,
-        IndexError,
-        ImportError,
-        AssertionError,
-        ZeroDivisionError,
-    ) as error:
-        raise ConfigError(f"model {config.path or config.config}: transformers cannot build it: {first_line(error)}") from error
     return model
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from gptoughts.console import LOGGER
 from gptoughts.errors import RunError
-from gptoughts.files import make_private, read_limited, try_lock, write_text, writing_problem
+from gptoughts.files import is_file_name, make_private, read_limited, try_lock, write_text, writing_problem
 
 LOCK = ".lock"
 """File in the folder of checkpoints with the process that holds it; also the lock itself where folders cannot be locked (NFS)."""
@@ -140,6 +140,6 @@ def run_folder(name: str, run_dir: str | None, fresh: bool = False) -> RunFolder
     """
     if run_dir is not None:
         return RunFolder(Path(run_dir).name, Path(run_dir), Path(run_dir) / "checkpoints")
-    if not name or "/" in name or name.startswith("."):
-        raise RunError(f"--name: {name!r} is not a folder name", fix="letters, digits, - and _")
+    if not is_file_name(name) or not name.isprintable() or name.startswith("."):
+        raise RunError(f"--name: {ascii(name)[:200]} is not a folder name", fix="letters, digits, - and _")
     return RunFolder(name, Path("out") / name, Path("checkpoints") / name, fresh)
