@@ -67,8 +67,7 @@ class ModelConfig(Section):
         if self.heads % self.key_value_heads:
             raise Disagreement(f"{self.heads} heads are not divisible by {self.kv_heads} kv_heads", "heads", "kv_heads")
         if self.positions == "rope" and self.head_dim % 2:
-            found = f"{self.width} / {self.heads} = {self.head_dim}"
-            raise Disagreement("rope needs an even head width", "width", "heads", "positions", found=found)
+            raise Disagreement("rope needs an even head width", "width", "heads", "positions", found=self.head_dim)
         return self
 
 
