@@ -82,7 +82,9 @@ def _standard_input() -> str:
     try:
         return sys.stdin.read().encode().decode()  # Python may keep foreign bytes as surrogates
     except UnicodeError as error:
-        raise ConfigError("--prompt -: standard input is not UTF-8", found=getattr(error, "reason", None), fix="a text file") from None
+        raise ConfigError(
+            "--prompt -: standard input is not UTF-8", found=getattr(error, "reason", None), fix="a text file"
+        ) from None
 
 
 def offloaded(name: str, memory_gib: float | None, offload: str | None) -> tuple[Any, Any, Any, Path, None]:

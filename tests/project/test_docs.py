@@ -337,3 +337,9 @@ def test_the_tree_of_the_readme_has_one_line_per_folder() -> None:
     block = text.split("<!-- tree -->")[1].split("```text\n")[1].split("```")[0]
     rows = dict(re.split(r"\s{2,}", line.strip(), maxsplit=1) for line in block.splitlines())
     assert set(rows) == folders | inside
+
+
+@pytest.mark.parametrize("page", [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"], ids=lambda page: page.name)
+def test_no_command_of_ours_starts_a_launcher_that_listens_on_all_addresses(page: Path) -> None:
+    lines = page.read_text(encoding="utf-8").splitlines()
+    assert not [line for line in lines if line.startswith("torchrun --standalone") and "gptoughts" in line]
