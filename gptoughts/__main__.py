@@ -22,6 +22,7 @@ def _drop_empty_entries(root: str) -> None:
     named = [entry for entry in entries if entry]
     if not named or len(named) == len(entries) or sys.flags.ignore_environment:
         return
+    os.environ["GPTOUGHTS_EMPTY_PYTHONPATH"] = "1"  # for gptoughts doctor
     os.environ["PYTHONPATH"] = os.pathsep.join(named)
     here = os.getcwd()
     if here not in (root, *map(os.path.abspath, named)):

@@ -49,7 +49,6 @@ ELSEWHERE = {
     "python -m gptoughts.run.tracking.wandb_workspace MY_TEAM": "tests/run/tracking/test_system.py; there is no account",
     "python -m http.server": "tests/project/test_slurm.py; it would not end",
     "pip install": "tests/project/test_wheel.py installs; a registry is not asked here",
-    "torchrun": "tests/engine/test_ddp.py",
     "gptoughts train gpt-1b --gpus": "tests/cli/test_launch.py; there is no GPU here",
 }
 """First words of lines that this test leaves out, and where they are tested instead."""

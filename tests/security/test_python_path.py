@@ -15,9 +15,9 @@ PLANTED = "raise SystemExit('planted code ran')\n"
 ENTRY = ("-P", "-c", "from gptoughts.__main__ import start; start()")
 
 
-def recipes(place: Path, paths: str, *start: str) -> subprocess.CompletedProcess[str]:
+def ours(place: Path, paths: str, start: tuple[str, ...], *words: str) -> subprocess.CompletedProcess[str]:
     variables = {key: value for key, value in os.environ.items() if key != "PYTHONSAFEPATH"} | {"PYTHONPATH": paths}
-    command = [sys.executable, *start, "recipes"]
+    command = [sys.executable, *start, *words]
     return subprocess.run(command, check=False, cwd=place, env=variables, capture_output=True, text=True, timeout=120)
 
 
@@ -25,10 +25,15 @@ def recipes(place: Path, paths: str, *start: str) -> subprocess.CompletedProcess
 @pytest.mark.parametrize("paths", [f":{ROOT}", f"{ROOT}:"])
 def test_an_empty_entry_of_pythonpath_is_taken_off(tmp_path: Path, paths: str, start: tuple[str, ...]) -> None:
     (tmp_path / "click.py").write_text(PLANTED)
-    done = recipes(tmp_path, paths, *start)
+    done = ours(tmp_path, paths, start, "recipes")
     assert done.returncode == 0 and "quickstart" in done.stdout, done.stderr
 
 
 def test_control_a_named_entry_stays(tmp_path: Path) -> None:
     (tmp_path / "click.py").write_text(PLANTED)
-    assert "planted code ran" in recipes(tmp_path, f"{tmp_path}::{ROOT}", *ENTRY).stderr
+    assert "planted code ran" in ours(tmp_path, f"{tmp_path}::{ROOT}", ENTRY, "recipes").stderr
+
+
+@pytest.mark.parametrize(("paths", "warns"), [(f":{ROOT}", True), (f"{ROOT}", False)])
+def test_doctor_names_an_empty_entry(tmp_path: Path, paths: str, warns: bool) -> None:
+    assert ("PYTHONPATH has an empty entry" in ours(tmp_path, paths, ENTRY, "doctor", "--quick").stdout) is warns
