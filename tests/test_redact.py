@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from gptoughts.config.loader import load
 from gptoughts.config.recipe import fields
 from gptoughts.console import HIDDEN, Redactor, is_secret_name
 from gptoughts.layers import CATALOG
@@ -51,3 +52,13 @@ def test_other_values_stay() -> None:
 def test_no_option_of_a_layer_is_taken_for_a_secret() -> None:
     assert [f"{name}.{option}" for name, layer in CATALOG.items() for option in layer.options if is_secret_name(option)] == []
     assert not is_secret_name("data.text_key") and not is_secret_name("diffusion.mask_token")
+
+
+def test_a_saved_recipe_keeps_paths_that_are_values_of_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATA_KEY", "text.txt")
+    monkeypatch.setenv("OTHER_TOKEN", "secret-note")
+    flags = {"data.path": "text.txt", "model.path": "https://me:pass@host/x", "sample.prompt": "secret-note text.txt"}
+    saved = load("quickstart", flags).saved_values()
+    assert saved["data.path"] == "text.txt" and saved["model.path"] == "https://[redacted]@host/x"
+    assert saved["sample.prompt"] == "[redacted] [redacted]"
+    assert 'path = "text.txt"' in load("quickstart", flags).to_toml()

@@ -26,7 +26,7 @@ from gptoughts.config.recipe import (
     leaf_types,
     type_word,
 )
-from gptoughts.console import redacted
+from gptoughts.console import Redactor, redacted
 from gptoughts.errors import ConfigError, listed, nearest
 from gptoughts.errors import describe as problem_line
 from gptoughts.files import is_path, parse_toml, read_limited
@@ -37,6 +37,10 @@ __all__ = [
 
 PACKAGED_RECIPES = Path(__file__).parents[1] / "recipes"
 REMOTE_CODE = "model.remote_code"
+PLACES = (
+    "data.path", "data.val_path", "data.tokenizer", "data.template", "data.cache", "model.path", "model.config", "eval.task_data"
+)  # fmt: skip
+"""Keys of paths and names, which a later command looks up."""
 MOST_BYTES = 16 << 20
 """Size of a TOML file."""
 
@@ -64,16 +68,24 @@ class Resolved:
         """Return whether a file, flag or call set `key`."""
         return key in self.sources
 
+    def saved_values(self) -> dict[str, Any]:
+        """Return every leaf as a run saves it, without secrets.
+
+        A path or name keeps what is also the value of a variable: without it the run could not be read again.
+        """
+        of_forms = Redactor({})
+        return {key: of_forms(value) if key in PLACES else redacted({key: value})[key] for key, value in self.values().items()}
+
     def to_toml(self) -> str:
         """Return the recipe as TOML for `gptoughts train FILE`, each line with its source, without secrets. Unset values are "none"."""
         lines, table = [], ""
-        for key, value in self.values().items():
+        for key, value in self.saved_values().items():
             head, _, leaf = key.rpartition(".")
             if head != table:
                 table = head
                 lines.append(f"\n[{table}]")
             source = "default" if key not in self.sources else _one_line(self.sources[key])
-            lines.append(f"{leaf} = {_toml(redacted(value))}  # {redacted(source)}")
+            lines.append(f"{leaf} = {_toml(value)}  # {redacted(source)}")
         return "\n".join(lines) + "\n"
 
 

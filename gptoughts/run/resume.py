@@ -170,16 +170,15 @@ def find_on_rank_0(folder: RunFolder, resume: str, ranks: Ranks) -> tuple[Resume
 
 def fingerprint(resolved: Resolved, plan: Plan, rows: int) -> dict[str, Any]:
     """Return everything that must be equal for a resumed run to continue bit for bit."""
-    values = {key: value for key, value in resolved.values().items() if not key.startswith("track.")}
+    values = {key: value for key, value in resolved.saved_values().items() if not key.startswith("track.")}
     here = {
-        "recipe": {**values, "rows": rows},
         "layers": {choice.slot: [choice.layer, dict(choice.options)] for choice in plan.choices},
         "machine": plan.machine,
         "world_size": plan.world_size,
         "threads": torch.get_num_threads(),
         "versions": {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()},
     }
-    return dict(redacted(here))
+    return {"recipe": {**values, "rows": rows}, **redacted(here)}
 
 
 def check_shape(point: ResumePoint, now: Mapping[str, Any]) -> None:
@@ -210,7 +209,7 @@ def check_shape(point: ResumePoint, now: Mapping[str, Any]) -> None:
 def changes(point: ResumePoint, now: Mapping[str, Any]) -> list[str]:
     """Return one line per difference, `key: old | new`, without the harmless keys."""
     old, new = _flat(point.state["circumstances"]), _flat(json.loads(json.dumps(now)))
-    keys = [key for key in dict.fromkeys([*old, *new]) if redacted(old.get(key)) != new.get(key)]
+    keys = [key for key in dict.fromkeys([*old, *new]) if new.get(key) not in (old.get(key), redacted(old.get(key)))]
     return [f"{key}: {old.get(key)} | {new.get(key)}" for key in keys if key.removeprefix("recipe.") not in HARMLESS]
 
 

@@ -1,7 +1,7 @@
 """docs/coming-from.md is true: each of its commands runs, at toy size, and its table agrees with what the command line answers.
 
 Lines of its ```sh blocks are run as they stand but for what a machine without network and GPU cannot have: names of models and files
-(`STANDS_FOR`), sizes and lengths (`small`), and torchrun, in whose place the plan for its ranks is made and one process trains.
+(`STANDS_FOR`), sizes and lengths (`small`), and `--ranks`, in whose place the plan for the ranks is made and one process trains.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ def gptoughts(words: list[str]) -> None:
 def test_commands_of_the_page_run(section: str, toys: Path) -> None:
     for words in SECTIONS[section]:
         words = [STANDS_FOR.get(word, word) for word in words]
-        if words[0] == "torchrun":
-            ranks, words = words[words.index("--nproc-per-node") + 1], words[words.index("-m") + 1 :]
+        if "--ranks" in words:
+            ranks, words = words[words.index("--ranks") + 1], without(words, "--ranks")
             planned = [*words[2:], "--ranks", ranks, "--machine", "tests/machines/h100x8.json"]
             planned += ["--model.path", "encoder", "--data.sequence-length", "48"] if "bert-squad" in words else []
             gptoughts(["plan", *without(planned, "--name")])
@@ -113,7 +113,7 @@ def without(words: list[str], flag: str) -> list[str]:
 def test_sections_have_their_commands() -> None:
     assert len(SECTIONS) == 5
     firsts = {words[0] for lines in SECTIONS.values() for words in lines}
-    assert firsts == {"gptoughts", "torchrun", "tail", *ELSEWHERE}
+    assert firsts == {"gptoughts", "tail", *ELSEWHERE}
 
 
 def test_table_of_flags_agrees_with_the_answers() -> None:

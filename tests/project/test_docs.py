@@ -49,7 +49,6 @@ ELSEWHERE = {
     "python -m gptoughts.run.tracking.wandb_workspace MY_TEAM": "tests/run/tracking/test_system.py; there is no account",
     "python -m http.server": "tests/project/test_slurm.py; it would not end",
     "pip install": "tests/project/test_wheel.py installs; a registry is not asked here",
-    "torchrun": "tests/engine/test_ddp.py",
     "gptoughts train gpt-1b --gpus": "tests/cli/test_launch.py; there is no GPU here",
 }
 """First words of lines that this test leaves out, and where they are tested instead."""
@@ -337,3 +336,9 @@ def test_the_tree_of_the_readme_has_one_line_per_folder() -> None:
     block = text.split("<!-- tree -->")[1].split("```text\n")[1].split("```")[0]
     rows = dict(re.split(r"\s{2,}", line.strip(), maxsplit=1) for line in block.splitlines())
     assert set(rows) == folders | inside
+
+
+@pytest.mark.parametrize("page", [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"], ids=lambda page: page.name)
+def test_no_command_of_ours_starts_a_launcher_that_listens_on_all_addresses(page: Path) -> None:
+    lines = page.read_text(encoding="utf-8").splitlines()
+    assert not [line for line in lines if line.startswith("torchrun --standalone") and "gptoughts" in line]

@@ -78,6 +78,7 @@ def diagnose(machine: Machine, folder: Path, checks: tuple[Check, ...] = (), lef
         *torch_findings(machine),
         *advisory_findings(machine.packages),
         *space_findings(folder, disk_free_bytes),
+        *host.path_findings(os.environ),
         *host.shared_memory_findings(shm_bytes),
         *(finding for check in checks for finding in check.findings),
     ]

@@ -16,10 +16,20 @@ LEAST_SHM_BYTES = GIB
 LEAST_LOCKED_BYTES = 64 << 20
 # A shard stays open while it is mapped: 1,024 files are 100 billion tokens at 100 million per shard.
 LEAST_FILES = 1024
+EMPTY_PATH = "GPTOUGHTS_EMPTY_PYTHONPATH"
+"""Environment variable that `gptoughts.__main__` sets where it took an empty entry off PYTHONPATH."""
 COMPILE_COSTS = "eager instead of compiled: 1.01x to 1.53x in bf16, 1.00x to 1.39x in float32 on a CPU"
 COMPILE_SOURCE = "docs/measurements/cpu/widths.json"
 GPU_COMPILE_COSTS = "eager instead of compiled: +15.7 % for an 8 B model on H100s"
 GPU_COMPILE_SOURCE = "published, torchtitan"
+
+
+def path_findings(environment: Mapping[str, str]) -> list[Finding]:
+    """Return a finding if PYTHONPATH had an empty entry, which is the current folder."""
+    if not environment.get(EMPTY_PATH):
+        return []
+    what = "PYTHONPATH has an empty entry: Python runs a sitecustomize.py of the current folder"
+    return [Finding(what, 'export PYTHONPATH="${PYTHONPATH#:}", without an empty entry', "minor")]
 
 
 def own_limits() -> dict[str, int | None]:
