@@ -67,7 +67,8 @@ class ModelConfig(Section):
         if self.heads % self.key_value_heads:
             raise Disagreement(f"{self.heads} heads are not divisible by {self.kv_heads} kv_heads", "heads", "kv_heads")
         if self.positions == "rope" and self.head_dim % 2:
-            raise Disagreement("rope needs an even head width", "width", "heads", "positions", found=self.head_dim)
+            found = f"{self.width} / {self.heads} = {self.head_dim}"
+            raise Disagreement("rope needs an even head width", "width", "heads", "positions", found=found)
         return self
 
 
@@ -85,9 +86,7 @@ class DataConfig(Section):
     packing: bool = Field(True, description="chat: pack several conversations per row, masked from each other")
     template: Name | None = Field(None, description="chat: chatml, plain or a Jinja file; default: the tokenizer's own")
     train_on: Literal["answers", "all"] = Field("answers", description="chat: tokens that count in the loss")
-    too_long: Literal["error", "drop", "cut"] = Field(
-        "error", description="chat: conversations above sequence_length; cut keeps the start"
-    )
+    too_long: Literal["error", "drop", "cut"] = Field("error", description="chat: above sequence_length; cut keeps the start")
     stride: Count = Field(128, description="squad: overlap of windows of a long context, in tokens")
     bad_rows: Literal["error", "skip"] = Field("error", description="unreadable rows: an error, or skipped and counted")
     text_key: str = Field("text", description="text field of a .jsonl, .parquet or dataset row")
