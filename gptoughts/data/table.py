@@ -17,7 +17,7 @@ from gptoughts.data.batches import IGNORED, ORDER_CHUNK, Batch, Cursor, rank_row
 from gptoughts.data.order import samples_at
 from gptoughts.data.text.shards import INDEX
 from gptoughts.errors import DataError
-from gptoughts.files import TEMPORARY, load_json, sha256_of, sync, sync_folder, write_json
+from gptoughts.files import TEMPORARY, load_json, make_private, sha256_of, sync, sync_folder, write_json
 
 FORMAT, VERSION = "gptoughts-table", 1
 PLAIN_KINDS = "biuf"  # bool, int and float dtypes, which need no pickle
@@ -127,7 +127,7 @@ class Table:
         temporary = folder.with_name(folder.name + TEMPORARY)
         shutil.rmtree(temporary, ignore_errors=True)
         try:
-            temporary.mkdir(parents=True)
+            make_private(temporary, new=True)
             entries = {name: write_array(temporary / f"{name}.npy", array) for name, array in self.arrays.items()}
             content = {"format": FORMAT, "version": VERSION, "rows": len(self), "fingerprint": self.fingerprint}
             content |= {"padding": self.padding, "facts": self.stats, "arrays": entries}

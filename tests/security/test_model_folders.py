@@ -182,10 +182,14 @@ def test_a_config_larger_than_its_weights_is_refused_before_it_is_allocated(key:
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [("model.width", 2**16, "gives .* the shape"), ("data.sequence_length", 2**28, "tables of positions of 268,435,456 tokens need"),
-     
+    ],
 )  # fmt: skip
 def test_a_checkpoint_larger_than_its_weights_is_refused(
-    key: str, value: int, said: str, here: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+    key: str,
+    value: int,
+    said: str,
+    here: Path,
+    monkeypatch: pytest.MonkeyPatch,  # noqa: F811
 ) -> None:
     monkeypatch.setattr(loading, "read_free_bytes", lambda: 1 << 30)
     checkpoint = trained("run", **{"model.depth": 1, "model.width": 64, "model.heads": 2})

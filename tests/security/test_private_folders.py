@@ -44,6 +44,8 @@ def test_a_run_makes_its_folders_for_this_user_alone(tmp_path: Path, monkeypatch
     train("one")
     made = ["out", "out/one", "checkpoints", "checkpoints/one", "cache", "cache/gptoughts", "cache/gptoughts/data"]
     assert {name: oct(mode(Path(name))) for name in made} == dict.fromkeys(made, "0o700")
+    tokenized = [path for path in Path("cache/gptoughts/data").iterdir() if path.is_dir()]
+    assert tokenized and {oct(mode(path)) for path in tokenized} == {"0o700"}
     for name in ("out/two", "checkpoints/two"):
         Path(name).mkdir(mode=0o755)
     train("two")

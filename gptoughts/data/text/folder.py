@@ -12,7 +12,7 @@ from gptoughts.console import LOGGER
 from gptoughts.data.text import tasks
 from gptoughts.data.text.shards import INDEX, JOURNAL, TOKENIZER_FOLDER, VERIFIED
 from gptoughts.errors import DataError
-from gptoughts.files import TEMPORARY, try_lock, wait_for_lock
+from gptoughts.files import TEMPORARY, make_private, try_lock, wait_for_lock
 
 FIX = "a folder on a disk that can be written: --to, --data.cache or XDG_CACHE_HOME"
 
@@ -41,7 +41,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
     created = not folder.exists()
     while True:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_private(folder)
             descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         except OSError as error:
             raise DataError(f"{folder}: cannot be created or opened as a folder ({error.strerror})", fix=FIX) from None

@@ -17,6 +17,7 @@ import torch
 
 from gptoughts.console import print_line
 from gptoughts.errors import CheckpointError, GptoughtsError
+from gptoughts.files import make_private
 
 
 def convert(gguf: Path, folder: Path) -> None:
@@ -42,7 +43,7 @@ def convert(gguf: Path, folder: Path) -> None:
     # The weights are dequantized; with this key transformers would refuse to save and train them.
     config.__dict__.pop("quantization_config", None)
     setattr(model, "hf_quantizer", None)  # noqa: B010  # an attribute of transformers that its types omit
-    folder.mkdir(parents=True, exist_ok=True)
+    make_private(folder)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     _check(folder, gguf)
