@@ -488,7 +488,7 @@ def test_the_digest_ignores_what_is_a_ranks_own_and_nothing_else(environment: di
     plan = planned("cpu")
     base = replace(plan, environment=environment)
     assert replace(base, environment={**environment, "GPTOUGHTS_NUMA_NODE": str(node)}).digest() == base.digest()
-    assert replace(base, environment={**environment, "X": other}).digest() != base.digest()
+    assert replace(base, environment={**environment, "X": environment.get("X", "") + "1" + other}).digest() != base.digest()
     assert replace(base, notes=("else",), machine="another").digest() == base.digest()
     assert replace(base, world_size=2).digest() != base.digest()
     for index, choice in enumerate(base.choices):
