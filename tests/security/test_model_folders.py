@@ -189,7 +189,7 @@ def test_a_checkpoint_larger_than_its_weights_is_refused(
     value: int,
     said: str,
     here: Path,
-    monkeypatch: pytest.MonkeyPatch,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(loading, "read_free_bytes", lambda: 1 << 30)
     checkpoint = trained("run", **{"model.depth": 1, "model.width": 64, "model.heads": 2})
