@@ -188,7 +188,7 @@ def test_a_checkpoint_larger_than_its_weights_is_refused(
     key: str,
     value: int,
     said: str,
-    here: Path,
+    here: Path,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(loading, "read_free_bytes", lambda: 1 << 30)
