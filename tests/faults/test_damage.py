@@ -218,3 +218,12 @@ def test_a_link_in_a_folder_is_not_copied(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"tokenizer\.json: is a link"):
         store.write(snapshot, tmp_path / "checkpoints")
     assert "secret" not in "".join(path.read_text() for path in (tmp_path / "checkpoints").rglob("*") if path.is_file())
+
+
+def test_only_the_files_of_a_tokenizer_are_copied(tmp_path: Path) -> None:
+    names = ("tokenizer.json", "gptoughts_tokenizer.json", "id_rsa", "sub/more.json")
+    (tmp_path / "tokens" / "sub").mkdir(parents=True)
+    for name in names:
+        (tmp_path / "tokens" / name).write_text("{}", encoding="utf-8")
+    store._copy_folder(tmp_path / "tokens", tmp_path / "copy")
+    assert sorted(path.name for path in (tmp_path / "copy").rglob("*")) == sorted(names[:2])

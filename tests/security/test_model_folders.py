@@ -188,8 +188,8 @@ def test_a_checkpoint_larger_than_its_weights_is_refused(
     key: str,
     value: int,
     said: str,
-    here: Path,
-    monkeypatch: pytest.MonkeyPatch,  # noqa: F811
+    here: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(loading, "read_free_bytes", lambda: 1 << 30)
     checkpoint = trained("run", **{"model.depth": 1, "model.width": 64, "model.heads": 2})

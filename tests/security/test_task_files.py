@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,11 @@ def evaluated(**options: Any) -> None:
     harness.evaluate(None, None, batch=1, **options)  # type: ignore[arg-type]  # refused before a model is used
 
 
-def test_a_task_file_runs_no_code_without_consent(mark: Path, tmp_path: Path) -> None:
+def test_a_task_file_runs_no_code_without_consent(mark: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lm_eval.tasks import TaskManager
+
+    # The index of all tasks of the harness takes seconds.
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False))
     folder = planted("function", tmp_path)
     with pytest.raises(ConfigError, match=r"--tasks tasks/t.yaml: task files can run code [^\0]*Try: --task-code"):
         evaluated(tasks=["tasks/t.yaml"])

@@ -35,6 +35,8 @@ FORMAT_PARTS = 2
 """Of a checkpoint whose tensors are split over the files of several ranks."""
 PART_SECONDS = 1800
 """Limit of rank 0's wait for the part of another rank."""
+COPIED = ("tokenizer.json", "gptoughts_tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+"""Files that tokenizers and chat templates write; whatever else is in a tokenized folder may be private."""
 MANIFEST, STATE = "manifest.json", "state.json"
 TEMPORARY = ".writing-"
 REPLACED = ".replaced-"
@@ -172,17 +174,14 @@ def _fill(snapshot: Snapshot, temporary: Path) -> None:
 
 
 def _copy_folder(source: Path, target: Path) -> None:
-    """Copy a folder of plain files. Raises CheckpointError for a link, which can lead to any file of this machine."""
+    """Copy the files of a tokenizer's folder, no others. Raises CheckpointError for a link, which can lead to any file of this machine."""
     link = first_link(source)
     if link is not None:
         raise CheckpointError(f"{link}: is a link, which a checkpoint does not follow", fix="a copy of the file in its place")
     target.mkdir()
-    for path in sorted(source.rglob("*")):
-        place = target / path.relative_to(source)
-        if path.is_dir():
-            place.mkdir()
-        else:
-            shutil.copyfile(path, place)
+    for name in COPIED:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
 
 
 def write_part(snapshot: Snapshot, folder: Path) -> None:
