@@ -161,18 +161,22 @@ def _fill(snapshot: Snapshot, temporary: Path) -> None:
     _sync(temporary)
 
 
+TOKENIZER_FILES = (
+    "gptoughts_tokenizer.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja", "chat_template.json", "generation_config.json", "vocab.json", "vocab.txt", "merges.txt",
+)  # fmt: skip
+"""Files of a tokenizer's folder that a checkpoint takes; others that lie there belong to somebody else."""
+
+
 def _copy_folder(source: Path, target: Path) -> None:
-    """Copy a folder of plain files. Raises CheckpointError for a link, which can lead to any file of this machine."""
+    """Copy a tokenizer's files. Raises CheckpointError for a link, which can lead to any file of this machine."""
     link = first_link(source)
     if link is not None:
         raise CheckpointError(f"{link}: is a link, which a checkpoint does not follow", fix="a copy of the file in its place")
     target.mkdir()
-    for path in sorted(source.rglob("*")):
-        place = target / path.relative_to(source)
-        if path.is_dir():
-            place.mkdir()
-        else:
-            shutil.copyfile(path, place)
+    for path in sorted(source.iterdir()):
+        if path.name in TOKENIZER_FILES and path.is_file():
+            shutil.copyfile(path, target / path.name)
 
 
 def write_part(snapshot: Snapshot, folder: Path) -> None:
