@@ -114,5 +114,5 @@ def test_a_checkpoint_takes_known_files_of_a_tokenizers_folder_only(tmp_path: Pa
     (source / "more").mkdir(parents=True)
     for name in ("tokenizer.json", "gptoughts_tokenizer.json", "id_rsa", "more/tokenizer.json"):
         (source / name).write_text(name)
-    store._copy_folder(source, tmp_path / "copy")
+    checkpoint._copy_folder(source, tmp_path / "copy")
     assert sorted(path.name for path in (tmp_path / "copy").rglob("*")) == ["gptoughts_tokenizer.json", "tokenizer.json"]
