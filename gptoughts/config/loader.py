@@ -114,8 +114,10 @@ def find_toml(what: str, name: str, shipped: Path, known: list[str]) -> Path:
     path = Path(name) if a_path else shipped / f"{name}.toml"
     if is_path(str(path)) and path.is_file():
         return path
+    if a_path and is_path(str(path)) and path.exists():
+        raise ConfigError(f"{what} {name:.200}: not a regular file")
     if a_path:
-        raise ConfigError(f"{what} {name}: no such file")
+        raise ConfigError(f"{what} {name:.200}: no such file")
     raise ConfigError(
         f"{what} {name!r}: no such {what}{nearest(name, known)}; shipped: {', '.join(known)}, or a path to a .toml file"
     )

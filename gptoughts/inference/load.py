@@ -197,7 +197,8 @@ def consent(folder: Path, path: str | None, given: str | None, needed: bool) -> 
             fix=f"--remote-code {shlex.quote(str(path))}, if you trust the code there",
         )
     if given is not None and (path is None or given != path):
-        raise ConfigError(f"--remote-code {given}: not the model of {folder}", found=repr(path), fix=f"--remote-code {path}")
+        fix = "omit --remote-code" if path is None else f"--remote-code {shlex.quote(path)}"
+        raise ConfigError(f"--remote-code {given}: not the model of {folder}", found=repr(path), fix=fix)
     return given
 
 

@@ -92,3 +92,10 @@ def test_a_name_that_no_run_folder_can_have_is_refused(name: str) -> None:
     with pytest.raises(RunError, match="is not a folder name") as refusal:
         run_folder(name, None)
     assert str(refusal.value).count("\n") == 1 and str(refusal.value).replace("\n", "").isprintable()
+
+
+def test_a_pipe_is_not_a_missing_file(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    os.mkfifo(here / "pipe.toml")
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", "pipe.toml"])
+    assert ended.value.code == 2 and "recipe pipe.toml: not a regular file" in capsys.readouterr().err

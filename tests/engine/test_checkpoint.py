@@ -107,3 +107,12 @@ def test_a_manifest_that_points_outside_is_refused(tmp_path: Path) -> None:
     held["files"]["../../secret"] = {"bytes": 1, "sha256": ""}
     manifest.write_text(json.dumps(held))
     assert "outside the checkpoint" in damage(tmp_path / "step-000003")
+
+
+def test_a_checkpoint_takes_known_files_of_a_tokenizers_folder_only(tmp_path: Path) -> None:
+    source = tmp_path / "tokenizer"
+    (source / "more").mkdir(parents=True)
+    for name in ("tokenizer.json", "gptoughts_tokenizer.json", "id_rsa", "more/tokenizer.json"):
+        (source / name).write_text(name)
+    checkpoint._copy_folder(source, tmp_path / "copy")
+    assert sorted(path.name for path in (tmp_path / "copy").rglob("*")) == ["gptoughts_tokenizer.json", "tokenizer.json"]

@@ -82,11 +82,11 @@ def check(
     """Return the schedule for valid settings. Raises ConfigError otherwise; also used as a pre-flight check."""
     steps_per_block = schedule(max_new_tokens, steps, block_length)
     if remasking not in ("low-confidence", "random"):
-        raise ConfigError("remasking: must be low-confidence or random", found=repr(remasking))
+        raise ConfigError("--remasking: must be low-confidence or random", found=repr(remasking))
     if not temperature >= 0:
-        raise ConfigError("temperature: must be 0 (greedy) or more", found=temperature)
+        raise ConfigError("--temperature: must be 0 (greedy) or more", found=temperature)
     if not guidance >= 0:
-        raise ConfigError("guidance: must be 0 (off) or more", found=guidance)
+        raise ConfigError("--guidance: must be 0 (off) or more", found=guidance)
     if max_new_tokens > sequence_length:
         raise ConfigError(
             f"max_new_tokens: must be at most the model's sequence_length {sequence_length}", found=max_new_tokens

@@ -15,11 +15,11 @@ from gptoughts.errors import ConfigError, RunError
 def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
     """Raise ConfigError unless temperature >= 0, top_k >= 0 and 0 < top_p <= 1."""
     if not temperature >= 0:
-        raise ConfigError("temperature: must be 0 (greedy) or more", found=temperature)
+        raise ConfigError("--temperature: must be 0 (greedy) or more", found=temperature)
     if top_k < 0:
-        raise ConfigError("top_k: must be 0 (off) or more", found=top_k)
+        raise ConfigError("--top-k: must be 0 (off) or more", found=top_k)
     if not 0 < top_p <= 1:
-        raise ConfigError("top_p: must be above 0 and at most 1 (off)", found=top_p)
+        raise ConfigError("--top-p: must be above 0 and at most 1 (off)", found=top_p)
 
 
 def candidates(logits: Tensor, temperature: float, top_k: int, top_p: float, limit: int | None = None) -> tuple[Tensor, Tensor]:
