@@ -163,7 +163,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         ("x" * 300, "no such recipe"),
         (f"{'x' * 300}.toml", "no such file"),
         (str(tmp_path / "none.toml"), "none.toml: no such file"),
-        (f"{tmp_path}/", "no such file"),
+        (f"{tmp_path}/", "not a regular file"),
         ("quikstart", "recipe 'quikstart': no such recipe (did you mean 'quickstart'?); shipped: "),
         ("", "recipe '': no such recipe"),
     ):
