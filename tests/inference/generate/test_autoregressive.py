@@ -243,5 +243,5 @@ def test_ids_outside_the_vocabulary_are_refused(model: GPT, prompt: list[int]) -
 def test_settings_out_of_range_are_refused(model: GPT) -> None:
     with pytest.raises(ConfigError, match=r"max_new_tokens: must be at least 1\. Found 0"):
         generate(model, Bytes(), ["a"], 0)
-    with pytest.raises(ConfigError, match="top_p"):
+    with pytest.raises(ConfigError, match="--top-p"):
         generate(model, Bytes(), ["a"], 1, top_p=2.0)
