@@ -144,7 +144,7 @@ def test_damage_is_an_error_that_names_the_file(tmp_path: Path) -> None:
         Table.load(folder)
     folder = fresh("missing")
     (folder / "mask.npy").unlink()
-    with pytest.raises(DataError, match=r"mask.npy: no such file"):
+    with pytest.raises(DataError, match=r"mask.npy: missing, or not a file"):
         Table.load(folder)
     for content in ("", "[]", "{}", '{"format": "gptoughts-table", "version": 1, "rows": "x", "arrays": 3}'):
         (folder / "index.json").write_text(content)

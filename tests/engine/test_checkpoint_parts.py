@@ -123,6 +123,16 @@ def test_a_rank_that_cannot_write_its_part_is_named(tmp_path: Path) -> None:
     assert integrity.newest(tmp_path) == (None, [])
 
 
+def test_a_checkpoint_that_cannot_begin_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: Path) -> None:
+        raise OSError(5, "Input/output error", str(path))
+
+    monkeypatch.setattr(Path, "touch", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        store.begin(tmp_path, 3, 2)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_failed_checkpoint_is_removed_while_another_rank_writes_into_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -94,8 +94,12 @@ def begin(folder: Path, step: int, ranks: int = 1) -> Path:
     shutil.rmtree(temporary, ignore_errors=True)
     make_private(folder)
     temporary.mkdir()
-    for rank in range(1, ranks):
-        (temporary / _marker(rank)).touch()
+    try:
+        for rank in range(1, ranks):
+            (temporary / _marker(rank)).touch()
+    except OSError:
+        _free(temporary)
+        raise
     return temporary
 
 
