@@ -56,7 +56,7 @@ def _modeling_file(kind: str) -> Path | None:
     if found is None or not found.submodule_search_locations or not re.fullmatch(r"[\w.-]{1,100}", kind):
         return None
     models = Path(found.submodule_search_locations[0]) / "models"
-    module = _special_modules(models / "auto" / "auto_mappings.py").get(kind, kind.replace("-", "_").replace(".", "_"))
+    module = _special_modules(models / "auto/auto_mappings.py").get(kind, kind.replace("-", "_").replace(".", "_"))
     path = models / module / f"modeling_{module}.py"
     return path if path.is_file() else None
 
