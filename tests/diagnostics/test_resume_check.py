@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -119,13 +121,22 @@ def test_a_training_that_cannot_start_or_ends_too_early_is_one_error(toys: Path,
 
 def test_a_tree_of_processes_is_killed_with_all_its_groups() -> None:
     inner = "import subprocess, sys, time; p = subprocess.Popen(['sleep', '300'], start_new_session=True); print(p.pid, flush=True); time.sleep(300)"
-    with subprocess.Popen(["python", "-c", inner], stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+    with subprocess.Popen([sys.executable, "-c", inner], stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
         assert process.stdout is not None
         grandchild = int(process.stdout.readline())
         kill_tree(process.pid)
         assert process.wait(20) == -9
-    state = Path(f"/proc/{grandchild}/stat")
-    assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not has_ended(grandchild):
+        time.sleep(0.01)
+    assert has_ended(grandchild)
+
+
+def has_ended(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
 
 
 @pytest.mark.long

@@ -14,8 +14,8 @@ from gptoughts import processes
 from gptoughts.engine.distributed import elastic
 processes.SIGNAL_SECONDS = 0.3
 processes.CLOCK.start((signal.SIGTERM,))
-RANK = "import signal, sys, time; signal.signal(signal.{0}, lambda *_: (time.sleep(1.5), print('saved', flush=True), sys.exit(0)));"
-RANK += "print('ready', flush=True); time.sleep(60)"
+RANK = "import os, signal, sys, time; signal.signal(signal.{0}, lambda *_: (time.sleep(1.5), os.write(1, b'saved\\\\n'), sys.exit(0)));"
+RANK += "os.write(1, b'ready\\\\n'); time.sleep(60)"
 with elastic._forwarding() as received:
     code = subprocess.Popen([sys.executable, "-c", RANK.format(sys.argv[1])]).wait()
 assert not processes.CLOCK.excused(), "as before"
