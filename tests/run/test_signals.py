@@ -26,6 +26,18 @@ from gptoughts.run.tracking.sink import Sink
 from tests.support.engines import engine_of, plan_of, random_batches, recipe_of
 
 
+@pytest.fixture(autouse=True)
+def none_is_ignored() -> Iterator[None]:
+    """Heed SIGHUP and SIGINT where the tests were started with nohup, or by a shell in the background."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGINT)}
+    for number, handler in before.items():
+        if handler is signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture
 def watcher() -> SignalWatcher:
     return SignalWatcher(Ranks(World(), torch.device("cpu")))

@@ -145,7 +145,7 @@ HANG = "((([a-z_.0-9])+)+)+!"
 @pytest.mark.parametrize(
     ("key", "value"),
     [("target_modules", HANG), ("target_modules", ["q_proj", HANG]), ("exclude_modules", HANG), ("layers_pattern", HANG),
-     ("layers_pattern", [HANG]), ("rank_pattern", {HANG: 4}), ("alpha_pattern", {HANG: 4}), ("target_modules", [5])],
+     ("layers_pattern", [HANG]), ("rank_pattern", {HANG: 4}), ("alpha_pattern", {HANG: 4})],
 )  # fmt: skip
 def test_an_adapter_cannot_bring_a_regular_expression(key: str, value: object, tmp_path: Path) -> None:
     content = {"peft_type": "LORA", "base_model_name_or_path": "x", key: value}

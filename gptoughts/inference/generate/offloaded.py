@@ -68,7 +68,9 @@ def opened(folder: Path, memory_gib: float | None, offload: str | None) -> Offlo
     # Opened here: transformers would ask on standard input whether to run the code that a config names.
     config, _ = open_config(ModelConfig(family="hf", path=str(folder)), quantized=True)
     with on_meta():
-        planned = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
+        planned = sum(
+            parameter.numel() for parameter in AutoModelForCausalLM.from_config(config, trust_remote_code=False).parameters()
+        )
     refuse_larger(planned, files, f"{folder / 'config.json'}")
     try:
         model = AutoModelForCausalLM.from_pretrained(

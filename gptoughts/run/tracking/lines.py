@@ -55,6 +55,8 @@ def _regular(path: Path) -> Path:
     try:
         return regular(path)
     except ValueError:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path)) from None
         raise OSError(errno.EINVAL, "not a regular file", str(path)) from None
 
 
