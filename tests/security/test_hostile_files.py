@@ -319,3 +319,25 @@ def test_every_named_test_exists() -> None:
     assert len(named) == page.count("`tests/"), "every file of tests is named with its test"
     for file, test in named:
         assert f"def {test}(" in (ROOT / file).read_text(encoding="utf-8"), f"{file}::{test}"
+
+
+def test_a_small_parquet_file_is_not_decoded_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    from gptoughts.data.text import objects, rows
+
+    text = "a" * 1_000_000
+    table = pyarrow.table(
+        {"text": pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 600, pyarrow.int32()), pyarrow.array([text]))}
+    )
+    parquet.write_table(table, tmp_path / "small.parquet", compression="zstd")
+    assert (tmp_path / "small.parquet").stat().st_size < 10_000
+    with parquet.ParquetFile(tmp_path / "small.parquet") as file:
+        assert 600 < objects._rows_at_once(file) <= 1024, "the control: 600 MB at once are within the limit"
+        monkeypatch.setattr(objects, "MOST_DECODED_BYTES", 8_000_000)
+        assert objects._rows_at_once(file) < 9
+    assert sum(1 for _ in objects.parquet_rows(tmp_path / "small.parquet", "text")) == 600
+    monkeypatch.setattr(rows, "MAX_ROW_BYTES", 999_999)
+    with pytest.raises(DataError, match=r"small.parquet:1: row longer than"):
+        next(iter(open_source(str(tmp_path / "small.parquet")).documents()))

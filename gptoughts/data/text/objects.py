@@ -16,6 +16,8 @@ from gptoughts.files import MAX_BYTES, parse_json
 
 COMPRESSED = (".gz", ".zst")
 PLAIN = {".txt": "text", ".md": "text", ".py": "text", ".rst": "text"}
+MOST_DECODED_BYTES = 1 << 30
+"""Bytes of Parquet rows that are decoded together."""
 ROWS = {".jsonl": "lines", ".ndjson": "lines", ".parquet": "parquet"}
 TABLES = {".json": "json", ".csv": "csv", ".tsv": "csv"}
 """Endings of rows that folders of text also have for other reasons, such as settings."""
@@ -127,6 +129,15 @@ def csv_rows(lines: IO[bytes], path: Path, limit: int) -> Iterator[Object]:
         raise DataError(f"{path}: cannot be read as CSV after line {number} ({first_line(error)})") from None
 
 
+def _rows_at_once(file: Any) -> int:
+    """Return how many rows of a Parquet file are decoded together: a small dictionary can hold a long text for every row."""
+    groups = (file.metadata.row_group(number) for number in range(file.metadata.num_row_groups))
+    longest = max(
+        (group.column(place).total_uncompressed_size for group in groups for place in range(group.num_columns)), default=0
+    )
+    return max(1, min(1024, MOST_DECODED_BYTES // max(1, longest)))
+
+
 def parquet_rows(path: Path, column: str | None = None) -> Iterator[Object]:
     """Yield the rows of a Parquet file, read by row groups, with all columns or one of them. Raises DataError."""
     if is_compressed(path):
@@ -140,7 +151,7 @@ def parquet_rows(path: Path, column: str | None = None) -> Iterator[Object]:
         with parquet.ParquetFile(path) as file:
             if column is not None and column not in file.schema_arrow.names:
                 raise missing_field(column, file.schema_arrow.names, str(path))
-            for batch in file.iter_batches(batch_size=1024, columns=None if column is None else [column]):
+            for batch in file.iter_batches(batch_size=_rows_at_once(file), columns=None if column is None else [column]):
                 for content in batch.to_pylist():
                     row += 1
                     yield f"{path}:{row}", content

@@ -92,6 +92,8 @@ def checked_text(value: Any, key: str, where: str) -> str:
     """Return the value of a field if it is valid Unicode text. Raises DataError."""
     if not isinstance(value, str):
         raise DataError(f"{where}: field {key!r} must be a string", found=type(value).__name__)
+    if len(value) > MAX_ROW_BYTES:
+        raise DataError(f"{where}: row longer than {MAX_ROW_BYTES >> 20} MiB", fix="split the text into several rows")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import os
 import re
 import sysconfig
 import zlib
@@ -81,10 +82,10 @@ class Source:
 
     def fingerprint(self) -> str:
         """Return a digest of the files' names, sizes and modification times."""
-        digest = hashlib.sha256(self.spec.encode())
+        digest = hashlib.sha256(os.fsencode(self.spec))
         for path in self.files:
             stat = path.stat()
-            digest.update(f"\n{path}\0{stat.st_size}\0{stat.st_mtime_ns}".encode())
+            digest.update(os.fsencode(f"\n{path}\0{stat.st_size}\0{stat.st_mtime_ns}"))  # a name need not be UTF-8
         return digest.hexdigest()
 
 

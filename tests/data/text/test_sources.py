@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -271,3 +272,11 @@ def test_nothing_heavy_is_imported_with_the_module() -> None:
     heavy = "('numpy', 'datasets', 'pyarrow', 'torch', 'rich')"
     code = f"import sys, gptoughts.data.text.sources, gptoughts.cli.tokenize; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+def test_names_that_are_not_utf8_are_read(tmp_path: Path) -> None:
+    with open(os.fsencode(tmp_path / "caf") + b"\xe9.txt", "w", encoding="utf-8") as file:
+        file.write("text")
+    source = open_source(str(tmp_path))
+    assert [document.text for document in source.documents()] == ["text"]
+    assert len(source.fingerprint()) == 64
