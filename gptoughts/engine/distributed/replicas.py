@@ -1,4 +1,4 @@
-"""Compare the weights of which several ranks hold a copy. Ranks that differ train on in silence otherwise."""
+"""Compare the weights that every rank holds whole. Ranks that differ train on in silence otherwise."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 
 from gptoughts.engine.distributed.ranks import Ranks
 from gptoughts.engine.distributed.rendezvous import ranges
-from gptoughts.engine.distributed.shards import local, part_of
+from gptoughts.engine.distributed.shards import local
 from gptoughts.engine.engine import Engine
 from gptoughts.errors import RunError
 
@@ -17,7 +17,7 @@ BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def demand_equal_weights(engine: Engine) -> None:
-    """Raise RunError on every rank if a copy of a weight differs between ranks: whole weights, and shards that groups replicate.
+    """Raise RunError on every rank if a replicated weight differs between ranks. Sharded weights are left out.
 
     A weight's checksum is the sum of its bits as integers, exact in any order. The host waits.
     """
@@ -28,46 +28,30 @@ def demand_equal_weights(engine: Engine) -> None:
         return
     mine = torch.stack([_checksum(local(weight)) for weight in copied.values()])
     least, most = mine.clone(), mine.clone()
-    group = _replicas(next(iter(copied.values())))
-    dist.all_reduce(least, op=dist.ReduceOp.MIN, group=group)
-    dist.all_reduce(most, op=dist.ReduceOp.MAX, group=group)
-    equal = (least == most).long()
-    if group is not None:
-        dist.all_reduce(equal, op=dist.ReduceOp.MIN)
-    differ = [name for name, same in zip(copied, equal.tolist(), strict=True) if not same]
+    dist.all_reduce(least, op=dist.ReduceOp.MIN)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    differ = [name for name, same in zip(copied, (least == most).tolist(), strict=True) if not same]
     if differ:
         first = list(copied).index(differ[0])
         raise RunError(
             f"weights: {len(differ)} of {len(copied)} differ between ranks, so they no longer train one model",
-            found=f"{differ[0]}: {_apart(engine.ranks, copied[differ[0]], mine[first])}",
+            found=f"{differ[0]}: {_apart(engine.ranks, mine[first])}",
             fix="--resume with an earlier checkpoint; gptoughts doctor, which tests memory and links of this machine",
         )
 
 
 def _has_copies(weight: Tensor) -> bool:
     if isinstance(weight, DTensor):
-        return any(placement.is_replicate() for placement in weight.placements)
+        return False
     return local(weight) is weight
 
 
-def _replicas(weight: Tensor) -> dist.ProcessGroup | None:
-    """Return the group of ranks that hold the same elements as this one; None for all ranks."""
-    if not isinstance(weight, DTensor):
-        return None
-    dimension = next(number for number, placement in enumerate(weight.placements) if placement.is_replicate())
-    return weight.device_mesh.get_group(dimension)
-
-
-def _apart(ranks: Ranks, weight: Tensor, checksum: Tensor) -> str:
+def _apart(ranks: Ranks, checksum: Tensor) -> str:
     """Return which ranks hold equal copies, as `ranks 0-2 | rank 3`. A collective."""
-    part = part_of(weight)
-    start = torch.full_like(checksum, part.start if part is not None else 0)
-    alike: dict[int, dict[int, list[int]]] = {}
-    for rank, pair in enumerate(ranks.gather(torch.stack([start, checksum]))):
-        place, value = pair.tolist()
-        alike.setdefault(place, {}).setdefault(value, []).append(rank)
-    apart = next(held for held in alike.values() if len(held) > 1)
-    return " | ".join(map(ranges, sorted(apart.values(), key=lambda some: (-len(some), some))))
+    alike: dict[int, list[int]] = {}
+    for rank, value in enumerate(ranks.gather(checksum.reshape(1))):
+        alike.setdefault(int(value), []).append(rank)
+    return " | ".join(map(ranges, sorted(alike.values(), key=lambda some: (-len(some), some))))
 
 
 def _checksum(weight: Tensor) -> Tensor:
