@@ -195,12 +195,13 @@ def test_weights_that_differ_between_ranks_are_named(monkeypatch: pytest.MonkeyP
     model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 2, dtype=torch.bfloat16))
     theirs = torch.stack([replicas._checksum(weight.data) for weight in model.parameters()])
 
-    def gather(mine: torch.Tensor) -> list[torch.Tensor]:
-        return [theirs[3:4], mine, theirs[3:4]]
+    def gather(pair: torch.Tensor) -> list[torch.Tensor]:
+        return [torch.stack([pair[0], theirs[3]]), pair, torch.stack([pair[0], theirs[3]])]
 
     engine: Any = SimpleNamespace(ranks=SimpleNamespace(size=3, gather=gather), bare=model)
 
-    def reduce(tensor: torch.Tensor, op: Any) -> None:
+    def reduce(tensor: torch.Tensor, op: Any, group: Any) -> None:
+        assert group is None
         tensor.copy_(torch.minimum(tensor, theirs) if op == dist.ReduceOp.MIN else torch.maximum(tensor, theirs))
 
     monkeypatch.setattr(dist, "all_reduce", reduce)

@@ -19,6 +19,7 @@ from gptoughts.engine.engine import Engine
 from gptoughts.engine.trainer import Progress, run_step
 from gptoughts.errors import RunError
 from gptoughts.hardware.world import World, world_from_environment
+from gptoughts.inference.eval.perplexity import mean_loss
 from gptoughts.run.step_check import StepCheck
 from tests.support.ddp_worker import share
 from tests.support.engines import engine_of, plan_of, recipe_of
@@ -84,13 +85,17 @@ def state_of(engine: Engine) -> list[torch.Tensor]:
 
 
 def changed(engine: Engine, world: World) -> str:
-    """What is told of copies of weights: equal ones, then one changed on the last rank."""
-    before = _told(engine)
+    """What is told of copies of weights: of equal ones, of one changed on the last rank, and of equal ones after a validation."""
+    told = _told(engine)
     weight = local(next(iter(engine.bare.parameters())))
+    kept = weight.detach().clone()
     with torch.no_grad():
         if world.rank == world.world_size - 1:
             weight.view(-1)[0] += 0.25
-    return before + _told(engine)
+        told += _told(engine)
+        weight.copy_(kept)
+    mean_loss(engine, [next(share(engine.recipe, world))[0]])
+    return told + _told(engine)
 
 
 def _told(engine: Engine) -> str:
