@@ -23,7 +23,8 @@ import click
 from torch import nn
 
 from benchmarks import front
-from benchmarks.step import AGAIN, OURS, Ours, Run, Subject, plain_run, plain_settings
+from benchmarks.plain import plain_settings
+from benchmarks.step import AGAIN, OURS, Ours, Run, Subject, plain_run
 from gptoughts.api import ResolvedRun, decide
 from gptoughts.cli.options import CONTEXT, RecipeCommand, option, recipe_options, split_flags
 from gptoughts.config.loader import Recipe

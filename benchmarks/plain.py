@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gptoughts.config.loader import Recipe
+from gptoughts.engine.engine import Engine
 from gptoughts.models.family import Family, initialize
+from gptoughts.planning.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,18 @@ class Settings:
     compiled: bool = False
     fused_attention: bool = True
     fused_optimizer: bool = True
+
+
+def plain_settings(plan: Plan, engine: Engine) -> Settings:
+    """Return the plain loop's settings equivalent to the plan. FP8 has no one-line switch: the plain loop then computes in bf16."""
+    layers = plan.layers
+    return Settings(
+        micro_batch=engine.micro_batch or engine.recipe.train.global_batch,
+        autocast=None if layers["precision"] == "fp32" else torch.bfloat16,
+        compiled=layers["compile"] != "eager",
+        fused_attention=layers["attention"] != "math",
+        fused_optimizer=layers["optimizer"] != "plain",
+    )
 
 
 def sdpa(

@@ -23,7 +23,7 @@ from torch import nn
 
 from benchmarks import front
 from benchmarks.outside import outside_verbs
-from benchmarks.plain import Settings, plain_loop
+from benchmarks.plain import Settings, plain_loop, plain_settings
 from benchmarks.table import step_table
 from gptoughts.api import ResolvedRun, decide
 from gptoughts.cli.options import CONTEXT, RecipeCommand, option, recipe_options, split_flags
@@ -53,21 +53,9 @@ from gptoughts.run.tracking.sink import RunInfo, Sink, Sinks
 
 OURS, PLAIN, AGAIN, FP32 = "ours", "plain", "ours again", "fp32 eager"
 SHARED = {
-    "system",
-    "threads",
-    "native",
-    "expandable",
-    "ieee",
-    "tf32",
-    "math",
-    "sdpa",
-    "fp32",
-    "bf16",
-    "eager",
-    "compile-blocks",
-}
-SHARED |= {"torch-kernels", "full-ce", "keep", "resident", "single", "plain", "fused", "with-weights", "after-clip", "direct"}
-SHARED |= {"prefetch", "whole", "fixed"}
+    "system", "threads", "native", "expandable", "ieee", "tf32", "math", "sdpa", "fp32", "bf16", "eager", "compile-blocks", "torch-kernels",
+    "full-ce", "keep", "resident", "single", "plain", "fused", "with-weights", "after-clip", "direct", "prefetch", "whole", "fixed",
+}  # fmt: skip
 """Layers that the plain loop has too, or that both share because they belong to the process."""
 
 Run = Callable[[int], float]
@@ -220,18 +208,6 @@ def bench_step(
         outside = outside_verbs(subject.engine, subject.recipe, setting.plan, subject.length.rate, ours.engine.micro_batch)
     counts = {"command": command, "rounds": rounds, "steps_per_round": steps}
     return _figures(subject, measured, outside, counts)
-
-
-def plain_settings(plan: Plan, engine: Engine) -> Settings:
-    """Return the plain loop's settings equivalent to the plan. FP8 has no one-line switch: the plain loop then computes in bf16."""
-    layers = plan.layers
-    return Settings(
-        micro_batch=engine.micro_batch or engine.recipe.train.global_batch,
-        autocast=None if layers["precision"] == "fp32" else torch.bfloat16,
-        compiled=layers["compile"] != "eager",
-        fused_attention=layers["attention"] != "math",
-        fused_optimizer=layers["optimizer"] != "plain",
-    )
 
 
 def plain_run(subject: Subject, settings: Settings, wrap: Callable[[nn.Module], nn.Module] = lambda model: model) -> Run:

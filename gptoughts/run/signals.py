@@ -140,8 +140,10 @@ class SignalWatcher:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
+        if CLOCK.heard == signal.SIGINT:
+            raise KeyboardInterrupt
         if CLOCK.heard is not None:
-            sys.exit(128 + CLOCK.heard)
+            sys.exit(128 + CLOCK.heard)  # its handler has said so
         heeded = [number for number in (*SAVING, ASKING) if signal.getsignal(number) is not signal.SIG_IGN]
         before = {number: signal.signal(number, self._note) for number in heeded}
         excused, CLOCK.excused = CLOCK.excused, lambda: self.stepped

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from benchmarks.outside import put_clock_on
-from benchmarks.plain import Settings, plain_loop
-from benchmarks.step import AGAIN, FP32, OURS, PLAIN, Subject, bench_step, main, plain_settings
+from benchmarks.plain import Settings, plain_loop, plain_settings
+from benchmarks.step import AGAIN, FP32, OURS, PLAIN, Subject, bench_step, main
 from benchmarks.table import step_table
 from gptoughts.api import decide
 from gptoughts.engine.callback import Callback

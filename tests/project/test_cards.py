@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from click import Context
 
-from benchmarks.profile_cards import PAGE, first_sentence, page, read_figures
+from benchmarks.profile_cards import PAGE, first_sentence, page
+from benchmarks.profile_figures import read_figures
 from gptoughts.cli.cards import card, layers_page
 from gptoughts.cli.main import build_cli, main
 from gptoughts.layers import CATALOG

@@ -170,6 +170,9 @@ def test_a_signal_that_was_lost_in_an_import_ends_the_process_before_training(
     with pytest.raises(SystemExit) as left, watcher.listening():
         raise AssertionError("trained")
     assert left.value.code == 143
+    monkeypatch.setattr(signals.CLOCK, "heard", signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), watcher.listening():
+        raise AssertionError("trained")
 
 
 class Dropping:

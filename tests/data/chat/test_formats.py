@@ -40,14 +40,13 @@ def rows_of(folder: Path, tokenizer: Path, *rows: dict[str, Any], name: str = "r
             writer.writerows(rows)
     else:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    settings = {
-        "path": str(path),
-        "format": "chat",
-        "sequence_length": 256,
-        "val_fraction": 0.0,
-        "cache": str(folder / "cache"),
-    }
-    return prepare_chat(DataConfig(**settings), tokenizer)["train"].arrays
+    return prepare_chat(DataConfig(**settings_of(path)), tokenizer)["train"].arrays
+
+
+def settings_of(path: Path) -> dict[str, Any]:
+    return {
+        "path": str(path), "format": "chat", "sequence_length": 256, "val_fraction": 0.0, "cache": str(path.parent / "cache"),
+    }  # fmt: skip
 
 
 def learned(arrays: dict[str, np.ndarray], tokenizer: Path) -> list[str]:
@@ -166,13 +165,7 @@ def test_bad_rows_can_be_skipped_and_are_counted(
     path = tmp_path / "rows.jsonl"
     good = json.dumps({"messages": chat(TURNS)})
     path.write_text(f'{good}\n{{"prompt": "a"}}\n[]\nnot JSON\n', encoding="utf-8")
-    settings = {
-        "path": str(path),
-        "format": "chat",
-        "sequence_length": 256,
-        "val_fraction": 0.0,
-        "cache": str(tmp_path / "cache"),
-    }
+    settings = settings_of(path)
     with pytest.raises(DataError, match=r"3 invalid rows(.|\n)*--data\.bad-rows skip"):
         prepare_chat(DataConfig(**settings), folders["chatml"])
     with caplog.at_level(logging.INFO):
