@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
 import random
 import shlex
 import shutil
@@ -18,6 +19,9 @@ from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
+import torch
+
+from gptoughts.hardware.cpu import read_cpu
 from tests.support import warm
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,6 +33,8 @@ TINY = shlex.split(
     "--layer.compile eager --optim.warmup-steps 2"
 )
 AT_POINT = "from tests.faults.points import main; main()"
+LEFT_OVER = (".writing-", ".dropped-", ".replaced-", ".tmp")
+"""Beginnings of names that a checkpoint folder holds only while something is written."""
 RUN_SECONDS, LEAVE_SECONDS = 300, 10
 """How long a run may take, and how long a rank may go on when another was killed."""
 
@@ -224,3 +230,13 @@ def same(place: Path, reference: Path) -> bool:
 def is_clean(ran: subprocess.CompletedProcess[str]) -> bool:
     """Return whether a run printed no traceback."""
     return "Traceback" not in f"{ran.stdout or ''}{ran.stderr}"
+
+
+def left_over(place: Path) -> list[str]:
+    """Return what a run left in its folder of checkpoints beside them."""
+    return [path.name for path in (place / "checkpoints").glob(".*") if path.name.startswith(LEFT_OVER)]
+
+
+def heading(command: str) -> dict[str, str]:
+    """Return the first entries of a record: how it was made, and where."""
+    return {"command": command, "torch": torch.__version__, "machine": f"{read_cpu().label()}, {platform.system()}"}

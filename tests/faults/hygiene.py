@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -23,11 +22,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
-
-from gptoughts.hardware.cpu import read_cpu
 from gptoughts.run.tracking.jsonl import read
-from tests.faults.harness import ROOT, VARIANTS, Runs, Variant, prepare, world_of
+from tests.faults.harness import ROOT, VARIANTS, Runs, Variant, heading, left_over, prepare, world_of
 
 LOOK_SECONDS = 0.2
 EARLY, LATE = (0.2, 0.4), (0.8, 1.0)
@@ -125,7 +121,7 @@ def watch(runs: Runs, variant: Variant, steps: int) -> Found:
     if any(process.returncode for process in processes):
         raise RuntimeError((runs.folder / f"{variant.name}.0.log").read_text(encoding="utf-8", errors="replace")[-3000:])
     left = sorted(path.name for path in temporary.iterdir() if not path.name.startswith(TORCHS_CACHE))
-    left += sorted(path.name for path in (place / "checkpoints").iterdir() if path.name.startswith(".") and path.is_dir())
+    left += sorted(left_over(place))
     parts = [_parts(rank, steps) for rank in looks]
     early, late = [part for part, _ in parts], [part for _, part in parts]
 
@@ -182,8 +178,8 @@ def main() -> None:
             rows = [row for row in read(runs.folder / variant.name / "metrics.jsonl") if "train/loss" in row]
             print(found[-1], f"{len(rows)} rows", found[-1].faults(), flush=True)
     record: dict[str, Any] = {
-        "command": f"python -m tests.faults.hygiene --steps {given.steps} --variants {given.variants}", "torch": torch.__version__,
-        "machine": f"{read_cpu().label()}, {platform.system()}", "compared_parts_of_the_steps": [EARLY, LATE],
+        **heading(f"python -m tests.faults.hygiene --steps {given.steps} --variants {given.variants}"),
+        "compared_parts_of_the_steps": [EARLY, LATE],
         "runs": [{**asdict(each), "faults": each.faults()} for each in found],
     }  # fmt: skip
     if given.to:

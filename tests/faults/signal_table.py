@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import shutil
 import signal
 import tempfile
@@ -16,10 +15,22 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from gptoughts.hardware.cpu import read_cpu
-from tests.faults.harness import SINGLE, VARIANTS, Fault, Life, Runs, Variant, hashes, last, losses, prepare, same, steps_of
+from tests.faults.harness import (
+    SINGLE,
+    VARIANTS,
+    Fault,
+    Life,
+    Runs,
+    Variant,
+    hashes,
+    heading,
+    last,
+    left_over,
+    losses,
+    prepare,
+    same,
+    steps_of,
+)  # fmt: skip
 
 LINES = 20_000
 """Lines of the text: validation then takes seconds."""
@@ -30,7 +41,6 @@ ALONE = replace(SINGLE, words=LONG)
 UNCHECKED = replace(COMPILED, name="compiled-unchecked", words=(*COMPILED.words, "--numerics", "off"))
 LIMIT = 10.0
 """Seconds between a signal and the end, at this size."""
-LEFT_OVER = (".writing-", ".dropped-", ".replaced-", ".tmp")
 
 
 @dataclass(frozen=True)
@@ -113,7 +123,7 @@ def try_cell(runs: Runs, phase: Phase, signals: str) -> Cell:
     struck = sorted({line.removeprefix("point ") for line in life.struck if line.startswith("point ")})
     seconds = life.ended - max(sent) if sent else -1.0
     newest = max(steps_of(place), default=None) if (place / "checkpoints").is_dir() else None
-    left = [path.name for path in (place / "checkpoints").glob(".*") if path.name.startswith(LEFT_OVER)]
+    left = left_over(place)
     after = runs.run_ranks(place, phase.variant, variables=variables)
     bits = not any(after.codes) and same(place, reference(runs, phase.variant))
     faults = list(_faults(phase, signals, life, seconds, newest))
@@ -185,7 +195,7 @@ def main() -> None:
                 )
     command = "python -m tests.faults.signal_table"
     record: dict[str, Any] = {
-        "command": command, "torch": torch.__version__, "machine": f"{read_cpu().label()}, {platform.system()}",
+        **heading(command),
         "limit_seconds": LIMIT, "cells": [asdict(cell) for cell in cells],
     }  # fmt: skip
     if given.to:

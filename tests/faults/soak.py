@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import random
 import shutil
 import signal
@@ -24,10 +23,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from gptoughts.hardware.cpu import read_cpu
-from tests.faults.harness import STEPS, VARIANTS, Fault, Life, Runs, Variant, last, losses, prepare, same
+from tests.faults.harness import STEPS, VARIANTS, Fault, Life, Runs, Variant, heading, last, left_over, losses, prepare, same
 from tests.faults.points import POINTS
 
 PLACES = {
@@ -44,7 +40,6 @@ MOST_LIVES = 8
 """Disturbed lives of a run; then it may go on to its end."""
 EXITS = (0, 2, 74, 76, 143, -signal.SIGKILL)
 """Exit codes of a rank that is disturbed: complete, an unreadable file, no checkpoint written, another rank lost, SIGTERM, killed."""
-LEFT_OVER = (".writing-", ".dropped-", ".replaced-", ".tmp")
 
 
 @dataclass
@@ -76,7 +71,7 @@ class Record:
     def to_json(self, command: str) -> dict[str, Any]:
         """Return the record as plain values."""
         return {
-            "command": command, "torch": torch.__version__, "machine": f"{read_cpu().label()}, {platform.system()}",
+            **heading(command),
             "seconds": round(time.monotonic() - self.began), "steps_per_run": STEPS, "runs": dict(self.runs),
             "runs_with_other_bits": len(self.wrong), "lives": dict(self.lives), "kills": dict(self.kills),
             "kills_inside_a_checkpoint_write": self.inside_a_write, "faults_that_struck": dict(sorted(self.struck.items())),
@@ -124,7 +119,7 @@ def one_run(runs: Runs, variant: Variant, chance: random.Random, record: Record)
         return f"not complete after {told}: {life.said[-3000:]}"
     if not same(place, runs.folder / variant.name):
         return f"other bits after {told}: losses equal: {losses(place) == losses(runs.folder / variant.name)}"
-    left = [path.name for path in (place / "checkpoints").iterdir() if path.name.startswith(LEFT_OVER)]
+    left = left_over(place)
     return f"left over after {told}: {left}" if left else ""
 
 

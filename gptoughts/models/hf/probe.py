@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from gptoughts.console import LOGGER
 from gptoughts.models.hf import reading, twin
 from gptoughts.models.hf.config import first_line, quiet
 
@@ -67,12 +68,14 @@ _KNOWN: OrderedDict[str, Probed] = OrderedDict()
 def probe(config: PretrainedConfig, make: Callable[[PretrainedConfig], PreTrainedModel], parameters: int) -> Probed:
     """Return what a run of the model of `config` shows; `make` builds it, and `parameters` is its size. Results are remembered.
 
-    Random state is kept. Never raises: a model that cannot run is no error here.
+    Random state is kept. Never raises: a model that cannot run is no error here, and is told once.
     """
     key = f"{type(config).__module__}.{type(config).__name__} {config.to_json_string(use_diff=False)}"
     if key not in _KNOWN:
         with torch.random.fork_rng(devices=[]), torch.device("cpu"), quiet():
             _KNOWN[key] = _probed(config, make, parameters)
+        if _KNOWN[key].problem:
+            LOGGER.warning("model %s: not tried whether it is causal: %s", config.model_type, _KNOWN[key].problem)
         while len(_KNOWN) > REMEMBERED:
             _KNOWN.popitem(last=False)
     return _KNOWN[key]

@@ -66,11 +66,15 @@ def test_a_probe_draws_nothing_and_runs_once_for_each_config(monkeypatch: pytest
     assert len(runs) == 2
 
 
-def test_a_model_that_cannot_run_is_not_judged() -> None:
+def test_a_model_that_cannot_run_is_not_judged_and_told_once(caplog: pytest.LogCaptureFixture) -> None:
     def fails(config: PretrainedConfig) -> Any:
         raise RuntimeError("no such kernel")
 
-    found = hf_probe.probe(CONFIG_MAPPING["llama"].from_dict(DENSE), fails, 1)
+    for _ in range(2):
+        found = hf_probe.probe(CONFIG_MAPPING["llama"].from_dict(DENSE), fails, 1)
+    assert [record.message for record in caplog.records] == [
+        "model llama: not tried whether it is causal: no tiny model of this config: RuntimeError: no such kernel"
+    ]
     assert (found.causal, found.separates, found.caches) == (None, None, False)
     assert "no such kernel" in found.problem
 
